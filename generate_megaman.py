@@ -1,0 +1,120 @@
+"""Draw pictures with a trained LoRA and put them on a page that opens in a browser.
+
+    python generate_megaman.py --demo                                 the LoRA of megaman_lora.py --demo
+    python generate_megaman.py --lora_path ./megaman_lora_output/lora_weights --prompts_file prompts.txt
+
+The story, top to bottom: options, prompts, base and LoRA, images, gallery.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
+
+import re
+from pathlib import Path
+
+from megaman.gallery import GalleryImage, read_images, write_gallery
+
+from megaman.errors import run_script
+from megaman.options import DEFAULT_BASE, generation_options
+from megaman.prompts import BUILT_IN, read_prompts
+
+
+def main(argv: list[str]) -> int:
+    options = generation_options(argv)
+    prompts = options.prompts or read_prompts(Path(options.prompts_file or BUILT_IN))
+    output_dir, lora_path = Path(options.output_dir), Path(options.lora_path)
+    gallery = read_images(output_dir)
+    first = first_free(output_dir)
+
+    import torch
+    from tqdm import tqdm
+
+    from megaman import cache, lora_files, png, sample
+    from megaman.base import actual_name, choose_device, load_base, place, unused_nvidia_card
+
+    # Base and LoRA.
+    base_name = actual_name(options.base_model or lora_files.base_of(lora_path) or DEFAULT_BASE)
+    placement = place("fp16", choose_device(options.device))
+    print(f"loading {base_name} and the LoRA in {lora_path}")
+    base = load_base(base_name, placement.dtype)
+    config = lora_files.load_lora(lora_path, base.unet)
+    base.unet.to(placement.device, placement.dtype)
+    base.vae.to(placement.device)
+    base.text_encoder.to(placement.device)
+
+    # What will happen.
+    height, width = (side or min(512, base.native_size) for side in (options.height, options.width))
+    count = len(prompts) * options.num_images_per_prompt
+    print(f"images     {count}: {len(prompts)} prompts x {options.num_images_per_prompt}, {width}x{height}, "
+          f"{options.num_inference_steps} steps, guidance {options.guidance_scale:g}, seed {options.seed}"
+          + (", each beside the base's" if options.compare else ""))  # fmt: skip
+    print(f"LoRA       rank {config.r}, alpha {config.lora_alpha:g}")
+    print(f"device     {placement.device}: {placement.why}")
+    if unused_nvidia_card():
+        print(
+            "           there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
+        )
+    if cut := cache.count_cut(base.tokenizer, prompts):
+        print(
+            f"           {cut} prompts are longer than {base.tokenizer.model_max_length - 2} tokens and are cut there"
+        )
+
+    # Images, batch by batch, each written as it comes.
+    states = cache.encode_captions(base.text_encoder, base.tokenizer, [*prompts, options.negative_prompt])
+    sampler = sample.make_sampler(base.scheduler)
+    jobs = [(i, j) for i in range(len(prompts)) for j in range(options.num_images_per_prompt)]
+    at_once = sample.images_at_once(height, width)
+    batches = [jobs[start : start + at_once] for start in range(0, len(jobs), at_once)]
+    passes = len(batches) * options.num_inference_steps * (2 if options.compare else 1)
+    bar = tqdm(total=passes, desc="drawing", unit="step")
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    def draw(batch: list[tuple[int, int]]) -> list:
+        text = torch.stack([states[prompts[i]] for i, _ in batch])
+        return sample.draw_images(
+            base.unet, base.vae, sampler, text, states[options.negative_prompt].expand_as(text),
+            [options.seed + j for _, j in batch], height, width, options.num_inference_steps, options.guidance_scale,
+            on_step=bar.update,
+        )  # fmt: skip
+
+    for batch in batches:
+        images, base_images = draw(batch), None
+        if options.compare:
+            base.unet.disable_adapters()
+            base_images = draw(batch)
+            base.unet.enable_adapters()
+        for place_in_batch, (i, j) in enumerate(batch):
+            file = f"megaman_{first + i:03d}_{j:02d}.png"
+            shared = {"Steps": options.num_inference_steps, "Sampler": sample.SAMPLER_NAME,
+                      "CFG scale": f"{options.guidance_scale:g}", "Seed": options.seed + j,
+                      "Size": f"{width}x{height}", "Model": base_name, "RNG": "CPU"}  # fmt: skip
+            tag = f"{prompts[i]} <lora:{Path(lora_files.KOHYA_WEIGHTS).stem}:1>"
+            png.save_png(output_dir / file, images[place_in_batch],
+                         png.parameters_text(tag, options.negative_prompt, shared))  # fmt: skip
+            base_file = None
+            if base_images:
+                base_file = file.replace(".png", "_base.png")
+                png.save_png(output_dir / base_file, base_images[place_in_batch],
+                             png.parameters_text(prompts[i], options.negative_prompt, shared))  # fmt: skip
+            settings = {"steps": options.num_inference_steps, "guidance": options.guidance_scale,
+                        "sampler": sample.SAMPLER_NAME, "LoRA": str(lora_path), "base": base_name}  # fmt: skip
+            gallery.append(GalleryImage(file, prompts[i], options.negative_prompt, options.seed + j, width, height,
+                                        settings, base_file))  # fmt: skip
+        page = write_gallery(output_dir, gallery, "Mega Man LoRA")
+    bar.close()
+    print(f"{count} images; open {page.resolve().as_uri()} in a browser")
+    return 0
+
+
+def first_free(output_dir: Path) -> int:
+    """The first prompt number that no image in the folder has: what is there stays, new images come after it."""
+    taken = [
+        int(match[1]) for path in output_dir.glob("megaman_*.png") if (match := re.match(r"megaman_(\d+)_", path.name))
+    ]
+    return max(taken, default=-1) + 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

@@ -1,0 +1,195 @@
+"""The base model: a folder, the hub or the embedded demo; safetensors only. And the device it runs on, and why."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notes about parts that are not used here
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from megaman.errors import UserError
+from megaman.files import read_json
+
+for library in (diffusers.utils.logging, transformers.utils.logging):
+    library.disable_progress_bar()  # loading takes a second; downloads keep their bars
+
+# Removed from the hub by its owner in 2024; the same weights stand under the second name.
+ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+PROJECT = Path(__file__).resolve().parent.parent
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WAYS_ON = "Name a local folder in diffusers' layout, or try the embedded base with --demo"
+
+
+@dataclass
+class Base:
+    """A Stable Diffusion, taken apart. The noise schedule is in scheduler.config; name is what a LoRA should note."""
+
+    name: str
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler: DDPMScheduler
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels a side of one latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def native_size(self) -> int:
+        """Side in pixels of the pictures that the base was trained on."""
+        return self.unet.config.sample_size * self.vae_factor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in which number format to compute, with the reason in words."""
+
+    device: torch.device
+    dtype: torch.dtype
+    mixed_precision: str  # accelerate's word: no, fp16 or bf16
+    why: str
+
+
+def choose_device(wanted: str | None = None) -> torch.device:
+    """The wanted device, or the best there is; raises UserError where the wanted one is missing."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted and not present[wanted]:
+        raise UserError(f"--device {wanted}: this torch sees no such device", "Leave the flag out or take cpu")
+    return torch.device(wanted or next(name for name, there in present.items() if there))
+
+
+def place(mixed_precision: str, device: torch.device) -> Placement:
+    """Take the precision asked for where the device can compute in it, else fall back and say why."""
+    wanted = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    if mixed_precision == "no":
+        return Placement(device, wanted, "no", "float32 as asked for")
+    if mixed_precision == "fp16" and device.type != "cuda":
+        return Placement(device, torch.float32, "no", f"fp16 needs an NVIDIA card, so {device.type} uses float32")
+    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        return Placement(device, torch.float16, "fp16", "this card has no bf16, so it uses fp16")
+    if mixed_precision == "bf16" and device.type == "mps":
+        return Placement(device, torch.float32, "no", "bf16 is not used on mps, so it uses float32")
+    return Placement(device, wanted, mixed_precision, f"base in {mixed_precision}, LoRA in float32")
+
+
+def unused_nvidia_card() -> bool:
+    """Whether this machine has NVIDIA's driver while the installed torch cannot use it."""
+    return not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
+
+
+def actual_name(name: str) -> str:
+    """The name the base is really found under."""
+    return ALIASES.get(name, name)
+
+
+def find_base(name: str, half: bool) -> Path:
+    """The folder of a base, downloaded where it is a name on the hub.
+
+    With half the fp16 files are preferred, which halves the download. Raises UserError with the ways on.
+    """
+    for folder in (Path(name).expanduser(), PROJECT / name):
+        if folder.is_dir():
+            return folder
+    if name.endswith((".ckpt", ".bin", ".pt", ".pth")):
+        raise UserError(f"{name} is a pickle, which can run code", "Convert it to safetensors first")
+    if Path(name).is_absolute() or name.count("/") != 1 or name.startswith("."):
+        raise UserError(f"The base {name} is not a folder on this machine nor a name on the hub", WAYS_ON)
+    return _download(actual_name(name), half)
+
+
+def _download(name: str, half: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    common = ["model_index.json", "scheduler/*.json", "tokenizer/*", "*/config.json"]
+    full = [f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()]
+    lean = [f"{part}/{stem}.fp16.safetensors" for part, stem in WEIGHTS.items()]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=common + (lean if half else full)))
+        missing = [f"{part}/*.safetensors" for part in WEIGHTS if not list((folder / part).glob("*.safetensors"))]
+        if missing:
+            folder = Path(snapshot_download(name, allow_patterns=full))
+        return folder
+    except RepositoryNotFoundError:
+        raise UserError(f"The hub has no model {name}, or it asks for a login", WAYS_ON) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"The base {name} is not on this machine and the hub was not reached ({reason})", WAYS_ON
+        ) from None
+
+
+def load_base(name: str, dtype: torch.dtype) -> Base:
+    """Load a base on the CPU: UNet and text encoder in dtype, the VAE in float32 (fp16 turns some pictures black).
+
+    Raises UserError where it is missing, incomplete, a pickle or no Stable Diffusion 1.x.
+    """
+    folder = find_base(name, half=dtype != torch.float32)
+    _check_layout(name, folder)
+    variants = {part: _variant(name, folder / part, stem) for part, stem in WEIGHTS.items()}
+    try:
+        base = Base(
+            name=name,
+            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            text_encoder=_load(CLIPTextModel, folder, "text_encoder", variants, dtype),
+            vae=_load(AutoencoderKL, folder, "vae", variants, torch.float32),
+            unet=_load(UNet2DConditionModel, folder, "unet", variants, dtype),
+            scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"The base {name} cannot be loaded ({str(error).splitlines()[0][:200]})", WAYS_ON) from None
+    _check_kind(base)
+    for part in (base.unet, base.vae, base.text_encoder):
+        part.requires_grad_(False)
+        part.eval()
+    return base
+
+
+def _check_layout(name: str, folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{name} holds no model_index.json, so it is no base in diffusers' layout", WAYS_ON)
+    kind = read_json(index).get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise UserError(f"The base {name} is a {kind}, not a Stable Diffusion 1.x", WAYS_ON)
+
+
+def _variant(name: str, folder: Path, stem: str) -> str | None:
+    if (folder / f"{stem}.safetensors").is_file() or (folder / f"{stem}.safetensors.index.json").is_file():
+        return None
+    if (folder / f"{stem}.fp16.safetensors").is_file():
+        return "fp16"
+    if list(folder.glob("*.bin")):
+        raise UserError(
+            f"{name}: {folder.name}/ holds only .bin files, pickles, which can run code",
+            "Take a copy of the base with .safetensors files",
+        )
+    raise UserError(f"{name}: {folder.name}/{stem}.safetensors is missing", WAYS_ON)
+
+
+def _load(kind, folder: Path, part: str, variants: dict[str, str | None], dtype: torch.dtype):
+    named = {"dtype": dtype} if kind is CLIPTextModel else {"torch_dtype": dtype}
+    return kind.from_pretrained(folder / part, variant=variants[part], use_safetensors=True, **named)
+
+
+def _check_kind(base: Base) -> None:
+    unet, text = base.unet.config, base.text_encoder.config
+    if unet.in_channels != base.vae.config.latent_channels:
+        raise UserError(
+            f"The base {base.name} is for inpainting or editing ({unet.in_channels} input channels)", WAYS_ON
+        )
+    if unet.cross_attention_dim != text.hidden_size:
+        raise UserError(f"The base {base.name}: its UNet and its text encoder do not belong together", WAYS_ON)

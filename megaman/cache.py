@@ -1,0 +1,87 @@
+"""What the frozen VAE and text encoder say about each picture and caption: computed once, before the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megaman.images import BadImageError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from megaman.dataset import MegaManDataset
+
+ENCODED_AT_ONCE = 4  # pictures in the VAE together: more do not make it faster, but take more memory
+
+
+class _Variants(Dataset):
+    """The dataset's pictures as lists of variants; a damaged one gives its reason instead of an exception."""
+
+    def __init__(self, dataset: MegaManDataset, crops: int, flip: bool, seed: int):
+        self.dataset, self.crops, self.flip, self.seed = dataset, crops, flip, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> torch.Tensor | str:
+        try:
+            return torch.stack(self.dataset.variants(index, self.crops, self.flip, self.seed))
+        except BadImageError as error:
+            return str(error)
+
+
+@torch.no_grad()
+def encode_pictures(
+    vae: AutoencoderKL,
+    dataset: MegaManDataset,
+    crops: int,
+    flip: bool,
+    seed: int,
+    workers: int = 0,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> tuple[list[torch.Tensor], dict[Path, str]]:
+    """VAE moments of every variant of every picture, and the pictures that could not be read with the reasons.
+
+    The first is a list with one float32 tensor [variants, 8, H/8, W/8] on the CPU for each good picture; the damaged
+    ones are dropped from the dataset, so that both stay in step. (H/8 stands for the VAE's own factor.)
+    """
+    loader = DataLoader(_Variants(dataset, crops, flip, seed), batch_size=None, num_workers=workers)
+    moments, problems = [], {}
+    for picture, variants in zip(list(dataset.pictures), progress(loader), strict=True):
+        if isinstance(variants, str):
+            problems[picture] = variants
+            continue
+        encoded = [
+            vae.encode(part.to(vae.device, vae.dtype)).latent_dist.parameters.float().cpu()
+            for part in variants.split(ENCODED_AT_ONCE)
+        ]
+        moments.append(torch.cat(encoded))
+    dataset.drop(problems)
+    return moments, problems
+
+
+@torch.no_grad()
+def encode_captions(
+    text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Text states [positions, width] on the CPU for each distinct caption; longer ones are cut at the last position."""
+    states = {}
+    distinct = list(dict.fromkeys(captions))
+    for start in range(0, len(distinct), 32):
+        part = distinct[start : start + 32]
+        input_ids = tokenizer(part, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        hidden = text_encoder(input_ids.to(text_encoder.device))[0].cpu()
+        states.update(zip(part, hidden, strict=True))
+    return states
+
+
+def count_cut(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> int:
+    """How many of the captions are longer than the text encoder can read."""
+    lengths = [len(ids) for ids in tokenizer(list(captions)).input_ids] if captions else []
+    return sum(length > tokenizer.model_max_length for length in lengths)

@@ -1,0 +1,46 @@
+"""Captions: the text file beside a picture, or, where there is none, words from the picture's name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+COMMON_ENDING = "video game character, high quality"
+# File names run words together that captions keep apart.
+SPELLINGS = {"megaman": "mega man", "protoman": "proto man", "rockman": "rock man", "robotmaster": "robot master"}
+
+
+def read_caption(picture: Path) -> str | None:
+    """The caption in the .txt of the same stem, on one line; None where there is none or nothing stands in it."""
+    for suffix in (".txt", ".TXT"):
+        path = picture.with_suffix(suffix)
+        if path.is_file():
+            return " ".join(_decode(path.read_bytes()).split()) or None
+    return None
+
+
+def _decode(content: bytes) -> str:
+    """UTF-8 with or without its mark, UTF-16 with one; anything else is read as Windows' Western encoding."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16", errors="replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
+
+
+def caption_from_name(picture: Path) -> str:
+    """Make a caption of the file's name: megaman_x_02.jpg gives "mega man x, video game character, high quality".
+
+    Numbers and separators are dropped; a name with no words in it, such as 0001.png, leaves the ending alone.
+    """
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", picture.stem)
+    words = re.sub(r"[\W\d_]+", " ", words).lower().split()
+    name = " ".join(SPELLINGS.get(word, word) for word in words)
+    return f"{name}, {COMMON_ENDING}" if name else COMMON_ENDING
+
+
+def caption_for(picture: Path) -> tuple[str, bool]:
+    """The caption to train with, and whether it was found (True) or made from the name (False)."""
+    found = read_caption(picture)
+    return (found, True) if found else (caption_from_name(picture), False)

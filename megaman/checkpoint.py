@@ -1,0 +1,124 @@
+"""checkpoint-N/: all that a resumed run needs, tensors as safetensors and the rest as JSON. It is a LoRA folder too.
+
+Noise, timesteps, order and crops of a step are drawn from the run's seed and the step's number, so that no random
+state has to be kept.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from megaman import lora, lora_files
+from megaman.errors import UserError
+from megaman.files import read_json, replacing_folder, write_json
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+STATE, OPTIMIZER = "training_state.json", "optimizer.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: optimizer steps done, its seed, TensorBoard folder, seconds spent, and the settings that a
+    resumed run has to share."""
+
+    step: int
+    seed: int
+    log_dir: str
+    elapsed: float
+    settings: dict[str, Any]
+
+
+def save(
+    output_dir: Path,
+    unet: UNet2DConditionModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    progress: Progress,
+    base_name: str,
+    limit: int | None,
+) -> Path:
+    """Write output_dir/checkpoint-<step> in one step and then delete the oldest ones over the limit."""
+    folder = output_dir / f"checkpoint-{progress.step}"
+    with replacing_folder(folder) as aside:
+        lora_files.write_peft(aside, unet, base_name)
+        save_file(_optimizer_tensors(unet, optimizer), aside / OPTIMIZER)
+        content = {**asdict(progress), "scaler": scaler.state_dict() if scaler else None}
+        write_json(aside / STATE, content)
+    if limit:
+        for old in find_all(output_dir)[:-limit]:
+            shutil.rmtree(old)
+    return folder
+
+
+def _optimizer_tensors(unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's averages and step counts under the parameters' names."""
+    return {
+        f"{name}:{key}": value.detach().cpu().contiguous()
+        for name, parameter in lora.parameters(unet).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def find_all(output_dir: Path) -> list[Path]:
+    """The finished checkpoints in a folder, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if (path / STATE).is_file()), key=lambda path: int(path.name.split("-")[1]))
+
+
+def find(wanted: str, output_dir: Path) -> Path | None:
+    """The folder that --resume_from_checkpoint means; None under "latest" where there is none yet.
+
+    Raises UserError where a named folder is no checkpoint.
+    """
+    if wanted == "latest":
+        return next(reversed(find_all(output_dir)), None)
+    for folder in (Path(wanted), output_dir / wanted):
+        if (folder / STATE).is_file():
+            return folder
+    known = ", ".join(path.name for path in find_all(output_dir)) or "none"
+    raise UserError(f"--resume_from_checkpoint {wanted} is no checkpoint", f"In {output_dir} there is: {known}")
+
+
+def read_progress(folder: Path) -> Progress:
+    content = read_json(folder / STATE)
+    return Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
+
+
+def restore(
+    folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> None:
+    """Put the checkpoint's adapter, optimizer state and loss scale into those of this run."""
+    try:
+        adapter, moments = load_file(folder / lora_files.PEFT_WEIGHTS), load_file(folder / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} is damaged ({error})", "Resume from an earlier checkpoint") from None
+    lora_files.restore(unet, adapter)
+    for name, parameter in lora.parameters(unet).items():
+        keys = [key for key in moments if key.startswith(f"{name}:")]
+        # AdamW keeps its step count on the CPU and its averages beside the parameter.
+        optimizer.state[parameter] = {
+            key.split(":")[1]: moments[key] if key.endswith(":step") else moments[key].to(parameter.device)
+            for key in keys
+        }
+    saved_scaler = read_json(folder / STATE).get("scaler")
+    if scaler and saved_scaler:
+        scaler.load_state_dict(saved_scaler)
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Settings in which a checkpoint and this run disagree, as words."""
+    return [
+        f"{key} was {saved[key]} and is now {wanted[key]}"
+        for key in wanted
+        if key in saved and saved[key] != wanted[key]
+    ]

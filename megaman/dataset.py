@@ -1,0 +1,97 @@
+"""MegaManDataset: a folder of pictures and captions as training items."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaman.captions import caption_for
+from megaman.errors import UserError
+from megaman.images import BadImageError, Box, crop_boxes, find_images, fit, image_size, open_image
+
+if TYPE_CHECKING:  # torch is imported where an item is read: counting a folder must not wait for it
+    import torch
+    from PIL import Image
+    from transformers import CLIPTokenizer
+
+
+class MegaManDataset:
+    """A map-style dataset of the pictures in data_dir and its subfolders, in natural order.
+
+    Args:
+        data_dir: the folder.
+        tokenizer: a CLIPTokenizer, or None for captions as text.
+        size: side of the square items in pixels.
+        center_crop: cut out the middle square; otherwise a random one at every reading.
+
+    An item is a dict with "pixel_values", float32 [3, size, size] in -1 ... 1, and "input_ids", int64
+    [tokenizer.model_max_length] (or "caption", a str, without a tokenizer). Reading a damaged picture raises
+    BadImageError.
+    """
+
+    def __init__(
+        self, data_dir: str | Path, tokenizer: CLIPTokenizer | None, size: int = 512, center_crop: bool = True
+    ):
+        self.data_dir = Path(data_dir)
+        if not self.data_dir.is_dir():
+            raise UserError(f"{data_dir} is not a folder", "Name the folder with your pictures in --data_dir")
+        self.tokenizer = tokenizer
+        self.size = size
+        self.center_crop = center_crop
+        self.pictures = find_images(self.data_dir)
+        pairs = [caption_for(picture) for picture in self.pictures]
+        self.captions = [caption for caption, _ in pairs]
+        self.captions_found = sum(found for _, found in pairs)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = open_image(self.pictures[index])
+        rng = None if self.center_crop else random.Random()
+        box = crop_boxes(*image.size, count=1, rng=rng)[0]
+        item: dict[str, Any] = {"pixel_values": pixel_values(fit(image, box, self.size))}
+        if self.tokenizer is None:
+            item["caption"] = self.captions[index]
+        else:
+            item["input_ids"] = self.tokenizer(
+                self.captions[index], padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids[0]
+        return item
+
+    def check(self) -> dict[Path, str]:
+        """Drop the pictures whose header cannot be read or is too small; returns each with the reason."""
+        problems = {}
+        for picture in self.pictures:
+            try:
+                image_size(picture)
+            except BadImageError as error:
+                problems[picture] = str(error)
+        self.drop(problems)
+        return problems
+
+    def drop(self, pictures: dict[Path, str]) -> None:
+        """Leave these pictures out."""
+        kept = [(p, c) for p, c in zip(self.pictures, self.captions, strict=True) if p not in pictures]
+        self.captions_found -= sum(caption_for(picture)[1] for picture in pictures)
+        self.pictures, self.captions = [p for p, _ in kept], [c for _, c in kept]
+
+    def variants(self, index: int, crops: int, flip: bool, seed: int) -> list[torch.Tensor]:
+        """Every form in which a picture is trained on: its crops (one in the middle, or drawn from the seed), and with
+        flip the mirror image of each; a list of float32 [3, size, size]."""
+        image = open_image(self.pictures[index])
+        name = self.pictures[index].relative_to(self.data_dir).as_posix()
+        rng = None if self.center_crop else random.Random(f"{seed} {name}")
+        boxes: list[Box] = crop_boxes(*image.size, count=crops, rng=rng)
+        upright = [pixel_values(fit(image, box, self.size)) for box in boxes]
+        return upright + ([picture.flip(-1) for picture in upright] if flip else [])
+
+
+def pixel_values(image: Image.Image) -> torch.Tensor:
+    """An RGB image as float32 [3, H, W] in -1 ... 1."""
+    import numpy as np
+    import torch
+
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1

@@ -1,0 +1,42 @@
+"""What a person can put right: one line and an exit code, in one place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+RUN_FAILED = 1
+WRONG_USAGE = 2
+
+
+class UserError(Exception):
+    """A mistake or a lack that the user can mend: what is wrong, naming the file or flag, and what to do about it."""
+
+    def __init__(self, message: str, remedy: str = "", exit_code: int = RUN_FAILED):
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.message}. {self.remedy}".split()).strip()
+
+
+def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Run a script's main and turn what a user can cause into one line on stderr; returns the exit code."""
+    try:
+        return main(argv)
+    except UserError as error:
+        line, code = str(error), error.exit_code
+    except KeyboardInterrupt:
+        line, code = "stopped by Ctrl-C; what was saved before stays as it is", 130
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        line, code = (
+            f"{error.strerror or error}{place}. Free some space or choose a folder that can be written",
+            RUN_FAILED,
+        )
+    print(f"error: {line}", file=sys.stderr)
+    return code

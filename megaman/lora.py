@@ -1,0 +1,58 @@
+"""The LoRA itself: W = W0 + (alpha / rank) * B A on the UNet's layers (Hu et al. 2021, arXiv 2106.09685), by PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig
+
+from megaman.errors import WRONG_USAGE, UserError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+ADAPTER = "default"
+
+
+def inject(
+    unet: UNet2DConditionModel, rank: int, alpha: float, target_modules: Sequence[str]
+) -> list[torch.nn.Parameter]:
+    """Put a LoRA on every UNet layer whose name ends in one of target_modules; returns its parameters, in float32.
+
+    A starts random and B at zero, so that the model is unchanged until the first step. Raises UserError for a name
+    that fits no layer, and for a layer that cannot carry a LoRA.
+    """
+    names = [name for name, _ in unet.named_modules()]
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(
+                f"--target_modules {target}: the UNet has no such layer", "Try to_q or ff.net.2", WRONG_USAGE
+            )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        target_modules=list(target_modules),
+        init_lora_weights=True,
+    )
+    try:
+        unet.add_adapter(config, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise UserError(
+            f"--target_modules: {str(error).split('. ')[0]}", "Name linear or convolution layers", WRONG_USAGE
+        ) from None
+    trainable = list(parameters(unet).values())
+    for parameter in trainable:  # half-precision adapters learn slowly and end in NaN
+        parameter.data = parameter.data.float()
+    return trainable
+
+
+def parameters(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters by name, in the model's order."""
+    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+
+
+def describe(unet: UNet2DConditionModel) -> LoraConfig:
+    """The configuration of the LoRA in the UNet."""
+    return unet.peft_config[ADAPTER]

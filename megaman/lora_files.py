@@ -1,0 +1,167 @@
+"""LoRA files in the three layouts that programs read, out of one trained UNet, and PEFT's back in.
+
+The keys of module M = down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q:
+
+    PEFT        adapter_model.safetensors          base_model.model.M.lora_A.weight
+    diffusers   pytorch_lora_weights.safetensors   unet.M.lora_A.weight
+    kohya       megaman_lora.safetensors           lora_unet_M_with_underscores.lora_down.weight
+
+Alpha travels in adapter_config.json, in the header's lora_adapter_metadata, and as an .alpha tensor a module.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from megaman.errors import UserError
+from megaman.files import read_json, replacing_folder, write_json
+from megaman.lora import ADAPTER, describe
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA_WEIGHTS = "megaman_lora.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+def adapter_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """The LoRA's tensors on the CPU under PEFT's bare names: M.lora_A.weight, M.lora_B.weight."""
+    state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def write_peft(folder: Path, unet: UNet2DConditionModel, base_name: str) -> None:
+    """Write PEFT's two files into an existing folder."""
+    state = {PEFT_PREFIX + name: tensor for name, tensor in adapter_state(unet).items()}
+    save_file(state, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / PEFT_CONFIG, {**config_dict(unet), "base_model_name_or_path": base_name})
+
+
+def save_lora(folder: Path, unet: UNet2DConditionModel, base_name: str, notes: dict[str, str]) -> None:
+    """Write lora_weights/: all three layouts, the folder replaced in one step.
+
+    notes are strings for the kohya file's header, such as ss_steps.
+    """
+    state = adapter_state(unet)
+    with replacing_folder(folder) as aside:
+        write_peft(aside, unet, base_name)
+        metadata = {f"unet.{key}": value for key, value in config_dict(unet).items()}
+        save_file(
+            {f"unet.{name}": tensor for name, tensor in state.items()},
+            aside / DIFFUSERS_WEIGHTS,
+            metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
+        )
+        header = {**kohya_header(unet, base_name), **notes}
+        save_file(kohya_state(state, describe(unet)), aside / KOHYA_WEIGHTS, metadata=header)
+
+
+def config_dict(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """PEFT's configuration as JSON holds it: sets become sorted lists."""
+    content = describe(unet).to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
+
+
+def kohya_state(state: dict[str, torch.Tensor], config: LoraConfig) -> dict[str, torch.Tensor]:
+    """kohya's names for PEFT's tensors, with an .alpha for each module so that alpha / rank is the trained scale."""
+    renamed = {}
+    for name, tensor in state.items():
+        module, side = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()
+        stem = "lora_unet_" + module.replace(".", "_")
+        renamed[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
+        renamed[f"{stem}.alpha"] = torch.tensor(float(config.lora_alpha))
+    return renamed
+
+
+def kohya_header(unet: UNet2DConditionModel, base_name: str) -> dict[str, str]:
+    """What A1111 needs to list the file as a LoRA for Stable Diffusion 1.x."""
+    config = describe(unet)
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.r),
+        "ss_network_alpha": str(config.lora_alpha),
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+        "ss_sd_model_name": base_name,
+        "ss_output_name": Path(KOHYA_WEIGHTS).stem,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+    }
+
+
+def base_of(folder: Path) -> str | None:
+    """The base that the LoRA in the folder was trained on, where it says so; raises UserError where no LoRA is there."""
+    return _config(folder).get("base_model_name_or_path")
+
+
+def load_lora(folder: Path, unet: UNet2DConditionModel) -> LoraConfig:
+    """Put the LoRA of a PEFT folder (lora_weights/ or a checkpoint) into a UNet; returns its configuration.
+
+    Raises UserError where the folder holds none, or one that was made for another UNet.
+    """
+    content = _config(folder)
+    try:
+        state = load_file(folder / PEFT_WEIGHTS)
+    except FileNotFoundError:
+        raise UserError(f"{folder / PEFT_WEIGHTS} is missing", "Name a complete LoRA folder") from None
+    except SafetensorError as error:
+        raise UserError(f"{folder / PEFT_WEIGHTS} is damaged ({error})", "Take a checkpoint, or train again") from None
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
+    _check_shapes(folder, state, unet)
+    config = LoraConfig(**{key: value for key, value in content.items() if key in _CONFIG_KEYS})
+    unet.add_adapter(config, adapter_name=ADAPTER)
+    restore(unet, state)
+    return config
+
+
+_CONFIG_KEYS = {"r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
+
+
+def restore(unet: UNet2DConditionModel, state: dict[str, torch.Tensor]) -> None:
+    """Set the tensors of the LoRA already in the UNet; PEFT's names, bare or with their prefix."""
+    bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
+    outcome = set_peft_model_state_dict(unet, bare, adapter_name=ADAPTER)
+    unknown = list(getattr(outcome, "unexpected_keys", []))
+    absent = [key for key in getattr(outcome, "missing_keys", []) if "lora_" in key]
+    if unknown or absent:
+        raise UserError(
+            f"The LoRA does not fit this base ({(unknown + absent)[0]})", "Name its own base in --base_model"
+        )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no LoRA at {folder}", "Train one with megaman_lora.py, or name another in --lora_path"
+        )
+    if not (folder / PEFT_CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds no {PEFT_CONFIG}, so it is no LoRA folder", "Name a lora_weights folder in --lora_path"
+        )
+    return read_json(folder / PEFT_CONFIG)
+
+
+def _check_shapes(folder: Path, state: dict[str, torch.Tensor], unet: UNet2DConditionModel) -> None:
+    """Compare each pair A, B with the layer it is for, before anything is changed."""
+    layers = dict(unet.named_modules())
+    for name, tensor in state.items():
+        module, _, side = name.partition(".lora_")
+        weight = getattr(layers.get(module), "weight", None)
+        fits = weight is not None and (
+            tensor.shape[1:] == weight.shape[1:] if side.startswith("A") else tensor.shape[0] == weight.shape[0]
+        )
+        if not fits:
+            raise UserError(
+                f"The LoRA in {folder} was made for another base ({module} differs)",
+                "Name its own base in --base_model",
+            )

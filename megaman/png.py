@@ -1,0 +1,34 @@
+"""Pictures that carry their own settings: A1111's parameters text in a PNG chunk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from megaman.files import replacing
+
+
+def parameters_text(prompt: str, negative_prompt: str, values: dict[str, Any]) -> str:
+    """A1111's text: the prompt, the negative prompt, then one line of "Name: value" pairs.
+
+    A value with a comma, a colon, a quote or a line break in it becomes a JSON string, as A1111 writes and reads it.
+    """
+    pairs = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items())
+    negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
+    return f"{prompt}\n{negative}{pairs}"
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value
+
+
+def save_png(path: Path, image: Image.Image, parameters: str) -> None:
+    """Write the image with its parameters text, whole or not at all."""
+    info = PngInfo()
+    info.add_itxt("parameters", parameters)
+    with replacing(path) as aside:
+        image.save(aside, format="PNG", pnginfo=info)
