@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
     options = training_options(argv)
 
     # Pictures: found and looked at before anything heavy is imported.
-    dataset = find_pictures(options.data_dir, given="data_dir" in options.given or options.demo, size=options.resolution,
-                            center_crop=options.center_crop)  # fmt: skip
+    given = options.demo or "data_dir" in options.given
+    dataset = find_pictures(options.data_dir, given, options.resolution, options.center_crop)
     if dataset is None:
         return 0
     output_dir = Path(options.output_dir)

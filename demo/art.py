@@ -64,6 +64,7 @@ import { Resvg } from '@resvg/resvg-js';
 import { readFileSync, writeFileSync, mkdirSync } from 'node:fs';
 
 const COLOURS = JSON.parse(process.argv[2]);
+const SKIPPED = /light|dark|medium|flag|family|man|woman|person|people|o-clock|squared|input|button|keycap/;
 const names = Object.keys(COLOURS);
 const hex = (name) => COLOURS[name].map((v) => v.toString(16).padStart(2, '0')).join('');
 const save = (kind, index, svg) => {
@@ -79,13 +80,14 @@ for (let i = 0; i < 3000; i++) {
 }
 for (let i = 0; i < 1000; i++) {
   const name = names[i % names.length];
-  save('thumb', i, createAvatar(thumbs, { seed: `t${i}`, shapeColor: [hex(name)], backgroundColor: ['transparent'] }).toString());
+  const options = { seed: `t${i}`, shapeColor: [hex(name)], backgroundColor: ['transparent'] };
+  save('thumb', i, createAvatar(thumbs, options).toString());
   captions[`thumb_${String(i).padStart(5, '0')}`] = `${name === 'orange' ? 'an' : 'a'} ${name} thumb with a face`;
 }
 const set = JSON.parse(readFileSync('node_modules/@iconify-json/fluent-emoji-flat/icons.json'));
 let index = 0;
 for (const [name, icon] of Object.entries(set.icons)) {
-  if (/(light|dark|medium|flag|family|man|woman|person|people|o-clock|squared|input|button|keycap)/.test(name)) continue;
+  if (SKIPPED.test(name)) continue;
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="-2 -2 36 36">${icon.body}</svg>`;
   save('emoji', index, svg);
   captions[`emoji_${String(index).padStart(5, '0')}`] = `${name.replaceAll('-', ' ')} icon`;

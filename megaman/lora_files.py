@@ -100,7 +100,7 @@ def kohya_header(unet: UNet2DConditionModel, base_name: str) -> dict[str, str]:
 
 
 def base_of(folder: Path) -> str | None:
-    """The base that the LoRA in the folder was trained on, where it says so; raises UserError where no LoRA is there."""
+    """The base that the folder's LoRA was trained on, where it says so; raises UserError where no LoRA is there."""
     return _config(folder).get("base_model_name_or_path")
 
 
