@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     if name != options.pretrained_model_name:
         say(f"  {options.pretrained_model_name} has left the hub; the same weights are at {name}")
     base = load_base(name, placement.dtype)
-    torch.manual_seed(schedule.step_seed(seed, 0, 0))  # every process begins with the same LoRA
+    torch.manual_seed(seed)  # for the LoRA's random half
     trainable = lora.inject(base.unet, options.lora_rank, options.lora_alpha, options.target_modules)
     if options.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -118,9 +118,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"No picture in {options.data_dir} can be read", "Put other pictures there")
 
     # Steps, rate, optimizer.
-    batches_a_step = options.gradient_accumulation_steps * world
-    total = schedule.total_steps(len(moments), options.train_batch_size, batches_a_step,
-                                 options.num_train_epochs, options.max_train_steps)  # fmt: skip
+    effective = options.train_batch_size * options.gradient_accumulation_steps * world
+    total = schedule.total_steps(len(moments), effective, options.num_train_epochs, options.max_train_steps)
     warmup = warmup_steps(options, total, say)
     rate = schedule.rate_at(options.lr_scheduler, options.learning_rate, warmup, total)
     optimizer = torch.optim.AdamW(
@@ -135,7 +134,6 @@ def main(argv: list[str]) -> int:
         checkpoints.restore(checkpoint, accelerator.unwrap_model(unet), optimizer.optimizer, accelerator.scaler)
 
     # Say what will happen before it happens.
-    effective = options.train_batch_size * batches_a_step
     made = len(dataset) - dataset.captions_found
     say(f"pictures   {len(dataset)} in {options.data_dir}, {sum(map(len, moments))} crops; "
         f"captions: {dataset.captions_found} found, {made} made from file names")  # fmt: skip
@@ -198,14 +196,19 @@ def main(argv: list[str]) -> int:
             checkpoints.save(output_dir, accelerator.unwrap_model(unet), optimizer.optimizer, accelerator.scaler,
                              progress, name, options.checkpoints_total_limit)  # fmt: skip
 
-    def micro_batch(number: int, generator: torch.Generator) -> torch.Tensor:
-        """The loss of batch number ..., with everything random drawn from the generator on the CPU."""
-        indices = schedule.batch_at(number, len(moments), options.train_batch_size, seed)
-        picks = [int(torch.randint(len(moments[i]), (1,), generator=generator)) for i in indices]
-        variants = torch.stack([moments[i][pick] for i, pick in zip(indices, picks, strict=True)])
-        latents = diffusion.draw_latents(variants, base.vae.config.scaling_factor, generator)
+    def draw(index: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents, noise and timestep of one picture, from one of its crops."""
+        pick = int(torch.randint(len(moments[index]), (1,), generator=generator))
+        latents = diffusion.draw_latents(moments[index][pick][None], base.vae.config.scaling_factor, generator)
         noise = diffusion.draw_noise(latents.shape, options.noise_offset, generator)
-        timesteps = diffusion.draw_timesteps(len(indices), base.scheduler.config.num_train_timesteps, generator)
+        return latents, noise, diffusion.draw_timesteps(1, base.scheduler.config.num_train_timesteps, generator)
+
+    def micro_batch(number: int) -> torch.Tensor:
+        """The loss of micro-batch number ... of the run; what is random in it is drawn on the CPU, a picture each."""
+        rows = range(number * options.train_batch_size, (number + 1) * options.train_batch_size)
+        indices = [schedule.picture_at(row, len(moments), seed) for row in rows]
+        drawn = [draw(index, schedule.random_for(seed, row)) for index, row in zip(indices, rows, strict=True)]
+        latents, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         weights = None
         if options.snr_gamma:
             ratio = diffusion.snr(base.scheduler.alphas_cumprod, timesteps)
@@ -225,14 +228,12 @@ def main(argv: list[str]) -> int:
     losses: list[torch.Tensor] = []
     bar = tqdm(total=total, initial=start, desc="training", unit="step", disable=not accelerator.is_main_process)
     for step in range(start + 1, total + 1):
-        generator = torch.Generator().manual_seed(schedule.step_seed(seed, step, process))
         for group in optimizer.param_groups:
             group["lr"] = rate(step - 1)
         step_loss = torch.zeros((), device=device)
         for micro in range(options.gradient_accumulation_steps):
             with accelerator.accumulate(unet):
-                number = ((step - 1) * options.gradient_accumulation_steps + micro) * world + process
-                loss = micro_batch(number, generator)
+                loss = micro_batch(((step - 1) * options.gradient_accumulation_steps + micro) * world + process)
                 accelerator.backward(loss)
                 step_loss += loss.detach() / options.gradient_accumulation_steps
                 if accelerator.sync_gradients:

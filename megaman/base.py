@@ -181,8 +181,7 @@ def _variant(name: str, folder: Path, stem: str) -> str | None:
 
 
 def _load(kind, folder: Path, part: str, variants: dict[str, str | None], dtype: torch.dtype):
-    named = {"dtype": dtype} if kind is CLIPTextModel else {"torch_dtype": dtype}
-    return kind.from_pretrained(folder / part, variant=variants[part], use_safetensors=True, **named)
+    return kind.from_pretrained(folder / part, variant=variants[part], use_safetensors=True, dtype=dtype)
 
 
 def _check_kind(base: Base) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 COMMON_ENDING = "video game character, high quality"
@@ -34,7 +35,8 @@ def caption_from_name(picture: Path) -> str:
 
     Numbers and separators are dropped; a name with no words in it, such as 0001.png, leaves the ending alone.
     """
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", picture.stem)
+    stem = unicodedata.normalize("NFC", picture.stem)  # macOS takes accents off their letters
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem)
     words = re.sub(r"[\W\d_]+", " ", words).lower().split()
     name = " ".join(SPELLINGS.get(word, word) for word in words)
     return f"{name}, {COMMON_ENDING}" if name else COMMON_ENDING

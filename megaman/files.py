@@ -35,6 +35,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}{ASIDE}")
     former = folder.with_name(f"{folder.name}.{os.getpid()}.former{ASIDE}")
+    for left in (aside, former):  # by a run that was killed; in a container the next one has the same process id
+        shutil.rmtree(left, ignore_errors=True)
     aside.mkdir()
     try:
         yield aside
@@ -43,7 +45,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         if folder.exists():  # a folder cannot be renamed onto a full one
             os.replace(folder, former)
-        os.replace(aside, folder)
+        try:
+            os.replace(aside, folder)
+        except OSError:
+            if former.exists():
+                os.replace(former, folder)
+            raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)

@@ -38,7 +38,7 @@ FIELD_TYPES = {"file": str, "prompt": str, "negative_prompt": str, "seed": int, 
 
 
 def read_images(folder: Path) -> list[GalleryImage]:
-    """The images that the folder's images.json names, none where there is no such file; UserError where it is broken."""
+    """The images that folder/images.json names, none where it is missing; UserError where it is broken."""
     path = folder / IMAGES
     if not path.exists():
         return []
@@ -63,7 +63,8 @@ def _image(path: Path, number: int, record: Any) -> GalleryImage:
 
 
 def _broken(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is not a gallery's list of images: {reason}", "Remove it or choose another --output_dir")
+    message = f"{path} is not a gallery's list of images: {reason}"
+    return UserError(message, "Remove it or choose another --output_dir")
 
 
 def write_gallery(folder: Path, images: list[GalleryImage], title: str) -> Path:
@@ -74,10 +75,10 @@ def write_gallery(folder: Path, images: list[GalleryImage], title: str) -> Path:
 
 
 def _page(images: list[GalleryImage], title: str) -> str:
-    # A name is always a path below the page: "./" keeps "//host/x" and "data:x" from meaning anything else.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True)  # fmt: skip
+    # A file name is always a path below the page: "./" keeps "//host/x" from meaning anything else.
     environment.filters["href"] = lambda file: "./" + quote(file)
     source = (TEMPLATES / "gallery.html").read_text(encoding="utf-8")
     by_prompt: dict[str, list[GalleryImage]] = {}
@@ -85,12 +86,13 @@ def _page(images: list[GalleryImage], title: str) -> str:
         by_prompt.setdefault(image.prompt, []).append(image)
     return environment.get_template("gallery.html").render(
         title=title, images=images, by_prompt=by_prompt, common=_common(images), all_settings=_all_settings,
-        compared=any(image.base_file for image in images), policy=content_security_policy(source))  # fmt: skip
+        compared=any(image.base_file for image in images), tiny=all(image.width < 256 for image in images),
+        policy=content_security_policy(source))  # fmt: skip
 
 
 def _all_settings(image: GalleryImage) -> dict[str, str | int | float]:
     """What a person reads under an image, the seed left out: it stands beside it."""
-    settings = {"size": f"{image.width} × {image.height}", **image.settings}
+    settings = {"size": f"{image.width}x{image.height}", **image.settings}
     if image.negative_prompt:
         settings["negative prompt"] = image.negative_prompt
     return settings
@@ -104,10 +106,10 @@ def _common(images: list[GalleryImage]) -> dict[str, str | int | float]:
 
 
 def content_security_policy(source: str) -> str:
-    """The policy of a template: its own style and script by the hash of their text, pictures from the disk, no more.
+    """The policy of a template: its own style and script by the hash of their text, pictures from the disk.
 
-    The hash is taken from the template and not from the finished page, so that markup which got in through a prompt
-    could never be allowed by its own hash. The blocks therefore hold no jinja.
+    The hash is taken from the template and not from the finished page, so that markup which got in through a
+    prompt could never be allowed by its own hash. The blocks therefore hold no jinja.
     """
     style, script = (_hash(source, tag) for tag in ("style", "script"))
     return (f"default-src 'none'; img-src 'self' file: data:; style-src '{style}'; script-src '{script}'; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import struct
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SMALLEST_SIDE = 16  # anything below holds nothing to learn
+# What Pillow raises over damaged pictures and over odd metadata in good ones.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
@@ -21,19 +24,12 @@ class BadImageError(Exception):
 
 def find_images(folder: Path) -> list[Path]:
     """Every picture in the folder and its subfolders, in natural order (2 before 10), hidden ones left out."""
-    found = [
-        Path(parent, name)
-        for parent, folders, names in os.walk(folder)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".") and _visible(folders)
-    ]
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # not into .git or .thumbnails
+        visible = [name for name in names if not name.startswith(".")]
+        found += [Path(parent, name) for name in visible if Path(name).suffix.lower() in SUFFIXES]
     return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
-
-
-def _visible(folders: list[str]) -> bool:
-    """Keep os.walk out of hidden folders such as .git or .thumbnails."""
-    folders[:] = [folder for folder in folders if not folder.startswith(".")]
-    return True
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
@@ -49,11 +45,19 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     with _opened(path) as image:
         width, height = image.size
-        if image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 lie on their side
+        if _lies_on_its_side(image):
             width, height = height, width
     if min(width, height) < SMALLEST_SIDE:
         raise BadImageError(f"only {width}x{height} pixels")
     return width, height
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    """Whether EXIF gives an orientation from 5 to 8, as far as the header tells: asked for more, Pillow decodes a PNG."""
+    try:
+        return "exif" in image.info and image.getexif().get(0x0112) in (5, 6, 7, 8)
+    except DAMAGE:
+        return False
 
 
 def open_image(path: Path) -> Image.Image:
@@ -64,7 +68,7 @@ def open_image(path: Path) -> Image.Image:
     with _opened(path) as image:
         try:
             return _flatten(ImageOps.exif_transpose(image))
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except DAMAGE as error:
             raise BadImageError(f"damaged ({error})") from None
 
 

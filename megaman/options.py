@@ -17,6 +17,7 @@ DEFAULT_PROMPT = "mega man, blue robot, helmet, game character, high quality"
 DEFAULT_NEGATIVE_PROMPT = "blurry, low quality, distorted, deformed, ugly, bad anatomy"
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 
@@ -69,20 +70,22 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             message = "; ".join(self._explain(word) for word in unknown.split() if word.startswith("-")) or message
-        print(f"error: {message}. See {self.prog} --help", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}. See {self.prog} --help", file=sys.stderr)
         raise SystemExit(WRONG_USAGE)
 
     def _explain(self, word: str) -> str:
         flag = word.split("=")[0]
-        near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)
-        return f"{flag} is not a flag" + (f", did you mean {near[0]}" if near else "")
+        name, names = flag.strip("-"), [known[2:] for known in self._option_string_actions if known.startswith("--")]
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+        near += [known for known in names if len(name) > 2 and known.startswith(name)]
+        return f"{flag} is not a flag" + (f", did you mean --{near[0]}" if near else "")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds defaults, but not where there is none to tell."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):
+        if action.default is None or action.default is False:  # 0 is worth telling
             return action.help
         return super()._get_help_string(action)
 
@@ -98,7 +101,7 @@ def number(
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        if not (low < value if exclusive else low <= value) or not value <= high or math.isinf(value):
+        if not (low < value if exclusive else low <= value) or not value <= high or value == math.inf:
             limits = f"{'above' if exclusive else 'at least'} {low:g}" + (
                 f", at most {high:g}" if high < math.inf else ""
             )
@@ -200,6 +203,8 @@ def training_options(argv: Sequence[str]) -> argparse.Namespace:
     options.given = given_flags(parser, argv)
     if options.resume_from_checkpoint and options.overwrite_output:
         parser.error("--resume_from_checkpoint and --overwrite_output contradict each other: leave one out")
+    if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
+        parser.error(f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: give a higher --learning_rate")
     return options
 
 
@@ -228,4 +233,7 @@ def _peek(argv: Sequence[str]) -> argparse.Namespace:
     peeker = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peeker.add_argument("--demo", action="store_true")
     peeker.add_argument("--preset", nargs="?")
-    return peeker.parse_known_args(argv)[0]
+    try:
+        return peeker.parse_known_args(argv)[0]
+    except argparse.ArgumentError:
+        return argparse.Namespace(demo=False, preset=None)

@@ -1,4 +1,4 @@
-"""Which pictures, which random numbers and which learning rate belong to which step: pure functions of seed and step.
+"""Which picture, which random numbers and which learning rate come when: pure functions of the seed and the place.
 
 A resumed run asks for its step and gets what the undisturbed one would have got; no random state has to be kept.
 """
@@ -9,33 +9,38 @@ import hashlib
 import math
 import random
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from diffusers.optimization import get_scheduler
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The pictures 0 ... count - 1 in this epoch's order, in batches; the last may be smaller, none is left out."""
+@lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The pictures 0 ... count - 1, each once, in this epoch's order."""
     order = list(range(count))
     random.Random(f"order {seed} {epoch}").shuffle(order)
-    return [order[start : start + batch_size] for start in range(0, count, batch_size)]
+    return tuple(order)
 
 
-def batch_at(number: int, count: int, batch_size: int, seed: int) -> list[int]:
-    """Batch number ... of an endless run of epochs: indices of pictures."""
-    epoch, place = divmod(number, math.ceil(count / batch_size))
-    return epoch_batches(count, batch_size, seed, epoch)[place]
+def picture_at(number: int, count: int, seed: int) -> int:
+    """Which picture is seen as number ... of an endless row of epochs; a step may reach into the next epoch."""
+    epoch, place = divmod(number, count)
+    return epoch_order(count, seed, epoch)[place]
 
 
-def total_steps(count: int, batch_size: int, batches_a_step: int, epochs: int, max_train_steps: int | None) -> int:
+def total_steps(count: int, effective_batch: int, epochs: int, max_train_steps: int | None) -> int:
     """Optimizer steps of a run: max_train_steps where it is given, else what the epochs come to."""
-    return max_train_steps or math.ceil(epochs * math.ceil(count / batch_size) / batches_a_step)
+    return max_train_steps or math.ceil(epochs * count / effective_batch)
 
 
-def step_seed(seed: int, step: int, process: int) -> int:
-    """The seed of everything random in one step of one process."""
-    digest = hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
+def random_for(seed: int, number: int) -> torch.Generator:
+    """What is random about picture number ... of the row: its crop, noise and timestep.
+
+    It hangs on the number alone, so neither the split into micro-batches nor the device changes it.
+    """
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
 def rate_at(name: str, peak: float, warmup: int, total: int) -> Callable[[int], float]:

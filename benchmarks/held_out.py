@@ -1,0 +1,79 @@
+"""What a LoRA gained on pictures it never saw, and what one trained on shuffled captions gained: learned or not?
+
+    python benchmarks/held_out.py --lora_path megaman_demo_output/lora_weights
+    python benchmarks/held_out.py --make_shuffled shuffled_images      the demo's pictures with captions shuffled
+
+Prints a table for people and a last JSON line for programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megaman.errors import UserError, run_script
+
+SEEDS = (0, 1, 2)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lora_path", type=Path, nargs="+", default=[])
+    parser.add_argument("--held_out", type=Path, default=ROOT / "demo" / "held_out")
+    parser.add_argument("--make_shuffled", type=Path, metavar="FOLDER", help="write the control's pictures here")
+    options = parser.parse_args(argv)
+    if options.make_shuffled:
+        shuffle_captions(ROOT / "demo" / "images", options.make_shuffled)
+    rows = [measure(path, options.held_out) for path in options.lora_path]
+    for row in rows:
+        print(f"{row['lora']}")
+        for seed, before, after, share in zip(SEEDS, row["without"], row["with"], row["gain"], strict=True):
+            print(f"  seed {seed}: loss {before:.4f} without, {after:.4f} with the LoRA: {share:.1%} lower")
+    if rows:
+        print(json.dumps(rows))
+    return 0
+
+
+def shuffle_captions(source: Path, target: Path) -> None:
+    """A copy of the pictures in which no caption stands beside its own picture."""
+    if target.exists():
+        raise UserError(f"--make_shuffled {target} exists already", "Name a new folder")
+    pictures = sorted(source.glob("*.png"))
+    order = list(range(len(pictures)))
+    random.Random(0).shuffle(order)
+    target.mkdir(parents=True)
+    for place, index in enumerate(order):
+        other = pictures[order[(place + 1) % len(order)]]
+        shutil.copy(pictures[index], target)
+        shutil.copy(other.with_suffix(".txt"), target / f"{pictures[index].stem}.txt")
+
+
+def measure(lora_path: Path, held_out: Path) -> dict:
+    import torch
+
+    from megaman import cache, lora_files
+    from megaman.base import load_base
+    from megaman.dataset import MegaManDataset
+    from megaman.evaluate import gain, held_out_loss
+
+    base = load_base(lora_files.base_of(lora_path), torch.float32)
+    dataset = MegaManDataset(held_out, None, base.native_size)
+    moments, _ = cache.encode_pictures(base.vae, dataset, crops=1, flip=False, seed=0)
+    means = torch.cat(moments).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
+    states = cache.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)
+    texts = torch.stack([states[caption] for caption in dataset.captions])
+    without = [held_out_loss(base.unet, base.scheduler, means, texts, seed) for seed in SEEDS]
+    lora_files.load_lora(lora_path, base.unet)
+    after = [held_out_loss(base.unet, base.scheduler, means, texts, seed) for seed in SEEDS]
+    return {"lora": str(lora_path), "without": without, "with": after, "gain": gain(without, after)}
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

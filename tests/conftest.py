@@ -1,0 +1,93 @@
+"""What several test files share: the base, the scripts as processes, a folder of pictures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the package lies beside the scripts and is not installed
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; test_base.py's processes talk to their own server
+# The same examples on every machine, however slow it is: a test that fails does so because of the code.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.register_profile("searching", deadline=None, max_examples=3000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(scope="session")
+def base_folder() -> Path:
+    """A Stable Diffusion base in diffusers' layout: the embedded one, or the folder in MEGAMAN_TEST_BASE."""
+    folder = Path(os.environ.get("MEGAMAN_TEST_BASE", ROOT / "demo" / "base")).resolve()
+    assert (folder / "model_index.json").is_file(), f"no base in {folder}"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python as a process: run_script(["megaman_lora.py", "--help"], cwd) or run_script(["-c", code], cwd).
+
+    A name that ends in .py is one of the root's scripts. Extra environment variables go into env; None removes one.
+    """
+
+    def run(args, cwd, env=None) -> subprocess.CompletedProcess[str]:
+        first, *rest = map(str, args)
+        command = [sys.executable, str(ROOT / first) if first.endswith(".py") else first, *rest]
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **(env or {})}
+        variables = {name: str(value) for name, value in variables.items() if value is not None}
+        return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, encoding="utf-8", timeout=600)
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder with four small PNGs, one of them not square, each with a caption."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, (width, color) in enumerate([(64, "blue"), (64, "red"), (96, "green"), (64, "orange")], start=1):
+        image = Image.new("RGB", (width, 64), "white")
+        ImageDraw.Draw(image).ellipse((12, 12, 52, 52), fill=color)
+        image.save(folder / f"megaman_{number:02d}.png")
+        caption = f"mega man, {color} robot, white background"
+        (folder / f"megaman_{number:02d}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_here(base_folder) -> Callable:
+    """Train in this process, which saves the seconds of importing torch: train_here(cwd, output_dir, *flags).
+
+    Returns the LoRA's tensors. Without flags: one picture a step at 64 px, no validation images, seed 0.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+    from safetensors.torch import load_file
+
+    import megaman_lora
+
+    def run(cwd: Path, output_dir: str, *flags) -> dict:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        words = [
+            *(
+                "--pretrained_model_name",
+                base_folder,
+                "--output_dir",
+                output_dir,
+                "--logging_dir",
+                f"logs-{output_dir}",
+            ),
+            *("--resolution", 64, "--num_validation_images", 0, "--seed", 0, *flags),
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            assert megaman_lora.main([str(word) for word in words]) == 0
+            return load_file(Path(output_dir) / "lora_weights" / "adapter_model.safetensors")
+
+    return run

@@ -1,0 +1,218 @@
+"""generate_megaman.py as a user runs it: images that carry their settings, and the page beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageChops
+
+import generate_megaman
+from megaman import lora, lora_files, sample
+from megaman.base import load_base
+from megaman.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def lora_path(base_folder, tmp_path_factory):
+    """A LoRA that visibly changes the base; its folder says which base it belongs to."""
+    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
+    torch.manual_seed(0)
+    lora.inject(unet, 4, 16, ["to_v", "conv1"])
+    with torch.no_grad():
+        for name, parameter in lora.parameters(unet).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    folder = tmp_path_factory.mktemp("lora") / "lora_weights"
+    lora_files.save_lora(folder, unet, str(base_folder), {})
+    return folder
+
+
+@pytest.fixture
+def generate(lora_path, tmp_path, monkeypatch, capsys):
+    """generate("--flag", value, …) draws with few steps into tmp_path/out and returns {name: RGB image}."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, output="out"):
+        words = [
+            "--lora_path",
+            lora_path,
+            "--output_dir",
+            output,
+            "--num_inference_steps",
+            3,
+            "--prompts",
+            "a blue robot",
+        ]
+        if "--prompts_file" in flags or "--prompts" in flags:
+            words = words[:-2]
+        assert generate_megaman.main([str(word) for word in [*words, *flags]]) == 0
+        run.said = capsys.readouterr().out
+        return {path.name: Image.open(path).convert("RGB") for path in sorted((tmp_path / output).glob("*.png"))}
+
+    return run
+
+
+def equal(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and ImageChops.difference(one, other).getbbox() is None
+
+
+def alike(one: Image.Image, other: Image.Image) -> bool:
+    """Equal but for float noise: no channel off by more than two steps of 255."""
+    extremes = ImageChops.difference(one, other).getextrema()
+    return one.size == other.size and max(high for _, high in extremes) <= 2
+
+
+def test_a_run_as_a_process(lora_path, run_script, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# comment\na red robot, white background\n\na green monster <b>\n", encoding="utf-8-sig")
+    flags = ["--num_images_per_prompt", 2, "--num_inference_steps", 3, "--compare", "base", "--seed", 7]
+    args = ["generate_megaman.py", "--lora_path", lora_path, "--prompts_file", prompts, "--output_dir", "g", *flags]
+    done = run_script(args, tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = [f"megaman_00{i}_0{j}{base}.png" for i in (0, 1) for j in (0, 1) for base in ("", "_base")]
+    assert sorted(path.name for path in (tmp_path / "g").iterdir()) == sorted([*names, "index.html", "images.json"])
+    noise = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and not line.startswith("drawing:")]
+    assert noise == [], "no library's warnings"
+    assert "4: 2 prompts x 2, 64x64, 3 steps" in done.stdout
+    assert (tmp_path / "g" / "index.html").resolve().as_uri() in done.stdout
+    page = (tmp_path / "g" / "index.html").read_text(encoding="utf-8")
+    assert "a green monster &lt;b&gt;" in page
+    assert all(name in page for name in names)
+    recorded = json.loads((tmp_path / "g" / "images.json").read_text(encoding="utf-8"))
+    assert "megaman_001_01.png" in json.dumps(recorded)
+
+
+def test_images_carry_their_settings(generate, tmp_path):
+    generate("--seed", 7, "--guidance_scale", 4, "--negative_prompt", "blurry, dark", "--compare", "base")
+    text = Image.open(tmp_path / "out" / "megaman_000_00.png").text["parameters"]
+    first, negative, last = text.split("\n")
+    assert first == "a blue robot <lora:megaman_lora:1>"
+    assert negative == "Negative prompt: blurry, dark"
+    values = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    assert (values["Steps"], values["Seed"], values["CFG scale"], values["Size"]) == ("3", "7", "4", "64x64")
+    base_text = Image.open(tmp_path / "out" / "megaman_000_00_base.png").text["parameters"]
+    assert base_text.startswith("a blue robot\n")
+
+
+def test_compare_draws_the_base_itself(generate, base_folder):
+    """The left picture is what diffusers' own pipeline draws from the base, with the same noise."""
+    drawn = generate("--compare", "base", "--seed", 3, "--guidance_scale", 5)
+    pipe = StableDiffusionPipeline.from_pretrained(base_folder, dtype=torch.float32)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    wanted = pipe(
+        "a blue robot",
+        negative_prompt="blurry, low quality, distorted, deformed, ugly, bad anatomy",
+        generator=torch.Generator().manual_seed(3),
+        num_inference_steps=3,
+        guidance_scale=5.0,
+    ).images[0]
+    assert alike(drawn["megaman_000_00_base.png"], wanted)
+    assert not alike(drawn["megaman_000_00.png"], wanted)
+
+
+def test_image_j_is_seed_plus_j_alone(generate):
+    together = generate("--num_images_per_prompt", 3, "--seed", 10, output="together")
+    alone = generate("--seed", 12, output="alone")
+    assert alike(together["megaman_000_02.png"], alone["megaman_000_00.png"])
+    assert not alike(together["megaman_000_00.png"], together["megaman_000_01.png"])
+
+
+def test_a_seed_repeats_bit_for_bit(generate):
+    one, other = generate(output="one"), generate(output="other")
+    assert equal(one["megaman_000_00.png"], other["megaman_000_00.png"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seed", 43],
+        ["--guidance_scale", 1],
+        ["--guidance_scale", 3],
+        ["--num_inference_steps", 4],
+        ["--negative_prompt", "a blue robot"],
+        ["--prompts", "a red cat"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_a_flag_changes_the_image(generate, flags):
+    assert not equal(generate(output="a")["megaman_000_00.png"], generate(*flags, output="b")["megaman_000_00.png"])
+
+
+def test_height_and_width(generate):
+    (image,) = generate("--height", 96, "--width", 128).values()
+    assert image.size == (128, 96)
+
+
+def test_device(generate):
+    generate("--device", "cpu")
+    assert "device     cpu" in generate.said
+    with pytest.raises(UserError, match="--device mps"):
+        generate("--device", "mps")
+
+
+def test_existing_images_stay_and_the_page_grows(generate, tmp_path):
+    first = generate()
+    kept = (tmp_path / "out" / "megaman_000_00.png").read_bytes()
+    both = generate("--prompts", "a red robot")
+    assert list(both) == ["megaman_000_00.png", "megaman_001_00.png"]
+    assert (tmp_path / "out" / "megaman_000_00.png").read_bytes() == kept
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert all(text in page for text in (*both, "a blue robot", "a red robot"))
+    assert len(first) == 1
+
+
+def test_ten_built_in_prompts(generate):
+    generate("--prompts_file", ROOT / "prompts.txt", "--num_inference_steps", 1)
+    assert "10: 10 prompts x 1" in generate.said
+
+
+def test_the_base_comes_from_the_lora_or_the_flag(generate, base_folder, tmp_path):
+    generate("--base_model", base_folder)
+    with pytest.raises(UserError, match="nowhere"):
+        generate("--base_model", str(tmp_path / "nowhere"))
+
+
+def test_a_long_prompt_is_said_to_be_cut(generate):
+    generate("--prompts", "robot " * 120)
+    assert re.search(r"1 prompts are longer than \d+ tokens", generate.said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "named"),
+    [
+        (["--lora_path", "nothing"], 1, "nothing"),
+        (["--prompts_file", "none.txt"], 1, "none.txt"),
+        (["--prompts_file", "empty.txt"], 1, "empty.txt"),
+        (["--height", "100"], 2, "--height"),
+        (["--prompts", "a", "--prompts_file", "empty.txt"], 2, "--prompts"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_end_in_one_line(run_script, tmp_path, flags, code, named):
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    done = run_script(["generate_megaman.py", *flags], tmp_path)
+    assert done.returncode == code
+    assert done.stderr.count("\n") == 1
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_validation_and_generation_draw_the_same(generate, base_folder, lora_path):
+    """One sampling loop serves both scripts: called directly it gives the gallery's picture."""
+    drawn = generate("--seed", 5, "--guidance_scale", 6)
+    base = load_base(str(base_folder), torch.float32)
+    lora_files.load_lora(lora_path, base.unet)
+    from megaman.cache import encode_captions
+    from megaman.options import DEFAULT_NEGATIVE_PROMPT
+
+    states = encode_captions(base.text_encoder, base.tokenizer, ["a blue robot", DEFAULT_NEGATIVE_PROMPT])
+    text, negative = (states[prompt][None] for prompt in ("a blue robot", DEFAULT_NEGATIVE_PROMPT))
+    sampler = sample.make_sampler(base.scheduler)
+    (image,) = sample.draw_images(base.unet, base.vae, sampler, text, negative, [5], 64, 64, 3, 6.0)
+    assert equal(image, drawn["megaman_000_00.png"])

@@ -1,0 +1,352 @@
+"""Pictures as people have them: every suffix and mode, lying on their side, hidden, damaged."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from megaman.images import (
+    SMALLEST_SIDE,
+    BadImageError,
+    crop_boxes,
+    find_images,
+    fit,
+    image_size,
+    natural_key,
+    open_image,
+)
+
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+
+
+def near(color, wanted, tolerance: int = 3) -> bool:
+    return all(abs(a - b) <= tolerance for a, b in zip(color, wanted, strict=True))
+
+
+def found(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in find_images(folder)]
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_every_suffix_in_any_case_and_nothing_else(tmp_path):
+    wanted = ["a.jpg", "b.JPEG", "c.png", "d.PNG", "e.Bmp", "f.webp", "g.WebP", "h.JPG"]
+    touch(tmp_path, *wanted, "a.txt", "b.gif", "c.psd", "png", "jpg.", "notes.png.txt", "images.json")
+    assert found(tmp_path) == wanted
+
+
+def test_subfolders_are_searched_and_hidden_things_are_not(tmp_path):
+    touch(tmp_path, "a.png", "sub/b.png", "sub/deep/c.png", ".hidden.png", "._a.png", ".git/d.png", "sub/.cache/e.png")
+    assert found(tmp_path) == ["a.png", "sub/b.png", "sub/deep/c.png"]
+
+
+def test_a_hidden_folder_stays_hidden_where_no_picture_lies_beside_it(tmp_path):
+    touch(tmp_path, ".thumbnails/a.png", "sub/.thumbnails/b.png", "sub/other/c.png")
+    assert found(tmp_path) == ["sub/other/c.png"]
+
+
+def test_a_folder_that_is_itself_hidden_may_be_named(tmp_path):
+    touch(tmp_path / ".mine", "a.png")
+    assert found(tmp_path / ".mine") == ["a.png"]
+
+
+def test_a_folder_named_like_a_picture_is_none(tmp_path):
+    touch(tmp_path, "folder.png/inside.png")
+    assert found(tmp_path) == ["folder.png/inside.png"]
+
+
+def test_no_picture_at_all(tmp_path):
+    assert find_images(tmp_path) == []
+    assert find_images(tmp_path / "none") == []
+
+
+def test_natural_order(tmp_path):
+    wanted = ["1.png", "2.png", "02.png", "10.png", "mega2.png", "Mega10.png", "mega10b.png", "sub/1.png", "洛克人.png"]
+    touch(tmp_path, *random.Random(1).sample(wanted, len(wanted)))
+    assert sorted(wanted, key=natural_key) == sorted(found(tmp_path), key=natural_key)
+    order = found(tmp_path)
+    assert order[0] == "1.png" and {order[1], order[2]} == {"2.png", "02.png"} and order[3:] == wanted[3:]
+
+
+@given(st.lists(st.text(max_size=20) | st.text("aA0123456789_./٣二²", max_size=20), max_size=6))
+def test_natural_key_orders_any_names_without_a_tie(names):
+    keys = [natural_key(name) for name in names]  # never raises
+    for one, key in zip(names, keys, strict=True):
+        for other, other_key in zip(names, keys, strict=True):
+            assert (key < other_key) + (other_key < key) + (key == other_key) == 1
+            assert (key == other_key) == (one == other)
+    assert sorted(names, key=natural_key) == sorted(names[::-1], key=natural_key)
+
+
+@given(st.text("ab ", max_size=4), st.integers(0, 10**12), st.integers(0, 10**12))
+def test_numbers_are_compared_as_numbers(stem, one, other):
+    assert (natural_key(f"{stem}{one}.png") < natural_key(f"{stem}{other}.png")) == (one < other)
+
+
+def quarters(width: int = 40, height: int = 24) -> Image.Image:
+    """Red, green over blue, white: every orientation looks different."""
+    image = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(image)
+    for color, x, y in [(RED, 0, 0), (GREEN, 1, 0), (BLUE, 0, 1), (WHITE, 1, 1)]:
+        draw.rectangle((x * width // 2, y * height // 2, (x + 1) * width // 2 - 1, (y + 1) * height // 2 - 1), color)
+    return image
+
+
+# How a camera stored the upright picture: orientation → what undoes it (EXIF 2.3, tag 0x0112).
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_pictures_stand_upright(tmp_path, orientation, suffix):
+    upright, way = quarters(), STORED[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    (upright.transpose(way) if way is not None else upright).save(path, quality=95, exif=exif)
+    assert image_size(path) == upright.size == (40, 24)
+    image = open_image(path)
+    assert image.size == upright.size
+    for point in [(5, 5), (35, 5), (5, 18), (35, 18)]:
+        assert near(image.getpixel(point), upright.getpixel(point), 25), f"{orientation}: {point}"
+
+
+def saved(tmp_path: Path, image: Image.Image, suffix: str = "png", **settings) -> Image.Image:
+    path = tmp_path / f"a.{suffix}"
+    image.save(path, **settings)
+    assert image_size(path) == image.size
+    opened = open_image(path)
+    assert opened.mode == "RGB" and opened.size == image.size
+    return opened
+
+
+def test_transparency_is_flattened_on_white(tmp_path):
+    clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 10, 20))
+    clear.paste((0, 0, 255, 128), (10, 0, 15, 20))
+    for suffix in ("png", "webp"):
+        image = saved(tmp_path, clear, suffix, **({"lossless": True} if suffix == "webp" else {}))
+        assert near(image.getpixel((2, 2)), BLUE)
+        assert near(image.getpixel((12, 2)), (127, 127, 255)), "half clear"
+        assert near(image.getpixel((18, 2)), WHITE), "not the black that lies under it"
+
+
+def test_a_palette_with_a_transparent_color(tmp_path):
+    image = Image.new("P", (20, 20), 1)
+    image.putpalette([*BLACK, *RED, *BLUE])
+    image.paste(0, (0, 0, 10, 20))
+    opened = saved(tmp_path, image, transparency=0)
+    assert near(opened.getpixel((2, 2)), WHITE) and near(opened.getpixel((15, 2)), RED)
+    opened = saved(tmp_path, image)
+    assert near(opened.getpixel((2, 2)), BLACK) and near(opened.getpixel((15, 2)), RED)
+
+
+def test_a_transparent_color_in_rgb_and_gray(tmp_path):
+    image = Image.new("RGB", (20, 20), RED)
+    image.paste(BLUE, (0, 0, 10, 20))
+    opened = saved(tmp_path, image, transparency=BLUE)
+    assert near(opened.getpixel((2, 2)), WHITE) and near(opened.getpixel((15, 2)), RED)
+    gray = Image.new("L", (20, 20), 100)
+    gray.paste(7, (0, 0, 10, 20))
+    opened = saved(tmp_path, gray, transparency=7)
+    assert near(opened.getpixel((2, 2)), WHITE) and near(opened.getpixel((15, 2)), (100,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "suffix", "color"),
+    [
+        ("L", 100, "png", (100, 100, 100)),
+        ("L", 100, "bmp", (100, 100, 100)),
+        ("L", 100, "jpg", (100, 100, 100)),
+        ("LA", (100, 255), "png", (100, 100, 100)),
+        ("LA", (100, 0), "png", WHITE),
+        ("1", 1, "png", WHITE),
+        ("1", 0, "bmp", BLACK),
+        ("I;16", 0, "png", BLACK),
+        ("I;16", 128 * 257, "png", (128, 128, 128)),
+        ("I;16", 65535, "png", WHITE),
+        ("CMYK", (0, 255, 255, 0), "jpg", RED),
+        ("RGB", RED, "bmp", RED),
+        ("RGB", RED, "webp", RED),
+        ("RGB", RED, "jpg", RED),
+        ("P", 0, "bmp", BLACK),
+    ],
+)
+def test_whatever_the_mode_it_becomes_rgb(tmp_path, mode, value, suffix, color):
+    assert near(saved(tmp_path, Image.new(mode, (20, 20), value), suffix).getpixel((10, 10)), color, 5)
+
+
+def encoded(kind: str, **settings) -> bytes:
+    file = io.BytesIO()
+    Image.frombytes("RGB", (64, 48), random.Random(0).randbytes(64 * 48 * 3)).save(file, kind, **settings)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("empty.png", b"", "not a picture"),
+        ("text.png", b"this is no picture", "not a picture"),
+        ("page.jpg", b"<html><body>404 Not Found</body></html>", "not a picture"),
+        ("zeros.bmp", bytes(500), "not a picture"),
+        ("cut.png", encoded("PNG")[:5000], "damaged"),
+        ("cut.jpg", encoded("JPEG")[:700], "damaged"),
+        ("cut.webp", encoded("WEBP", lossless=True)[:-20], "damaged|cannot be read|not a picture"),
+        ("cut.bmp", encoded("BMP")[:2000], "damaged"),
+    ],
+)
+def test_what_cannot_be_read_says_why(tmp_path, name, content, reason):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(BadImageError, match=reason):
+        open_image(path)
+
+
+def test_a_picture_that_is_gone(tmp_path):
+    for function in (open_image, image_size):
+        with pytest.raises(BadImageError, match="cannot be read"):
+            function(tmp_path / "gone.png")
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path):
+    content = bytearray(encoded("BMP"))
+    content[18:26] = (30_000).to_bytes(4, "little") * 2
+    (tmp_path / "bomb.bmp").write_bytes(content)
+    for function in (open_image, image_size):
+        with pytest.raises(BadImageError, match="too many pixels"):
+            function(tmp_path / "bomb.bmp")
+
+
+def test_the_size_of_a_cut_picture_is_read_without_decoding_it(tmp_path):
+    """It is the header's word; the damage shows when the picture is decoded."""
+    for kind in ("PNG", "JPEG", "BMP"):
+        path = tmp_path / f"cut.{kind.lower()}"
+        path.write_bytes(encoded(kind)[:-60])
+        assert image_size(path) == (64, 48)
+        with pytest.raises(BadImageError):
+            open_image(path)
+
+
+def with_exif(kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a robot"
+    return encoded(kind, exif=exif)
+
+
+@given(
+    st.sampled_from(
+        [encoded("PNG"), encoded("JPEG"), encoded("BMP"), encoded("WEBP"), *map(with_exif, ["PNG", "JPEG"])]
+    ),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+    st.none() | st.integers(0, 3000),
+)
+def test_any_damage_is_a_bad_image_and_nothing_else(tmp_path_factory, content, changes, length):
+    content = bytearray(content)
+    for place, value in changes:
+        content[place % len(content)] = value
+    path = tmp_path_factory.getbasetemp() / "damaged.png"
+    path.write_bytes(content[:length])
+    for function in (image_size, open_image):
+        try:
+            result = function(path)
+        except BadImageError as error:
+            assert str(error)
+        else:
+            assert result.mode == "RGB" if function is open_image else min(result) >= SMALLEST_SIDE
+
+
+@pytest.mark.parametrize("orientation_type", [2, 4, 7])
+def test_an_orientation_that_is_no_number_is_no_crash(tmp_path, orientation_type):
+    """A few bytes wrong in a camera's EXIF block, as found by trying many."""
+    content = with_exif("JPEG")
+    tag = content.index(b"\x01\x12\x00\x03")
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content[: tag + 3] + bytes([orientation_type]) + content[tag + 4 :])
+    for function in (image_size, open_image):
+        try:
+            function(path)
+        except BadImageError as error:
+            assert str(error)
+
+
+@pytest.mark.parametrize(("size", "fine"), [((16, 16), True), ((15, 400), False), ((400, 15), False), ((1, 1), False)])
+def test_tiny_pictures(tmp_path, size, fine):
+    path = tmp_path / "a.png"
+    Image.new("RGB", size).save(path)
+    if fine:
+        assert image_size(path) == size
+    else:
+        with pytest.raises(BadImageError, match=f"only {size[0]}x{size[1]} pixels"):
+            image_size(path)
+
+
+SIDE = st.integers(1, 5000)
+
+
+@given(SIDE, SIDE, st.integers(1, 20), st.none() | st.integers())
+def test_crops_are_the_largest_squares_within_the_picture(width, height, count, seed):
+    boxes = crop_boxes(width, height, count, None if seed is None else random.Random(seed))
+    side = min(width, height)
+    assert 1 <= len(boxes) <= count and len(set(boxes)) == len(boxes)
+    for left, top, right, bottom in boxes:
+        assert 0 <= left and 0 <= top and right <= width and bottom <= height
+        assert right - left == bottom - top == side
+    if seed is None:
+        left, top, right, bottom = boxes[0]
+        assert len(boxes) == 1 and abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1
+    else:
+        assert boxes == crop_boxes(width, height, count, random.Random(seed))
+    if width == height:
+        assert boxes == [(0, 0, width, height)]
+
+
+def test_random_crops_reach_both_ends_and_differ():
+    boxes = [box for seed in range(200) for box in crop_boxes(20, 16, 4, random.Random(seed))]
+    assert {left for left, *_ in boxes} == {0, 1, 2, 3, 4}
+    assert len(crop_boxes(1000, 16, 4, random.Random(0))) == 4
+
+
+@given(st.integers(16, 90), st.integers(16, 90), st.sampled_from([8, 16, 32, 64]))
+def test_fit_brings_any_crop_to_the_size(width, height, size):
+    image = quarters(width, height)
+    for box in crop_boxes(width, height, 2, random.Random(0)):
+        assert fit(image, box, size).size == (size, size)
+
+
+def test_fit_cuts_out_the_box_and_no_more():
+    image = Image.new("RGB", (60, 20), RED)
+    image.paste(BLUE, (20, 0, 40, 20))
+    for size in (5, 8, 20):
+        assert fit(image, (20, 0, 40, 20), size).getcolors() == [(size * size, BLUE)]
+    inner = fit(image, (20, 0, 40, 20), 80).crop((8, 8, 72, 72))  # enlarged, the very edge knows its neighbours
+    assert inner.getcolors() == [(64 * 64, BLUE)]
+
+
+def test_fit_at_the_same_size_changes_no_pixel():
+    image = quarters(32, 32)
+    assert fit(image, (0, 0, 32, 32), 32).tobytes() == image.tobytes()
+
+
+def test_shrinking_averages():
+    board = Image.new("L", (32, 32))
+    board.putdata([255 * ((x + y) % 2) for y in range(32) for x in range(32)])
+    assert near(fit(board.convert("RGB"), (0, 0, 32, 32), 16).getpixel((7, 7)), (128, 128, 128), 1)

@@ -1,0 +1,192 @@
+"""A LoRA written by us is the trained one to whoever reads it: PEFT, diffusers (folder and kohya file), ourselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from megaman import lora, lora_files
+from megaman.errors import UserError
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_in"]
+RANK, ALPHA = 4, 16
+TOLERANCE = 1e-5
+
+
+def fresh_unet(base_folder) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
+
+
+@torch.no_grad()
+def output(unet) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size, width = unet.config.sample_size, unet.config.cross_attention_dim
+    latents = torch.randn(2, 4, size, size, generator=generator)
+    states = torch.randn(2, 7, width, generator=generator)
+    return unet(latents, torch.tensor([10, 700]), encoder_hidden_states=states).sample
+
+
+@pytest.fixture(scope="module")
+def trained(base_folder, tmp_path_factory):
+    """A UNet whose LoRA moved away from zero, its output, the base's own output, and the folder written from it."""
+    unet = fresh_unet(base_folder)
+    before = output(unet)
+    torch.manual_seed(0)
+    lora.inject(unet, RANK, ALPHA, TARGETS)
+    assert torch.equal(output(unet), before), "B is zero, so an untrained LoRA changes nothing"
+    with torch.no_grad():
+        for name, parameter in lora.parameters(unet).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    folder = tmp_path_factory.mktemp("lora") / "lora_weights"
+    lora_files.save_lora(folder, unet, "some/base", {"ss_steps": "12"})
+    after = output(unet)
+    assert (after - before).abs().max() > 0.05, "the LoRA has to matter, or the comparisons below prove nothing"
+    return unet, after, before, folder
+
+
+def difference(unet, wanted: torch.Tensor) -> float:
+    return float((output(unet) - wanted).abs().max())
+
+
+def pipeline(base_folder) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(base_folder, dtype=torch.float32)
+
+
+def test_the_folder_holds_the_three_layouts(trained):
+    assert {path.name for path in trained[3].iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "megaman_lora.safetensors",
+    }
+
+
+def test_peft_reads_it(trained, base_folder):
+    unet = PeftModel.from_pretrained(fresh_unet(base_folder), trained[3])
+    assert difference(unet, trained[1]) <= TOLERANCE
+
+
+def test_diffusers_reads_the_folder(trained, base_folder):
+    pipe = pipeline(base_folder)
+    pipe.load_lora_weights(trained[3])
+    assert difference(pipe.unet, trained[1]) <= TOLERANCE
+
+
+def test_diffusers_reads_the_kohya_file(trained, base_folder, tmp_path):
+    alone = tmp_path / "megaman_lora.safetensors"
+    shutil.copy(trained[3] / "megaman_lora.safetensors", alone)
+    pipe = pipeline(base_folder)
+    pipe.load_lora_weights(alone)
+    assert difference(pipe.unet, trained[1]) <= TOLERANCE
+
+
+def test_an_independent_merge_of_the_kohya_file_gives_the_trained_model(trained, base_folder):
+    """W + alpha / rank * up @ down, module by module, as kohya, A1111 and ComfyUI compute it."""
+    unet = fresh_unet(base_folder)
+    tensors = load_file(trained[3] / "megaman_lora.safetensors")
+    layers = {
+        "lora_unet_" + name.replace(".", "_"): layer for name, layer in unet.named_modules() if hasattr(layer, "weight")
+    }
+    stems = {key.split(".")[0] for key in tensors}
+    assert stems <= set(layers)
+    with torch.no_grad():
+        for stem in stems:
+            down, up = tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"]
+            scale = tensors[f"{stem}.alpha"].item() / down.shape[0]
+            layers[stem].weight += scale * (up.flatten(1) @ down.flatten(1)).reshape(layers[stem].weight.shape)
+    assert difference(unet, trained[1]) <= TOLERANCE
+
+
+def test_we_read_it(trained, base_folder):
+    unet = fresh_unet(base_folder)
+    config = lora_files.load_lora(trained[3], unet)
+    assert (config.r, config.lora_alpha) == (RANK, ALPHA)
+    assert difference(unet, trained[1]) == 0
+    unet.disable_adapters()
+    assert difference(unet, trained[2]) == 0
+    assert lora_files.base_of(trained[3]) == "some/base"
+
+
+def test_alpha_stands_in_every_layout(trained):
+    folder = trained[3]
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == ALPHA
+    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == ALPHA
+    kohya = load_file(folder / "megaman_lora.safetensors")
+    alphas = [tensor for key, tensor in kohya.items() if key.endswith(".alpha")]
+    assert len(alphas) == len(kohya) / 3
+    assert all(tensor.shape == () and tensor.item() == ALPHA for tensor in alphas)
+
+
+def test_the_kohya_header_says_what_a1111_needs(trained):
+    with safe_open(trained[3] / "megaman_lora.safetensors", "pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == "sd_v1"
+    assert header["ss_v2"] == "False"
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (str(RANK), str(ALPHA))
+    assert header["ss_steps"] == "12"
+
+
+def test_saving_again_replaces_the_folder_whole(trained, tmp_path):
+    folder = tmp_path / "lora_weights"
+    lora_files.save_lora(folder, trained[0], "one", {})
+    (folder / "stray").write_text("from before")
+    lora_files.save_lora(folder, trained[0], "two", {})
+    assert lora_files.base_of(folder) == "two"
+    assert not (folder / "stray").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["lora_weights"]
+
+
+def test_a_lora_of_another_base_is_refused(trained, base_folder, tmp_path):
+    wide = UNet2DConditionModel.from_config({**fresh_unet(base_folder).config, "cross_attention_dim": 64})
+    before = dict(wide.named_modules()).keys()
+    with pytest.raises(UserError, match="another base"):
+        lora_files.load_lora(trained[3], wide)
+    assert dict(wide.named_modules()).keys() == before
+
+
+@pytest.mark.parametrize("broken", ["missing", "no config", "no weights", "cut weights"])
+def test_what_is_no_lora_ends_in_a_line(trained, base_folder, tmp_path, broken):
+    folder = tmp_path / "lora"
+    if broken != "missing":
+        shutil.copytree(trained[3], folder)
+    if broken == "no config":
+        (folder / "adapter_config.json").unlink()
+    if broken == "no weights":
+        (folder / "adapter_model.safetensors").unlink()
+    if broken == "cut weights":
+        content = (folder / "adapter_model.safetensors").read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=str(folder)):
+        lora_files.load_lora(folder, fresh_unet(base_folder))
+
+
+def test_half_precision_files_are_close(trained, base_folder, tmp_path):
+    path = tmp_path / "half.safetensors"
+    tensors = load_file(trained[3] / "megaman_lora.safetensors")
+    save_file({key: tensor.half() for key, tensor in tensors.items()}, path)
+    pipe = pipeline(base_folder)
+    pipe.load_lora_weights(path)
+    assert difference(pipe.unet, trained[1]) < 5e-3
+
+
+def test_parameters_are_float32_in_a_half_precision_base(base_folder):
+    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float16)
+    trainable = lora.inject(unet, 2, 2, ["to_q"])
+    assert {parameter.dtype for parameter in trainable} == {torch.float32}
+    assert unet.conv_in.weight.dtype == torch.float16
+    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in lora.parameters(unet)} == {"to_q"}
+
+
+@pytest.mark.parametrize("target", ["to_x", "norm1", "q"])
+def test_a_target_that_cannot_be_is_named(base_folder, target):
+    with pytest.raises(UserError, match=f"--target_modules.*{target}|--target_modules"):
+        lora.inject(fresh_unet(base_folder), 2, 2, ["to_q", target])

@@ -1,0 +1,442 @@
+"""Both command lines: the contract's defaults, presets and their precedence, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megaman.options import (
+    DEMO_GENERATION,
+    DEMO_TRAINING,
+    generation_options,
+    generation_parser,
+    training_options,
+    training_parser,
+)
+
+TRAINING_DEFAULTS = {
+    "preset": None,
+    "demo": False,
+    "pretrained_model_name": "runwayml/stable-diffusion-v1-5",
+    "data_dir": "./megaman_images",
+    "output_dir": "./megaman_lora_output",
+    "overwrite_output": False,
+    "logging_dir": "./logs",
+    "resolution": 512,
+    "center_crop": False,
+    "crop_variants": 4,
+    "random_flip": False,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 100,
+    "max_train_steps": None,
+    "learning_rate": 1e-4,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "lora_rank": 4,
+    "lora_alpha": 32,
+    "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "dataloader_num_workers": 0,
+    "save_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
+    "validation_steps": 100,
+    "validation_prompt": "mega man, blue robot, helmet, game character, high quality",
+    "num_validation_images": 4,
+    "snr_gamma": None,
+    "noise_offset": 0,
+    "mixed_precision": "fp16",
+    "gradient_checkpointing": False,
+    "seed": None,
+}
+GENERATION_DEFAULTS = {
+    "demo": False,
+    "base_model": None,
+    "lora_path": "./megaman_lora_output/lora_weights",
+    "output_dir": "./generated_megaman",
+    "prompts": None,
+    "prompts_file": None,
+    "negative_prompt": "blurry, low quality, distorted, deformed, ugly, bad anatomy",
+    "num_images_per_prompt": 1,
+    "num_inference_steps": 25,
+    "guidance_scale": 7.5,
+    "height": None,  # 512, or the base's own size where that is smaller
+    "width": None,
+    "seed": 42,
+    "device": None,  # the best there is
+    "compare": None,
+}
+RECIPES = {
+    "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
+    "quality": {"lora_rank": 8, "lora_alpha": 32, "learning_rate": 5e-5, "max_train_steps": 2000},
+    "professional": {"lora_rank": 16, "lora_alpha": 64, "learning_rate": 2e-5, "max_train_steps": 3000},
+}
+PARSERS = {"megaman_lora.py": training_options, "generate_megaman.py": generation_options}
+
+
+def settings(options: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(options).items() if name != "given"}
+
+
+def parse(options, argv: list[str]) -> tuple[argparse.Namespace | int, str, str]:
+    """What parsing comes to, a Namespace or an exit code, and what it wrote to stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            result = options(argv)
+        except SystemExit as stop:
+            result = stop.code
+    return result, out.getvalue(), err.getvalue()
+
+
+def refusal(options, argv: list[str]) -> str:
+    """The one line with which a command line is refused."""
+    code, out, err = parse(options, argv)
+    assert code == 2, f"{argv} was not refused"
+    assert out == ""
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+def test_training_defaults_are_the_contract():
+    assert settings(training_options([])) == TRAINING_DEFAULTS
+
+
+def test_generation_defaults_are_the_contract():
+    assert settings(generation_options([])) == GENERATION_DEFAULTS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_preset_sets_its_recipe_and_nothing_else(name):
+    assert settings(training_options(["--preset", name])) == {**TRAINING_DEFAULTS, "preset": name, **RECIPES[name]}
+    assert training_options([f"--preset={name}"]).lora_alpha == RECIPES[name]["lora_alpha"]
+
+
+@pytest.mark.parametrize("flags", [["--lora_rank", "2", "--preset", "quality"], ["--preset=quality", "--lora_rank=2"]])
+def test_a_flag_wins_over_a_preset_on_either_side_of_it(flags):
+    options = training_options(flags)
+    assert options.lora_rank == 2
+    assert {**settings(options), "lora_rank": 8} == settings(training_options(["--preset", "quality"]))
+
+
+def test_a_flag_that_repeats_the_plain_default_still_wins_over_a_preset():
+    assert training_options(["--preset", "professional", "--lora_rank", "4"]).lora_rank == 4
+
+
+def test_precedence_is_demo_then_preset_then_flags():
+    demo = settings(training_options(["--demo"]))
+    assert demo == {**TRAINING_DEFAULTS, "demo": True, **DEMO_TRAINING}
+    recipe = RECIPES["quality"]
+    both = settings(training_options(["--demo", "--preset", "quality"]))
+    assert both == {**demo, "preset": "quality", **recipe}
+    all_three = training_options(["--max_train_steps", "7", "--demo", "--preset", "quality", "--resolution", "128"])
+    assert settings(all_three) == {**both, "max_train_steps": 7, "resolution": 128}
+
+
+def test_the_demos_settings_are_options_and_its_inputs_exist():
+    assert DEMO_TRAINING.keys() <= TRAINING_DEFAULTS.keys()
+    assert DEMO_GENERATION.keys() <= GENERATION_DEFAULTS.keys()
+    assert settings(generation_options(["--demo"])) == {**GENERATION_DEFAULTS, "demo": True, **DEMO_GENERATION}
+    assert (Path(DEMO_TRAINING["data_dir"])).is_dir()
+    assert Path(DEMO_GENERATION["prompts_file"]).is_file()
+    assert DEMO_GENERATION["base_model"] == DEMO_TRAINING["pretrained_model_name"]
+    assert Path(DEMO_GENERATION["lora_path"]) == Path(DEMO_TRAINING["output_dir"], "lora_weights")
+    assert DEMO_GENERATION["compare"] == "base"
+
+
+def test_prompts_on_the_line_take_the_place_of_the_demos_file():
+    options = generation_options(["--demo", "--prompts", "a robot", "two robots"])
+    assert options.prompts == ["a robot", "two robots"] and options.prompts_file is None
+    assert generation_options(["--demo", "--prompts_file", "mine.txt"]).prompts_file == "mine.txt"
+
+
+def test_given_names_what_stands_on_the_command_line():
+    options = training_options(["--preset", "quality", "--data_dir=./x", "--center_crop", "--target_modules", "to_q"])
+    assert options.given == {"preset", "data_dir", "center_crop", "target_modules"}
+    assert training_options([]).given == set()
+
+
+def test_lists_take_several_words():
+    assert training_options(["--target_modules", "to_q", "conv_in"]).target_modules == ["to_q", "conv_in"]
+    assert generation_options(["--prompts", "one", "two, with a comma"]).prompts == ["one", "two, with a comma"]
+
+
+TOO_SMALL_COUNTS = ["0", "-1", "1.5", "nan", "many", ""]
+NO_RATE = ["0", "-1", "nan", "inf", "fast"]
+WRONG_TRAINING = {
+    "--resolution": ["0", "-8", "4", "100", "511", "512.0", "nan", "big", "8200", "9000000000000000000000"],
+    "--crop_variants": ["0", "-1", "65"],
+    "--train_batch_size": TOO_SMALL_COUNTS,
+    "--gradient_accumulation_steps": TOO_SMALL_COUNTS,
+    "--num_train_epochs": TOO_SMALL_COUNTS,
+    "--max_train_steps": TOO_SMALL_COUNTS,
+    "--learning_rate": [*NO_RATE, "1.5"],
+    "--lr_scheduler": ["", "piecewise_constant", "cosin"],
+    "--lr_warmup_steps": ["-1", "0.1", "nan"],
+    "--lora_rank": ["0", "-4", "2.5", "1025"],
+    "--lora_alpha": NO_RATE,
+    "--adam_beta1": ["-0.1", "1", "nan"],
+    "--adam_beta2": ["-0.1", "1", "nan"],
+    "--adam_weight_decay": ["-0.1", "nan", "inf"],
+    "--adam_epsilon": NO_RATE,
+    "--max_grad_norm": NO_RATE,
+    "--dataloader_num_workers": ["-1", "65", "two"],
+    "--save_steps": TOO_SMALL_COUNTS,
+    "--checkpoints_total_limit": TOO_SMALL_COUNTS,
+    "--validation_steps": TOO_SMALL_COUNTS,
+    "--num_validation_images": ["-1", "1.5"],
+    "--snr_gamma": NO_RATE,
+    "--noise_offset": ["-0.1", "1.1", "nan"],
+    "--mixed_precision": ["fp8", "FP16", ""],
+    "--preset": ["best", ""],
+    "--seed": ["-1", "1.5", "nan", "99999999999999999999"],
+}
+WRONG_GENERATION = {
+    "--num_images_per_prompt": TOO_SMALL_COUNTS,
+    "--num_inference_steps": ["0", "-1", "1001", "nan"],
+    "--guidance_scale": ["-1", "nan", "inf", "strong"],
+    "--height": ["0", "500", "-512", "nan", "8200"],
+    "--width": ["0", "500", "-512", "nan", "8200"],
+    "--seed": ["-1", "1.5"],
+    "--device": ["gpu", "cuda:0"],
+    "--compare": ["lora"],
+}
+WRONG = [
+    (options, flag, value)
+    for options, table in ((training_options, WRONG_TRAINING), (generation_options, WRONG_GENERATION))
+    for flag, values in table.items()
+    for value in values
+]
+
+
+def shown(part) -> str:
+    """A parameter in the name of its test."""
+    return " ".join(part) if isinstance(part, list) else getattr(part, "__name__", str(part))
+
+
+@pytest.mark.parametrize(("options", "flag", "value"), WRONG, ids=shown)
+def test_a_wrong_value_ends_in_one_line_that_names_the_flag(options, flag, value):
+    line = refusal(options, [f"{flag}={value}"])
+    assert flag in line
+    assert "--help" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        (["--resolution", "511"], "511 is not a multiple of 8: take 512"),
+        (["--resolution", "9"], "take 8"),
+        (["--resolution", "4"], "it must be at least 8, at most 8192"),
+        (["--learning_rate", "nan"], "it must be above 0, at most 1"),
+        (["--train_batch_size", "0"], "it must be at least 1"),
+        (["--lora_rank", "eight"], "'eight' is not a whole number"),
+        (["--lora_alpha", "x"], "'x' is not a number"),
+        (["--lr_scheduler", "cosin"], "'cosine_with_restarts'"),
+        (["--mixed_precision", "fp8"], "'bf16'"),
+        (["--preset", "best"], "'professional'"),
+        (["--data_dir"], "--data_dir: expected one argument"),
+    ],
+    ids=shown,
+)
+def test_the_line_tells_the_remedy(argv, remedy):
+    assert remedy in refusal(training_options, argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--resolution", "8"], "resolution", 8),
+        (["--resolution", "8192"], "resolution", 8192),
+        (["--seed", "0"], "seed", 0),
+        (["--seed", str(2**63 - 1)], "seed", 2**63 - 1),
+        (["--learning_rate", "1"], "learning_rate", 1.0),
+        (["--lr_warmup_steps", "0"], "lr_warmup_steps", 0),
+        (["--adam_beta1", "0"], "adam_beta1", 0.0),
+        (["--adam_weight_decay", "0"], "adam_weight_decay", 0.0),
+        (["--num_validation_images", "0"], "num_validation_images", 0),
+        (["--noise_offset", "1"], "noise_offset", 1.0),
+        (["--dataloader_num_workers", "0"], "dataloader_num_workers", 0),
+        (["--lora_alpha", "0.5"], "lora_alpha", 0.5),
+    ],
+    ids=shown,
+)
+def test_the_limits_themselves_are_accepted(argv, name, value):
+    assert getattr(training_options(argv), name) == value
+
+
+@pytest.mark.parametrize("digits", [30, 400, 5000])
+def test_an_enormous_number_is_no_crash(digits):
+    result, _, err = parse(training_options, ["--max_train_steps", "9" * digits])
+    assert isinstance(result, argparse.Namespace) or (result == 2 and err.count("\n") == 1)
+    assert "9 is out of range" in refusal(training_options, ["--seed", "9" * 400])
+
+
+@pytest.mark.parametrize(
+    ("options", "typed", "meant"),
+    [
+        (training_options, ["--learning_rat", "1e-4"], "--learning_rate"),
+        (training_options, ["--lora-rank=8"], "--lora_rank"),
+        (training_options, ["--resoluton", "512"], "--resolution"),
+        (training_options, ["--max_training_steps", "10"], "--max_train_steps"),
+        (generation_options, ["--prompt", "a robot"], "--prompts"),
+        (generation_options, ["--num_images", "4"], "--num_images_per_prompt"),
+    ],
+    ids=shown,
+)
+def test_a_mistyped_flag_proposes_the_nearest(options, typed, meant):
+    assert f"did you mean {meant}" in refusal(options, typed)
+
+
+def test_flags_are_not_abbreviated():
+    assert "--lora is not a flag, did you mean --lora_rank" in refusal(training_options, ["--lora", "8"])
+
+
+def test_nothing_is_proposed_where_nothing_is_near():
+    for word in ("-x", "--nonsense", "--", "-"):
+        assert "did you mean" not in refusal(training_options, [word, "y"])
+
+
+def test_every_wrong_flag_is_named_and_a_stray_word_too():
+    line = refusal(training_options, ["--nonsense", "--lora_rnk", "8"])
+    assert "--nonsense is not a flag" in line and "--lora_rnk is not a flag, did you mean --lora_rank" in line
+    assert "pictures" in refusal(training_options, ["pictures"])
+
+
+def test_a_polynomial_rate_has_to_begin_above_its_end():
+    line = refusal(training_options, ["--lr_scheduler", "polynomial", "--learning_rate", "1e-7"])
+    assert "--lr_scheduler polynomial" in line and "--learning_rate" in line
+    assert training_options(["--lr_scheduler", "polynomial", "--learning_rate", "1.1e-7"]).learning_rate == 1.1e-7
+    assert training_options(["--learning_rate", "1e-8"]).learning_rate == 1e-8
+
+
+@pytest.mark.parametrize(
+    ("options", "argv", "flags"),
+    [
+        (generation_options, ["--prompts", "a", "--prompts_file", "b.txt"], ["--prompts", "--prompts_file"]),
+        (generation_options, ["--demo", "--prompts", "a", "--prompts_file", "b"], ["--prompts", "--prompts_file"]),
+        (
+            training_options,
+            ["--resume_from_checkpoint", "latest", "--overwrite_output"],
+            ["--resume_from_checkpoint", "--overwrite_output"],
+        ),
+    ],
+    ids=["prompts", "prompts with demo", "resume"],
+)
+def test_contradictions_fail_at_the_door(options, argv, flags):
+    line = refusal(options, argv)
+    assert all(flag in line for flag in flags) and "leave one out" in line
+
+
+@pytest.mark.parametrize(
+    "argv", [["--demo=yes"], ["--demo", "--demo=1"], ["--preset"], ["--preset", "--demo"]], ids=shown
+)
+def test_mistakes_in_the_flags_that_change_defaults_are_usage_errors_too(argv):
+    refusal(training_options, argv)
+
+
+def test_a_line_break_in_an_argument_does_not_make_two_lines():
+    refusal(training_options, ["two\nlines"])
+    refusal(training_options, ["--data_dir", "a", "b\n--nonsense\nc"])
+
+
+def test_help_tells_defaults_that_are_zero_but_none_that_are_missing():
+    text = " ".join(training_parser().format_help().split())
+    assert "processes that decode pictures (default: 0)" in text
+    assert "an offset noise; 0.05 is usual (default: 0.0)" in text
+    assert "default: None" not in text and "default: False" not in text
+    assert "default: None" not in generation_parser().format_help()
+
+
+FLAGS = {
+    options: [flag for action in parser()._actions for flag in action.option_strings]
+    for options, parser in ((training_options, training_parser), (generation_options, generation_parser))
+}
+VALUES = ["0", "1", "8", "512", "-1", "1e-4", "-1e-4", "nan", "inf", "", " ", "quality", "cosine", "latest", "fp16",
+          "base", "cpu", "9" * 400, "a robot", "--", "-", "-x", "--=", "=", "%s", "%(default)s", "{}"]  # fmt: skip
+
+
+def command_lines(options) -> st.SearchStrategy[list[str]]:
+    flag = st.sampled_from(FLAGS[options])
+    value = st.sampled_from(VALUES) | st.integers().map(str) | st.floats().map(str) | st.text(max_size=8)
+    near = st.tuples(flag, st.integers(1, 9)).map(lambda pair: pair[0][: -pair[1]])
+    word = flag | value | near | st.tuples(flag, value).map("=".join)
+    parts = st.lists(st.tuples(flag, value) | st.tuples(word), max_size=6)
+    return parts.map(lambda parts: [word for part in parts for word in part])
+
+
+def check_any_command_line(options, argv: list[str]) -> None:
+    result, out, err = parse(options, argv)
+    if isinstance(result, argparse.Namespace):
+        assert out == err == ""
+        values = vars(result)
+        json.dumps({name: value for name, value in values.items() if name != "given"}, allow_nan=False)
+        assert all((values.get(side) or 8) % 8 == 0 for side in ("resolution", "height", "width"))
+        assert values.get("learning_rate", 1) > 0 and (values["seed"] is None or values["seed"] >= 0)
+    elif result == 0:
+        assert "usage:" in out and err == ""
+    else:
+        assert result == 2
+        assert err.startswith("error: ") and len(err.splitlines()) == 1 and out == ""
+
+
+@given(command_lines(training_options))
+def test_any_training_command_line_is_options_help_or_one_line(argv):
+    check_any_command_line(training_options, argv)
+
+
+@given(command_lines(generation_options))
+def test_any_generation_command_line_is_options_help_or_one_line(argv):
+    check_any_command_line(generation_options, argv)
+
+
+HEAVY = ["torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "tensorboard"]
+RUN_AND_TELL = f"""
+import json, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+print(json.dumps([code, [name for name in {HEAVY} if name in sys.modules]]), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "code"),
+    [
+        ("megaman_lora.py", ["--help"], 0),
+        ("generate_megaman.py", ["--help"], 0),
+        ("megaman_lora.py", ["--nonsense"], 2),
+        ("generate_megaman.py", ["--prompts", "a", "--prompts_file", "b"], 2),
+    ],
+    ids=["train help", "generate help", "train wrong", "generate wrong"],
+)
+def test_help_and_usage_errors_come_before_the_heavy_imports(run_script, tmp_path, script, argv, code):
+    path = Path(__file__).resolve().parent.parent / script
+    done = run_script(["-c", RUN_AND_TELL, str(path), *argv], tmp_path)
+    *lines, last = done.stderr.splitlines()
+    assert json.loads(last) == [code, []]
+    assert len(lines) == (1 if code else 0)
+    assert list(tmp_path.iterdir()) == [], "a question about usage leaves nothing behind"
+    if not code:
+        assert all(flag in done.stdout for flag in FLAGS[PARSERS[script]])
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_nonsense_as_a_process_is_exit_code_2_and_one_line(run_script, tmp_path, script):
+    done = run_script([script, "--nonsense"], tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"error: --nonsense is not a flag. See {script} --help\n"

@@ -1,0 +1,91 @@
+"""A run stopped at a checkpoint and resumed ends as the undisturbed one: bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megaman.errors import UserError
+
+
+@pytest.fixture
+def train(train_here, tmp_path, capsys):
+    """train(output_dir, *flags): saves every third step; .said is what it printed."""
+
+    def run(output_dir: str, *flags) -> dict[str, torch.Tensor]:
+        fixed = ["--data_dir", ROOT / "demo" / "held_out", "--train_batch_size", 4, "--learning_rate", 1e-3]
+        schedule = ["--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--save_steps", 3]
+        state = train_here(tmp_path, output_dir, *fixed, *schedule, *flags)
+        run.said = capsys.readouterr().out
+        return state
+
+    return run
+
+
+def stop_at(folder, step: int) -> None:
+    """What a run that was stopped after its checkpoint of this step leaves behind."""
+    shutil.rmtree(folder / "lora_weights")
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+
+
+@pytest.mark.parametrize("how", ["latest", "checkpoint-3"])
+def test_resumed_equals_undisturbed(train, tmp_path, how):
+    undisturbed = train("whole", "--max_train_steps", 8)
+    train("halves", "--max_train_steps", 8)
+    stop_at(tmp_path / "halves", 3)
+    resumed = train("halves", "--max_train_steps", 8, "--resume_from_checkpoint", how)
+    assert "resuming   halves/checkpoint-3, step 3" in train.said.replace("\\", "/")
+    assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
+    folders = [tmp_path / name / "checkpoint-8" for name in ("whole", "halves")]
+    whole, halves = (load_file(folder / "optimizer.safetensors") for folder in folders)
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+
+    (folder,) = (tmp_path / "logs-halves").iterdir()
+    (other,) = (tmp_path / "logs-whole").iterdir()
+    for tag in ("train/loss", "train/learning_rate"):
+        curves = [
+            [(event.step, event.value) for event in EventAccumulator(str(path)).Reload().Scalars(tag)]
+            for path in (folder, other)
+        ]
+        assert curves[0] == curves[1]
+
+
+def test_nothing_to_resume_starts_afresh_and_says_so(train):
+    train("new", "--max_train_steps", 1, "--resume_from_checkpoint", "latest")
+    assert "no checkpoint yet: starting afresh" in train.said
+
+
+def test_a_finished_run_can_be_lengthened(train, tmp_path):
+    train("run", "--max_train_steps", 3)
+    train("run", "--max_train_steps", 5, "--resume_from_checkpoint", "latest")
+    state = json.loads((tmp_path / "run" / "checkpoint-5" / "training_state.json").read_text())
+    assert state["step"] == 5
+    assert state["elapsed"] > 0
+
+
+def test_other_settings_are_refused_by_name(train):
+    train("run", "--max_train_steps", 1)
+    with pytest.raises(UserError, match="lora_rank was 4 and is now 8"):
+        train("run", "--max_train_steps", 2, "--resume_from_checkpoint", "latest", "--lora_rank", 8)
+
+
+def test_an_unfinished_checkpoint_is_never_the_latest(train, tmp_path):
+    train("run", "--max_train_steps", 3)
+    shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "run" / "checkpoint-9.1234.aside")
+    (tmp_path / "run" / "checkpoint-7").mkdir()
+    train("run", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert "checkpoint-3, step 3" in train.said
+
+
+def test_a_folder_that_is_no_checkpoint(train):
+    train("run", "--max_train_steps", 1)
+    with pytest.raises(UserError, match="--resume_from_checkpoint checkpoint-77 is no checkpoint"):
+        train("run", "--max_train_steps", 2, "--resume_from_checkpoint", "checkpoint-77")

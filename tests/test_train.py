@@ -1,0 +1,298 @@
+"""megaman_lora.py as a user runs it, on the real embedded base; then what each flag changes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megaman.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four pictures of the demo and a tall one, two of them without a caption."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "more").mkdir()
+    sources = sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:4]
+    for number, source in enumerate(sources):
+        target = folder / ("more" if number == 3 else ".") / source.name
+        shutil.copy(source, target)
+        if number < 3:
+            shutil.copy(source.with_suffix(".txt"), target.with_suffix(".txt"))
+    tall = Image.new("RGB", (80, 200), "navy")
+    tall.paste("orange", (0, 0, 80, 60))
+    tall.save(folder / "tall_robot.png")
+    (folder / "broken.png").write_bytes(b"not a picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, base_folder, run_script, tmp_path_factory):
+    """One whole run as a process."""
+    cwd = tmp_path_factory.mktemp("run")
+    args = f"""megaman_lora.py --pretrained_model_name {base_folder} --data_dir {data} --output_dir out
+        --logging_dir logs
+        --resolution 64 --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps 6 --save_steps 2
+        --checkpoints_total_limit 2 --validation_steps 3 --num_validation_images 2 --validation_prompt robot
+        --lora_rank 4 --lora_alpha 16 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --seed 0
+        --mixed_precision fp16 --random_flip --snr_gamma 5 --noise_offset 0.05"""
+    done = run_script(args.split(), cwd)
+    assert done.returncode == 0, done.stderr
+    return done, cwd
+
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    out = finished[1] / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoint-4",
+        "checkpoint-6",
+        "lora_weights",
+        "samples-0",
+        "samples-3",
+        "samples-6",
+        "training_config.json",
+    ]
+    assert sorted(path.name for path in (out / "samples-3").iterdir()) == ["00.png", "01.png"]
+    assert Image.open(out / "samples-0" / "00.png").size == (64, 64)
+    suffixes = {path.suffix for folder in out.glob("checkpoint-*") for path in folder.iterdir()}
+    assert suffixes == {".json", ".safetensors"}
+
+
+def test_it_says_what_will_happen(finished):
+    said = finished[0].stdout
+    assert "pictures   5 in" in said
+    assert "captions: 3 found, 2 made" in said
+    assert re.search(r"steps +6 of 4 pictures \(2 x 2 accumulated x 1 process\), 4\.8 epochs", said)
+    assert re.search(r"rank 4, alpha 16, [\d,]+ trainable parameters", said)
+    assert "fp16 needs an NVIDIA card, so cpu uses float32" in said
+    assert "broken.png: not a picture" in said
+    assert "seed 0" in said
+
+
+def test_the_output_is_ours_alone(finished):
+    """No library's warning: stderr holds the two progress bars and nothing else."""
+    noise = [line for line in re.split(r"[\r\n]+", finished[0].stderr) if line.strip()]
+    assert noise, "the bars go to stderr"
+    assert [line for line in noise if not line.startswith(("encoding:", "training:"))] == []
+    assert re.search(r"training: 100%.*loss=\d\.\d+, lr=", finished[0].stderr)
+    for line in finished[0].stdout.splitlines():
+        assert re.match(r"(loading|left out|pictures|steps|LoRA|device|done|next)\b", line), line
+
+
+def test_the_configuration_holds_every_setting_and_the_versions(finished):
+    config = json.loads((finished[1] / "out" / "training_config.json").read_text(encoding="utf-8"))
+    assert config["settings"]["noise_offset"] == 0.05
+    assert config["settings"]["adam_beta2"] == 0.999
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["dtype"] == "float32"
+    assert config["total_steps"] == 6
+
+
+def test_tensorboard_shows_the_run(finished):
+    (folder,) = (finished[1] / "logs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    loss = events.Scalars("train/loss")
+    assert [event.step for event in loss] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < event.value < 3 for event in loss)
+    rates = [event.value for event in events.Scalars("train/learning_rate")]
+    assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
+    assert rates[3] > rates[4] > rates[5] > 0
+    assert [event.step for event in events.Images("validation/00")] == [0, 3, 6]
+    text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert '"lora_alpha": 16' in text
+
+
+def test_step_0_is_the_base_and_the_same_seeds_stay(finished):
+    out = finished[1] / "out"
+    first, last = (Image.open(out / f"samples-{step}" / "00.png").tobytes() for step in (0, 6))
+    other = Image.open(out / "samples-0" / "01.png").tobytes()
+    assert len({first, last, other}) == 3
+
+
+def test_the_checkpoint_is_a_lora_folder(finished, base_folder):
+    from diffusers import UNet2DConditionModel
+
+    from megaman import lora_files
+
+    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
+    config = lora_files.load_lora(finished[1] / "out" / "checkpoint-6", unet)
+    assert (config.r, config.lora_alpha) == (4, 16)
+
+
+def test_an_earlier_run_is_not_overwritten(finished, data, base_folder, run_script):
+    cwd = finished[1]
+    before = {path: path.stat().st_mtime_ns for path in (cwd / "out").rglob("*")}
+    done = run_script(["megaman_lora.py", "--data_dir", data, "--output_dir", "out"], cwd)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "--overwrite_output" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (cwd / "out").rglob("*")} == before
+
+
+# The rest runs in this process. Two steps are enough to see whether a flag matters.
+
+
+@pytest.fixture
+def train(train_here, data, tmp_path, capsys):
+    """train("--flag", value, …) runs two steps and returns the LoRA's tensors; .said is what it printed."""
+
+    def run(*flags) -> dict[str, torch.Tensor]:
+        run.out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        state = train_here(tmp_path, run.out.name, "--data_dir", data, "--max_train_steps", 2, *flags)
+        run.said = capsys.readouterr().out
+        return state
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(train_here, data, tmp_path_factory):
+    """The LoRA that train() without flags gives."""
+    return train_here(tmp_path_factory.mktemp("plain"), "out", "--data_dir", data, "--max_train_steps", 2)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def largest(state: dict[str, torch.Tensor], side: str) -> float:
+    return max(float(tensor.abs().max()) for key, tensor in state.items() if f"lora_{side}" in key)
+
+
+def test_a_seed_repeats_bit_for_bit_and_another_differs(train, plain):
+    assert same(plain, train())
+    assert not same(plain, train("--seed", 1))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--learning_rate", 3e-4],
+        ["--adam_beta1", 0.5],
+        ["--adam_beta2", 0.5],
+        ["--adam_weight_decay", 0.5],
+        ["--adam_epsilon", 1e-3],
+        ["--max_grad_norm", 1e-6],
+        ["--snr_gamma", 0.001],
+        ["--noise_offset", 0.3],
+        ["--random_flip"],
+        ["--train_batch_size", 3],
+        ["--gradient_accumulation_steps", 2],
+        ["--lora_rank", 2],
+        ["--lora_alpha", 8],
+        ["--target_modules", "to_q"],
+        ["--resolution", 32],
+        ["--mixed_precision", "bf16"],
+        ["--max_train_steps", 3],
+        ["--lr_scheduler", "linear"],
+        ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 4],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_a_flag_changes_the_result(train, plain, flags):
+    assert not same(plain, train(*flags))
+
+
+def test_crops_of_a_picture_that_is_not_square(train, data, tmp_path):
+    """By default four crops drawn from the seed; other numbers and the middle one give other results."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(data / "tall_robot.png", alone)
+    four = train("--data_dir", alone)
+    assert "1 in" in train.said
+    assert "4 crops" in train.said
+    assert not same(four, train("--data_dir", alone, "--crop_variants", 1))
+    assert "1 crops" in train.said
+    assert not same(four, train("--data_dir", alone, "--center_crop"))
+    assert same(four, train("--data_dir", alone))
+
+
+@pytest.mark.parametrize("flags", [["--dataloader_num_workers", 2], ["--lr_warmup_steps", 3]])
+def test_a_flag_that_must_not_change_the_result(train, plain, flags):
+    """Workers only decode; constant has no warm-up, and says so where one is asked for."""
+    assert same(plain, train(*flags))
+    assert ("constant has no warm-up" in train.said) == ("--lr_warmup_steps" in flags)
+
+
+def test_gradient_checkpointing_changes_memory_only(train, plain):
+    checkpointed = train("--gradient_checkpointing")
+    assert all(torch.allclose(plain[key], checkpointed[key], atol=1e-6) for key in plain)
+
+
+def test_the_split_into_micro_batches_changes_nothing_but_rounding(train):
+    whole = train("--train_batch_size", 4)
+    split = train("--train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    assert all(torch.allclose(whole[key], split[key], atol=1e-5) for key in whole)
+
+
+def test_clipping_clips(train, plain):
+    """With a norm far below Adam's epsilon the step vanishes; without clipping B moves by about the learning rate."""
+    assert largest(train("--max_grad_norm", 1e-12), "B") < 1e-7
+    assert largest(plain, "B") > 5e-5
+
+
+def test_training_lowers_the_loss(train):
+    train("--max_train_steps", 60, "--learning_rate", 3e-3, "--lora_alpha", 8, "--train_batch_size", 4)
+    (folder,) = (train.out.parent / f"logs-{train.out.name}").iterdir()
+    losses = [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+
+
+def test_epochs_give_the_steps(train_here, train, data, tmp_path, capsys):
+    train("--num_train_epochs", 3, "--train_batch_size", 2)
+    assert "steps      2 of 2" in train.said, "--max_train_steps wins"
+    train_here(tmp_path, "epochs", "--data_dir", data, "--num_train_epochs", 1, "--train_batch_size", 2)
+    assert "steps      3 of 2 pictures" in capsys.readouterr().out
+
+
+def test_without_a_seed_one_is_drawn_and_noted(data, base_folder, run_script, tmp_path):
+    args = (
+        f"megaman_lora.py --pretrained_model_name {base_folder} --data_dir {data} --resolution 64 --max_train_steps 1"
+    )
+    done = run_script([*args.split(), "--num_validation_images", "0"], tmp_path)
+    seed = json.loads((tmp_path / "megaman_lora_output/training_config.json").read_text())["settings"]["seed"]
+    assert seed > 0
+    assert f"seed {seed}" in done.stdout
+
+
+def test_overwriting_where_it_is_meant(train_here, data, tmp_path):
+    flags = ["--data_dir", data, "--max_train_steps"]
+    train_here(tmp_path, "out", *flags, 2)
+    (tmp_path / "out" / "mine.txt").write_text("the user's")
+    train_here(tmp_path, "out", *flags, 1, "--overwrite_output")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "the user's"
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_target_that_is_not_there(train):
+    with pytest.raises(UserError, match="--target_modules to_x") as caught:
+        train("--target_modules", "to_q", "to_x")
+    assert caught.value.exit_code == 2
+
+
+def test_no_data_yet(run_script, tmp_path):
+    """The first command of a newcomer: instructions, exit 0; a second run says the same and changes nothing."""
+    for _ in range(2):
+        done = run_script(["megaman_lora.py"], tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "There are no pictures yet" in done.stdout
+        guide = (tmp_path / "megaman_images" / "README.md").read_text(encoding="utf-8")
+        assert "megaman_01.txt" in guide
+        assert "請把圖片" in guide
+        assert [path.name for path in tmp_path.iterdir()] == ["megaman_images"]
+
+
+@pytest.mark.parametrize("folder", ["missing", "empty"])
+def test_given_data_that_is_not_there(run_script, tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    done = run_script(["megaman_lora.py", "--data_dir", folder], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert folder in done.stderr
