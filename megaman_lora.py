@@ -14,6 +14,7 @@ if sys.version_info < (3, 11):
 import importlib.metadata
 import json
 import math
+import os
 import secrets
 import shlex
 import shutil
@@ -40,13 +41,13 @@ Where it is missing, a caption is made from the picture's name. Then run:
 
     python megaman_lora.py
 
-請把圖片放進這個資料夾:JPG、PNG、BMP 或 WebP,512x512 以上,20 到 100 張,可以放在子資料夾裡。
-每張圖片可以附一個同名的文字檔作為標註,例如:
+請把圖片放進這個資料夾：JPG、PNG、BMP 或 WebP，512x512 以上，20 到 100 張，可以放在子資料夾裡。
+每張圖片可以附一個同名的文字檔作為標註，例如：
 
     megaman_01.png
     megaman_01.txt      mega man, blue robot, helmet, game character, detailed armor
 
-沒有標註的圖片,會用檔名自動產生標註。放好之後執行:
+沒有標註的圖片，會用檔名自動產生標註。放好之後執行：
 
     python megaman_lora.py
 """
@@ -65,11 +66,12 @@ def main(argv: list[str]) -> int:
 
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
     from megaman import cache, diffusion, lora, lora_files, sample, schedule
     from megaman import checkpoint as checkpoints
-    from megaman.base import actual_name, choose_device, load_base, place, unused_nvidia_card
+    from megaman.base import ALIASES, actual_name, choose_device, load_base, place, unused_nvidia_card
 
     # Device and precision.
     placement = place(options.mixed_precision, choose_device())
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> int:
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
     saved = checkpoints.read_progress(checkpoint) if checkpoint else None
     seed = options.seed if options.seed is not None else saved.seed if saved else secrets.randbelow(2**31)
+    (seed,) = broadcast_object_list([seed])  # every process draws its own otherwise
     name = actual_name(options.pretrained_model_name)
     must_match = {"pretrained_model_name": name, "lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha,
                   "target_modules": options.target_modules, "seed": seed}  # fmt: skip
@@ -93,7 +96,7 @@ def main(argv: list[str]) -> int:
 
     # Base and LoRA.
     say(f"loading {name}")
-    if name != options.pretrained_model_name:
+    if options.pretrained_model_name in ALIASES:
         say(f"  {options.pretrained_model_name} has left the hub; the same weights are at {name}")
     base = load_base(name, placement.dtype)
     torch.manual_seed(seed)  # for the LoRA's random half
@@ -303,11 +306,14 @@ def report_problems(problems: dict[Path, str]) -> None:
 
 def open_output(output_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
     """The checkpoint to go on from, or None; an earlier run's output is never overwritten unless asked for."""
-    from megaman.checkpoint import find
+    checkpoint = None
+    if resume:
+        from megaman.checkpoint import find
 
-    checkpoint = find(resume, output_dir) if resume else None
+        checkpoint = find(resume, output_dir)
     leftovers = [path for pattern in OURS for path in output_dir.glob(pattern)]
-    if leftovers and not checkpoint:
+    unfinished = resume == "latest" and not (output_dir / "lora_weights").exists()
+    if leftovers and not (checkpoint or unfinished) and os.environ.get("RANK", "0") == "0":  # of several processes the first tidies up
         if not overwrite:
             raise UserError(
                 f"--output_dir {output_dir} holds an earlier run",

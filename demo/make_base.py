@@ -274,7 +274,7 @@ def train_unet(
     unet.to(memory_format=torch.channels_last)
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     parameters = list(both.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=6e-4, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=6e-4, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     average = {name: value.detach().clone() for name, value in both.state_dict().items()}
     start, train_count, batch_size = 0, len(latents) - HELD_OUT, 16
     if state := stage.load("unet"):
@@ -311,8 +311,8 @@ def train_unet(
             if value.is_floating_point():
                 average[name].lerp_(value, 1 - decay)
         losses.append(squared.mean().detach())
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            loss = float(torch.stack(losses[-500:]).mean())
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            loss = float(torch.stack(losses[-250:]).mean())
             bar.set_postfix(loss=f"{loss:.4f}")
             stage.log("unet", step=step + 1, loss=loss, time=time.time(), seconds=time.time() - started)
             stage.save("unet", {"model": both.state_dict(), "optimizer": optimizer.state_dict(),
@@ -352,6 +352,8 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, work: Path) -> None:
     """Write the base in fp16 in diffusers' layout, with the sample sheet and the curves of its card."""
     half = pipeline.to(torch.float16)
     half.save_pretrained(folder, safe_serialization=True)
+    text_config = folder / "text_encoder" / "config.json"  # transformers would load in the dtype that stands there
+    text_config.write_text(text_config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     curves = {name: [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()]
               for name in ("vae", "unet")}  # fmt: skip
     (folder / "training_curve.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")

@@ -91,8 +91,13 @@ def unused_nvidia_card() -> bool:
 
 
 def actual_name(name: str) -> str:
-    """The name the base is really found under."""
-    return ALIASES.get(name, name)
+    """The name to find and to note the base under, from wherever it is read again: the hub's present one, the place
+    within this project, or a whole path."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return ALIASES.get(name, name)
+    folder = folder.resolve()
+    return folder.relative_to(PROJECT).as_posix() if folder.is_relative_to(PROJECT) else str(folder)
 
 
 def find_base(name: str, half: bool) -> Path:

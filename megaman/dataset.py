@@ -82,7 +82,8 @@ class MegaManDataset:
         flip the mirror image of each; a list of float32 [3, size, size]."""
         image = open_image(self.pictures[index])
         name = self.pictures[index].relative_to(self.data_dir).as_posix()
-        rng = None if self.center_crop else random.Random(f"{seed} {name}")
+        own = f"{seed} {name}".encode("utf-8", "surrogatepass")  # a name on Linux need not be Unicode
+        rng = None if self.center_crop else random.Random(own)
         boxes: list[Box] = crop_boxes(*image.size, count=crops, rng=rng)
         upright = [pixel_values(fit(image, box, self.size)) for box in boxes]
         return upright + ([picture.flip(-1) for picture in upright] if flip else [])

@@ -30,6 +30,11 @@ def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
         line, code = str(error), error.exit_code
     except KeyboardInterrupt:
         line, code = "stopped by Ctrl-C; what was saved before stays as it is", 130
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        remedy = "Try --gradient_checkpointing, a smaller --train_batch_size, or a smaller picture"
+        line, code = f"too little memory ({str(error).splitlines()[0][:120]}). {remedy}", RUN_FAILED
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -40,3 +45,9 @@ def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
         )
     print(f"error: {line}", file=sys.stderr)
     return code
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own error, or torch's: told by name and text, since this module does not import torch."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or "not enough memory" in str(error) or "out of memory" in str(error)

@@ -53,7 +53,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
-    """Whether EXIF gives an orientation from 5 to 8, as far as the header tells: asked for more, Pillow decodes a PNG."""
+    """Whether EXIF gives an orientation from 5 to 8. Only where the header has it: else Pillow decodes a whole PNG."""
     try:
         return "exif" in image.info and image.getexif().get(0x0112) in (5, 6, 7, 8)
     except DAMAGE:

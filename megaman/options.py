@@ -111,6 +111,15 @@ def number(
     return parse
 
 
+def _text(text: str) -> str:
+    """A prompt; bytes that are no text arrive from the command line as lone surrogates, which no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not valid UTF-8: save or type it anew") from None
+    return text
+
+
 def _side(text: str) -> int:
     value = number(int, 8, 8192)(text)
     if value % 8:
@@ -161,7 +170,7 @@ def training_parser() -> Parser:
     add("--checkpoints_total_limit", type=COUNT, help="checkpoints kept; older ones are deleted")
     add("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on from a checkpoint")
     add("--validation_steps", type=COUNT, default=100, help="steps between sample images")
-    add("--validation_prompt", default=DEFAULT_PROMPT, help="what the sample images show")
+    add("--validation_prompt", type=_text, default=DEFAULT_PROMPT, help="what the sample images show")
     add("--num_validation_images", type=COUNT_OR_ZERO, default=4, help="sample images each time; 0 for none")
     add("--snr_gamma", type=number(float, 0, exclusive=True), help="min-SNR loss weighting; 5 is usual")
     add("--noise_offset", type=number(float, 0, 1), default=0.0, help="strength of an offset noise; 0.05 is usual")
@@ -178,9 +187,9 @@ def generation_parser() -> Parser:
     add("--base_model", help="the base: a name on the hub or a local folder (default: what the LoRA was trained on)")
     add("--lora_path", default="./megaman_lora_output/lora_weights", help="the folder with the LoRA")
     add("--output_dir", default="./generated_megaman", help="images and index.html go here; existing ones stay")
-    add("--prompts", nargs="+", metavar="PROMPT", help="one or more prompts (default: ten about Mega Man)")
+    add("--prompts", type=_text, nargs="+", metavar="PROMPT", help="one or more prompts (default: ten about Mega Man)")
     add("--prompts_file", help="a file with one prompt a line; # begins a comment")
-    add("--negative_prompt", default=DEFAULT_NEGATIVE_PROMPT, help="what the images should not show")
+    add("--negative_prompt", type=_text, default=DEFAULT_NEGATIVE_PROMPT, help="what the images should not show")
     add("--num_images_per_prompt", type=COUNT, default=1, help="images of each prompt")
     add("--num_inference_steps", type=number(int, 1, 1000), default=25, help="sampling steps")
     add("--guidance_scale", type=number(float, 0, 100), default=7.5, help="how closely the prompt is followed")
