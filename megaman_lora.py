@@ -21,6 +21,7 @@ import shutil
 import time
 from pathlib import Path
 
+from megaman.captions import guessed_encoding
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, run_script
 from megaman.files import write_json, write_text
@@ -287,6 +288,8 @@ def find_pictures(data_dir: str, given: bool, size: int, center_crop: bool) -> M
     dataset = MegaManDataset(folder, None, size, center_crop)
     problems = dataset.check()
     report_problems(problems)
+    for path in filter(None, map(guessed_encoding, dataset.pictures)):
+        print(f"captions   {path} is not UTF-8 and was read as Windows-1252: save it as UTF-8 if that is wrong")
     if len(dataset):
         return dataset
     if given or problems:

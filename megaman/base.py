@@ -9,6 +9,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from megaman.errors import UserError
@@ -28,6 +30,7 @@ for library in (diffusers.utils.logging, transformers.utils.logging):
 ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PROJECT = Path(__file__).resolve().parent.parent
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+HUB_PATIENCE = 20  # seconds that the hub has to begin its answer
 WAYS_ON = "Name a local folder in diffusers' layout, or try the embedded base with --demo"
 
 
@@ -93,7 +96,7 @@ def unused_nvidia_card() -> bool:
 def actual_name(name: str) -> str:
     """The name to find and to note the base under, from wherever it is read again: the hub's present one, the place
     within this project, or a whole path."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         return ALIASES.get(name, name)
     folder = folder.resolve()
@@ -105,7 +108,7 @@ def find_base(name: str, half: bool) -> Path:
 
     With half the fp16 files are preferred, which halves the download. Raises UserError with the ways on.
     """
-    for folder in (Path(name).expanduser(), PROJECT / name):
+    for folder in (Path(os.path.expanduser(name)), PROJECT / name):
         if folder.is_dir():
             return folder
     if name.endswith((".ckpt", ".bin", ".pt", ".pth")):
@@ -116,25 +119,50 @@ def find_base(name: str, half: bool) -> Path:
 
 
 def _download(name: str, half: bool) -> Path:
+    from httpx2 import HTTPError  # what the hub's client lets through where a connection breaks
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, XetDownloadError
 
     common = ["model_index.json", "scheduler/*.json", "tokenizer/*", "*/config.json"]
     full = [f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()]
     lean = [f"{part}/{stem}.fp16.safetensors" for part, stem in WEIGHTS.items()]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=common + (lean if half else full)))
+        cached = not _hub_answers(name)
+        folder = Path(
+            snapshot_download(name, allow_patterns=common + (lean if half else full), local_files_only=cached)
+        )
         missing = [f"{part}/*.safetensors" for part in WEIGHTS if not list((folder / part).glob("*.safetensors"))]
         if missing:
-            folder = Path(snapshot_download(name, allow_patterns=full))
+            folder = Path(snapshot_download(name, allow_patterns=full, local_files_only=cached))
         return folder
+    except HFValidationError:
+        raise UserError(f"The base {name} is not a folder on this machine nor a name on the hub", WAYS_ON) from None
     except RepositoryNotFoundError:
         raise UserError(f"The hub has no model {name}, or it asks for a login", WAYS_ON) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except (HTTPError, XetDownloadError, OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"The base {name} is not on this machine and the hub was not reached ({reason})", WAYS_ON
+            f"The base {name} is not on this machine and did not come from the hub ({_first_line(error)})", WAYS_ON
         ) from None
+
+
+def _hub_answers(name: str) -> bool:
+    """False where the hub keeps silent, as behind some firewalls: snapshot_download would wait for it for ever."""
+    from httpx2 import TimeoutException
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=HUB_PATIENCE)
+    except TimeoutException:
+        return False
+    except Exception:
+        return True  # whatever it is, snapshot_download meets it too, and looks into the cache
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, short enough to stand in ours."""
+    text = str(error).strip() or type(error).__name__
+    return textwrap.shorten(text.splitlines()[0], 200, placeholder=" ...").rstrip(" .")
 
 
 def load_base(name: str, dtype: torch.dtype) -> Base:
@@ -154,8 +182,8 @@ def load_base(name: str, dtype: torch.dtype) -> Base:
             unet=_load(UNet2DConditionModel, folder, "unet", variants, dtype),
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"The base {name} cannot be loaded ({str(error).splitlines()[0][:200]})", WAYS_ON) from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"The base {name} cannot be loaded ({_first_line(error)})", WAYS_ON) from None
     _check_kind(base)
     for part in (base.unet, base.vae, base.text_encoder):
         part.requires_grad_(False)
@@ -167,9 +195,13 @@ def _check_layout(name: str, folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"{name} holds no model_index.json, so it is no base in diffusers' layout", WAYS_ON)
-    kind = read_json(index).get("_class_name")
+    content = read_json(index)
+    kind = content.get("_class_name") if isinstance(content, dict) else None
     if kind != "StableDiffusionPipeline":
         raise UserError(f"The base {name} is a {kind}, not a Stable Diffusion 1.x", WAYS_ON)
+    for part in ("tokenizer", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS)):
+        if not (folder / part).exists():  # the libraries would look for it on the hub, or take another model's
+            raise UserError(f"The base {name} is not complete: {part} is missing", WAYS_ON)
 
 
 def _variant(name: str, folder: Path, stem: str) -> str | None:
@@ -197,3 +229,5 @@ def _check_kind(base: Base) -> None:
         )
     if unet.cross_attention_dim != text.hidden_size:
         raise UserError(f"The base {base.name}: its UNet and its text encoder do not belong together", WAYS_ON)
+    if (kind := base.scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
+        raise UserError(f"The base {base.name} predicts {kind}, not the noise or its velocity", WAYS_ON)

@@ -13,21 +13,30 @@ SPELLINGS = {"megaman": "mega man", "protoman": "proto man", "rockman": "rock ma
 
 def read_caption(picture: Path) -> str | None:
     """The caption in the .txt of the same stem, on one line; None where there is none or nothing stands in it."""
-    for suffix in (".txt", ".TXT"):
-        path = picture.with_suffix(suffix)
-        if path.is_file():
-            return " ".join(_decode(path.read_bytes()).split()) or None
-    return None
+    path = _caption_file(picture)
+    return (" ".join(_decode(path.read_bytes())[0].split()) or None) if path else None
 
 
-def _decode(content: bytes) -> str:
-    """UTF-8 with or without its mark, UTF-16 with one; anything else is read as Windows' Western encoding."""
+def guessed_encoding(picture: Path) -> Path | None:
+    """The picture's caption file where its encoding had to be guessed, so that a person can be told."""
+    path = _caption_file(picture)
+    return path if path and not _decode(path.read_bytes())[1] else None
+
+
+def _caption_file(picture: Path) -> Path | None:
+    candidates = (picture.with_suffix(suffix) for suffix in (".txt", ".TXT"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _decode(content: bytes) -> tuple[str, bool]:
+    """The text, and whether its encoding is certain: UTF-8 with or without its mark, or UTF-16 with one. Anything else
+    is read as Windows' Western encoding."""
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16", errors="replace")
+        return content.decode("utf-16", errors="replace"), True
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig"), True
     except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")
+        return content.decode("cp1252", errors="replace"), False
 
 
 def caption_from_name(picture: Path) -> str:

@@ -34,7 +34,8 @@ def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
         if not _out_of_memory(error):
             raise
         remedy = "Try --gradient_checkpointing, a smaller --train_batch_size, or a smaller picture"
-        line, code = f"too little memory ({str(error).splitlines()[0][:120]}). {remedy}", RUN_FAILED
+        what = str(error).partition("\n")[0][:120] or type(error).__name__  # Python's own has no text
+        line, code = f"too little memory ({what}). {remedy}", RUN_FAILED
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

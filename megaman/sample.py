@@ -71,10 +71,14 @@ def draw_images(
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
-    """Images of unscaled latents [B, 4, h, w], one at a time: decoding is where memory peaks."""
+    """Images of unscaled latents [B, 4, h, w], one at a time: decoding is where memory peaks.
+
+    In the VAE's own precision, whatever autocast is on around it: in fp16 some pictures come out black.
+    """
     images = []
     for latent in latents:
-        pixels = vae.decode(latent[None].to(vae.device, vae.dtype)).sample[0].float()
+        with torch.autocast(vae.device.type, enabled=False):
+            pixels = vae.decode(latent[None].to(vae.device, vae.dtype)).sample[0].float()
         pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         images.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
     return images

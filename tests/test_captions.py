@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.captions import COMMON_ENDING, caption_for, caption_from_name, read_caption
+from megaman.captions import COMMON_ENDING, caption_for, caption_from_name, guessed_encoding, read_caption
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,10 @@ def test_unicode_text_comes_back_whole(tmp_path_factory, text, encoding):
     folder = tmp_path_factory.getbasetemp()
     (folder / "text_caption.txt").write_bytes(text.encode(encoding))
     assert read_caption(folder / "text_caption.png") == (" ".join(text.split()) or None)
+
+
+def test_a_guessed_encoding_is_known(tmp_path):
+    for name, content in (("plain", "é".encode()), ("guessed", "é".encode("cp1252")), ("marked", "é".encode("utf-16"))):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    assert guessed_encoding(tmp_path / "guessed.png") == tmp_path / "guessed.txt"
+    assert [guessed_encoding(tmp_path / f"{name}.png") for name in ("plain", "marked", "none")] == [None] * 3
