@@ -14,16 +14,15 @@ if sys.version_info < (3, 11):
 import re
 from pathlib import Path
 
-from megaman.gallery import GalleryImage, read_images, write_gallery
-
 from megaman.errors import run_script
+from megaman.gallery import GalleryImage, read_images, write_gallery
 from megaman.options import DEFAULT_BASE, generation_options
 from megaman.prompts import BUILT_IN, read_prompts
 
 
 def main(argv: list[str]) -> int:
     options = generation_options(argv)
-    prompts = options.prompts or read_prompts(Path(options.prompts_file or BUILT_IN))
+    prompts = options.prompts or read_prompts(BUILT_IN if options.prompts_file is None else Path(options.prompts_file))
     output_dir, lora_path = Path(options.output_dir), Path(options.lora_path)
     gallery = read_images(output_dir)
     first = first_free(output_dir)

@@ -316,7 +316,8 @@ def open_output(output_dir: Path, resume: str | None, overwrite: bool) -> Path |
         checkpoint = find(resume, output_dir)
     leftovers = [path for pattern in OURS for path in output_dir.glob(pattern)]
     unfinished = resume == "latest" and not (output_dir / "lora_weights").exists()
-    if leftovers and not (checkpoint or unfinished) and os.environ.get("RANK", "0") == "0":  # of several processes the first tidies up
+    tidies_up = os.environ.get("RANK", "0") == "0"  # the first, of several processes
+    if leftovers and tidies_up and not (checkpoint or unfinished):
         if not overwrite:
             raise UserError(
                 f"--output_dir {output_dir} holds an earlier run",

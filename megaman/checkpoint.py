@@ -1,7 +1,7 @@
 """checkpoint-N/: all that a resumed run needs, tensors as safetensors and the rest as JSON. It is a LoRA folder too.
 
-Order, crops, noise and timesteps hang on the run's seed and the pictures' numbers (schedule.py), so that no random state
-has to be kept.
+Order, crops, noise and timesteps hang on the run's seed and the pictures' numbers (schedule.py), so that no random
+state has to be kept.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -24,6 +25,8 @@ class UserError(Exception):
 
 def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a script's main and turn what a user can cause into one line on stderr; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that it cannot show is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(argv)
     except UserError as error:

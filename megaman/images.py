@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "WEBP")  # whatever the name says: no others, such as EPS, are tried
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SMALLEST_SIDE = 16  # anything below holds nothing to learn
 # What Pillow raises over damaged pictures and over odd metadata in good ones.
@@ -65,7 +66,8 @@ def open_image(path: Path) -> Image.Image:
 
     Raises BadImageError where it cannot be read.
     """
-    with _opened(path) as image:
+    with _opened(path) as image, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Pillow's remarks on odd EXIF
         try:
             return _flatten(ImageOps.exif_transpose(image))
         except DAMAGE as error:
@@ -76,7 +78,7 @@ def _opened(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(path)
+            return Image.open(path, formats=FORMATS)
         except UnidentifiedImageError:
             raise BadImageError("not a picture, whatever its name says") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):

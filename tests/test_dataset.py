@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,3 +236,17 @@ def test_a_name_that_is_not_unicode(tmp_path):
     assert len(dataset) == 1 and dataset.check() == {}
     assert len(dataset.variants(0, 4, False, seed=0)) == 4
     dataset.captions[0].encode("utf-8")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
+def test_names_that_the_terminal_cannot_show(run_script, tmp_path, encoding):
+    """As on Windows, where what a script prints into a file is in the old code page."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "洛克人.png").write_bytes(b"damaged")
+    with contextlib.suppress(OSError):  # not on every file system
+        (Path(os.fsdecode(os.fsencode(pictures) + b"/\x83\x8d.png"))).write_bytes(b"damaged")
+    done = run_script(["megaman_lora.py", "--data_dir", pictures], tmp_path, {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 1
+    assert done.stdout.count("left out: ") == len(list(pictures.iterdir()))
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: --data_dir")

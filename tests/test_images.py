@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFile
 
 from megaman.images import (
     SMALLEST_SIDE,
@@ -194,10 +194,21 @@ def test_whatever_the_mode_it_becomes_rgb(tmp_path, mode, value, suffix, color):
     assert near(saved(tmp_path, Image.new(mode, (20, 20), value), suffix).getpixel((10, 10)), color, 5)
 
 
-def encoded(kind: str, **settings) -> bytes:
+NOISE = Image.frombytes("RGB", (64, 48), random.Random(0).randbytes(64 * 48 * 3))
+
+
+def encoded(kind: str, image: Image.Image = NOISE, **settings) -> bytes:
     file = io.BytesIO()
-    Image.frombytes("RGB", (64, 48), random.Random(0).randbytes(64 * 48 * 3)).save(file, kind, **settings)
+    image.save(file, kind, **settings)
     return file.getvalue()
+
+
+def with_a_short_chunk() -> bytes:
+    """A PNG whose pixels are said to end half-way: what follows is no chunk."""
+    content = bytearray(encoded("PNG"))
+    at = content.index(b"IDAT")
+    content[at - 4 : at] = (4000).to_bytes(4, "big")
+    return bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +219,7 @@ def encoded(kind: str, **settings) -> bytes:
         ("page.jpg", b"<html><body>404 Not Found</body></html>", "not a picture"),
         ("zeros.bmp", bytes(500), "not a picture"),
         ("cut.png", encoded("PNG")[:5000], "damaged"),
+        ("chunk.png", with_a_short_chunk(), "damaged"),
         ("cut.jpg", encoded("JPEG")[:700], "damaged"),
         ("cut.webp", encoded("WEBP", lossless=True)[:-20], "damaged|cannot be read|not a picture"),
         ("cut.bmp", encoded("BMP")[:2000], "damaged"),
@@ -235,8 +247,16 @@ def test_a_bomb_is_refused_by_its_header(tmp_path):
             function(tmp_path / "bomb.bmp")
 
 
-def test_the_size_of_a_cut_picture_is_read_without_decoding_it(tmp_path):
-    """It is the header's word; the damage shows when the picture is decoded."""
+def test_the_size_is_read_without_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("a whole picture was decoded"))
+    for kind in ("PNG", "JPEG", "BMP", "WEBP"):
+        path = tmp_path / f"a.{kind.lower()}"
+        path.write_bytes(encoded(kind))
+        assert image_size(path) == (64, 48)
+
+
+def test_the_size_of_a_cut_picture_is_its_headers_word(tmp_path):
+    """The damage shows when the picture is decoded."""
     for kind in ("PNG", "JPEG", "BMP"):
         path = tmp_path / f"cut.{kind.lower()}"
         path.write_bytes(encoded(kind)[:-60])
@@ -248,15 +268,16 @@ def test_the_size_of_a_cut_picture_is_read_without_decoding_it(tmp_path):
 def with_exif(kind: str) -> bytes:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a robot"
-    return encoded(kind, exif=exif)
+    return encoded(kind, quarters(), exif=exif)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(
     st.sampled_from(
-        [encoded("PNG"), encoded("JPEG"), encoded("BMP"), encoded("WEBP"), *map(with_exif, ["PNG", "JPEG"])]
+        [encoded(kind, quarters()) for kind in ("PNG", "JPEG", "BMP", "WEBP")]
+        + [with_exif(kind) for kind in ("PNG", "JPEG", "WEBP")]
     ),
-    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+    st.lists(st.tuples(st.integers(0, 900), st.integers(0, 255)), max_size=6),
     st.none() | st.integers(0, 3000),
 )
 def test_any_damage_is_a_bad_image_and_nothing_else(tmp_path_factory, content, changes, length):

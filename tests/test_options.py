@@ -201,7 +201,7 @@ WRONG_TRAINING = {
     "--noise_offset": ["-0.1", "1.1", "nan"],
     "--mixed_precision": ["fp8", "FP16", ""],
     "--preset": ["best", ""],
-    "--seed": ["-1", "1.5", "nan", "99999999999999999999"],
+    "--seed": ["-1", "1.5", "nan", str(2**63), "99999999999999999999"],
 }
 WRONG_GENERATION = {
     "--num_images_per_prompt": TOO_SMALL_COUNTS,
