@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "WEBP")  # whatever the name says: no others, such as EPS, are tried
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP")  # whatever the name says: no others, such as EPS, are tried
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SMALLEST_SIDE = 16  # anything below holds nothing to learn
 # What Pillow raises over damaged pictures and over odd metadata in good ones.

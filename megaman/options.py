@@ -50,7 +50,6 @@ DEMO_TRAINING: dict[str, Any] = {
     "seed": 0,
 }
 DEMO_GENERATION: dict[str, Any] = {
-    "base_model": str(DEMO / "base"),
     "lora_path": "./megaman_demo_output/lora_weights",
     "output_dir": "./generated_demo",
     "prompts_file": str(DEMO / "prompts.txt"),
