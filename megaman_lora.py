@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
         lambda pictures: tqdm(pictures, desc="encoding", unit="picture", total=len(dataset), disable=process != 0),
     )  # fmt: skip
     base.vae.to("cpu")
-    report_problems(damaged)
+    report_problems(damaged if process == 0 else {})
     if not moments:
         raise UserError(f"No picture in {options.data_dir} can be read", "Put other pictures there")
 
@@ -196,6 +196,7 @@ def main(argv: list[str]) -> int:
 
     def save_checkpoint(step: int) -> None:
         if accelerator.is_main_process:
+            writer.flush()
             progress = checkpoints.Progress(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match)
             checkpoints.save(output_dir, accelerator.unwrap_model(unet), optimizer.optimizer, accelerator.scaler,
                              progress, name, options.checkpoints_total_limit)  # fmt: skip
@@ -247,7 +248,8 @@ def main(argv: list[str]) -> int:
         losses.append(step_loss)
         bar.update()
         last = step == total
-        if step % LOG_EVERY == 0 or last:
+        saving = step % options.save_steps == 0 or last
+        if step % LOG_EVERY == 0 or saving:  # a checkpoint never stands ahead of the curve
             values = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
             losses = []
             bar.set_postfix(loss=f"{sum(values) / len(values):.4f}", lr=f"{rate(step - 1):.2e}")
@@ -255,7 +257,7 @@ def main(argv: list[str]) -> int:
                 for number, value in enumerate(values, start=step - len(values) + 1):
                     writer.add_scalar("train/loss", value, number)
                     writer.add_scalar("train/learning_rate", rate(number - 1), number)
-        if step % options.save_steps == 0 or last:
+        if saving:
             save_checkpoint(step)
         if step % options.validation_steps == 0 or last:
             validate(step)

@@ -53,6 +53,7 @@ DEMO_GENERATION: dict[str, Any] = {
     "lora_path": "./megaman_demo_output/lora_weights",
     "output_dir": "./generated_demo",
     "prompts_file": str(DEMO / "prompts.txt"),
+    "negative_prompt": "",  # the small base never saw the words of the usual one
     "guidance_scale": 5.0,
     "num_inference_steps": 20,
     "compare": "base",

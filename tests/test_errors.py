@@ -1,0 +1,54 @@
+"""What a user can cause ends in one line and an exit code; what we caused ourselves keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from megaman.errors import UserError, run_script
+
+
+def failing(error: BaseException):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("--a is wrong", "Take b", 2), 2, "error: --a is wrong. Take b"),
+        (UserError("it broke"), 1, "error: it broke."),
+        (UserError("two\nlines", "and\tmore"), 1, "error: two lines. and more"),
+        (KeyboardInterrupt(), 130, "Ctrl-C"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/x"),
+            1,
+            "No space left on device (out/x). Free some space",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "Permission denied (out)"),
+        (MemoryError(), 1, "too little memory (MemoryError). Try --gradient_checkpointing"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), 1, "too little memory (CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "too little memory"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_one_line_and_a_code(capsys, error, code, words):
+    assert run_script(failing(error), []) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert words in said.err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), OSError("no number, no file")])
+def test_our_own_mistakes_are_not_hidden(error):
+    with pytest.raises(type(error)):
+        run_script(failing(error), [])
+
+
+def test_success_passes_through(capsys):
+    assert run_script(lambda argv: len(argv), ["a", "b", "c"]) == 3
+    assert capsys.readouterr() == ("", "")
