@@ -14,7 +14,7 @@ if sys.version_info < (3, 11):
 import re
 from pathlib import Path
 
-from megaman.errors import run_script
+from megaman.errors import UserError, run_script
 from megaman.gallery import GalleryImage, read_images, write_gallery
 from megaman.options import DEFAULT_BASE, generation_options
 from megaman.prompts import BUILT_IN, read_prompts
@@ -25,18 +25,23 @@ def main(argv: list[str]) -> int:
     prompts = options.prompts or read_prompts(BUILT_IN if options.prompts_file is None else Path(options.prompts_file))
     output_dir, lora_path = Path(options.output_dir), Path(options.lora_path)
     gallery = read_images(output_dir)
+    if not gallery and (output_dir / "index.html").exists():
+        raise UserError(f"--output_dir {output_dir} holds an index.html of something else", "Name another folder")
     first = first_free(output_dir)
 
     import torch
     from tqdm import tqdm
 
     from megaman import cache, lora_files, png, sample
-    from megaman.base import actual_name, choose_device, load_base, place, unused_nvidia_card
+    from megaman.base import ALIASES, actual_name, choose_device, load_base, place, unused_nvidia_card
 
     # Base and LoRA.
-    base_name = actual_name(options.base_model or lora_files.base_of(lora_path) or DEFAULT_BASE)
+    wanted = options.base_model or lora_files.base_of(lora_path) or DEFAULT_BASE
+    base_name = actual_name(wanted)
     placement = place("fp16", choose_device(options.device))
     print(f"loading {base_name} and the LoRA in {lora_path}")
+    if wanted in ALIASES:
+        print(f"  {wanted} has left the hub; the same weights are at {base_name}")
     base = load_base(base_name, placement.dtype)
     config = lora_files.load_lora(lora_path, base.unet)
     base.unet.to(placement.device, placement.dtype)
@@ -88,7 +93,7 @@ def main(argv: list[str]) -> int:
             file = f"megaman_{first + i:03d}_{j:02d}.png"
             shared = {"Steps": options.num_inference_steps, "Sampler": sample.SAMPLER_NAME,
                       "CFG scale": f"{options.guidance_scale:g}", "Seed": options.seed + j,
-                      "Size": f"{width}x{height}", "Model": base_name, "RNG": "CPU"}  # fmt: skip
+                      "Size": f"{width}x{height}", "Model": Path(base_name).name, "RNG": "CPU"}  # fmt: skip
             tag = f"{prompts[i]} <lora:{Path(lora_files.KOHYA_WEIGHTS).stem}:1>"
             png.save_png(output_dir / file, images[place_in_batch],
                          png.parameters_text(tag, options.negative_prompt, shared))  # fmt: skip
@@ -116,4 +121,4 @@ def first_free(output_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, sys.argv[1:]))
+    sys.exit(run_script(main, sys.argv[1:], saves_memory="a smaller --height and --width"))

@@ -13,8 +13,9 @@ if sys.version_info < (3, 11):
 
 import importlib.metadata
 import json
+import logging
 import math
-import os
+import re
 import secrets
 import shlex
 import shutil
@@ -24,11 +25,11 @@ from pathlib import Path
 from megaman.captions import guessed_encoding
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, run_script
-from megaman.files import write_json, write_text
+from megaman.files import replacing, write_json, write_text
 from megaman.options import training_options
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
-OURS = ["checkpoint-*", "samples-*", "lora_weights", "training_config.json"]  # what a run leaves in --output_dir
+OURS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"  # what a run leaves in --output_dir
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
 
 INSTRUCTIONS = """\
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     if dataset is None:
         return 0
     output_dir = Path(options.output_dir)
-    checkpoint = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
+    checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
 
     import torch
     from accelerate import Accelerator
@@ -75,6 +76,7 @@ def main(argv: list[str]) -> int:
     from megaman.base import ALIASES, actual_name, choose_device, load_base, place, unused_nvidia_card
 
     # Device and precision.
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
     placement = place(options.mixed_precision, choose_device())
     accelerator = Accelerator(
         mixed_precision=placement.mixed_precision,
@@ -124,6 +126,8 @@ def main(argv: list[str]) -> int:
     # Steps, rate, optimizer.
     effective = options.train_batch_size * options.gradient_accumulation_steps * world
     total = schedule.total_steps(len(moments), effective, options.num_train_epochs, options.max_train_steps)
+    if start > total:
+        raise UserError(f"{checkpoint} is at step {start}, beyond the {total} of this run", "Raise --max_train_steps")
     warmup = warmup_steps(options, total, say)
     rate = schedule.rate_at(options.lr_scheduler, options.learning_rate, warmup, total)
     optimizer = torch.optim.AdamW(
@@ -138,9 +142,10 @@ def main(argv: list[str]) -> int:
         checkpoints.restore(checkpoint, accelerator.unwrap_model(unet), optimizer.optimizer, accelerator.scaler)
 
     # Say what will happen before it happens.
-    made = len(dataset) - dataset.captions_found
-    say(f"pictures   {len(dataset)} in {options.data_dir}, {sum(map(len, moments))} crops; "
-        f"captions: {dataset.captions_found} found, {made} made from file names")  # fmt: skip
+    made = len(dataset) - sum(dataset.found)
+    mirrored = " with their mirror images" if options.random_flip else ""
+    say(f"pictures   {len(dataset)} in {options.data_dir}, {sum(map(len, moments))} crops{mirrored}; "
+        f"captions: {sum(dataset.found)} found, {made} made from file names")  # fmt: skip
     if cut := cache.count_cut(base.tokenizer, dataset.captions):
         say(f"           {cut} captions are longer than {base.tokenizer.model_max_length - 2} tokens and are cut there")
     say(f"steps      {total} of {effective} pictures ({options.train_batch_size} x "
@@ -154,6 +159,9 @@ def main(argv: list[str]) -> int:
         say("           there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index")
     if options.resume_from_checkpoint:
         say(f"resuming   {checkpoint}, step {start}" if checkpoint else "resuming   no checkpoint yet: starting afresh")
+        for later in checkpoints.find_all(output_dir) if checkpoint else []:
+            if checkpoints.step_of(later) > start:
+                say(f"           {later} is later and stays until this run comes to its step")
 
     # Where it is recorded.
     log_dir = Path(saved.log_dir) if saved else new_log_dir(Path(options.logging_dir), output_dir.name)
@@ -162,6 +170,8 @@ def main(argv: list[str]) -> int:
     if accelerator.is_main_process:
         from torch.utils.tensorboard import SummaryWriter
 
+        for path in leftovers:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}
         config = {"settings": settings, "base": name, "total_steps": total, "warmup_steps": warmup,
                   "device": str(device), "dtype": str(placement.dtype).removeprefix("torch."), "versions": versions,
@@ -191,7 +201,8 @@ def main(argv: list[str]) -> int:
         folder = output_dir / f"samples-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         for j, image in enumerate(images):
-            image.save(folder / f"{j:02d}.png")
+            with replacing(folder / f"{j:02d}.png") as aside:
+                image.save(aside, format="PNG")
             writer.add_image(f"validation/{j:02d}", as_array(image), step, dataformats="HWC")
 
     def save_checkpoint(step: int) -> None:
@@ -276,7 +287,7 @@ def main(argv: list[str]) -> int:
         say(f"done in {math.floor(seconds / 60)} min {seconds % 60:.0f} s: {output_dir / 'lora_weights'}")
         flags = ["--demo"] if options.demo else []
         if not options.demo or "output_dir" in options.given:
-            flags += ["--lora_path", str(output_dir / "lora_weights")]
+            flags += ["--lora_path", (output_dir / "lora_weights").as_posix()]
         say(f"next: python generate_megaman.py {shlex.join(flags)}")
     accelerator.end_training()
     return 0
@@ -309,26 +320,28 @@ def report_problems(problems: dict[Path, str]) -> None:
         print(f"left out: {picture}: {reason}")
 
 
-def open_output(output_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, or None; an earlier run's output is never overwritten unless asked for."""
+def open_output(output_dir: Path, resume: str | None, overwrite: bool) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to go on from, or None; and what an earlier run left that is to go once this one can begin.
+
+    Raises UserError where that was not asked for: nobody's LoRA is overwritten unmeant.
+    """
     checkpoint = None
     if resume:
         from megaman.checkpoint import find
 
         checkpoint = find(resume, output_dir)
-    leftovers = [path for pattern in OURS for path in output_dir.glob(pattern)]
-    unfinished = resume == "latest" and not (output_dir / "lora_weights").exists()
-    tidies_up = os.environ.get("RANK", "0") == "0"  # the first, of several processes
-    if leftovers and tidies_up and not (checkpoint or unfinished):
-        if not overwrite:
-            raise UserError(
-                f"--output_dir {output_dir} holds an earlier run",
-                "Go on with --resume_from_checkpoint latest, name another --output_dir, or add --overwrite_output",
-            )
-        for path in leftovers:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
-    return checkpoint
+    leftovers = [path for path in output_dir.iterdir() if re.fullmatch(OURS, path.name)]
+    continues = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    barely_begun = resume == "latest" and not (output_dir / "lora_weights").exists()
+    if continues or (barely_begun and not checkpoint):
+        return checkpoint, []
+    if leftovers and not overwrite:
+        ways = "Go on with --resume_from_checkpoint latest, name another --output_dir, or add --overwrite_output"
+        raise UserError(
+            f"--output_dir {output_dir} holds an earlier run", "Name another --output_dir" if resume else ways
+        )
+    return checkpoint, leftovers
 
 
 def warmup_steps(options, total: int, say) -> int:
@@ -354,4 +367,5 @@ def as_array(image):
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, sys.argv[1:]))
+    less = "--gradient_checkpointing, a smaller --train_batch_size or a smaller --resolution"
+    sys.exit(run_script(main, sys.argv[1:], saves_memory=less))

@@ -21,7 +21,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[0, 3, 4, 6, 7, 9], help="numbers of the pairs shown")
     options = parser.parse_args()
     records = json.loads((options.gallery / "images.json").read_text(encoding="utf-8"))
-    records = records["images"] if isinstance(records, dict) else records
     chosen = [records[number] for number in options.prompts]
     across = 3
     cell_width, cell_height = 2 * SIDE + 3 * GAP, SIDE + 2 * CAPTION + GAP

@@ -24,6 +24,7 @@ from megaman.errors import UserError
 from megaman.files import read_json
 
 for library in (diffusers.utils.logging, transformers.utils.logging):
+    library.set_verbosity_error()  # the variables above come too late where another module was imported first
     library.disable_progress_bar()  # loading takes a second; downloads keep their bars
 
 # Removed from the hub by its owner in 2024; the same weights stand under the second name.
@@ -68,6 +69,8 @@ class Placement:
 
 def choose_device(wanted: str | None = None) -> torch.device:
     """The wanted device, or the best there is; raises UserError where the wanted one is missing."""
+    if wanted is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        wanted = "cpu"  # what accelerate launch --cpu sets
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted and not present[wanted]:
         raise UserError(f"--device {wanted}: this torch sees no such device", "Leave the flag out or take cpu")
@@ -121,20 +124,27 @@ def find_base(name: str, half: bool) -> Path:
 def _download(name: str, half: bool) -> Path:
     from httpx2 import HTTPError  # what the hub's client lets through where a connection breaks
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, XetDownloadError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        XetDownloadError,
+    )
 
     common = ["model_index.json", "scheduler/*.json", "tokenizer/*", "*/config.json"]
     full = [f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()]
     lean = [f"{part}/{stem}.fp16.safetensors" for part, stem in WEIGHTS.items()]
+    first, second = (lean, full) if half else (full, lean)
     try:
         cached = not _hub_answers(name)
-        folder = Path(
-            snapshot_download(name, allow_patterns=common + (lean if half else full), local_files_only=cached)
-        )
-        missing = [f"{part}/*.safetensors" for part in WEIGHTS if not list((folder / part).glob("*.safetensors"))]
-        if missing:
-            folder = Path(snapshot_download(name, allow_patterns=full, local_files_only=cached))
-        return folder
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=common + first, local_files_only=cached))
+            if all(list((folder / part).glob("*.safetensors")) for part in WEIGHTS):
+                return folder
+        except (IncompleteSnapshotError, LocalEntryNotFoundError):
+            pass  # no network, and only the other files were fetched before: they serve as well
+        return Path(snapshot_download(name, allow_patterns=common + second, local_files_only=cached))
     except HFValidationError:
         raise UserError(f"The base {name} is not a folder on this machine nor a name on the hub", WAYS_ON) from None
     except RepositoryNotFoundError:
@@ -218,7 +228,12 @@ def _variant(name: str, folder: Path, stem: str) -> str | None:
 
 
 def _load(kind, folder: Path, part: str, variants: dict[str, str | None], dtype: torch.dtype):
-    return kind.from_pretrained(folder / part, variant=variants[part], use_safetensors=True, dtype=dtype)
+    model, report = kind.from_pretrained(
+        folder / part, variant=variants[part], use_safetensors=True, dtype=dtype, output_loading_info=True
+    )
+    if report["missing_keys"]:  # the libraries would go on with random numbers in their place
+        raise ValueError(f"{part} lacks {min(report['missing_keys'])}")
+    return model
 
 
 def _check_kind(base: Base) -> None:
@@ -227,6 +242,8 @@ def _check_kind(base: Base) -> None:
         raise UserError(
             f"The base {base.name} is for inpainting or editing ({unet.in_channels} input channels)", WAYS_ON
         )
+    if unet.cross_attention_dim == 1024:
+        raise UserError(f"The base {base.name} is a Stable Diffusion 2.x, not 1.x", WAYS_ON)
     if unet.cross_attention_dim != text.hidden_size:
         raise UserError(f"The base {base.name}: its UNet and its text encoder do not belong together", WAYS_ON)
     if (kind := base.scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from megaman.dataset import MegaManDataset
 
-ENCODED_AT_ONCE = 4  # pictures in the VAE together: more do not make it faster, but take more memory
+PIXELS_AT_ONCE = 4 * 512 * 512  # in the VAE together: more do not make it faster, but take more memory
 
 
 class _Variants(Dataset):
@@ -51,7 +52,9 @@ def encode_pictures(
     The first is a list with one float32 tensor [variants, 8, H/8, W/8] on the CPU for each good picture; the damaged
     ones are dropped from the dataset, so that both stay in step. (H/8 stands for the VAE's own factor.)
     """
+    workers = min(workers, os.cpu_count() or 1)
     loader = DataLoader(_Variants(dataset, crops, flip, seed), batch_size=None, num_workers=workers)
+    at_once = max(1, min(4, PIXELS_AT_ONCE // dataset.size**2))
     moments, problems = [], {}
     for picture, variants in zip(list(dataset.pictures), progress(loader), strict=True):
         if isinstance(variants, str):
@@ -59,7 +62,7 @@ def encode_pictures(
             continue
         encoded = [
             vae.encode(part.to(vae.device, vae.dtype)).latent_dist.parameters.float().cpu()
-            for part in variants.split(ENCODED_AT_ONCE)
+            for part in variants.split(at_once)
         ]
         moments.append(torch.cat(encoded))
     dataset.drop(problems)

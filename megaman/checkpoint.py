@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megaman import lora, lora_files
 from megaman.errors import UserError
@@ -51,11 +51,11 @@ def save(
     folder = output_dir / f"checkpoint-{progress.step}"
     with replacing_folder(folder) as aside:
         lora_files.write_peft(aside, unet, base_name)
-        save_file(_optimizer_tensors(unet, optimizer), aside / OPTIMIZER)
+        lora_files.write_tensors(aside / OPTIMIZER, _optimizer_tensors(unet, optimizer))
         content = {**asdict(progress), "scaler": scaler.state_dict() if scaler else None}
         write_json(aside / STATE, content)
-    if limit:
-        for old in find_all(output_dir)[:-limit]:
+    if limit:  # later ones, of a run that was taken up again from before them, are not this run's to delete
+        for old in [path for path in find_all(output_dir) if step_of(path) <= progress.step][:-limit]:
             shutil.rmtree(old)
     return folder
 
@@ -72,7 +72,12 @@ def _optimizer_tensors(unet: UNet2DConditionModel, optimizer: torch.optim.Optimi
 def find_all(output_dir: Path) -> list[Path]:
     """The finished checkpoints in a folder, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if (path / STATE).is_file()), key=lambda path: int(path.name.split("-")[1]))
+    return sorted((path for path in found if (path / STATE).is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def find(wanted: str, output_dir: Path) -> Path | None:
@@ -82,7 +87,7 @@ def find(wanted: str, output_dir: Path) -> Path | None:
     """
     if wanted == "latest":
         return next(reversed(find_all(output_dir)), None)
-    for folder in (Path(wanted), output_dir / wanted):
+    for folder in (output_dir / wanted, Path(wanted)):
         if (folder / STATE).is_file():
             return folder
     known = ", ".join(path.name for path in find_all(output_dir)) or "none"
@@ -90,8 +95,12 @@ def find(wanted: str, output_dir: Path) -> Path | None:
 
 
 def read_progress(folder: Path) -> Progress:
+    """What the checkpoint says of its run; raises UserError where it does not say it all."""
     content = read_json(folder / STATE)
-    return Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
+    try:
+        return Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
+    except (KeyError, TypeError):
+        raise UserError(f"{folder / STATE} is damaged", "Resume from an earlier checkpoint") from None
 
 
 def restore(
@@ -105,9 +114,12 @@ def restore(
     lora_files.restore(unet, adapter)
     for name, parameter in lora.parameters(unet).items():
         keys = [key for key in moments if key.startswith(f"{name}:")]
-        # AdamW keeps its step count on the CPU and its averages beside the parameter.
+        # Copies, since what is read stays tied to the file, and that may have to be deleted. AdamW keeps its step
+        # count on the CPU and its averages beside the parameter.
         optimizer.state[parameter] = {
-            key.split(":")[1]: moments[key] if key.endswith(":step") else moments[key].to(parameter.device)
+            key.split(":")[1]: moments[key].clone()
+            if key.endswith(":step")
+            else moments[key].to(parameter.device, copy=True)
             for key in keys
         }
     saved_scaler = read_json(folder / STATE).get("scaler")

@@ -42,7 +42,7 @@ class MegaManDataset:
         self.pictures = find_images(self.data_dir)
         pairs = [caption_for(picture) for picture in self.pictures]
         self.captions = [caption for caption, _ in pairs]
-        self.captions_found = sum(found for _, found in pairs)
+        self.found = [found for _, found in pairs]  # whether the caption stood beside the picture or was made
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -73,9 +73,10 @@ class MegaManDataset:
 
     def drop(self, pictures: dict[Path, str]) -> None:
         """Leave these pictures out."""
-        kept = [(p, c) for p, c in zip(self.pictures, self.captions, strict=True) if p not in pictures]
-        self.captions_found -= sum(caption_for(picture)[1] for picture in pictures)
-        self.pictures, self.captions = [p for p, _ in kept], [c for _, c in kept]
+        kept = [i for i, picture in enumerate(self.pictures) if picture not in pictures]
+        self.pictures, self.captions, self.found = (
+            [part[i] for i in kept] for part in (self.pictures, self.captions, self.found)
+        )
 
     def variants(self, index: int, crops: int, flip: bool, seed: int) -> list[torch.Tensor]:
         """Every form in which a picture is trained on: its crops (one in the middle, or drawn from the seed), and with

@@ -23,7 +23,7 @@ class UserError(Exception):
         return " ".join(f"{self.message}. {self.remedy}".split()).strip()
 
 
-def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
+def run_script(main: Callable[[list[str]], int], argv: list[str], saves_memory: str = "a smaller picture") -> int:
     """Run a script's main and turn what a user can cause into one line on stderr; returns the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that it cannot show is no reason to stop
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -36,9 +36,8 @@ def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        remedy = "Try --gradient_checkpointing, a smaller --train_batch_size, or a smaller picture"
         what = str(error).partition("\n")[0][:120] or type(error).__name__  # Python's own has no text
-        line, code = f"too little memory ({what}). {remedy}", RUN_FAILED
+        line, code = f"too little memory ({what}). Try {saves_memory}", RUN_FAILED
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

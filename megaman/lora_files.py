@@ -40,10 +40,18 @@ def adapter_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; its library's error where the disk is full or closed becomes a UserError."""
+    try:
+        save_file(tensors, path, metadata=header)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be written ({error})", "Free some space or choose another folder") from None
+
+
 def write_peft(folder: Path, unet: UNet2DConditionModel, base_name: str) -> None:
     """Write PEFT's two files into an existing folder."""
     state = {PEFT_PREFIX + name: tensor for name, tensor in adapter_state(unet).items()}
-    save_file(state, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / PEFT_WEIGHTS, state, {"format": "pt"})
     write_json(folder / PEFT_CONFIG, {**config_dict(unet), "base_model_name_or_path": base_name})
 
 
@@ -56,13 +64,13 @@ def save_lora(folder: Path, unet: UNet2DConditionModel, base_name: str, notes: d
     with replacing_folder(folder) as aside:
         write_peft(aside, unet, base_name)
         metadata = {f"unet.{key}": value for key, value in config_dict(unet).items()}
-        save_file(
-            {f"unet.{name}": tensor for name, tensor in state.items()},
+        write_tensors(
             aside / DIFFUSERS_WEIGHTS,
-            metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
+            {f"unet.{name}": tensor for name, tensor in state.items()},
+            {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
         )
         header = {**kohya_header(unet, base_name), **notes}
-        save_file(kohya_state(state, describe(unet)), aside / KOHYA_WEIGHTS, metadata=header)
+        write_tensors(aside / KOHYA_WEIGHTS, kohya_state(state, describe(unet)), header)
 
 
 def config_dict(unet: UNet2DConditionModel) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def kohya_header(unet: UNet2DConditionModel, base_name: str) -> dict[str, str]:
         "ss_network_alpha": str(config.lora_alpha),
         "ss_base_model_version": "sd_v1",
         "ss_v2": "False",
-        "ss_sd_model_name": base_name,
+        "ss_sd_model_name": Path(base_name).name,
         "ss_output_name": Path(KOHYA_WEIGHTS).stem,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1/lora",
@@ -130,7 +138,12 @@ _CONFIG_KEYS = {"r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern
 def restore(unet: UNet2DConditionModel, state: dict[str, torch.Tensor]) -> None:
     """Set the tensors of the LoRA already in the UNet; PEFT's names, bare or with their prefix."""
     bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
-    outcome = set_peft_model_state_dict(unet, bare, adapter_name=ADAPTER)
+    try:
+        outcome = set_peft_model_state_dict(unet, bare, adapter_name=ADAPTER)
+    except RuntimeError:
+        raise UserError(
+            "The LoRA's tensors do not fit its own configuration", "Take a checkpoint, or train again"
+        ) from None
     unknown = list(getattr(outcome, "unexpected_keys", []))
     absent = [key for key in getattr(outcome, "missing_keys", []) if "lora_" in key]
     if unknown or absent:
@@ -148,7 +161,10 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} holds no {PEFT_CONFIG}, so it is no LoRA folder", "Name a lora_weights folder in --lora_path"
         )
-    return read_json(folder / PEFT_CONFIG)
+    content = read_json(folder / PEFT_CONFIG)
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / PEFT_CONFIG} is damaged", "Name another LoRA folder in --lora_path")
+    return content
 
 
 def _check_shapes(folder: Path, state: dict[str, torch.Tensor], unet: UNet2DConditionModel) -> None:

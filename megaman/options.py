@@ -191,7 +191,7 @@ def generation_parser() -> Parser:
     add("--prompts_file", help="a file with one prompt a line; # begins a comment")
     add("--negative_prompt", type=_text, default=DEFAULT_NEGATIVE_PROMPT, help="what the images should not show")
     add("--num_images_per_prompt", type=COUNT, default=1, help="images of each prompt")
-    add("--num_inference_steps", type=number(int, 1, 1000), default=25, help="sampling steps")
+    add("--num_inference_steps", type=number(int, 1, 999), default=25, help="sampling steps")
     add("--guidance_scale", type=number(float, 0, 100), default=7.5, help="how closely the prompt is followed")
     add("--height", type=_side, help="image height in pixels (default: 512; the base's own size where it is smaller)")
     add("--width", type=_side, help="image width in pixels (default: as for --height)")

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package lies beside the scripts and is not installed
+os.environ["ACCELERATE_USE_CPU"] = "true"  # the tests compare pixels and weights, also on machines with a card
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; test_base.py's processes talk to their own server
 # The same examples on every machine, however slow it is: a test that fails does so because of the code.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)

@@ -257,7 +257,10 @@ def test_other_devices():
         assert "mps" in placement.why and "float32" in placement.why
 
 
-def test_the_best_device_there_is():
+def test_the_best_device_there_is(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as accelerate launch --cpu does
+    assert choose_device().type == "cpu"
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     assert choose_device().type == next(name for name in there if there[name])
     for name, present in there.items():

@@ -165,7 +165,7 @@ def test_captions_are_found_or_made(pictures):
     (pictures / "megaman_02.txt").unlink()
     (pictures / "megaman_04.txt").write_text("")
     dataset = MegaManDataset(pictures, None)
-    assert dataset.captions_found == 2
+    assert sum(dataset.found) == 2
     assert dataset.captions == [
         "mega man, blue robot, white background",
         f"mega man, {COMMON_ENDING}",
@@ -180,7 +180,7 @@ def test_check_leaves_out_what_cannot_be_trained_on(pictures):
     Image.new("RGB", (8, 8)).save(pictures / "megaman_03.png")
     (pictures / "megaman_03.txt").unlink()
     dataset = MegaManDataset(pictures, None, size=32)
-    assert (len(dataset), dataset.captions_found) == (4, 3)
+    assert (len(dataset), sum(dataset.found)) == (4, 3)
     problems = dataset.check()
     assert {path.name: reason for path, reason in problems.items()} == {
         "megaman_01.png": "not a picture, whatever its name says",
@@ -188,7 +188,7 @@ def test_check_leaves_out_what_cannot_be_trained_on(pictures):
     }
     assert [path.name for path in dataset.pictures] == ["megaman_02.png", "megaman_04.png"]
     assert dataset.captions == [f"mega man, {color} robot, white background" for color in ("red", "orange")]
-    assert (len(dataset), dataset.captions_found) == (2, 2)
+    assert (len(dataset), sum(dataset.found)) == (2, 2)
     assert dataset[1]["caption"] == dataset.captions[1]
     assert dataset.check() == {}
 

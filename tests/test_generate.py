@@ -37,19 +37,8 @@ def generate(lora_path, tmp_path, monkeypatch, capsys):
     """generate("--flag", value, …) draws with few steps into tmp_path/out and returns {name: RGB image}."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*flags, output="out"):
-        words = [
-            "--lora_path",
-            lora_path,
-            "--output_dir",
-            output,
-            "--num_inference_steps",
-            3,
-            "--prompts",
-            "a blue robot",
-        ]
-        if "--prompts_file" in flags or "--prompts" in flags:
-            words = words[:-2]
+    def run(*flags, output="out", prompts=("--prompts", "a blue robot")):
+        words = ["--lora_path", lora_path, "--output_dir", output, "--num_inference_steps", 3, *prompts]
         assert generate_megaman.main([str(word) for word in [*words, *flags]]) == 0
         run.said = capsys.readouterr().out
         return {path.name: Image.open(path).convert("RGB") for path in sorted((tmp_path / output).glob("*.png"))}
@@ -168,8 +157,19 @@ def test_existing_images_stay_and_the_page_grows(generate, tmp_path):
 
 
 def test_ten_built_in_prompts(generate):
-    generate("--prompts_file", ROOT / "prompts.txt", "--num_inference_steps", 1)
+    generate("--num_inference_steps", 1, prompts=())
     assert "10: 10 prompts x 1" in generate.said
+    assert "megaman_009_00.png" in generate(
+        "--prompts_file", ROOT / "prompts.txt", "--num_inference_steps", 1, prompts=()
+    )
+
+
+def test_a_page_of_somebody_else_stays(generate, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "index.html").write_text("mine")
+    with pytest.raises(UserError, match="holds an index"):
+        generate()
+    assert (tmp_path / "out" / "index.html").read_text() == "mine"
 
 
 def test_the_base_comes_from_the_lora_or_the_flag(generate, base_folder, tmp_path):

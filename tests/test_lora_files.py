@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -165,7 +166,7 @@ def test_what_is_no_lora_ends_in_a_line(trained, base_folder, tmp_path, broken):
     if broken == "cut weights":
         content = (folder / "adapter_model.safetensors").read_bytes()
         (folder / "adapter_model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=str(folder)):
+    with pytest.raises(UserError, match=re.escape(str(folder))):
         lora_files.load_lora(folder, fresh_unet(base_folder))
 
 
@@ -188,5 +189,5 @@ def test_parameters_are_float32_in_a_half_precision_base(base_folder):
 
 @pytest.mark.parametrize("target", ["to_x", "norm1", "q"])
 def test_a_target_that_cannot_be_is_named(base_folder, target):
-    with pytest.raises(UserError, match=f"--target_modules.*{target}|--target_modules"):
+    with pytest.raises(UserError, match="--target_modules"):
         lora.inject(fresh_unet(base_folder), 2, 2, ["to_q", target])

@@ -89,3 +89,37 @@ def test_a_folder_that_is_no_checkpoint(train):
     train("run", "--max_train_steps", 1)
     with pytest.raises(UserError, match="--resume_from_checkpoint checkpoint-77 is no checkpoint"):
         train("run", "--max_train_steps", 2, "--resume_from_checkpoint", "checkpoint-77")
+
+
+def test_resuming_from_another_folder_spares_what_is_here(train, tmp_path):
+    for name in ("here", "there"):
+        train(name, "--max_train_steps", 1)
+    before = (tmp_path / "here" / "lora_weights" / "adapter_model.safetensors").stat().st_mtime_ns
+    with pytest.raises(UserError, match="--output_dir here holds an earlier run"):
+        train("here", "--max_train_steps", 2, "--resume_from_checkpoint", tmp_path / "there" / "checkpoint-1")
+    assert (tmp_path / "here" / "lora_weights" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    train("new", "--max_train_steps", 2, "--resume_from_checkpoint", tmp_path / "there" / "checkpoint-1")
+    assert (tmp_path / "new" / "checkpoint-2").is_dir()
+
+
+def test_taken_up_again_from_the_middle(train, tmp_path):
+    """Checkpoints later than where the run resumes stay, are named, and do not count for the limit."""
+    train("run", "--max_train_steps", 9)
+    train("run", "--max_train_steps", 7, "--resume_from_checkpoint", "checkpoint-3", "--checkpoints_total_limit", 1)
+    assert "checkpoint-9 is later and stays" in train.said
+    left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert left == {"checkpoint-7", "checkpoint-9"}
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(train):
+    train("run", "--max_train_steps", 4)
+    with pytest.raises(UserError, match="is at step 4, beyond the 2"):
+        train("run", "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"step": 1}'])
+def test_a_damaged_state_ends_in_a_line(train, tmp_path, content):
+    train("run", "--max_train_steps", 1)
+    (tmp_path / "run" / "checkpoint-1" / "training_state.json").write_text(content)
+    with pytest.raises(UserError, match="is damaged"):
+        train("run", "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
