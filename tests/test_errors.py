@@ -29,7 +29,7 @@ def failing(error: BaseException):
             "No space left on device (out/x). Free some space",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "Permission denied (out)"),
-        (MemoryError(), 1, "too little memory (MemoryError). Try --gradient_checkpointing"),
+        (MemoryError(), 1, "too little memory (MemoryError). Try a smaller picture"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), 1, "too little memory (CUDA out of memory"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "too little memory"),
     ],
