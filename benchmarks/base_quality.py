@@ -1,0 +1,280 @@
+"""How good is a base, and what did a LoRA do to it? Colours, backgrounds, kinds, the hero, memorising.
+
+    python benchmarks/base_quality.py --work_dir demo/.work                            the base alone
+    python benchmarks/base_quality.py --work_dir demo/.work --lora_path megaman_demo_output/lora_weights
+
+--work_dir is where demo/make_base.py keeps the art's packages (they are fetched where they are missing). The judges
+are a rule for colours and small classifiers trained here on the art; each is first tried on art it has not seen, and
+that figure stands beside its verdict. Prints a table for people and a last JSON line for programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from art import fetch, make_pictures
+from backgrounds import PLAIN
+from PIL import Image
+
+from megaman import cache, lora_files, sample
+from megaman.base import Base, load_base
+from megaman.errors import run_script
+
+ROBOT_COLOURS = ["blue", "brown", "green", "gray", "orange", "pink", "purple", "red", "white", "yellow"]
+KINDS = ["robot", "robot head", "monster", "cat", "person"]
+KIND_PROMPTS = {
+    "robot": "a {} robot",
+    "robot head": "a {} robot head",
+    "monster": "a {} monster",
+    "cat": "a {} cat",
+    "person": "a pixel art person, {} shirt",
+}
+HERO_PROMPT = "volto, blue robot hero, pixel art, {}, {} background"
+HERO_POSES = ["standing, front view", "running, facing right", "jumping, facing left", "portrait, calm"]
+OTHER_PROMPTS = ["a blue robot, {} background", "pixel art, {} robot, standing, white background"]
+STEPS, GUIDANCE, AT_ONCE = 20, 5.0, 32
+
+Drawer = Callable[[Sequence[str], Sequence[int]], np.ndarray]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base_model", default="demo/base")
+    parser.add_argument("--lora_path", type=Path)
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "demo" / ".work")
+    parser.add_argument("--pictures", type=int, default=6000, help="art that the judges learn from")
+    options = parser.parse_args(argv)
+    torch.manual_seed(0)
+    base = load_base(options.base_model, torch.float32)
+    fetch(options.work_dir / "art")
+    # Another seed than make_base.py's: art of the same kinds that the base was not trained on.
+    pictures, captions, kinds = make_pictures(options.work_dir / "art", options.pictures, seed=999)
+
+    results: dict[str, float] = {}
+    results["VAE PSNR on unseen art, dB"] = psnr(base, pictures[-512:])
+    results["VAE PSNR on the heroes, dB"] = psnr(base, heroes())
+    judge_colours(results, drawer(base), pictures, captions, kinds)
+    judge_kinds(results, base, drawer(base), pictures, kinds)
+    judge_memory(results, drawer(base), options.work_dir)
+    if options.lora_path:
+        lora_files.load_lora(options.lora_path, base.unet)
+        judge_hero(results, base, drawer(base), pictures)
+    for name, value in results.items():
+        print(f"| {name} | {value:.2f} |" if "dB" in name else f"| {name} | {value:.1%} |")
+    print(json.dumps(results))
+    return 0
+
+
+def drawer(base: Base) -> Drawer:
+    """A function that draws prompts with seeds: uint8 [N, 64, 64, 3]."""
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        states = cache.encode_captions(base.text_encoder, base.tokenizer, [*prompts, ""])
+        images = []
+        for start in range(0, len(prompts), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            text = torch.stack([states[prompt] for prompt in prompts[part]])
+            images += sample.draw_images(
+                base.unet, base.vae, sample.make_sampler(base.scheduler), text, states[""].expand_as(text),
+                seeds[part], base.native_size, base.native_size, STEPS, GUIDANCE,
+            )  # fmt: skip
+        return np.stack([np.asarray(image) for image in images])
+
+    return draw
+
+
+def as_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, 3] as float32 [N, 3, H, W] in -1 ... 1."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def through_vae(base: Base, pictures: np.ndarray) -> torch.Tensor:
+    """Encoded and decoded, in -1 ... 1: so that a judge does not learn to tell the VAE's traces."""
+    parts = [as_tensor(part) for part in np.array_split(pictures, max(len(pictures) // 64, 1))]
+    return torch.cat([base.vae.decode(base.vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in parts])
+
+
+def psnr(base: Base, pictures: np.ndarray) -> float:
+    error = ((through_vae(base, pictures) - as_tensor(pictures)) ** 2).mean(dim=(1, 2, 3))
+    return float((10 * torch.log10(4 / error)).mean())
+
+
+def heroes() -> np.ndarray:
+    """The hero's pictures, trained and held out, at 64 px."""
+    files = sorted((ROOT / "demo").glob("images/volto_*.png")) + sorted((ROOT / "demo" / "held_out").glob("*.png"))
+    return np.stack([np.asarray(Image.open(file).resize((64, 64), Image.Resampling.BOX)) for file in files])
+
+
+def colour_names(pixels: np.ndarray) -> np.ndarray:
+    """A colour word for each pixel, uint8 [N, 3] in, by hue, saturation and value."""
+    import colorsys
+
+    hsv = np.array([colorsys.rgb_to_hsv(*(pixel / 255)) for pixel in pixels]).reshape(-1, 3)
+    hue, saturation, value = hsv[:, 0] * 360, hsv[:, 1], hsv[:, 2]
+    edges = [18, 45, 70, 165, 195, 255, 305, 345]
+    wheel = np.array(["red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "red"])
+    names = wheel[np.digitize(hue, edges)]
+    names = np.where((names == "orange") & (value < 0.65), "brown", names)
+    names = np.where((names == "red") & (hue < 30) & (value < 0.55) & (saturation < 0.75), "brown", names)
+    names = np.where((names == "purple") & (value > 0.85) & (saturation < 0.5), "pink", names)
+    names = np.where((names == "red") & (value > 0.8) & (saturation < 0.5), "pink", names)
+    names = np.where((names == "blue") & (value < 0.45), "navy", names)
+    gray = np.where(value > 0.82, "white", "gray")
+    names = np.where(saturation < 0.16, gray, names)
+    return np.where(value < 0.2, "black", names)
+
+
+def commonest(names: np.ndarray) -> str:
+    words, counts = np.unique(names, return_counts=True)
+    return str(words[counts.argmax()]) if len(words) else ""
+
+
+def figure_colour(picture: np.ndarray) -> str:
+    """The commonest colour word of what differs from the background; dark outlines do not count."""
+    background = np.median(np.concatenate([picture[:6, :6].reshape(-1, 3), picture[:6, -6:].reshape(-1, 3)]), axis=0)
+    differs = np.abs(picture.astype(int) - background).max(axis=-1) > 36
+    names = colour_names(picture[differs])
+    return commonest(names[(names != "black") & (names != "navy")])
+
+
+def background_colour(picture: np.ndarray) -> str:
+    return commonest(colour_names(np.concatenate([picture[:8].reshape(-1, 3), picture[8:20, :5].reshape(-1, 3)])))
+
+
+def judge_colours(
+    results: dict[str, float], draw: Drawer, pictures: np.ndarray, captions: list[str], kinds: list[str]
+) -> None:
+    plain = [i for i, kind in enumerate(kinds) if kind == "robot" and captions[i].endswith("teal background")]
+    own = [figure_colour(pictures[i]) == captions[i].split()[1] for i in plain]
+    results["colour rule on real robots"] = float(np.mean(own))
+    prompts = [f"{article(colour)} robot, teal background" for colour in ROBOT_COLOURS for _ in range(16)]
+    drawn = draw(prompts, list(range(16)) * len(ROBOT_COLOURS))
+    hits = [figure_colour(picture) == prompt.split()[1] for picture, prompt in zip(drawn, prompts, strict=True)]
+    results["named colour, 10 colours x 16 seeds"] = float(np.mean(hits))
+
+    named = [i for i, caption in enumerate(captions) if background_of(caption) in PLAIN and kinds[i] == "robot"]
+    own = [background_colour(pictures[i]) == background_of(captions[i]) for i in named]
+    results["background rule on real robots"] = float(np.mean(own))
+    prompts = [f"a gray robot, {name} background" for name in PLAIN for _ in range(16)]
+    drawn = draw(prompts, list(range(16)) * len(PLAIN))
+    hits = [background_colour(p) == background_of(prompt) for p, prompt in zip(drawn, prompts, strict=True)]
+    results["named background, 13 colours x 16 seeds"] = float(np.mean(hits))
+
+
+def article(colour: str) -> str:
+    return f"an {colour}" if colour[0] in "aeiou" else f"a {colour}"
+
+
+def background_of(caption: str) -> str:
+    return caption.rsplit(", ", 1)[-1].removesuffix(" background")
+
+
+def train_judge(pictures: torch.Tensor, labels: torch.Tensor, classes: int, epochs: int = 6) -> torch.nn.Module:
+    """A small convolutional classifier; pictures [N, 3, 64, 64]."""
+
+    def block(inside: int, outside: int) -> torch.nn.Sequential:
+        layers = [torch.nn.Conv2d(inside, outside, 3, 2, 1), torch.nn.GroupNorm(8, outside), torch.nn.SiLU()]
+        return torch.nn.Sequential(*layers)
+
+    judge = torch.nn.Sequential(
+        block(3, 32),
+        block(32, 64),
+        block(64, 96),
+        block(96, 128),
+        torch.nn.Flatten(),
+        torch.nn.Linear(128 * 16, classes),
+    )
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=1e-2)
+    weight = 1 / torch.bincount(labels, minlength=classes).clamp(min=1).float()
+    for _ in range(epochs):
+        for part in torch.randperm(len(pictures)).split(64):
+            shift = tuple(int(s) for s in torch.randint(-3, 4, (2,)))
+            loss = F.cross_entropy(judge(pictures[part].roll(shift, (2, 3))), labels[part], weight=weight)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return judge.eval()
+
+
+@torch.no_grad()
+def verdicts(judge: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+    return torch.cat([judge(part).argmax(dim=1) for part in pictures.split(128)])
+
+
+def judge_kinds(results: dict[str, float], base: Base, draw: Drawer, pictures: np.ndarray, kinds: list[str]) -> None:
+    chosen = [i for i, kind in enumerate(kinds) if kind in KINDS]
+    images = through_vae(base, pictures[chosen])
+    labels = torch.tensor([KINDS.index(kinds[i]) for i in chosen])
+    held = len(chosen) // 6
+    judge = train_judge(images[held:], labels[held:], len(KINDS))
+    results["kind judge on held-out art"] = float((verdicts(judge, images[:held]) == labels[:held]).float().mean())
+    prompts = [KIND_PROMPTS[kind].format(colour) for kind in KINDS for colour in ROBOT_COLOURS[:8] for _ in range(4)]
+    wanted = torch.arange(len(KINDS)).repeat_interleave(32)
+    drawn = as_tensor(draw([prompt.replace("a orange", "an orange") for prompt in prompts], list(range(len(prompts)))))
+    results["kind drawn as named, 5 kinds x 32"] = float((verdicts(judge, drawn) == wanted).float().mean())
+
+
+def judge_memory(results: dict[str, float], draw: Drawer, work_dir: Path) -> None:
+    """Share of 64 samples nearer to a training picture than the 5th percentile of held-out pictures are."""
+    if not (work_dir / "pictures.npy").is_file():
+        print(
+            "the base's own training pictures are not in --work_dir: nearest neighbours are left out", file=sys.stderr
+        )
+        return
+    everything = np.load(work_dir / "pictures.npy", mmap_mode="r")
+    captions = json.loads((work_dir / "captions.json").read_text(encoding="utf-8"))["captions"]
+    training, held_out = everything[:-1024], everything[-256:]
+    drawn = draw(captions[-64:], list(range(64)))
+    threshold = np.percentile(nearest(held_out, training), 5)
+    results["samples nearer to a training picture than held-out ones"] = float(
+        np.mean(nearest(drawn, training) < threshold)
+    )
+
+
+def nearest(pictures: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """Mean squared difference to the nearest training picture, at a quarter of the size."""
+    small = F.avg_pool2d(as_tensor(pictures), 4).flatten(1)
+    best = torch.full((len(small),), torch.inf)
+    for start in range(0, len(training), 2048):
+        others = F.avg_pool2d(as_tensor(training[start : start + 2048]), 4).flatten(1)
+        best = torch.minimum(best, torch.cdist(small, others).min(dim=1).values)
+    return (best**2 / small.shape[1]).numpy()
+
+
+def judge_hero(results: dict[str, float], base: Base, draw: Drawer, pictures: np.ndarray) -> None:
+    """Does the trigger word give the hero, and only it? The judge: hero against all the rest."""
+    hero = through_vae(base, heroes())
+    rest = through_vae(base, pictures[:3000])
+    images = torch.cat([hero[:-6].repeat(20, 1, 1, 1), rest[500:]])
+    labels = torch.cat([torch.ones(20 * (len(hero) - 6)), torch.zeros(len(rest) - 500)]).long()
+    judge = train_judge(images, labels, 2)
+    right = torch.cat([verdicts(judge, hero[-6:]) == 1, verdicts(judge, rest[:500]) == 0])
+    results["hero judge on held-out pictures"] = float(right.float().mean())
+    grounds = list(PLAIN)
+    prompts = [HERO_PROMPT.format(HERO_POSES[i % 4], grounds[i % 13]) for i in range(64)]
+    results["hero with its trigger word, 64"] = float(
+        (verdicts(judge, as_tensor(draw(prompts, range(64)))) == 1).float().mean()
+    )
+    names = [colour for colour in ROBOT_COLOURS if colour not in ("gray", "white")]
+    without = [OTHER_PROMPTS[i % 2].format(names[i % 8] if i % 2 else grounds[i % 13]) for i in range(64)]
+    drawn = draw(without, range(64))
+    results["hero without it, 64"] = float((verdicts(judge, as_tensor(drawn)) == 1).float().mean())
+    prompts = [f"{article(colour)} robot, teal background" for colour in ROBOT_COLOURS for _ in range(8)]
+    drawn = draw(prompts, list(range(8)) * len(ROBOT_COLOURS))
+    hits = [figure_colour(picture) == prompt.split()[1] for picture, prompt in zip(drawn, prompts, strict=True)]
+    results["named colour without the trigger, with the LoRA"] = float(np.mean(hits))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))
