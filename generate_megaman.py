@@ -33,15 +33,15 @@ def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
     from megaman import cache, lora_files, png, sample
-    from megaman.base import ALIASES, actual_name, choose_device, load_base, place, unused_nvidia_card
+    from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
 
     # Base and LoRA.
     wanted = options.base_model or lora_files.base_of(lora_path) or DEFAULT_BASE
     base_name = actual_name(wanted)
     placement = place("fp16", choose_device(options.device))
     print(f"loading {base_name} and the LoRA in {lora_path}")
-    if wanted in ALIASES:
-        print(f"  {wanted} has left the hub; the same weights are at {base_name}")
+    if remark := moved(wanted):
+        print(f"  {remark}")
     base = load_base(base_name, placement.dtype)
     config = lora_files.load_lora(lora_path, base.unet)
     base.unet.to(placement.device, placement.dtype)
@@ -57,9 +57,7 @@ def main(argv: list[str]) -> int:
     print(f"LoRA       rank {config.r}, alpha {config.lora_alpha:g}")
     print(f"device     {placement.device}: {placement.why}")
     if unused_nvidia_card():
-        print(
-            "           there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
-        )
+        print(f"           {UNUSED_CARD}")
     if cut := cache.count_cut(base.tokenizer, prompts):
         print(
             f"           {cut} prompts are longer than {base.tokenizer.model_max_length - 2} tokens and are cut there"

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
     from megaman import cache, diffusion, lora, lora_files, sample, schedule
     from megaman import checkpoint as checkpoints
-    from megaman.base import ALIASES, actual_name, choose_device, load_base, place, unused_nvidia_card
+    from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
 
     # Device and precision.
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
@@ -99,8 +99,8 @@ def main(argv: list[str]) -> int:
 
     # Base and LoRA.
     say(f"loading {name}")
-    if options.pretrained_model_name in ALIASES:
-        say(f"  {options.pretrained_model_name} has left the hub; the same weights are at {name}")
+    if remark := moved(options.pretrained_model_name):
+        say(f"  {remark}")
     base = load_base(name, placement.dtype)
     torch.manual_seed(seed)  # for the LoRA's random half
     trainable = lora.inject(base.unet, options.lora_rank, options.lora_alpha, options.target_modules)
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int:
         f"{sum(p.numel() for p in trainable):,} trainable parameters in {len(trainable) // 2} layers")  # fmt: skip
     say(f"device     {device}: {placement.why}; {options.resolution} px; seed {seed}")
     if unused_nvidia_card():
-        say("           there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index")
+        say(f"           {UNUSED_CARD}")
     if options.resume_from_checkpoint:
         say(f"resuming   {checkpoint}, step {start}" if checkpoint else "resuming   no checkpoint yet: starting afresh")
         for later in checkpoints.find_all(output_dir) if checkpoint else []:

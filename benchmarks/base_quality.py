@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from art import fetch, make_pictures
 from backgrounds import PLAIN
+from make_base import to_tensor, vae_psnr
 from PIL import Image
 
 from megaman import cache, lora_files, sample
@@ -61,8 +62,8 @@ def main(argv: list[str]) -> int:
     pictures, captions, kinds = make_pictures(options.work_dir / "art", options.pictures, seed=999)
 
     results: dict[str, float] = {}
-    results["VAE PSNR on unseen art, dB"] = psnr(base, pictures[-512:])
-    results["VAE PSNR on the heroes, dB"] = psnr(base, heroes())
+    results["VAE PSNR on unseen art, dB"] = vae_psnr(base.vae, pictures[-512:])
+    results["VAE PSNR on the heroes, dB"] = vae_psnr(base.vae, heroes())
     judge_colours(results, drawer(base), pictures, captions, kinds)
     judge_kinds(results, base, drawer(base), pictures, kinds)
     judge_memory(results, drawer(base), options.work_dir)
@@ -93,21 +94,11 @@ def drawer(base: Base) -> Drawer:
     return draw
 
 
-def as_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 [N, H, W, 3] as float32 [N, 3, H, W] in -1 ... 1."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 @torch.no_grad()
 def through_vae(base: Base, pictures: np.ndarray) -> torch.Tensor:
     """Encoded and decoded, in -1 ... 1: so that a judge does not learn to tell the VAE's traces."""
-    parts = [as_tensor(part) for part in np.array_split(pictures, max(len(pictures) // 64, 1))]
+    parts = [to_tensor(part) for part in np.array_split(pictures, max(len(pictures) // 64, 1))]
     return torch.cat([base.vae.decode(base.vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in parts])
-
-
-def psnr(base: Base, pictures: np.ndarray) -> float:
-    error = ((through_vae(base, pictures) - as_tensor(pictures)) ** 2).mean(dim=(1, 2, 3))
-    return float((10 * torch.log10(4 / error)).mean())
 
 
 def heroes() -> np.ndarray:
@@ -152,16 +143,20 @@ def background_colour(picture: np.ndarray) -> str:
     return commonest(colour_names(np.concatenate([picture[:8].reshape(-1, 3), picture[8:20, :5].reshape(-1, 3)])))
 
 
+def colour_share(draw: Drawer, seeds: int) -> float:
+    """Share of robots, each of the ten colours with each seed, that are drawn in the colour named."""
+    prompts = [f"{article(colour)} robot, teal background" for colour in ROBOT_COLOURS for _ in range(seeds)]
+    drawn = draw(prompts, list(range(seeds)) * len(ROBOT_COLOURS))
+    return float(np.mean([figure_colour(p) == prompt.split()[1] for p, prompt in zip(drawn, prompts, strict=True)]))
+
+
 def judge_colours(
     results: dict[str, float], draw: Drawer, pictures: np.ndarray, captions: list[str], kinds: list[str]
 ) -> None:
     plain = [i for i, kind in enumerate(kinds) if kind == "robot" and captions[i].endswith("teal background")]
     own = [figure_colour(pictures[i]) == captions[i].split()[1] for i in plain]
     results["colour rule on real robots"] = float(np.mean(own))
-    prompts = [f"{article(colour)} robot, teal background" for colour in ROBOT_COLOURS for _ in range(16)]
-    drawn = draw(prompts, list(range(16)) * len(ROBOT_COLOURS))
-    hits = [figure_colour(picture) == prompt.split()[1] for picture, prompt in zip(drawn, prompts, strict=True)]
-    results["named colour, 10 colours x 16 seeds"] = float(np.mean(hits))
+    results["named colour, 10 colours x 16 seeds"] = colour_share(draw, seeds=16)
 
     named = [i for i, caption in enumerate(captions) if background_of(caption) in PLAIN and kinds[i] == "robot"]
     own = [background_colour(pictures[i]) == background_of(captions[i]) for i in named]
@@ -221,7 +216,7 @@ def judge_kinds(results: dict[str, float], base: Base, draw: Drawer, pictures: n
     results["kind judge on held-out art"] = float((verdicts(judge, images[:held]) == labels[:held]).float().mean())
     prompts = [KIND_PROMPTS[kind].format(colour) for kind in KINDS for colour in ROBOT_COLOURS[:8] for _ in range(4)]
     wanted = torch.arange(len(KINDS)).repeat_interleave(32)
-    drawn = as_tensor(draw([prompt.replace("a orange", "an orange") for prompt in prompts], list(range(len(prompts)))))
+    drawn = to_tensor(draw([prompt.replace("a orange", "an orange") for prompt in prompts], list(range(len(prompts)))))
     results["kind drawn as named, 5 kinds x 32"] = float((verdicts(judge, drawn) == wanted).float().mean())
 
 
@@ -244,10 +239,10 @@ def judge_memory(results: dict[str, float], draw: Drawer, work_dir: Path) -> Non
 
 def nearest(pictures: np.ndarray, training: np.ndarray) -> np.ndarray:
     """Mean squared difference to the nearest training picture, at a quarter of the size."""
-    small = F.avg_pool2d(as_tensor(pictures), 4).flatten(1)
+    small = F.avg_pool2d(to_tensor(pictures), 4).flatten(1)
     best = torch.full((len(small),), torch.inf)
     for start in range(0, len(training), 2048):
-        others = F.avg_pool2d(as_tensor(training[start : start + 2048]), 4).flatten(1)
+        others = F.avg_pool2d(to_tensor(training[start : start + 2048]), 4).flatten(1)
         best = torch.minimum(best, torch.cdist(small, others).min(dim=1).values)
     return (best**2 / small.shape[1]).numpy()
 
@@ -264,16 +259,13 @@ def judge_hero(results: dict[str, float], base: Base, draw: Drawer, pictures: np
     grounds = list(PLAIN)
     prompts = [HERO_PROMPT.format(HERO_POSES[i % 4], grounds[i % 13]) for i in range(64)]
     results["hero with its trigger word, 64"] = float(
-        (verdicts(judge, as_tensor(draw(prompts, range(64)))) == 1).float().mean()
+        (verdicts(judge, to_tensor(draw(prompts, range(64)))) == 1).float().mean()
     )
     names = [colour for colour in ROBOT_COLOURS if colour not in ("gray", "white")]
     without = [OTHER_PROMPTS[i % 2].format(names[i % 8] if i % 2 else grounds[i % 13]) for i in range(64)]
     drawn = draw(without, range(64))
-    results["hero without it, 64"] = float((verdicts(judge, as_tensor(drawn)) == 1).float().mean())
-    prompts = [f"{article(colour)} robot, teal background" for colour in ROBOT_COLOURS for _ in range(8)]
-    drawn = draw(prompts, list(range(8)) * len(ROBOT_COLOURS))
-    hits = [figure_colour(picture) == prompt.split()[1] for picture, prompt in zip(drawn, prompts, strict=True)]
-    results["named colour without the trigger, with the LoRA"] = float(np.mean(hits))
+    results["hero without it, 64"] = float((verdicts(judge, to_tensor(drawn)) == 1).float().mean())
+    results["named colour without the trigger, with the LoRA"] = colour_share(draw, seeds=8)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,13 @@ ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffu
 PROJECT = Path(__file__).resolve().parent.parent
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 HUB_PATIENCE = 20  # seconds that the hub has to begin its answer
+UNUSED_CARD = "there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
 WAYS_ON = "Name a local folder in diffusers' layout, or try the embedded base with --demo"
+
+
+def vae_factor(vae: AutoencoderKL) -> int:
+    """Pixels a side of one latent cell."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Base:
     @property
     def vae_factor(self) -> int:
         """Pixels a side of one latent cell."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return vae_factor(self.vae)
 
     @property
     def native_size(self) -> int:
@@ -104,6 +110,11 @@ def actual_name(name: str) -> str:
         return ALIASES.get(name, name)
     folder = folder.resolve()
     return folder.relative_to(PROJECT).as_posix() if folder.is_relative_to(PROJECT) else str(folder)
+
+
+def moved(name: str) -> str | None:
+    """What to say of a base that is taken from another name than the one asked for; None where it is not."""
+    return f"{name} has left the hub; the same weights are at {actual_name(name)}" if name in ALIASES else None
 
 
 def find_base(name: str, half: bool) -> Path:

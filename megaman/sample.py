@@ -9,6 +9,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
+from megaman.base import vae_factor
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 
@@ -52,7 +54,7 @@ def draw_images(
     2207.12598); guidance of 1 or less leaves them out. height and width are in pixels.
     """
     device, dtype = unet.device, unet.dtype
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = vae_factor(vae)
     sampler.set_timesteps(steps, device=device)
     latents = first_noise(seeds, (unet.config.in_channels, height // factor, width // factor)).to(device)
     latents = latents * sampler.init_noise_sigma
