@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from art import SIZE, fetch, make_pictures
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from mosaics import draw_mosaic
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.utils import clip_grad_norm_
@@ -75,6 +76,18 @@ def make_data(work: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]
         captions_file.write_text(json.dumps({"captions": captions, "kinds": kinds}), encoding="utf-8")
     captions = json.loads(captions_file.read_text(encoding="utf-8"))["captions"]
     return np.load(pictures_file, mmap_mode="r"), captions
+
+
+def make_mosaics(work: Path, count: int, seed: int) -> np.ndarray:
+    """Pictures for the VAE alone: uint8 [count, 64, 64, 3]."""
+    path = work / "mosaics.npy"
+    if not path.is_file():
+        rng = np.random.default_rng((seed, 3))
+        mosaics = [draw_mosaic(rng) for _ in tqdm(range(count), desc="composing mosaics", unit="picture")]
+        aside = work / "mosaics.aside.npy"
+        np.save(aside, np.stack(mosaics))
+        os.replace(aside, path)
+    return np.load(path, mmap_mode="r")
 
 
 def make_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
@@ -144,9 +157,11 @@ def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return error.abs().mean() + 2 * (error**2).mean() + hue.abs().mean() + 2e-5 * kl
 
 
-def train_vae(stage: Stage, pictures: np.ndarray, steps: int, seed: int) -> AutoencoderKL:
-    torch.manual_seed(seed)
-    vae = new_vae().to(memory_format=torch.channels_last).train()
+def train_vae(
+    stage: Stage, vae: AutoencoderKL, pictures: np.ndarray, mosaics: np.ndarray, steps: int, seed: int
+) -> AutoencoderKL:
+    """Train the VAE, half on pictures and half on mosaics, for four steps of five on crops of half the side."""
+    vae = vae.to(memory_format=torch.channels_last).train()
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=1e-4)
     start, train_count = 0, len(pictures) - HELD_OUT
@@ -159,7 +174,10 @@ def train_vae(stage: Stage, pictures: np.ndarray, steps: int, seed: int) -> Auto
         rng = np.random.default_rng((seed, 1, step))
         torch.manual_seed(seed * 1_000_003 + step)
         whole = step % 5 == 4
-        batch = pictures[np.sort(rng.integers(0, train_count, 8 if whole else 24))]
+        half = 4 if whole else 12
+        chosen = [source[np.sort(rng.integers(0, count, half))]
+                  for source, count in ((pictures, train_count), (mosaics, len(mosaics)))]  # fmt: skip
+        batch = np.concatenate(chosen)
         if not whole:  # crops of half the side teach the same textures at a quarter of the cost
             top, left = rng.integers(0, SIZE // 2 + 1, 2)
             batch = batch[:, top : top + SIZE // 2, left : left + SIZE // 2]
@@ -377,6 +395,7 @@ def main() -> None:
     stage = Stage(args.work_dir)
 
     pictures, captions = make_data(args.work_dir, args.pictures + HELD_OUT, args.seed)
+    mosaics = make_mosaics(args.work_dir, args.pictures // 2, args.seed)
     tokenizer = make_tokenizer(args.work_dir / "tokenizer", captions[:-HELD_OUT])
     vae = train_vae(stage, pictures, args.vae_steps, args.seed)
     fold_statistics(vae, pictures)
