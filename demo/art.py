@@ -53,8 +53,8 @@ SET4_ACCESSORIES = {
 
 # Share of each kind among the training pictures.
 MIX = {
-    "robot": 0.33, "sprite": 0.27, "robot head": 0.11, "person": 0.08, "monster": 0.06, "cat": 0.06, "thumb": 0.03,
-    "emoji": 0.06,
+    "robot": 0.28, "sprite": 0.42, "robot head": 0.08, "person": 0.06, "monster": 0.05, "cat": 0.05, "thumb": 0.02,
+    "emoji": 0.04,
 }  # fmt: skip
 
 NODE_SCRIPT = """

@@ -282,20 +282,20 @@ def new_scheduler() -> DDIMScheduler:
 
 def train_unet(
     stage: Stage, latents: np.ndarray, captions: list[str], tokenizer: CLIPTokenizer, vae: AutoencoderKL,
-    steps: int, seed: int,
-) -> tuple[UNet2DConditionModel, CLIPTextModel]:  # fmt: skip
-    """Train UNet and text encoder together; returns their moving averages.
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, steps: int, seed: int, peak_rate: float, min_snr: float,
+) -> None:  # fmt: skip
+    """Train UNet and text encoder together; leaves their moving averages in them.
 
     Epsilon prediction, timesteps stratified over the batch, a tenth of the captions empty (Ho & Salimans 2022, arXiv
-    2207.12598). For the first 65 % of the steps min-SNR weights with gamma 5 (Hang et al. 2023, arXiv 2303.09556): they
-    bring shapes and colours early. Then none: they leave so little weight on low noise that flat areas stay grainy.
+    2207.12598). For the share min_snr of the steps min-SNR weights with gamma 5 (Hang et al. 2023, arXiv 2303.09556):
+    they bring shapes and colours early. Then none: they leave so little weight on low noise that flat areas stay
+    grainy.
     """
-    torch.manual_seed(seed + 1)
-    text_encoder, unet, scheduler = new_text_encoder(len(tokenizer)), new_unet(), new_scheduler()
+    scheduler = new_scheduler()
     unet.to(memory_format=torch.channels_last)
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     parameters = list(both.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=6e-4, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     average = {name: value.detach().clone() for name, value in both.state_dict().items()}
     start, train_count, batch_size = 0, len(latents) - HELD_OUT, 16
     if state := stage.load("unet"):
@@ -320,10 +320,10 @@ def train_unet(
         noise = torch.randn_like(clean)
         timesteps = torch.from_numpy(((np.arange(batch_size) + rng.random(batch_size)) / batch_size * 1000).astype(int))
         noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        set_rate(optimizer, 6e-4, step, steps, warmup=300, decay_from=0.5)
+        set_rate(optimizer, peak_rate, step, steps, warmup=300, decay_from=0.5)
         noise_pred = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
         squared = ((noise_pred - noise) ** 2).mean(dim=(1, 2, 3))
-        (squared * weights[timesteps] if step < 0.65 * steps else squared).mean().backward()
+        (squared * weights[timesteps] if step < min_snr * steps else squared).mean().backward()
         clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -344,7 +344,7 @@ def train_unet(
             draw_sheet(assemble(tokenizer, text_encoder, vae, unet), stage.folder / f"sheet-{step + 1}.png")
             both.load_state_dict(kept)
     both.load_state_dict(average)
-    return unet.eval(), text_encoder.eval()
+    both.eval()
 
 
 def assemble(
@@ -390,17 +390,33 @@ def main() -> None:
     parser.add_argument("--vae_steps", type=int, default=18_000)
     parser.add_argument("--unet_steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--continue_from", type=Path, help="a base that was made before: go on from its weights, with a new optimizer"
+    )
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     stage = Stage(args.work_dir)
 
     pictures, captions = make_data(args.work_dir, args.pictures + HELD_OUT, args.seed)
     mosaics = make_mosaics(args.work_dir, args.pictures // 2, args.seed)
-    tokenizer = make_tokenizer(args.work_dir / "tokenizer", captions[:-HELD_OUT])
-    vae = train_vae(stage, pictures, args.vae_steps, args.seed)
+    if args.continue_from:
+        tokenizer = CLIPTokenizer.from_pretrained(args.continue_from / "tokenizer")
+        vae, unet, text_encoder = (
+            kind.from_pretrained(args.continue_from / part, dtype=torch.float32)
+            for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
+        )
+        unet_rate, min_snr = 4e-4, 0.0
+    else:
+        tokenizer = make_tokenizer(args.work_dir / "tokenizer", captions[:-HELD_OUT])
+        torch.manual_seed(args.seed)
+        vae, unet, text_encoder = new_vae(), new_unet(), new_text_encoder(len(tokenizer))
+        unet_rate, min_snr = 6e-4, 0.65
+    vae = train_vae(stage, vae, pictures, mosaics, args.vae_steps, args.seed)
     fold_statistics(vae, pictures)
     latents = encode_pictures(stage, vae, args.vae_steps, pictures)
-    unet, text_encoder = train_unet(stage, latents, captions, tokenizer, vae, args.unet_steps, args.seed)
+    train_unet(
+        stage, latents, captions, tokenizer, vae, unet, text_encoder, args.unet_steps, args.seed, unet_rate, min_snr
+    )
     export(assemble(tokenizer, text_encoder, vae, unet), args.output_dir, args.work_dir)
     print(f"The base is in {args.output_dir}; held-out VAE quality {vae_psnr(vae.float(), pictures[-512:]):.2f} dB")
 

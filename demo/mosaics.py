@@ -1,8 +1,8 @@
 """Pixel art of nothing in particular: soups of small shaded parts, for the VAE alone.
 
-An autoencoder that has only seen a few kinds of sprites learns those sprites. These pictures hold what pixel art is made
-of (flat cells, one-cell lines, shading in ramps, dark outlines, stripes, checks, glints) in every colour and order, so
-that it can carry a character that nobody has drawn yet. They have no captions: the UNet never sees them.
+An autoencoder that has only seen a few kinds of sprites learns those sprites. These pictures hold what pixel art is
+made of (flat cells, one-cell lines, shading in ramps, dark outlines, stripes, checks, glints) in every colour and
+order, so that it can carry a character that nobody has drawn yet. They have no captions: the UNet never sees them.
 """
 
 from __future__ import annotations
