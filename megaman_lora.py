@@ -11,25 +11,27 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import math
-import re
 import secrets
 import shlex
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 from megaman.captions import guessed_encoding
 from megaman.dataset import MegaManDataset
-from megaman.errors import UserError, run_script
-from megaman.files import replacing, write_json, write_text
+from megaman.errors import UserError, brief, run_script
+from megaman.files import replacing_folder, write_json, write_text
 from megaman.options import training_options
+from megaman.output import find_all, new_log_dir, open_output, save_somewhere, step_of
+from megaman.stops import StoppedError, StopSignal
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
-OURS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"  # what a run leaves in --output_dir
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
 
 INSTRUCTIONS = """\
@@ -71,18 +73,15 @@ def main(argv: list[str]) -> int:
     from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
-    from megaman import cache, diffusion, lora, lora_files, sample, schedule
+    from megaman import cache, diffusion, finite, lora, lora_files, memory, sample, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
+    from megaman.tracking import TrainingLog
 
     # Device and precision.
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
     placement = place(options.mixed_precision, choose_device())
-    accelerator = Accelerator(
-        mixed_precision=placement.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        cpu=placement.device.type == "cpu",
-    )
+    accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu")
     device, world, process = accelerator.device, accelerator.num_processes, accelerator.process_index
     say = accelerator.print
 
@@ -91,8 +90,13 @@ def main(argv: list[str]) -> int:
     seed = options.seed if options.seed is not None else saved.seed if saved else secrets.randbelow(2**31)
     (seed,) = broadcast_object_list([seed])  # every process draws its own otherwise
     name = actual_name(options.pretrained_model_name)
+    split = memory.Split(options.train_batch_size, options.gradient_accumulation_steps)
+    effective = split.size * split.count * world
     must_match = {"pretrained_model_name": name, "lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha,
-                  "target_modules": options.target_modules, "seed": seed}  # fmt: skip
+                  "target_modules": options.target_modules, "seed": seed, "data": dataset.fingerprint(),
+                  "resolution": options.resolution, "center_crop": options.center_crop,
+                  "crop_variants": options.crop_variants, "random_flip": options.random_flip,
+                  "pictures a step": effective}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
         raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
     start = saved.step if saved else 0
@@ -124,11 +128,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"No picture in {options.data_dir} can be read", "Put other pictures there")
 
     # Steps, rate, optimizer.
-    effective = options.train_batch_size * options.gradient_accumulation_steps * world
     total = schedule.total_steps(len(moments), effective, options.num_train_epochs, options.max_train_steps)
     if start > total:
         raise UserError(f"{checkpoint} is at step {start}, beyond the {total} of this run", "Raise --max_train_steps")
-    warmup = warmup_steps(options, total, say)
+    warmup_given = "lr_warmup_steps" in options.given
+    warmup = schedule.warmup_steps(options.lr_scheduler, options.lr_warmup_steps, warmup_given, total)
+    if warmup_given and options.lr_warmup_steps and options.lr_scheduler == "constant":
+        say("--lr_scheduler constant has no warm-up: take constant_with_warmup for one")
     rate = schedule.rate_at(options.lr_scheduler, options.learning_rate, warmup, total)
     optimizer = torch.optim.AdamW(
         trainable,
@@ -136,6 +142,7 @@ def main(argv: list[str]) -> int:
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.adam_weight_decay,
         eps=options.adam_epsilon,
+        fused=device.type in ("cuda", "cpu"),
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if checkpoint:
@@ -159,17 +166,15 @@ def main(argv: list[str]) -> int:
         say(f"           {UNUSED_CARD}")
     if options.resume_from_checkpoint:
         say(f"resuming   {checkpoint}, step {start}" if checkpoint else "resuming   no checkpoint yet: starting afresh")
-        for later in checkpoints.find_all(output_dir) if checkpoint else []:
-            if checkpoints.step_of(later) > start:
+        for later in find_all(output_dir) if checkpoint else []:
+            if step_of(later) > start:
                 say(f"           {later} is later and stays until this run comes to its step")
 
     # Where it is recorded.
     log_dir = Path(saved.log_dir) if saved else new_log_dir(Path(options.logging_dir), output_dir.name)
     settings = {**{key: value for key, value in vars(options).items() if key != "given"}, "seed": seed}
-    writer = None
+    curves = TrainingLog(log_dir, start + 1 if saved else None, say)
     if accelerator.is_main_process:
-        from torch.utils.tensorboard import SummaryWriter
-
         for path in leftovers:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -177,40 +182,64 @@ def main(argv: list[str]) -> int:
                   "device": str(device), "dtype": str(placement.dtype).removeprefix("torch."), "versions": versions,
                   "python": sys.version.split()[0], "log_dir": str(log_dir)}  # fmt: skip
         write_json(output_dir / "training_config.json", config)
-        writer = SummaryWriter(str(log_dir), purge_step=start + 1 if saved else None)
-        writer.add_text("settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
+        curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
 
-    def validate(step: int) -> None:
-        """Draw the fixed-seed images with the model in hand."""
-        if not options.num_validation_images or not accelerator.is_main_process:
-            return
-        drawn = accelerator.unwrap_model(unet).eval()
-        base.vae.to(device)
+    def draw_samples() -> list:
+        drawn = accelerator.unwrap_model(unet)
         seeds = [seed + j for j in range(options.num_validation_images)]
-        at_once = sample.images_at_once(options.resolution, options.resolution)
         images = []
         for part in (seeds[first : first + at_once] for first in range(0, len(seeds), at_once)):
             states, empty = (text_states[text].expand(len(part), -1, -1) for text in (options.validation_prompt, ""))
             with accelerator.autocast():
                 images += sample.draw_images(
                     drawn, base.vae, sample.make_sampler(base.scheduler), states, empty, part,
-                    options.resolution, options.resolution, steps=25, guidance=7.5,
+                    options.resolution, options.resolution, steps=25, guidance=7.5, on_step=stop.raise_if_received,
                 )  # fmt: skip
-        base.vae.to("cpu")
-        drawn.train()
-        folder = output_dir / f"samples-{step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for j, image in enumerate(images):
-            with replacing(folder / f"{j:02d}.png") as aside:
-                image.save(aside, format="PNG")
-            writer.add_image(f"validation/{j:02d}", as_array(image), step, dataformats="HWC")
+        return images
 
-    def save_checkpoint(step: int) -> None:
-        if accelerator.is_main_process:
-            writer.flush()
-            progress = checkpoints.Progress(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match)
+    def one_at_a_time() -> None:
+        nonlocal at_once
+        if at_once == 1:
+            raise UserError("one at a time they need more memory than there is")
+        at_once = 1
+
+    def validate(step: int) -> None:
+        """Draw the fixed-seed images with the model in hand; whatever fails here, training goes on."""
+        folder = output_dir / f"samples-{step}"
+        if not options.num_validation_images or not accelerator.is_main_process:
+            return
+        try:
+            base.vae.to(device)
+            accelerator.unwrap_model(unet).eval()
+            images = memory.until_it_fits(draw_samples, one_at_a_time)
+            for j, image in enumerate(images):
+                curves.add("add_image", f"validation/{j:02d}", as_array(image), step, dataformats="HWC")
+            curves.flush()
+            with replacing_folder(folder) as aside:
+                for j, image in enumerate(images):
+                    image.save(aside / f"{j:02d}.png")
+            if not all(image.getbbox() for image in images):
+                say(f"step {step}: a sample image is black all over; if more are, try --mixed_precision bf16 or no")
+        except StoppedError:
+            pass
+        except Exception as error:
+            say(f"step {step}: no sample images ({brief(error)}); training goes on")
+        finally:
+            accelerator.unwrap_model(unet).train()
+            base.vae.to("cpu")
+
+    def save_checkpoint(step: int) -> bool:
+        """Save the whole state; a disk that is full or gone is named, and the next save tries again."""
+        if not accelerator.is_main_process:
+            return True
+        progress = checkpoints.Progress(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match)
+        try:
             checkpoints.save(output_dir, accelerator.unwrap_model(unet), optimizer.optimizer, accelerator.scaler,
                              progress, name, options.checkpoints_total_limit)  # fmt: skip
+        except (OSError, UserError) as error:
+            say(f"step {step}: no checkpoint ({brief(error)}); training goes on, the next save tries again")
+            return False
+        return True
 
     def draw(index: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents, noise and timestep of one picture, from one of its crops."""
@@ -221,7 +250,7 @@ def main(argv: list[str]) -> int:
 
     def micro_batch(number: int) -> torch.Tensor:
         """The loss of micro-batch number ... of the run; what is random in it is drawn on the CPU, a picture each."""
-        rows = range(number * options.train_batch_size, (number + 1) * options.train_batch_size)
+        rows = range(number * split.size, (number + 1) * split.size)
         indices = [schedule.picture_at(row, len(moments), seed) for row in rows]
         drawn = [draw(index, schedule.random_for(seed, row)) for index, row in zip(indices, rows, strict=True)]
         latents, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
@@ -236,61 +265,88 @@ def main(argv: list[str]) -> int:
         noise_pred = unet(noisy, timesteps.to(device), encoder_hidden_states=states).sample
         return diffusion.loss(noise_pred, wanted, weights)
 
-    # The loop. The last step does everything: log, save, draw.
-    began, elapsed = time.monotonic(), saved.elapsed if saved else 0.0
-    if start == 0:
-        validate(0)
-    unet.train()
-    losses: list[torch.Tensor] = []
-    bar = tqdm(total=total, initial=start, desc="training", unit="step", disable=not accelerator.is_main_process)
-    for step in range(start + 1, total + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step - 1)
+    def accumulate(step: int) -> torch.Tensor:
+        """The gradients of one optimizer step; returns its loss."""
         step_loss = torch.zeros((), device=device)
-        for micro in range(options.gradient_accumulation_steps):
-            with accelerator.accumulate(unet):
-                loss = micro_batch(((step - 1) * options.gradient_accumulation_steps + micro) * world + process)
+        for micro in range(split.count):
+            last = micro == split.count - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(unet):
+                loss = micro_batch(((step - 1) * split.count + micro) * world + process) / split.count
                 accelerator.backward(loss)
-                step_loss += loss.detach() / options.gradient_accumulation_steps
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trainable, options.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        losses.append(step_loss)
-        bar.update()
-        last = step == total
-        saving = step % options.save_steps == 0 or last
-        if step % LOG_EVERY == 0 or saving:  # a checkpoint never stands ahead of the curve
-            values = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
-            losses = []
-            bar.set_postfix(loss=f"{sum(values) / len(values):.4f}", lr=f"{rate(step - 1):.2e}")
-            if writer:
+                step_loss += loss.detach()
+        return step_loss
+
+    def make_room() -> None:
+        optimizer.zero_grad()
+        if world > 1:
+            raise UserError("One of the processes ran out of memory", "Lower --train_batch_size for all of them")
+        say(f"too little memory: {memory.make_room(accelerator.unwrap_model(unet), split, options.resolution)}")
+
+    # The loop. The last step does everything: log, save, draw. So does a step after which a stop is wanted.
+    began, elapsed = time.monotonic(), saved.elapsed if saved else 0.0
+    at_once = sample.images_at_once(options.resolution, options.resolution)
+    losses: list[torch.Tensor] = []
+    all_finite: list[torch.Tensor] = []
+    skipped = finite.SkippedSteps()
+    unet.train()
+    with StopSignal() as stop:
+        if start == 0 or (start % options.validation_steps == 0 and not (output_dir / f"samples-{start}").exists()):
+            validate(start)
+        bar = tqdm(total=total, initial=start, desc="training", unit="step", disable=not accelerator.is_main_process)
+        for step in range(start + 1, total + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step - 1)
+            losses.append(memory.until_it_fits(partial(accumulate, step), make_room))
+            norm = accelerator.clip_grad_norm_(trainable, options.max_grad_norm)
+            all_finite.append(finite.step_where_finite(optimizer, norm, accelerator.scaler))
+            optimizer.zero_grad()
+            bar.update()
+            last, stopping = step == total, anywhere(accelerator, stop.received is not None)
+            saving = step % options.save_steps == 0 or last or stopping
+            if step % LOG_EVERY == 0 or saving:  # a checkpoint never stands ahead of the curve
+                values = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
+                for number in skipped.note(torch.stack(all_finite).tolist(), step):
+                    say(f"step {number}: the gradients were not finite; skipped, {skipped.total} so far")
+                losses, all_finite = [], []
+                bar.set_postfix(loss=f"{sum(values) / len(values):.4f}", lr=f"{rate(step - 1):.2e}")
                 for number, value in enumerate(values, start=step - len(values) + 1):
-                    writer.add_scalar("train/loss", value, number)
-                    writer.add_scalar("train/learning_rate", rate(number - 1), number)
-        if saving:
-            save_checkpoint(step)
-        if step % options.validation_steps == 0 or last:
-            validate(step)
-    bar.close()
+                    curves.add("add_scalar", "train/loss", value, number)
+                    curves.add("add_scalar", "train/learning_rate", rate(number - 1), number)
+                if accelerator.is_main_process:
+                    curves.flush()
+            saved_now = save_checkpoint(step) if saving else False
+            if stopping and not last:
+                bar.close()
+                curves.close()
+                say(f"stopped after step {step}" + (f": {output_dir / f'checkpoint-{step}'}" if saved_now else ""))
+                say(f"to go on: python megaman_lora.py {shlex.join(resuming(argv))}")
+                return stop.exit_code
+            if step % options.validation_steps == 0 or last:
+                validate(step)
+        bar.close()
 
     # What remains.
     accelerator.wait_for_everyone()
+    reason = ""
     if accelerator.is_main_process:
         notes = {"ss_steps": str(total), "ss_seed": str(seed), "ss_learning_rate": f"{options.learning_rate:g}",
                  "ss_num_train_images": str(len(dataset)),
                  "ss_resolution": f"({options.resolution}, {options.resolution})",
                  "ss_lr_scheduler": options.lr_scheduler, "ss_mixed_precision": placement.mixed_precision}  # fmt: skip
-        lora_files.save_lora(output_dir / "lora_weights", accelerator.unwrap_model(unet), name, notes)
-        writer.close()
+        curves.close()
+        wanted = output_dir / "lora_weights"
+        save = partial(lora_files.save_lora, unet=accelerator.unwrap_model(unet), base_name=name, notes=notes)
+        folder, reason = save_somewhere(wanted, save)
+        if reason:
+            say(f"{wanted} cannot be written ({reason}): the LoRA is in {folder} instead")
         seconds = elapsed + time.monotonic() - began
-        say(f"done in {math.floor(seconds / 60)} min {seconds % 60:.0f} s: {output_dir / 'lora_weights'}")
+        say(f"done in {math.floor(seconds / 60)} min {seconds % 60:.0f} s: {folder}")
         flags = ["--demo"] if options.demo else []
-        if not options.demo or "output_dir" in options.given:
-            flags += ["--lora_path", (output_dir / "lora_weights").as_posix()]
+        if not options.demo or "output_dir" in options.given or folder != wanted:
+            flags += ["--lora_path", folder.as_posix()]
         say(f"next: python generate_megaman.py {shlex.join(flags)}")
     accelerator.end_training()
-    return 0
+    return 1 if reason else 0
 
 
 def find_pictures(data_dir: str, given: bool, size: int, center_crop: bool) -> MegaManDataset | None:
@@ -320,44 +376,22 @@ def report_problems(problems: dict[Path, str]) -> None:
         print(f"left out: {picture}: {reason}")
 
 
-def open_output(output_dir: Path, resume: str | None, overwrite: bool) -> tuple[Path | None, list[Path]]:
-    """The checkpoint to go on from, or None; and what an earlier run left that is to go once this one can begin.
-
-    Raises UserError where that was not asked for: nobody's LoRA is overwritten unmeant.
-    """
-    checkpoint = None
-    if resume:
-        from megaman.checkpoint import find
-
-        checkpoint = find(resume, output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    leftovers = [path for path in output_dir.iterdir() if re.fullmatch(OURS, path.name)]
-    continues = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-    barely_begun = resume == "latest" and not (output_dir / "lora_weights").exists()
-    if continues or (barely_begun and not checkpoint):
-        return checkpoint, []
-    if leftovers and not overwrite:
-        ways = "Go on with --resume_from_checkpoint latest, name another --output_dir, or add --overwrite_output"
-        raise UserError(
-            f"--output_dir {output_dir} holds an earlier run", "Name another --output_dir" if resume else ways
-        )
-    return checkpoint, leftovers
+def resuming(argv: list[str]) -> list[str]:
+    """The command line that goes on where this one was stopped."""
+    words = [word for word in argv if word != "--overwrite_output" and not word.startswith("--resume_from_checkpoint=")]
+    if "--resume_from_checkpoint" in words:
+        place = words.index("--resume_from_checkpoint")
+        del words[place : place + 2]
+    return [*words, "--resume_from_checkpoint", "latest"]
 
 
-def warmup_steps(options, total: int, say) -> int:
-    """The warm-up in steps: none for constant; the default is cut to a tenth of a short run."""
-    if options.lr_scheduler == "constant":
-        if "lr_warmup_steps" in options.given and options.lr_warmup_steps:
-            say("--lr_scheduler constant has no warm-up: take constant_with_warmup for one")
-        return 0
-    return options.lr_warmup_steps if "lr_warmup_steps" in options.given else min(options.lr_warmup_steps, total // 10)
+def anywhere(accelerator, here: bool) -> bool:
+    """Whether it is so in any of the processes; they have to stop at the same step."""
+    if accelerator.num_processes == 1:
+        return here
+    import torch
 
-
-def new_log_dir(logging_dir: Path, name: str) -> Path:
-    """A folder of its own for this run under --logging_dir, so that two runs never share a curve."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    taken = [logging_dir / f"{name}-{stamp}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 100))]]
-    return next(path for path in taken if not path.exists())
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), reduction="sum"))
 
 
 def as_array(image):

@@ -6,8 +6,6 @@ state has to be kept.
 
 from __future__ import annotations
 
-import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +16,13 @@ from safetensors.torch import load_file
 
 from megaman import lora, lora_files
 from megaman.errors import UserError
-from megaman.files import read_json, replacing_folder, write_json
+from megaman.files import read_json, remove_folder, replacing_folder, write_json
+from megaman.output import STATE, find_all, step_of
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-STATE, OPTIMIZER = "training_state.json", "optimizer.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass
@@ -56,7 +55,7 @@ def save(
         write_json(aside / STATE, content)
     if limit:  # later ones, of a run that was taken up again from before them, are not this run's to delete
         for old in [path for path in find_all(output_dir) if step_of(path) <= progress.step][:-limit]:
-            shutil.rmtree(old)
+            remove_folder(old)
     return folder
 
 
@@ -67,31 +66,6 @@ def _optimizer_tensors(unet: UNet2DConditionModel, optimizer: torch.optim.Optimi
         for name, parameter in lora.parameters(unet).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def find_all(output_dir: Path) -> list[Path]:
-    """The finished checkpoints in a folder, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if (path / STATE).is_file()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def find(wanted: str, output_dir: Path) -> Path | None:
-    """The folder that --resume_from_checkpoint means; None under "latest" where there is none yet.
-
-    Raises UserError where a named folder is no checkpoint.
-    """
-    if wanted == "latest":
-        return next(reversed(find_all(output_dir)), None)
-    for folder in (output_dir / wanted, Path(wanted)):
-        if (folder / STATE).is_file():
-            return folder
-    known = ", ".join(path.name for path in find_all(output_dir)) or "none"
-    raise UserError(f"--resume_from_checkpoint {wanted} is no checkpoint", f"In {output_dir} there is: {known}")
 
 
 def read_progress(folder: Path) -> Progress:
@@ -114,12 +88,13 @@ def restore(
     lora_files.restore(unet, adapter)
     for name, parameter in lora.parameters(unet).items():
         keys = [key for key in moments if key.startswith(f"{name}:")]
-        # Copies, since what is read stays tied to the file, and that may have to be deleted. AdamW keeps its step
-        # count on the CPU and its averages beside the parameter.
+        # Copies, since what is read stays tied to the file, and that may have to be deleted. AdamW keeps its averages
+        # beside the parameter, and its step count too where it is fused, else on the CPU.
+        beside = {True: parameter.device, False: torch.device("cpu")}
         optimizer.state[parameter] = {
-            key.split(":")[1]: moments[key].clone()
-            if key.endswith(":step")
-            else moments[key].to(parameter.device, copy=True)
+            key.split(":")[1]: moments[key].to(
+                beside[optimizer.defaults["fused"] or not key.endswith(":step")], copy=True
+            )
             for key in keys
         }
     saved_scaler = read_json(folder / STATE).get("scaler")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,14 @@ class MegaManDataset:
                 problems[picture] = str(error)
         self.drop(problems)
         return problems
+
+    def fingerprint(self) -> str:
+        """Count and digest of the pictures' names, sizes in bytes and captions: whether a resumed run sees the same."""
+        digest = hashlib.sha256()
+        for picture, caption in zip(self.pictures, self.captions, strict=True):
+            name = picture.relative_to(self.data_dir).as_posix()
+            digest.update(f"{name}\n{picture.stat().st_size}\n{caption}\n".encode("utf-8", "surrogatepass"))
+        return f"{len(self)} pictures ({digest.hexdigest()[:8]})"
 
     def drop(self, pictures: dict[Path, str]) -> None:
         """Leave these pictures out."""

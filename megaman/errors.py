@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import textwrap
 from collections.abc import Callable
 
 RUN_FAILED = 1
@@ -34,7 +35,7 @@ def run_script(main: Callable[[list[str]], int], argv: list[str], saves_memory: 
     except KeyboardInterrupt:
         line, code = "stopped by Ctrl-C; what was saved before stays as it is", 130
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         what = str(error).partition("\n")[0][:120] or type(error).__name__  # Python's own has no text
         line, code = f"too little memory ({what}). Try {saves_memory}", RUN_FAILED
@@ -50,7 +51,13 @@ def run_script(main: Callable[[list[str]], int], argv: list[str], saves_memory: 
     return code
 
 
-def _out_of_memory(error: Exception) -> bool:
+def brief(error: BaseException) -> str:
+    """What an error says, short enough to stand in a line of ours."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return textwrap.shorten(text.partition("\n")[0], 200, placeholder=" ...").rstrip(" .")
+
+
+def out_of_memory(error: Exception) -> bool:
     """Python's own error, or torch's: told by name and text, since this module does not import torch."""
     named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
     return named or "not enough memory" in str(error) or "out of memory" in str(error)

@@ -22,9 +22,9 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
     try:
         yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
+        _flush(aside)
         os.replace(aside, path)
+        _flush_names(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -36,24 +36,54 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     aside = folder.with_name(f"{folder.name}.{os.getpid()}{ASIDE}")
     former = folder.with_name(f"{folder.name}.{os.getpid()}.former{ASIDE}")
     for left in (aside, former):  # by a run that was killed; in a container the next one has the same process id
+        restore_former(left)
         shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir()
     try:
+        aside.mkdir()
         yield aside
         for path in aside.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            _flush(path)
+        _flush_names(aside)
         if folder.exists():  # a folder cannot be renamed onto a full one
             os.replace(folder, former)
-        try:
-            os.replace(aside, folder)
-        except OSError:
-            if former.exists():
-                os.replace(former, folder)
-            raise
+        os.replace(aside, folder)
+        _flush_names(folder.parent)
     finally:
+        restore_former(former)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
+
+
+def restore_former(former: Path) -> None:
+    """Put back a folder that was moved aside where nothing took its place; any other path is left as it is."""
+    name, moved, _ = former.name.partition(f".former{ASIDE}")
+    if moved and former.is_dir():
+        folder = former.with_name(name.rpartition(".")[0])
+        if not folder.exists():
+            os.replace(former, folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder in such a way that a stop midway leaves no part of it under its own name."""
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}{ASIDE}")
+    os.replace(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that a power cut after the rename finds the content there."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_names(folder: Path) -> None:
+    """The same for the names in a folder; Windows has no such call."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

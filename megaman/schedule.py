@@ -43,6 +43,13 @@ def random_for(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
+def warmup_steps(name: str, asked: int, given: bool, total: int) -> int:
+    """The warm-up in steps: none for constant; where it was not given, the default is cut to a tenth of the run."""
+    if name == "constant":
+        return 0
+    return asked if given else min(asked, total // 10)
+
+
 def rate_at(name: str, peak: float, warmup: int, total: int) -> Callable[[int], float]:
     """The learning rate as a function of the steps done, by diffusers' schedule of that name."""
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)

@@ -1,0 +1,85 @@
+"""TensorBoard, in such a way that a full disk or a folder that cannot be written never takes the training with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MOST_PENDING = 20_000  # events kept while nothing can be written: a long stretch, a few megabytes
+
+
+class Event(NamedTuple):
+    kind: str  # the SummaryWriter's method: add_scalar, add_image, add_text
+    tag: str
+    value: Any
+    step: int
+    options: dict[str, Any]
+
+
+class TrainingLog:
+    """Events are kept until flush() has written them; what could not be written is tried again at the next flush.
+
+    purge_step is the first step that a resumed run writes again: TensorBoard then forgets what stood there before.
+    tell is called with one line when writing begins to fail, and when it works again.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None, tell: Callable[[str], None]):
+        self.folder, self.tell = folder, tell
+        self._purge_step = purge_step
+        self._pending: list[Event] = []
+        self._writer = None
+        self._failing = False
+
+    def add(self, kind: str, tag: str, value: Any, step: int, **options: Any) -> None:
+        """Keep an event for the next flush."""
+        self._pending.append(Event(kind, tag, value, step, options))
+        del self._pending[:-MOST_PENDING]
+
+    def flush(self) -> None:
+        """Write what is kept to the disk, or say why that cannot be done now."""
+        if not self._pending:
+            return
+        try:
+            if self._writer is None:
+                self._writer = _quiet_writer(self.folder, self._purge_step)
+            for event in self._pending:
+                getattr(self._writer, event.kind)(event.tag, event.value, event.step, **event.options)
+            self._writer.flush()
+        except (OSError, RuntimeError) as error:
+            self._fail(error)
+            return
+        if self._failing:
+            self.tell(f"TensorBoard's curves are written to {self.folder} again")
+        self._failing, self._pending = False, []
+
+    def _fail(self, error: Exception) -> None:
+        if not self._failing:
+            reason = getattr(error, "strerror", None) or error
+            self.tell(f"TensorBoard's curves cannot be written to {self.folder} ({reason}); training goes on")
+        self._failing, self._writer = True, None
+        # Part of the events may stand in the broken file; the next file takes their place.
+        scalars = [event.step for event in self._pending if event.kind == "add_scalar"]
+        if scalars:
+            self._purge_step = min(scalars)
+
+    def close(self) -> None:
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _quiet_writer(folder: Path, purge_step: int | None):
+    """A SummaryWriter whose own thread dies in silence: its error reaches flush() all the same."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    usual = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if type(failure.thread).__name__ != "_AsyncWriterThread":
+            usual(failure)
+
+    if getattr(usual, "__name__", "") != "hook":
+        threading.excepthook = hook
+    return SummaryWriter(str(folder), purge_step=purge_step)
