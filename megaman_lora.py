@@ -173,7 +173,7 @@ def main(argv: list[str]) -> int:
     # Where it is recorded.
     log_dir = Path(saved.log_dir) if saved else new_log_dir(Path(options.logging_dir), output_dir.name)
     settings = {**{key: value for key, value in vars(options).items() if key != "given"}, "seed": seed}
-    curves = TrainingLog(log_dir, start + 1 if saved else None, say)
+    curves = TrainingLog(partial(open_writer, log_dir), start + 1 if saved else None, say)
     if accelerator.is_main_process:
         for path in leftovers:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -374,6 +374,12 @@ def find_pictures(data_dir: str, given: bool, size: int, center_crop: bool) -> M
 def report_problems(problems: dict[Path, str]) -> None:
     for picture, reason in problems.items():
         print(f"left out: {picture}: {reason}")
+
+
+def open_writer(log_dir: Path, purge_step: int | None):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(log_dir), purge_step=purge_step)
 
 
 def resuming(argv: list[str]) -> list[str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megaman.errors import UserError
 from megaman.images import BadImageError
+from megaman.memory import until_it_fits
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -56,15 +59,25 @@ def encode_pictures(
     loader = DataLoader(_Variants(dataset, crops, flip, seed), batch_size=None, num_workers=workers)
     at_once = max(1, min(4, PIXELS_AT_ONCE // dataset.size**2))
     moments, problems = [], {}
+
+    def encode(variants: torch.Tensor) -> torch.Tensor:
+        parts = [part.to(vae.device, vae.dtype) for part in variants.split(at_once)]
+        return torch.cat([vae.encode(part).latent_dist.parameters.float().cpu() for part in parts])
+
+    def make_room() -> None:
+        nonlocal at_once
+        if at_once > 1:
+            at_once = 1
+        elif not vae.use_tiling:
+            vae.enable_tiling()
+        else:
+            raise UserError("The VAE needs more memory than there is", "Lower --resolution, or close other programs")
+
     for picture, variants in zip(list(dataset.pictures), progress(loader), strict=True):
         if isinstance(variants, str):
             problems[picture] = variants
             continue
-        encoded = [
-            vae.encode(part.to(vae.device, vae.dtype)).latent_dist.parameters.float().cpu()
-            for part in variants.split(at_once)
-        ]
-        moments.append(torch.cat(encoded))
+        moments.append(until_it_fits(partial(encode, variants), make_room))
     dataset.drop(problems)
     return moments, problems
 

@@ -64,7 +64,7 @@ def make_room(unet: UNet2DConditionModel, split: Split, size: int) -> str:
         return "gradient checkpointing is on from here"
     if split.shrink():
         return f"from here {split.count} micro-batches of {split.size} make a step, with the same effective batch"
-    smaller = max(size * 3 // 4 // 64 * 64, 64)
+    smaller = max(size * 3 // 4 // 8 * 8, 8)
     raise UserError(
         f"Even one picture of {size} px at a time with gradient checkpointing is too much for this memory",
         f"--resolution {smaller} needs about {smaller**2 / size**2:.0%} of it; or close other programs",

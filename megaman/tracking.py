@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from megaman.errors import brief
 
 MOST_PENDING = 20_000  # events kept while nothing can be written: a long stretch, a few megabytes
 
@@ -21,16 +22,18 @@ class Event(NamedTuple):
 class TrainingLog:
     """Events are kept until flush() has written them; what could not be written is tried again at the next flush.
 
-    purge_step is the first step that a resumed run writes again: TensorBoard then forgets what stood there before.
-    tell is called with one line when writing begins to fail, and when it works again.
+    open_writer makes a SummaryWriter for a purge_step. purge_step is the first step that a resumed run writes again:
+    TensorBoard then forgets what stood there before. tell is called with one line when writing begins to fail, and when
+    it works again.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None, tell: Callable[[str], None]):
-        self.folder, self.tell = folder, tell
+    def __init__(self, open_writer: Callable[[int | None], Any], purge_step: int | None, tell: Callable[[str], None]):
+        self._open_writer, self._tell = open_writer, tell
         self._purge_step = purge_step
         self._pending: list[Event] = []
         self._writer = None
         self._failing = False
+        _silence_writer_threads()
 
     def add(self, kind: str, tag: str, value: Any, step: int, **options: Any) -> None:
         """Keep an event for the next flush."""
@@ -43,7 +46,7 @@ class TrainingLog:
             return
         try:
             if self._writer is None:
-                self._writer = _quiet_writer(self.folder, self._purge_step)
+                self._writer = self._open_writer(self._purge_step)
             for event in self._pending:
                 getattr(self._writer, event.kind)(event.tag, event.value, event.step, **event.options)
             self._writer.flush()
@@ -51,13 +54,12 @@ class TrainingLog:
             self._fail(error)
             return
         if self._failing:
-            self.tell(f"TensorBoard's curves are written to {self.folder} again")
+            self._tell("TensorBoard's curves are written again")
         self._failing, self._pending = False, []
 
     def _fail(self, error: Exception) -> None:
         if not self._failing:
-            reason = getattr(error, "strerror", None) or error
-            self.tell(f"TensorBoard's curves cannot be written to {self.folder} ({reason}); training goes on")
+            self._tell(f"TensorBoard's curves cannot be written ({brief(error)}); training goes on")
         self._failing, self._writer = True, None
         # Part of the events may stand in the broken file; the next file takes their place.
         scalars = [event.step for event in self._pending if event.kind == "add_scalar"]
@@ -70,16 +72,13 @@ class TrainingLog:
             self._writer.close()
 
 
-def _quiet_writer(folder: Path, purge_step: int | None):
-    """A SummaryWriter whose own thread dies in silence: its error reaches flush() all the same."""
-    from torch.utils.tensorboard import SummaryWriter
-
+def _silence_writer_threads() -> None:
+    """TensorBoard's own thread dies in silence: its error reaches flush() all the same."""
     usual = threading.excepthook
 
-    def hook(failure: threading.ExceptHookArgs) -> None:
+    def silent_for_writers(failure: threading.ExceptHookArgs) -> None:
         if type(failure.thread).__name__ != "_AsyncWriterThread":
             usual(failure)
 
-    if getattr(usual, "__name__", "") != "hook":
-        threading.excepthook = hook
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    if usual.__name__ != silent_for_writers.__name__:
+        threading.excepthook = silent_for_writers

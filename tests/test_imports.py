@@ -13,12 +13,23 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["megaman_lora", "generate_megaman"]
 # Every module may import those before it and none after it. A new module has to find its place here.
 ORDER = [
-    "errors", "files", "stops", "output", "options", "prompts", "images", "captions", "dataset", "schedule", "diffusion",
-    "finite", "memory", "tracking", "base", "lora", "png", "cache", "sample", "lora_files", "checkpoint", "evaluate",
-    "gallery",
+    "errors", "files", "stops", "output", "options", "prompts", "images", "captions", "dataset", "schedule",
+    "diffusion", "finite", "memory", "tracking", "base", "lora", "png", "cache", "sample", "lora_files", "checkpoint",
+    "evaluate", "gallery",
 ]  # fmt: skip
-STANDARD_ONLY = ["errors", "files", "stops", "output"]
-NEVER_TORCH = ["errors", "files", "stops", "output", "options", "prompts", "png", "gallery"]  # not even in a function
+STANDARD_ONLY = ["errors", "files", "stops", "output", "tracking"]
+NEVER_TORCH = [
+    "errors",
+    "files",
+    "stops",
+    "output",
+    "tracking",
+    "options",
+    "prompts",
+    "png",
+    "evaluate",
+    "gallery",
+]  # not even in a function
 NO_TORCH = [*NEVER_TORCH, "images", "captions", "dataset"]  # not until it is needed
 MAY_PRINT = {"errors": "sys.stderr", "options": "sys.stderr"}  # and the scripts
 

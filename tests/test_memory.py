@@ -1,0 +1,115 @@
+"""Out-of-memory errors raised on purpose: the run goes on with the same effective batch and the same losses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megaman import memory
+from megaman.errors import UserError, out_of_memory
+
+FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--max_train_steps", 4]
+
+
+def losses(folder):
+    (run,) = folder.iterdir()
+    return [event.value for event in EventAccumulator(str(run)).Reload().Scalars("train/loss")]
+
+
+def fail_on(monkeypatch, kind, method: str, calls: set[int], error=torch.OutOfMemoryError):
+    """Let the model's method run out of memory at these calls, counted from 1."""
+    real, count = getattr(kind, method), 0
+
+    def failing(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise error("CUDA out of memory (on purpose)")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, method, failing)
+
+
+@pytest.mark.parametrize(
+    ("calls", "said"),
+    [
+        ({1}, ["gradient checkpointing is on"]),
+        ({3}, ["gradient checkpointing is on"]),
+        ({1, 2}, ["gradient checkpointing is on", "2 micro-batches of 2"]),
+        ({2, 3, 5}, ["gradient checkpointing is on", "2 micro-batches of 2", "4 micro-batches of 1"]),
+    ],
+)
+def test_training_goes_on_with_the_same_mathematics(train_here, tmp_path, monkeypatch, capsys, calls, said):
+    whole = train_here(tmp_path, "whole", *FIXED, "--train_batch_size", 4)
+    fail_on(monkeypatch, UNet2DConditionModel, "forward", calls)
+    short = train_here(tmp_path, "short", *FIXED, "--train_batch_size", 4)
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("too little memory:")] == [
+        line for line in printed.splitlines() if any(words in line for words in said)
+    ]
+    assert all(words in printed for words in said)
+    assert losses(tmp_path / "logs-short") == pytest.approx(losses(tmp_path / "logs-whole"), rel=1e-4)
+    assert all(torch.allclose(whole[key], short[key], atol=1e-4) for key in whole)
+
+
+def test_a_resumed_run_may_split_its_batch_otherwise(train_here, tmp_path):
+    whole = train_here(tmp_path, "whole", *FIXED, "--train_batch_size", 4)
+    train_here(tmp_path, "halves", *FIXED[:-1], 2, "--train_batch_size", 4)
+    more = ["--train_batch_size", 1, "--gradient_accumulation_steps", 4, "--resume_from_checkpoint", "latest"]
+    halves = train_here(tmp_path, "halves", *FIXED, *more)
+    assert all(torch.allclose(whole[key], halves[key], atol=1e-4) for key in whole)
+
+
+def test_when_nothing_is_left_a_line_says_what_would_fit(train_here, tmp_path, monkeypatch):
+    fail_on(monkeypatch, UNet2DConditionModel, "forward", set(range(1, 100)))
+    with pytest.raises(UserError, match=r"Even one picture of 64 px .*--resolution 48"):
+        train_here(tmp_path, "out", *FIXED)
+
+
+def test_validation_is_drawn_one_by_one_and_then_left_out(train_here, tmp_path, monkeypatch, capsys):
+    flags = [*FIXED, "--num_validation_images", 3, "--validation_steps", 2]
+    fail_on(monkeypatch, AutoencoderKL, "decode", {1})  # the first try at step 0: the images fit one by one
+    train_here(tmp_path, "one", *flags)
+    assert {path.name for path in (tmp_path / "one").glob("samples-*")} == {"samples-0", "samples-2", "samples-4"}
+    fail_on(monkeypatch, AutoencoderKL, "decode", set(range(1, 5)))  # both tries at step 0 and both at step 2
+    train_here(tmp_path, "two", *flags)
+    assert {path.name for path in (tmp_path / "two").glob("samples-*")} <= {"samples-2", "samples-4"}
+    assert "step 0: no sample images" in capsys.readouterr().out
+    assert (tmp_path / "two" / "lora_weights").is_dir()
+
+
+def test_encoding_is_tried_again_in_smaller_parts(train_here, tmp_path, monkeypatch):
+    whole = train_here(tmp_path, "whole", *FIXED, "--random_flip")
+    fail_on(monkeypatch, AutoencoderKL, "encode", {1, 4})
+    short = train_here(tmp_path, "short", *FIXED, "--random_flip")
+    assert all(torch.allclose(whole[key], short[key], atol=1e-4) for key in whole)
+    config = json.loads((tmp_path / "short" / "training_config.json").read_text(encoding="utf-8"))
+    assert config["settings"]["train_batch_size"] == 1
+
+
+def test_an_encoding_that_never_fits_ends_in_a_line(train_here, tmp_path, monkeypatch):
+    fail_on(monkeypatch, AutoencoderKL, "encode", set(range(1, 100)))
+    with pytest.raises(UserError, match="VAE"):
+        train_here(tmp_path, "out", *FIXED)
+
+
+@given(st.integers(1, 64), st.integers(1, 8))
+def test_shrinking_keeps_the_effective_batch(size, count):
+    split = memory.Split(size, count)
+    while split.shrink():
+        assert split.size * split.count == size * count
+        assert split.size <= size // 2
+    assert split.size == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+def test_every_kind_of_too_little_memory_is_known(error):
+    assert out_of_memory(error)
+    assert not out_of_memory(RuntimeError("shapes do not match"))

@@ -1,0 +1,84 @@
+"""Ctrl-C, SIGTERM and SIGHUP while training: the step is finished, a checkpoint saved, the way on said."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from megaman.output import find_all, step_of
+from megaman.stops import StoppedError, StopSignal
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent in another way there")
+FLAGS = "--demo --output_dir out --logging_dir logs --max_train_steps 400 --num_validation_images 0 --lora_rank 2"
+
+
+def start(cwd, *more):
+    variables = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
+    words = [sys.executable, str(ROOT / "megaman_lora.py"), *FLAGS.split(), *more]
+    return subprocess.Popen(words, cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(condition, process, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
+def test_the_first_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
+    process = start(tmp_path, "--save_steps", "3")
+    wait_for(lambda: find_all(tmp_path / "out"), process)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    step = int(re.search(r"stopped after step (\d+)", said)[1])
+    latest = find_all(tmp_path / "out")[-1]
+    assert step_of(latest) == step < 400
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(latest / "adapter_model.safetensors").values())
+    assert not list((tmp_path / "out").glob("*.aside"))
+    assert not (tmp_path / "out" / "lora_weights").exists()
+
+    command = re.search(r"to go on: python megaman_lora.py (.+)", said)[1]
+    words = [sys.executable, str(ROOT / "megaman_lora.py"), *shlex.split(command), "--max_train_steps", str(step + 1)]
+    done = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint-{step}, step {step}" in done.stdout
+
+
+def test_a_second_signal_leaves_at_once_without_half_a_file(tmp_path):
+    """The first comes while the images of the start are drawn, so that the second finds the run still at work."""
+    process = start(tmp_path, "--num_validation_images", "40", "--save_steps", "1000")
+    wait_for(lambda: (tmp_path / "out" / "training_config.json").exists(), process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "out").glob("*.aside"))
+
+
+def test_handlers_are_put_back_and_drawing_can_be_left():
+    former = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        stop.raise_if_received()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StoppedError):
+            stop.raise_if_received()
+        assert stop.exit_code == 143
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) is former
