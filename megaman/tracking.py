@@ -80,5 +80,5 @@ def _silence_writer_threads() -> None:
         if type(failure.thread).__name__ != "_AsyncWriterThread":
             usual(failure)
 
-    if usual.__name__ != silent_for_writers.__name__:
+    if getattr(usual, "__name__", "") != silent_for_writers.__name__:
         threading.excepthook = silent_for_writers
