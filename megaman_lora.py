@@ -22,11 +22,11 @@ import shutil
 import time
 from pathlib import Path
 
-from megaman.captions import guessed_encoding
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, run_script
 from megaman.files import replacing, write_json, write_text
 from megaman.options import training_options
+from megaman.problems import too_bad, write_problems
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
 OURS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"  # what a run leaves in --output_dir
@@ -65,6 +65,9 @@ def main(argv: list[str]) -> int:
         return 0
     output_dir = Path(options.output_dir)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
+    if error := too_bad(dataset, options.skip_bad_images):
+        report_problems(dataset, output_dir)
+        raise error
 
     import torch
     from accelerate import Accelerator
@@ -114,14 +117,15 @@ def main(argv: list[str]) -> int:
     text_states = cache.encode_captions(base.text_encoder, base.tokenizer, captions)
     base.text_encoder = base.text_encoder.to("cpu")
     base.vae.to(device)
-    moments, damaged = cache.encode_pictures(
+    moments, _ = cache.encode_pictures(
         base.vae, dataset, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
         lambda pictures: tqdm(pictures, desc="encoding", unit="picture", total=len(dataset), disable=process != 0),
     )  # fmt: skip
     base.vae.to("cpu")
-    report_problems(damaged if process == 0 else {})
-    if not moments:
-        raise UserError(f"No picture in {options.data_dir} can be read", "Put other pictures there")
+    if process == 0:
+        report_problems(dataset, output_dir)
+    if error := too_bad(dataset, options.skip_bad_images):
+        raise error
 
     # Steps, rate, optimizer.
     effective = options.train_batch_size * options.gradient_accumulation_steps * world
@@ -294,19 +298,16 @@ def main(argv: list[str]) -> int:
 
 
 def find_pictures(data_dir: str, given: bool, size: int, center_crop: bool) -> MegaManDataset | None:
-    """The dataset, its unreadable pictures left out and named; None where the default folder has no picture yet."""
+    """The dataset, what cannot be used left out; None where the default folder has no picture yet."""
     folder = Path(data_dir)
     if not given and not folder.is_dir():
         folder.mkdir(parents=True)
     dataset = MegaManDataset(folder, None, size, center_crop)
-    problems = dataset.check()
-    report_problems(problems)
-    for path in filter(None, map(guessed_encoding, dataset.pictures)):
-        print(f"captions   {path} is not UTF-8 and was read as Windows-1252: save it as UTF-8 if that is wrong")
-    if len(dataset):
+    dataset.check()
+    if len(dataset) or dataset.problems:
         return dataset
-    if given or problems:
-        raise UserError(f"--data_dir {data_dir} holds no picture that can be used", "Put JPG, PNG, BMP or WebP there")
+    if given:
+        raise too_bad(dataset, skip_bad=False)
     guide = folder / "README.md"
     if not guide.exists():
         write_text(guide, INSTRUCTIONS)
@@ -315,9 +316,10 @@ def find_pictures(data_dir: str, given: bool, size: int, center_crop: bool) -> M
     return None
 
 
-def report_problems(problems: dict[Path, str]) -> None:
-    for picture, reason in problems.items():
-        print(f"left out: {picture}: {reason}")
+def report_problems(dataset: MegaManDataset, output_dir: Path) -> None:
+    """Name each file that is left out, and each doubtful caption, here and in a file."""
+    for line in write_problems(output_dir / "dataset_problems.json", dataset):
+        print(line)
 
 
 def open_output(output_dir: Path, resume: str | None, overwrite: bool) -> tuple[Path | None, list[Path]]:

@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["megaman_lora", "generate_megaman"]
 # Every module may import those before it and none after it. A new module has to find its place here.
 ORDER = [
-    "errors", "files", "options", "prompts", "images", "captions", "dataset", "schedule", "diffusion", "base", "lora",
-    "png", "cache", "sample", "lora_files", "checkpoint", "evaluate", "gallery",
+    "errors", "files", "options", "prompts", "images", "captions", "dataset", "problems", "schedule", "diffusion",
+    "base", "lora", "png", "cache", "sample", "lora_files", "checkpoint", "evaluate", "gallery",
 ]  # fmt: skip
 STANDARD_ONLY = ["errors", "files"]
 NEVER_TORCH = ["errors", "files", "options", "prompts", "png", "gallery"]  # not even in a function
-NO_TORCH = [*NEVER_TORCH, "images", "captions", "dataset"]  # not until it is needed
+NO_TORCH = [*NEVER_TORCH, "problems", "images", "captions", "dataset"]  # not until it is needed
 MAY_PRINT = {"errors": "sys.stderr", "options": "sys.stderr"}  # and the scripts
 
 MODULES = sorted(path.stem for path in (ROOT / "megaman").glob("*.py") if path.stem != "__init__")
