@@ -150,7 +150,8 @@ def test_unicode_text_comes_back_whole(tmp_path_factory, text, encoding):
 WESTERN = """café · naïve robot, déjà vu · Größe, blaue Rüstung, Straße · Ära der Maschinen · Älterer Roboter · Äpfel ·
     señor robot, niño, ¿qué? · ¡Hola! · robô azul, coração, ação, não · Ça va? garçon élève · blå rød grøn · Åke ·
     “blue” robot — don’t · it’s “fine” · …and more · © 2020 robot ® · 20° view · robot «bleu» à côté · ÉLÉGANT ·
-    MÄNNLICH · GRÖSSE ÜBERALL · à · Ä · Äh · Öl · São Paulo · Ñandú · Þór þing · façade"""
+    MÄNNLICH · GRÖSSE ÜBERALL · à · Ä · Äh · Öl · São Paulo · Ñandú · Þór þing · façade ·
+    a²b · robot×hero · éèêë · õäöü"""
 JAPANESE = """ロックマン · 青いロボット · ロックマン、青いロボット、ヘルメット · ろっくまん · mega man, 青い · 青, 赤 ·
     mega man 青い · 正面、白背景 · ヘルメットをかぶった青いロボットが右を向いて走っている · エックス · ゼロ · 洛克人 ·
     少年 · ボス · robot ロボット blue · ロボット01 · 「ロックマン」 · 赤 · 戦闘 · Ｘ · 青色の装甲"""
