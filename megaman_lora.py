@@ -23,38 +23,18 @@ import time
 from functools import partial
 from pathlib import Path
 
-from megaman.captions import guessed_encoding
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import replacing_folder, write_json, write_text
 from megaman.options import training_options
 from megaman.output import find_all, new_log_dir, open_output, save_somewhere, step_of
+from megaman.problems import too_bad, write_problems
 from megaman.stops import StoppedError, StopSignal
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
 
-INSTRUCTIONS = """\
-Put your pictures into this folder: JPG, PNG, BMP or WebP, 512x512 or larger, 20 to 100 of them. Subfolders are fine.
-A caption is an optional text file of the same name beside its picture:
-
-    megaman_01.png
-    megaman_01.txt      mega man, blue robot, helmet, game character, detailed armor
-
-Where it is missing, a caption is made from the picture's name. Then run:
-
-    python megaman_lora.py
-
-請把圖片放進這個資料夾：JPG、PNG、BMP 或 WebP，512x512 以上，20 到 100 張，可以放在子資料夾裡。
-每張圖片可以附一個同名的文字檔作為標註，例如：
-
-    megaman_01.png
-    megaman_01.txt      mega man, blue robot, helmet, game character, detailed armor
-
-沒有標註的圖片，會用檔名自動產生標註。放好之後執行：
-
-    python megaman_lora.py
-"""
+INSTRUCTIONS = Path(__file__).parent / "megaman" / "templates" / "instructions.txt"
 
 
 def main(argv: list[str]) -> int:
@@ -67,6 +47,9 @@ def main(argv: list[str]) -> int:
         return 0
     output_dir = Path(options.output_dir)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
+    if error := too_bad(dataset, options.skip_bad_images):
+        report_problems(dataset, output_dir)
+        raise error
 
     import torch
     from accelerate import Accelerator
@@ -118,14 +101,15 @@ def main(argv: list[str]) -> int:
     text_states = cache.encode_captions(base.text_encoder, base.tokenizer, captions)
     base.text_encoder = base.text_encoder.to("cpu")
     base.vae.to(device)
-    moments, damaged = cache.encode_pictures(
+    moments, _ = cache.encode_pictures(
         base.vae, dataset, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
         lambda pictures: tqdm(pictures, desc="encoding", unit="picture", total=len(dataset), disable=process != 0),
     )  # fmt: skip
     base.vae.to("cpu")
-    report_problems(damaged if process == 0 else {})
-    if not moments:
-        raise UserError(f"No picture in {options.data_dir} can be read", "Put other pictures there")
+    if process == 0:
+        report_problems(dataset, output_dir)
+    if error := too_bad(dataset, options.skip_bad_images):
+        raise error
 
     # Steps, rate, optimizer.
     total = schedule.total_steps(len(moments), effective, options.num_train_epochs, options.max_train_steps)
@@ -305,8 +289,9 @@ def main(argv: list[str]) -> int:
             saving = step % options.save_steps == 0 or last or stopping
             if step % LOG_EVERY == 0 or saving:  # a checkpoint never stands ahead of the curve
                 values = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
-                for number in skipped.note(torch.stack(all_finite).tolist(), step):
-                    say(f"step {number}: the gradients were not finite; skipped, {skipped.total} so far")
+                if bad := skipped.note(torch.stack(all_finite).tolist(), step):
+                    numbers = ", ".join(map(str, bad))
+                    say(f"gradients that were not finite: step {numbers} skipped, {skipped.total} so far")
                 losses, all_finite = [], []
                 bar.set_postfix(loss=f"{sum(values) / len(values):.4f}", lr=f"{rate(step - 1):.2e}")
                 for number, value in enumerate(values, start=step - len(values) + 1):
@@ -350,30 +335,28 @@ def main(argv: list[str]) -> int:
 
 
 def find_pictures(data_dir: str, given: bool, size: int, center_crop: bool) -> MegaManDataset | None:
-    """The dataset, its unreadable pictures left out and named; None where the default folder has no picture yet."""
+    """The dataset, what cannot be used left out; None where the default folder has no picture yet."""
     folder = Path(data_dir)
     if not given and not folder.is_dir():
         folder.mkdir(parents=True)
     dataset = MegaManDataset(folder, None, size, center_crop)
-    problems = dataset.check()
-    report_problems(problems)
-    for path in filter(None, map(guessed_encoding, dataset.pictures)):
-        print(f"captions   {path} is not UTF-8 and was read as Windows-1252: save it as UTF-8 if that is wrong")
-    if len(dataset):
+    dataset.check()
+    if len(dataset) or dataset.problems:
         return dataset
-    if given or problems:
-        raise UserError(f"--data_dir {data_dir} holds no picture that can be used", "Put JPG, PNG, BMP or WebP there")
+    if given:
+        raise too_bad(dataset, skip_bad=False)
     guide = folder / "README.md"
     if not guide.exists():
-        write_text(guide, INSTRUCTIONS)
+        write_text(guide, INSTRUCTIONS.read_text(encoding="utf-8"))
     print(f"There are no pictures yet. Put 20 to 100 of them into {data_dir} and run the same command again.")
     print(f"How, with captions: {guide}. To see a whole run first: python megaman_lora.py --demo")
     return None
 
 
-def report_problems(problems: dict[Path, str]) -> None:
-    for picture, reason in problems.items():
-        print(f"left out: {picture}: {reason}")
+def report_problems(dataset: MegaManDataset, output_dir: Path) -> None:
+    """Name each file that is left out, and each doubtful caption, here and in a file."""
+    for line in write_problems(output_dir / "dataset_problems.json", dataset):
+        print(line)
 
 
 def open_writer(log_dir: Path, purge_step: int | None):

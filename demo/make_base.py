@@ -145,7 +145,8 @@ def new_vae() -> AutoencoderKL:
 
 
 def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Absolute and squared error, the absolute one of 4 x 4 averages too (hues), and a light KL term."""
+    """Absolute and squared error, those of hues too (of 4 x 4 averages, and of the difference between the channels:
+    small beside that of light and dark, it would be left for last), and a light KL term."""
     with torch.autocast("cpu", torch.bfloat16):
         moments = vae.quant_conv(vae.encoder(pixels)).float()
         mean, logvar = moments.chunk(2, dim=1)
@@ -153,14 +154,15 @@ def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
         decoded = vae.decode(latents).sample.float()
     error = decoded - pixels
     hue = F.avg_pool2d(error, 4)
+    clash = error - error.mean(dim=1, keepdim=True)
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + 2 * (error**2).mean() + hue.abs().mean() + 2e-5 * kl
+    return error.abs().mean() + 2 * (error**2).mean() + hue.abs().mean() + 6 * (clash**2).mean() + 2e-5 * kl
 
 
 def train_vae(
     stage: Stage, vae: AutoencoderKL, pictures: np.ndarray, mosaics: np.ndarray, steps: int, seed: int
 ) -> AutoencoderKL:
-    """Train the VAE, half on pictures and half on mosaics, for four steps of five on crops of half the side."""
+    """Train the VAE, three parts on pictures and five on mosaics, for four steps of five on crops of half the side."""
     vae = vae.to(memory_format=torch.channels_last).train()
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=1e-4)
@@ -174,9 +176,9 @@ def train_vae(
         rng = np.random.default_rng((seed, 1, step))
         torch.manual_seed(seed * 1_000_003 + step)
         whole = step % 5 == 4
-        half = 4 if whole else 12
-        chosen = [source[np.sort(rng.integers(0, count, half))]
-                  for source, count in ((pictures, train_count), (mosaics, len(mosaics)))]  # fmt: skip
+        part = 1 if whole else 3
+        chosen = [source[np.sort(rng.integers(0, count, part * share))]
+                  for source, count, share in ((pictures, train_count, 3), (mosaics, len(mosaics), 5))]  # fmt: skip
         batch = np.concatenate(chosen)
         if not whole:  # crops of half the side teach the same textures at a quarter of the cost
             top, left = rng.integers(0, SIZE // 2 + 1, 2)

@@ -18,22 +18,35 @@ ROWS, COLUMNS = np.mgrid[:CELLS, :CELLS]
 def draw_mosaic(rng: np.random.Generator) -> np.ndarray:
     """Draw one mosaic: uint8 [64, 64, 3], cells of 2 x 2 pixels."""
     cells = draw_background(str(rng.choice(NAMES)), rng)[::2, ::2].copy()
-    ramps = [_ramp(rng) for _ in range(rng.integers(2, 6))]
+    first = rng.random()  # the hues of a character clash: that is what the latents find hardest to carry
+    ramps = [_ramp(rng, first + rng.choice([0, 0.33, 0.5, 0.66, rng.random()])) for _ in range(rng.integers(3, 7))]
     outline = rng.integers(0, 48, 3)
-    parts = int(rng.integers(4, 26))
+    parts = int(rng.integers(6, 34))
     for _ in range(parts):
-        mask = _part(rng, largest=14 if parts < 12 else 8)
-        if rng.random() < 0.8:
+        mask = _part(rng, largest=14 if parts < 14 else 8)
+        if rng.random() < 0.6:
             cells[_grown(mask)] = outline
         _shade(cells, mask, ramps[rng.integers(len(ramps))], rng)
+        if rng.random() < 0.6:  # a panel of another colour in it
+            inlay = mask & _near(mask, rng)
+            _shade(cells, inlay, ramps[rng.integers(len(ramps))], rng)
     if rng.random() < 0.3:  # many characters are symmetrical
         cells[:, CELLS // 2 :] = cells[:, CELLS // 2 - 1 :: -1]
     return cells.repeat(2, axis=0).repeat(2, axis=1)
 
 
-def _ramp(rng: np.random.Generator) -> np.ndarray:
+def _near(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A small box around one of the mask's cells."""
+    rows, columns = ROWS[mask], COLUMNS[mask]
+    if not len(rows):
+        return mask
+    spot, across, down = rng.integers(len(rows)), rng.integers(1, 4), rng.integers(1, 4)
+    return (np.abs(COLUMNS - columns[spot]) < across) & (np.abs(ROWS - rows[spot]) < down)
+
+
+def _ramp(rng: np.random.Generator, hue: float) -> np.ndarray:
     """Four shades of one colour from light to dark, the hue turning a little on the way: uint8 [4, 3]."""
-    hue, saturation = rng.random(), rng.choice([rng.uniform(0, 0.25), rng.uniform(0.4, 1)])
+    saturation = rng.choice([rng.uniform(0, 0.25), rng.uniform(0.5, 1)], p=[0.25, 0.75])
     value, turn = rng.uniform(0.45, 1), rng.uniform(-0.05, 0.05)
     steps = [(1.25, 0.6), (1.0, 1.0), (0.72, 1.05), (0.48, 1.1)]
     shades = [

@@ -54,8 +54,11 @@ def encode_pictures(
 
     The first is a list with one float32 tensor [variants, 8, H/8, W/8] on the CPU for each good picture; the damaged
     ones are dropped from the dataset, so that both stay in step. (H/8 stands for the VAE's own factor.)
+
+    The workers may be spawned: what they get is pickled. More than there are cores would only slow each other down.
     """
-    workers = min(workers, os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, cores)
     loader = DataLoader(_Variants(dataset, crops, flip, seed), batch_size=None, num_workers=workers)
     at_once = max(1, min(4, PIXELS_AT_ONCE // dataset.size**2))
     moments, problems = [], {}

@@ -2,41 +2,133 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 COMMON_ENDING = "video game character, high quality"
 # File names run words together that captions keep apart.
 SPELLINGS = {"megaman": "mega man", "protoman": "proto man", "rockman": "rock man", "robotmaster": "robot master"}
+LARGEST_FILE = 2**20  # bytes; 10,000 words are a tenth of it
+JOINERS = "\u200c\u200d\u200e\u200f\u061c"  # invisible, but emoji and right-to-left text need them
+INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode's controls, format marks and lone surrogates
+# Encodings that a text which is not Unicode may be in, by Python's name and the usual one. At a tie the first wins.
+LEGACY = {"cp1252": "Windows-1252", "cp932": "Shift-JIS", "cp950": "Big5"}
+
+WESTERN = "’‘“”„…–—«»¿¡©®°€™½"  # marks that stand in Western text
 
 
-def read_caption(picture: Path) -> str | None:
-    """The caption in the .txt of the same stem, on one line; None where there is none or nothing stands in it."""
+class Caption(NamedTuple):
+    """A caption to train with; whether it was found or made from the picture's name; and, where a person should know
+    something about the file beside the picture, its path and that."""
+
+    text: str
+    found: bool
+    remark: tuple[Path, str] | None = None
+
+
+def caption_for(picture: Path) -> Caption:
+    """The text in the .txt of the same stem, on one line; made from the picture's name where nothing stands there."""
+    made = Caption(caption_from_name(picture), False)
     path = _caption_file(picture)
-    return (" ".join(_decode(path.read_bytes())[0].split()) or None) if path else None
-
-
-def guessed_encoding(picture: Path) -> Path | None:
-    """The picture's caption file where its encoding had to be guessed, so that a person can be told."""
-    path = _caption_file(picture)
-    return path if path and not _decode(path.read_bytes())[1] else None
+    if path is None:
+        return made
+    try:
+        text, guess = decode(_content(path))
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or error}): the caption was made from the picture's name"
+        return made._replace(remark=(path, reason))
+    if not (text := tidy(text)):
+        return made._replace(remark=(path, "holds no text: the caption was made from the picture's name"))
+    remark = f"is not UTF-8 and was read as {guess}: save it as UTF-8 if that is wrong"
+    return Caption(text, True, (path, remark) if guess else None)
 
 
 def _caption_file(picture: Path) -> Path | None:
     candidates = (picture.with_suffix(suffix) for suffix in (".txt", ".TXT"))
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if os.path.lexists(path) and not os.path.isdir(path)), None)
 
 
-def _decode(content: bytes) -> tuple[str, bool]:
-    """The text, and whether its encoding is certain: UTF-8 with or without its mark, or UTF-16 with one. Anything else
-    is read as Windows' Western encoding."""
+def _content(path: Path) -> bytes:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+        raise OSError("not a file")
+    if status.st_size > LARGEST_FILE:
+        raise OSError(f"{status.st_size:,} bytes are no caption")
+    return path.read_bytes()
+
+
+def tidy(text: str) -> str:
+    """The text on one line, without control and other invisible characters; empty where nothing visible is left."""
+    kept = (mark for mark in text if mark.isspace() or mark in JOINERS or unicodedata.category(mark) not in INVISIBLE)
+    line = " ".join("".join(kept).split())
+    return line if line.strip(JOINERS + " ") else ""
+
+
+def decode(content: bytes) -> tuple[str, str | None]:
+    """The text, and the name of its encoding where that had to be guessed.
+
+    Certain are UTF-8 with or without its mark, and UTF-16 with one. Then a text of which every second byte or nearly
+    so is zero is UTF-16 without a mark. Of the encodings in LEGACY the one in which the text looks most like writing
+    is taken (plausibility).
+    """
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16", errors="replace"), True
+        return content.decode("utf-16", errors="replace"), None
+    if order := _byte_order(content):
+        return content.decode(f"utf-16-{order}", errors="replace"), "UTF-16"
     try:
-        return content.decode("utf-8-sig"), True
+        return content.decode("utf-8-sig"), None
     except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace"), False
+        pass
+    best, choice = float("-inf"), (content.decode("cp1252", errors="replace"), LEGACY["cp1252"])
+    for encoding, name in LEGACY.items():
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if (score := plausibility(text, encoding)) > best:
+            best, choice = score, (text, name)
+    return choice
+
+
+def _byte_order(content: bytes) -> str | None:
+    """le or be, where the text is UTF-16 without a mark: half of its characters or more are Latin, hence half zero."""
+    first, second = content[::2].count(0), content[1::2].count(0)
+    if len(content) % 2 or max(first, second) * 4 < len(content) or first == second:
+        return None
+    return "le" if second > first else "be"
+
+
+def plausibility(text: str, encoding: str) -> float:
+    """From -1 to 1: which share of the characters beyond ASCII looks like writing in that encoding, and which does not.
+
+    In Windows-1252 those are accented letters and typographic marks: one, or two beside a plain letter. In Shift-JIS
+    and Big5 they are kana, punctuation and the characters of the first level, the everyday half of either standard; but
+    one alone beside a plain letter is an accented letter of another encoding.
+    """
+    good = total = 0
+    for run in re.finditer(r"[^\x00-\x7f]+", text):
+        total += len(run[0])
+        around = text[max(run.start() - 1, 0) : run.start()] + text[run.end() : run.end() + 1]
+        in_word = any(mark.isalpha() for mark in around)
+        if encoding == "cp1252":
+            if len(run[0]) == 1 or (len(run[0]) == 2 and in_word):
+                good += sum(mark in WESTERN or (mark.isalpha() and mark != "ƒ") for mark in run[0])
+        elif len(run[0]) >= 2 or not in_word:
+            good += sum(_is_everyday(mark.encode(encoding), encoding) for mark in run[0])
+    return (2 * good - total) / total if total else 0.0
+
+
+def _is_everyday(code: bytes, encoding: str) -> bool:
+    """Whether a character's code is in the part of Shift-JIS or Big5 that everyday writing uses: by its first byte."""
+    if len(code) != 2:
+        return False  # half-width katakana: any high byte could be one
+    if encoding == "cp932":
+        return 0x81 <= code[0] <= 0x83 or 0x88 <= code[0] <= 0x98
+    return 0xA1 <= code[0] <= 0xC6
 
 
 def caption_from_name(picture: Path) -> str:
@@ -49,9 +141,3 @@ def caption_from_name(picture: Path) -> str:
     words = re.sub(r"[\W\d_]+", " ", words).lower().split()
     name = " ".join(SPELLINGS.get(word, word) for word in words)
     return f"{name}, {COMMON_ENDING}" if name else COMMON_ENDING
-
-
-def caption_for(picture: Path) -> tuple[str, bool]:
-    """The caption to train with, and whether it was found (True) or made from the name (False)."""
-    found = read_caption(picture)
-    return (found, True) if found else (caption_from_name(picture), False)

@@ -29,6 +29,9 @@ class MegaManDataset:
     An item is a dict with "pixel_values", float32 [3, size, size] in -1 ... 1, and "input_ids", int64
     [tokenizer.model_max_length] (or "caption", a str, without a tokenizer). Reading a damaged picture raises
     BadImageError.
+
+    problems has every file that was left out, with the reason; remarks has, for each picture, the path of its caption
+    file and what a person should know about it, or None.
     """
 
     def __init__(
@@ -40,10 +43,12 @@ class MegaManDataset:
         self.tokenizer = tokenizer
         self.size = size
         self.center_crop = center_crop
-        self.pictures = find_images(self.data_dir)
-        pairs = [caption_for(picture) for picture in self.pictures]
-        self.captions = [caption for caption, _ in pairs]
-        self.found = [found for _, found in pairs]  # whether the caption stood beside the picture or was made
+        self.problems: dict[Path, str]
+        self.pictures, self.problems = find_images(self.data_dir)
+        captions = [caption_for(picture) for picture in self.pictures]
+        self.captions = [caption.text for caption in captions]
+        self.found = [caption.found for caption in captions]  # whether it stood beside the picture or was made
+        self.remarks = [caption.remark for caption in captions]
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -61,8 +66,8 @@ class MegaManDataset:
             ).input_ids[0]
         return item
 
-    def check(self) -> dict[Path, str]:
-        """Drop the pictures whose header cannot be read or is too small; returns each with the reason."""
+    def check(self) -> None:
+        """Drop the pictures whose header cannot be read, or tells of a size that is of no use."""
         problems = {}
         for picture in self.pictures:
             try:
@@ -70,7 +75,6 @@ class MegaManDataset:
             except BadImageError as error:
                 problems[picture] = str(error)
         self.drop(problems)
-        return problems
 
     def fingerprint(self) -> str:
         """Count and digest of the pictures' names, sizes in bytes and captions: whether a resumed run sees the same."""
@@ -80,11 +84,12 @@ class MegaManDataset:
             digest.update(f"{name}\n{picture.stat().st_size}\n{caption}\n".encode("utf-8", "surrogatepass"))
         return f"{len(self)} pictures ({digest.hexdigest()[:8]})"
 
-    def drop(self, pictures: dict[Path, str]) -> None:
-        """Leave these pictures out."""
-        kept = [i for i, picture in enumerate(self.pictures) if picture not in pictures]
-        self.pictures, self.captions, self.found = (
-            [part[i] for i in kept] for part in (self.pictures, self.captions, self.found)
+    def drop(self, problems: dict[Path, str]) -> None:
+        """Leave these pictures out, for the reasons given."""
+        self.problems |= problems
+        kept = [i for i, picture in enumerate(self.pictures) if picture not in problems]
+        self.pictures, self.captions, self.found, self.remarks = (
+            [part[i] for i in kept] for part in (self.pictures, self.captions, self.found, self.remarks)
         )
 
     def variants(self, index: int, crops: int, flip: bool, seed: int) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import stat
 import struct
 import warnings
 from pathlib import Path
@@ -13,7 +14,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP")  # whatever the name says: no others, such as EPS, are tried
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+# Named, so that nobody waits for them, but not read.
+OTHER_SUFFIXES = {".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".jfif", ".tga"}
 SMALLEST_SIDE = 16  # anything below holds nothing to learn
+MOST_ELONGATED = 10  # of anything longer, a square shows less than a tenth
+OUR_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM")
+OTHER_STARTS = {b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"ftyp": "HEIC or AVIF"}
 # What Pillow raises over damaged pictures and over odd metadata in good ones.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -23,14 +29,43 @@ class BadImageError(Exception):
     """A picture that cannot be trained on; the text says why."""
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Every picture in the folder and its subfolders, in natural order (2 before 10), hidden ones left out."""
-    found = []
-    for parent, folders, names in os.walk(folder):
+def find_images(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Every picture in the folder and its subfolders, in natural order (2 before 10), hidden ones left out.
+
+    The second is what a person might have thought to be among them, with the reason why it is not: pictures in other
+    formats, linked folders (which could lead in a circle), folders that cannot be read.
+    """
+    found, others = [], {}
+
+    def unreadable(error: OSError) -> None:
+        others[Path(error.filename)] = f"cannot be read ({error.strerror})"
+
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]  # not into .git or .thumbnails
-        visible = [name for name in names if not name.startswith(".")]
-        found += [Path(parent, name) for name in visible if Path(name).suffix.lower() in SUFFIXES]
-    return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
+        linked = [name for name in folders if _is_linked(Path(parent, name))]
+        folders[:] = [name for name in folders if name not in linked]
+        others |= {Path(parent, name): "a link to a folder, which is not followed" for name in linked}
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            if suffix in SUFFIXES:
+                found.append(path)
+            elif suffix in OTHER_SUFFIXES:
+                others[path] = f"{suffix} is not read: save it as PNG or JPG"
+
+    def order(path: Path) -> list[tuple[int, int, str]]:
+        return natural_key(path.relative_to(folder).as_posix())
+
+    return sorted(found, key=order), {path: others[path] for path in sorted(others, key=order)}
+
+
+def _is_linked(folder: Path) -> bool:
+    """Whether it is a symbolic link or one of Windows' junctions, into which os.walk goes before Python 3.12."""
+    try:
+        status = os.lstat(folder)
+    except OSError:
+        return False
+    junction = 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT
+    return stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == junction
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
@@ -42,49 +77,79 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height as it will be seen, EXIF orientation applied; reads the header only.
 
-    Raises BadImageError where the file is no picture or is too small.
+    Raises BadImageError where the file is no picture, or one too small or too elongated to be of use.
     """
     with _opened(path) as image:
         width, height = image.size
         if _lies_on_its_side(image):
             width, height = height, width
-    if min(width, height) < SMALLEST_SIDE:
+    short, long = sorted((width, height))
+    if short < SMALLEST_SIDE:
         raise BadImageError(f"only {width}x{height} pixels")
+    if long > MOST_ELONGATED * short:
+        raise BadImageError(f"{width}x{height} pixels, one side more than {MOST_ELONGATED} times the other: crop it")
     return width, height
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
     """Whether EXIF gives an orientation from 5 to 8. Only where the header has it: else Pillow decodes a whole PNG."""
     try:
-        return "exif" in image.info and image.getexif().get(0x0112) in (5, 6, 7, 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Pillow's remarks on odd EXIF
+            return "exif" in image.info and image.getexif().get(0x0112) in (5, 6, 7, 8)
     except DAMAGE:
         return False
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decode a picture: upright by EXIF, transparency flattened on white, RGB whatever its mode was.
+    """Decode a picture: upright by EXIF, transparency flattened on white, RGB whatever its mode was; of an animated one
+    the first frame.
 
     Raises BadImageError where it cannot be read.
     """
     with _opened(path) as image, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Pillow's remarks on odd EXIF
+        warnings.simplefilter("ignore", UserWarning)
         try:
             return _flatten(ImageOps.exif_transpose(image))
         except DAMAGE as error:
-            raise BadImageError(f"damaged ({error})") from None
+            raise BadImageError(_reason(error)) from None
 
 
 def _opened(path: Path) -> Image.Image:
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImageError("not a file")  # a pipe would be waited for without end
+            if status.st_size == 0:
+                raise BadImageError("empty, 0 bytes")
             return Image.open(path, formats=FORMATS)
         except UnidentifiedImageError:
-            raise BadImageError("not a picture, whatever its name says") from None
+            raise BadImageError(_what_else(path)) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise BadImageError("too many pixels to be opened safely") from None
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadImageError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        except DAMAGE as error:
+            raise BadImageError(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    """What the system says about the file, or else what Pillow says about its content."""
+    said = getattr(error, "strerror", None)
+    return f"cannot be read ({said})" if said else f"damaged ({error})"
+
+
+def _what_else(path: Path) -> str:
+    """Why Pillow does not know a file as a picture of ours, by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(12)
+    except OSError as error:
+        return _reason(error)
+    if kind := OTHER_STARTS.get(start[:4]) or OTHER_STARTS.get(start[4:8]):
+        return f"{kind} by its content, which is not read: save it as PNG or JPG"
+    return "damaged at its beginning" if start.startswith(OUR_STARTS) else "not a picture, whatever its name says"
 
 
 def _flatten(image: Image.Image) -> Image.Image:

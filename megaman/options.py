@@ -146,6 +146,7 @@ def training_parser() -> Parser:
     add("--overwrite_output", action="store_true", help="delete what an earlier run left in --output_dir")
     add("--logging_dir", default="./logs", help="TensorBoard's folder")
     add("--resolution", type=_side, default=512, help="side of the square pictures in pixels, a multiple of 8")
+    add("--skip_bad_images", action="store_true", help="train even where most of the pictures cannot be used")
     add("--center_crop", action="store_true", help="crop the middle; otherwise at random")
     add("--crop_variants", type=number(int, 1, 64), default=4, help="random crops kept of a picture that is not square")
     add("--random_flip", action="store_true", help="mirror pictures at random")

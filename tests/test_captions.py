@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.captions import COMMON_ENDING, caption_for, caption_from_name, guessed_encoding, read_caption
+from megaman.captions import COMMON_ENDING, JOINERS, LARGEST_FILE, caption_for, caption_from_name, decode, tidy
+
+
+def read_caption(picture: Path) -> str | None:
+    """The text of the file beside the picture; None where the caption was made from the name."""
+    caption = caption_for(picture)
+    return caption.text if caption.found else None
 
 
 @pytest.mark.parametrize(
@@ -36,12 +44,12 @@ def test_the_file_beside_the_picture(tmp_path, content, caption):
     picture = tmp_path / "robot_01.png"
     assert read_caption(picture) == caption
     found = caption is not None
-    assert caption_for(picture) == (caption if found else f"robot, {COMMON_ENDING}", found)
+    assert caption_for(picture)[:2] == (caption if found else f"robot, {COMMON_ENDING}", found)
 
 
 def test_no_file_beside_the_picture(tmp_path):
     assert read_caption(tmp_path / "robot.png") is None
-    assert caption_for(tmp_path / "boss_robot_03.png") == (f"boss robot, {COMMON_ENDING}", False)
+    assert caption_for(tmp_path / "boss_robot_03.png") == (f"boss robot, {COMMON_ENDING}", False, None)
 
 
 def test_the_stem_decides_and_the_last_dot_ends_it(tmp_path):
@@ -99,12 +107,36 @@ def test_any_name_makes_one_tidy_line(tmp_path_factory, name):
     assert not any(mark.isdigit() for mark in caption if mark.isdecimal())
 
 
-@given(st.binary(max_size=60))
-def test_any_bytes_make_one_line_or_nothing(tmp_path_factory, content):
+ANY_BYTES = st.binary(max_size=60) | st.text(max_size=30).flatmap(
+    lambda text: st.sampled_from(["utf-8", "utf-16", "utf-16-le", "cp1252", "cp932", "cp950"]).map(
+        lambda encoding: text.encode(encoding, "replace" if encoding.startswith("cp") else "surrogatepass")
+    )
+)
+
+
+def is_control(mark: str) -> bool:
+    return unicodedata.category(mark) in ("Cc", "Cf", "Cs") and mark not in JOINERS
+
+
+@given(ANY_BYTES)
+def test_any_bytes_make_one_visible_line_or_nothing(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()
     (folder / "any_caption.txt").write_bytes(content)
-    caption = read_caption(folder / "any_caption.png")
-    assert caption is None or (caption and caption == " ".join(caption.split()))
+    caption = caption_for(folder / "any_caption.png")
+    assert caption.text == " ".join(caption.text.split()) and caption.text.strip(JOINERS)
+    assert not any(map(is_control, caption.text))
+    assert tidy(caption.text) == caption.text
+    assert caption.found or caption.remark, "a file that is not used is told of"
+    (folder / "any_caption.txt").write_text(caption.text, encoding="utf-8")
+    assert caption_for(folder / "any_caption.png") == (caption.text, True, None), "saved as UTF-8 it stays as it is"
+
+
+@given(st.text(max_size=40))
+def test_tidy_keeps_what_can_be_seen(text):
+    line = tidy(text)
+    assert tidy(line) == line and not any(map(is_control, line))
+    seen = [mark for mark in text if not mark.isspace() and not is_control(mark)]
+    assert [mark for mark in line if mark != " "] == (seen if any(mark not in JOINERS for mark in seen) else [])
 
 
 @given(st.text("abcé洛 ,\r\n\t", max_size=30), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
@@ -114,8 +146,73 @@ def test_unicode_text_comes_back_whole(tmp_path_factory, text, encoding):
     assert read_caption(folder / "text_caption.png") == (" ".join(text.split()) or None)
 
 
+# What people write, in the encodings that they write it in.
+WESTERN = """café · naïve robot, déjà vu · Größe, blaue Rüstung, Straße · Ära der Maschinen · Älterer Roboter · Äpfel ·
+    señor robot, niño, ¿qué? · ¡Hola! · robô azul, coração, ação, não · Ça va? garçon élève · blå rød grøn · Åke ·
+    “blue” robot — don’t · it’s “fine” · …and more · © 2020 robot ® · 20° view · robot «bleu» à côté · ÉLÉGANT ·
+    MÄNNLICH · GRÖSSE ÜBERALL · à · Ä · Äh · Öl · São Paulo · Ñandú · Þór þing · façade ·
+    a²b · robot×hero · éèêë · õäöü"""
+JAPANESE = """ロックマン · 青いロボット · ロックマン、青いロボット、ヘルメット · ろっくまん · mega man, 青い · 青, 赤 ·
+    mega man 青い · 正面、白背景 · ヘルメットをかぶった青いロボットが右を向いて走っている · エックス · ゼロ · 洛克人 ·
+    少年 · ボス · robot ロボット blue · ロボット01 · 「ロックマン」 · 赤 · 戦闘 · Ｘ · 青色の装甲"""
+CHINESE = """洛克人 · 藍色機器人 · 洛克人，藍色機器人，頭盔，遊戲角色，細緻裝甲 · mega man, 藍色機器人 · 藍 · 藍, 紅 ·
+    跳躍 · 站立，正面，白色背景 · 一個戴著頭盔的藍色機器人向右跑 · 「洛克人」 · 戰鬥姿勢 · 手砲 ·
+    robot 機器人 blue · 機器人01 · 洛克人X，白色盔甲 · 這是一張圖片 · 我的 · 的 · 夜晚星空"""
+IN_LEGACY = [
+    (encoding, name, text.strip())
+    for encoding, name, texts in [
+        ("cp1252", "Windows-1252", WESTERN),
+        ("shift_jis", "Shift-JIS", JAPANESE),
+        ("big5", "Big5", CHINESE),
+    ]
+    for text in texts.split("·")
+]
+
+
+@pytest.mark.parametrize(("encoding", "name", "text"), IN_LEGACY, ids=str)
+def test_encodings_that_have_to_be_guessed(encoding, name, text):
+    assert decode(text.encode(encoding)) == (text, name)
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+def test_utf16_without_its_mark_where_it_is_plain(order):
+    for text in ("mega man", "méga man, blue, 洛克人"):
+        assert decode(text.encode(f"utf-16-{order}")) == (text, "UTF-16")
+    assert decode(b"a long ASCII text with one zero\0") == ("a long ASCII text with one zero\0", None)
+
+
+def test_control_characters_go_and_joiners_stay(tmp_path):
+    (tmp_path / "a.txt").write_bytes("mega\0 man\x07,\u202e blue\ufeff 👩\u200d🚀 می\u200cخواهم".encode())
+    assert read_caption(tmp_path / "a.png") == "mega man, blue 👩\u200d🚀 می\u200cخواهم"
+    for content in (bytes(range(1, 32)), "\u200d\u200f ".encode(), "\x85\x9f".encode()):
+        (tmp_path / "a.txt").write_bytes(content)
+        caption = caption_for(tmp_path / "a.png")
+        assert not caption.found and "holds no text" in caption.remark[1]
+
+
 def test_a_guessed_encoding_is_known(tmp_path):
     for name, content in (("plain", "é".encode()), ("guessed", "é".encode("cp1252")), ("marked", "é".encode("utf-16"))):
         (tmp_path / f"{name}.txt").write_bytes(content)
-    assert guessed_encoding(tmp_path / "guessed.png") == tmp_path / "guessed.txt"
-    assert [guessed_encoding(tmp_path / f"{name}.png") for name in ("plain", "marked", "none")] == [None] * 3
+    path, remark = caption_for(tmp_path / "guessed.png").remark
+    assert path == tmp_path / "guessed.txt" and "was read as Windows-1252" in remark
+    assert [caption_for(tmp_path / f"{name}.png").remark for name in ("plain", "marked", "none")] == [None] * 3
+
+
+def test_a_file_that_cannot_be_read_gives_the_names_caption_and_is_told_of(tmp_path):
+    kinds = {"huge": "bytes are no caption"}
+    (tmp_path / "huge.txt").write_bytes(b"a" * (LARGEST_FILE + 1))
+    for name, target in (("gone", "nowhere"), ("loop", "loop")):
+        (tmp_path / f"{name}.txt").symlink_to(f"{target}.txt")
+        kinds[name] = "cannot be read"
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.txt")
+        kinds["pipe"] = "not a file"
+    for name, reason in kinds.items():
+        caption = caption_for(tmp_path / f"{name}.png")
+        assert (caption.text, caption.found) == (f"{name}, {COMMON_ENDING}", False)
+        assert caption.remark[0] == tmp_path / f"{name}.txt" and reason in caption.remark[1]
+
+
+def test_the_largest_caption_is_taken_whole(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a" * LARGEST_FILE)
+    assert len(read_caption(tmp_path / "a.png")) == LARGEST_FILE

@@ -181,16 +181,17 @@ def test_check_leaves_out_what_cannot_be_trained_on(pictures):
     (pictures / "megaman_03.txt").unlink()
     dataset = MegaManDataset(pictures, None, size=32)
     assert (len(dataset), sum(dataset.found)) == (4, 3)
-    problems = dataset.check()
-    assert {path.name: reason for path, reason in problems.items()} == {
-        "megaman_01.png": "not a picture, whatever its name says",
+    dataset.check()
+    assert {path.name: reason for path, reason in dataset.problems.items()} == {
+        "megaman_01.png": "empty, 0 bytes",
         "megaman_03.png": "only 8x8 pixels",
     }
     assert [path.name for path in dataset.pictures] == ["megaman_02.png", "megaman_04.png"]
     assert dataset.captions == [f"mega man, {color} robot, white background" for color in ("red", "orange")]
     assert (len(dataset), sum(dataset.found)) == (2, 2)
     assert dataset[1]["caption"] == dataset.captions[1]
-    assert dataset.check() == {}
+    dataset.check()
+    assert len(dataset.problems) == 2
 
 
 def test_check_reads_headers_alone(pictures):
@@ -198,7 +199,8 @@ def test_check_reads_headers_alone(pictures):
     path = pictures / "megaman_01.png"
     path.write_bytes(path.read_bytes()[:-40])
     dataset = MegaManDataset(pictures, None)
-    assert dataset.check() == {}
+    dataset.check()
+    assert dataset.problems == {}
     with pytest.raises(BadImageError):
         dataset[0]
 
@@ -233,7 +235,8 @@ def test_a_name_that_is_not_unicode(tmp_path):
     except OSError:
         pytest.skip("this file system takes Unicode names only")
     dataset = MegaManDataset(tmp_path, None, size=32, center_crop=False)
-    assert len(dataset) == 1 and dataset.check() == {}
+    dataset.check()
+    assert len(dataset) == 1 and dataset.problems == {}
     assert len(dataset.variants(0, 4, False, seed=0)) == 4
     dataset.captions[0].encode("utf-8")
 
@@ -249,4 +252,5 @@ def test_names_that_the_terminal_cannot_show(run_script, tmp_path, encoding):
     done = run_script(["megaman_lora.py", "--data_dir", pictures], tmp_path, {"PYTHONIOENCODING": encoding})
     assert done.returncode == 1
     assert done.stdout.count("left out: ") == len(list(pictures.iterdir()))
+    assert (tmp_path / "megaman_lora_output" / "dataset_problems.json").exists()
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: --data_dir")

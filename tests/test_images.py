@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 from pathlib import Path
 
@@ -30,7 +31,11 @@ def near(color, wanted, tolerance: int = 3) -> bool:
 
 
 def found(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in find_images(folder)]
+    return [path.relative_to(folder).as_posix() for path in find_images(folder)[0]]
+
+
+def others(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): reason for path, reason in find_images(folder)[1].items()}
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -43,6 +48,29 @@ def test_every_suffix_in_any_case_and_nothing_else(tmp_path):
     wanted = ["a.jpg", "b.JPEG", "c.png", "d.PNG", "e.Bmp", "f.webp", "g.WebP", "h.JPG"]
     touch(tmp_path, *wanted, "a.txt", "b.gif", "c.psd", "png", "jpg.", "notes.png.txt", "images.json")
     assert found(tmp_path) == wanted
+
+
+def test_other_formats_are_named_and_not_read(tmp_path):
+    touch(tmp_path, "a.png", "b10.GIF", "b2.tif", "sub/c.heic", "d.psd", "e.txt", ".f.gif", ".sub/g.gif")
+    assert found(tmp_path) == ["a.png"]
+    assert list(others(tmp_path).items()) == [
+        ("b2.tif", ".tif is not read: save it as PNG or JPG"),
+        ("b10.GIF", ".gif is not read: save it as PNG or JPG"),
+        ("sub/c.heic", ".heic is not read: save it as PNG or JPG"),
+    ]
+
+
+def test_linked_folders_are_named_and_not_followed(tmp_path):
+    """Whether they lead in a circle or beside: no picture comes twice, and none is left out without a word."""
+    touch(tmp_path, "a.png", "sub/b.png")
+    for name, target in [("circle", "."), ("sub/up", ".."), ("beside", "sub"), (".hidden", "sub")]:
+        (tmp_path / name).symlink_to(target, target_is_directory=True)
+    (tmp_path / "linked.png").symlink_to("a.png")
+    assert found(tmp_path) == ["a.png", "linked.png", "sub/b.png"]
+    assert others(tmp_path) == dict.fromkeys(
+        ["beside", "circle", "sub/up"], "a link to a folder, which is not followed"
+    )
+    assert found(tmp_path / "beside") == ["b.png"], "one that is named itself is"
 
 
 def test_subfolders_are_searched_and_hidden_things_are_not(tmp_path):
@@ -66,8 +94,8 @@ def test_a_folder_named_like_a_picture_is_none(tmp_path):
 
 
 def test_no_picture_at_all(tmp_path):
-    assert find_images(tmp_path) == []
-    assert find_images(tmp_path / "none") == []
+    assert find_images(tmp_path) == ([], {})
+    assert find_images(tmp_path / "none")[0] == []
 
 
 def test_natural_order(tmp_path):
@@ -214,14 +242,18 @@ def with_a_short_chunk() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("empty.png", b"", "not a picture"),
+        ("empty.png", b"", "empty"),
+        ("cut.jpg", encoded("JPEG")[:4], "damaged"),
+        ("a_gif.png", encoded("GIF"), "GIF by its content"),
+        ("a_tiff.jpg", encoded("TIFF"), "TIFF by its content"),
+        ("a_heic.jpg", b"\0\0\0\x18ftypheic" + bytes(99), "HEIC or AVIF by its content"),
         ("text.png", b"this is no picture", "not a picture"),
         ("page.jpg", b"<html><body>404 Not Found</body></html>", "not a picture"),
         ("zeros.bmp", bytes(500), "not a picture"),
         ("cut.png", encoded("PNG")[:5000], "damaged"),
         ("chunk.png", with_a_short_chunk(), "damaged"),
         ("cut.jpg", encoded("JPEG")[:700], "damaged"),
-        ("cut.webp", encoded("WEBP", lossless=True)[:-20], "damaged|cannot be read|not a picture"),
+        ("cut.webp", encoded("WEBP", lossless=True)[:-20], "damaged"),
         ("cut.bmp", encoded("BMP")[:2000], "damaged"),
     ],
 )
@@ -318,6 +350,36 @@ def test_tiny_pictures(tmp_path, size, fine):
     else:
         with pytest.raises(BadImageError, match=f"only {size[0]}x{size[1]} pixels"):
             image_size(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "fine"), [((20, 200), True), ((200, 20), True), ((20, 201), False), ((999, 99), False)]
+)
+def test_elongated_pictures(tmp_path, size, fine):
+    path = tmp_path / "a.png"
+    Image.new("RGB", size).save(path)
+    if fine:
+        assert image_size(path) == size
+    else:
+        with pytest.raises(BadImageError, match=f"^{size[0]}x{size[1]} pixels.*10 times"):
+            image_size(path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_of_an_animated_picture_the_first_frame_is_taken(tmp_path, kind):
+    first, *others = [Image.new("RGB", (20, 20), color) for color in (RED, BLUE, GREEN)]
+    path = tmp_path / f"a.{kind.lower()}"
+    first.save(path, kind, save_all=True, append_images=others, lossless=True)
+    assert Image.open(path).n_frames == 3
+    assert open_image(path).getcolors() == [(400, RED)]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for function in (open_image, image_size):
+        with pytest.raises(BadImageError, match="not a file"):
+            function(tmp_path / "a.png")
 
 
 SIDE = st.integers(1, 5000)

@@ -13,24 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["megaman_lora", "generate_megaman"]
 # Every module may import those before it and none after it. A new module has to find its place here.
 ORDER = [
-    "errors", "files", "stops", "output", "options", "prompts", "images", "captions", "dataset", "schedule",
+    "errors", "files", "stops", "output", "options", "prompts", "images", "captions", "dataset", "problems", "schedule",
     "diffusion", "finite", "memory", "tracking", "base", "lora", "png", "cache", "sample", "lora_files", "checkpoint",
     "evaluate", "gallery",
 ]  # fmt: skip
 STANDARD_ONLY = ["errors", "files", "stops", "output", "tracking"]
-NEVER_TORCH = [
-    "errors",
-    "files",
-    "stops",
-    "output",
-    "tracking",
-    "options",
-    "prompts",
-    "png",
-    "evaluate",
-    "gallery",
-]  # not even in a function
-NO_TORCH = [*NEVER_TORCH, "images", "captions", "dataset"]  # not until it is needed
+# Not even in a function.
+NEVER_TORCH = ["errors", "files", "stops", "output", "tracking", "options", "prompts", "png", "gallery"]
+NO_TORCH = [*NEVER_TORCH, "problems", "images", "captions", "dataset"]  # not until it is needed
 MAY_PRINT = {"errors": "sys.stderr", "options": "sys.stderr"}  # and the scripts
 
 MODULES = sorted(path.stem for path in (ROOT / "megaman").glob("*.py") if path.stem != "__init__")

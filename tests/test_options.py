@@ -30,6 +30,7 @@ TRAINING_DEFAULTS = {
     "overwrite_output": False,
     "logging_dir": "./logs",
     "resolution": 512,
+    "skip_bad_images": False,
     "center_crop": False,
     "crop_variants": 4,
     "random_flip": False,

@@ -196,7 +196,7 @@ def test_counting_the_dataset_works(run_script, pictures):
 
 def test_the_folder_for_pictures_holds_the_instructions():
     guide = ROOT / "megaman_images" / "README.md"
-    assert guide.read_text(encoding="utf-8") == megaman_lora.INSTRUCTIONS
+    assert guide.read_text(encoding="utf-8") == megaman_lora.INSTRUCTIONS.read_text(encoding="utf-8")
 
 
 @of_every_page

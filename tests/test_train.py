@@ -65,6 +65,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert sorted(path.name for path in out.iterdir()) == [
         "checkpoint-4",
         "checkpoint-6",
+        "dataset_problems.json",
         "lora_weights",
         "samples-0",
         "samples-3",
@@ -95,9 +96,9 @@ def test_the_output_is_ours_alone(finished):
     assert [line for line in noise if not line.startswith(("encoding:", "training:"))] == []
     assert re.search(r"training: 100%.*loss=\d\.\d+, lr=", finished[0].stderr)
     for line in finished[0].stdout.splitlines():
-        assert re.match(r"(loading|left out|pictures|steps|LoRA|device|done|next| +there is an NVIDIA card)\b", line), (
-            line
-        )
+        assert re.match(
+            r"(loading|left out|pictures|steps|LoRA|device|done|next| +there is an NVIDIA card| +1 of 6 files)\b", line
+        ), line
 
 
 def test_the_configuration_holds_every_setting_and_the_versions(finished):

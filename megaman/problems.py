@@ -1,0 +1,55 @@
+"""What is wrong with a folder of pictures: as lines to print, as dataset_problems.json, as a reason not to go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaman.captions import JOINERS
+from megaman.errors import UserError
+from megaman.files import write_json
+
+if TYPE_CHECKING:
+    from megaman.dataset import MegaManDataset
+
+
+def too_bad(dataset: MegaManDataset, skip_bad: bool) -> UserError | None:
+    """What to say where nothing is left to train on, or, unless skip_bad, less than half of what a person put there."""
+    good, bad, place = len(dataset), len(dataset.problems), f"--data_dir {dataset.data_dir}"
+    if not good:
+        return UserError(f"{place} holds no picture that can be used", "Put JPG, PNG, BMP or WebP there")
+    if bad <= good or skip_bad:
+        return None
+    remedy = f"Mend them, or train on the other {good} with --skip_bad_images"
+    return UserError(f"{bad} of the {good + bad} files in {place} cannot be used", remedy)
+
+
+def write_problems(path: Path, dataset: MegaManDataset) -> list[str]:
+    """Write every file that was left out and every caption to look at into a JSON file; returns the same as lines.
+
+    Where there is nothing to tell, an earlier run's file goes, and there is no line.
+    """
+    remarks = dict(remark for remark in dataset.remarks if remark)  # two pictures may share a caption file
+    if not dataset.problems and not remarks:
+        path.unlink(missing_ok=True)
+        return []
+    left_out = [{"path": _text(file), "reason": _text(reason)} for file, reason in dataset.problems.items()]
+    captions = [{"path": _text(file), "remark": _text(remark)} for file, remark in remarks.items()]
+    write_json(path, {"left_out": left_out, "captions": captions})
+    lines = [f"left out: {entry['path']}: {entry['reason']}" for entry in left_out]
+    lines += [f"captions   {entry['path']} {entry['remark']}" for entry in captions]
+    counts = f"{len(left_out)} of {len(dataset) + len(left_out)} files left out, {len(captions)} captions to look at"
+    lines.append(f"           {counts}; listed in {path}")
+    return [printable(line) for line in lines]
+
+
+def _text(value: Path | str) -> str:
+    """As Unicode, which a name on Linux need not be: bytes that are not are written as escapes."""
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def printable(line: str) -> str:
+    """The line with whatever would move a terminal's cursor, break the line or turn it around written as an escape."""
+    return "".join(
+        mark if mark.isprintable() or mark in JOINERS else mark.encode("unicode_escape").decode() for mark in line
+    )
