@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -15,7 +16,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaman import files, output
+from megaman import checkpoint, files, lora, lora_files, output
+from megaman.base import load_base
 from megaman.checkpoint import OPTIMIZER, read_progress
 from megaman.errors import UserError
 from megaman.finite import PATIENCE, SkippedSteps
@@ -32,9 +34,7 @@ class Disk:
         self.count, self.fail_at = 0, fail_at
         for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_text")):
             monkeypatch.setattr(module, name, self.counted(getattr(module, name)))
-        import megaman.lora_files
-
-        monkeypatch.setattr(megaman.lora_files, "save_file", self.counted(megaman.lora_files.save_file, half=True))
+        monkeypatch.setattr(lora_files, "save_file", self.counted(lora_files.save_file, half=True))
 
     def counted(self, real, half=False):
         def call(*args, **kwargs):
@@ -57,15 +57,58 @@ def trained(train_here, tmp_path_factory) -> Path:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     found = output.find_all(folder)
-    for checkpoint in found:
-        assert read_progress(checkpoint).step == output.step_of(checkpoint)
-        load_file(checkpoint / "adapter_model.safetensors")
-        load_file(checkpoint / OPTIMIZER)
+    for path in found:
+        assert read_progress(path).step == output.step_of(path)
+        load_file(path / "adapter_model.safetensors")
+        load_file(path / OPTIMIZER)
     return found
 
 
-def test_every_call_of_a_save_fails_once(trained, train_here, tmp_path, capsys):
-    """A third step with its checkpoint and the final LoRA, once for each call that can fail in it."""
+@pytest.fixture(scope="module")
+def adapted(base_folder):
+    """The base's UNet with a LoRA in it, and an optimizer that took a step."""
+    base = load_base(str(base_folder), torch.float32)
+    trainable = lora.inject(base.unet, 2, 4, ["to_q"])
+    optimizer = torch.optim.AdamW(trainable, fused=True)
+    for parameter in trainable:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return base.unet, optimizer
+
+
+def test_every_call_of_a_save_fails_once(adapted, tmp_path):
+    """The second checkpoint over the limit of one, and lora_weights/ over an earlier one: each write, flush and rename
+    fails once; the earlier state still loads, there is no half file, and the same save works afterwards."""
+    unet, optimizer = adapted
+    out = tmp_path / "out"
+
+    def save(step: int) -> None:
+        checkpoint.save(out, unet, optimizer, None, checkpoint.Progress(step, 0, "logs", 1.0, {}), "base", 1)
+        lora_files.save_lora(out / "lora_weights", unet, "base", {"ss_steps": str(step)})
+
+    save(1)
+    shutil.copytree(out, tmp_path / "earlier")
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch, fail_at=0)
+        save(2)
+    assert disk.count > 25
+    for number in range(1, disk.count + 1):
+        shutil.rmtree(out)
+        shutil.copytree(tmp_path / "earlier", out)
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, fail_at=number)
+            with contextlib.suppress(OSError, UserError):
+                save(2)
+        assert whole_checkpoints(out), number
+        for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "megaman_lora.safetensors"):
+            load_file(out / "lora_weights" / name)
+        assert {path.name for path in out.iterdir()} <= {"checkpoint-1", "checkpoint-2", "lora_weights"}, number
+        save(3)
+        assert [output.step_of(path) for path in whole_checkpoints(out)] == [3]
+
+
+def test_a_run_whose_disk_fails_once_goes_on_or_ends_in_a_line(trained, train_here, tmp_path):
+    """A third step with its checkpoint and the final LoRA; all of its calls in the long form, each ninth here."""
     flags = [*FIXED, "--max_train_steps", 3, "--save_steps", 1, "--resume_from_checkpoint", "latest"]
     with pytest.MonkeyPatch.context() as patch:
         shutil.copytree(trained, tmp_path / "count")
@@ -75,7 +118,7 @@ def test_every_call_of_a_save_fails_once(trained, train_here, tmp_path, capsys):
     home = tmp_path / "home"
     home.mkdir()
     outcomes = set()
-    for number in range(1, disk.count + 1):
+    for number in range(1, disk.count + 1, 1 if os.environ.get("HYPOTHESIS_PROFILE") == "searching" else 9):
         cwd = tmp_path / str(number)
         shutil.copytree(trained, cwd)
         with pytest.MonkeyPatch.context() as patch:
@@ -92,7 +135,7 @@ def test_every_call_of_a_save_fails_once(trained, train_here, tmp_path, capsys):
             load_file(folder / "lora_weights" / "megaman_lora.safetensors")
         train_here(cwd, "out", *flags[:-4], *("--max_train_steps", 4, "--resume_from_checkpoint", "latest"))
         shutil.rmtree(cwd)
-    assert outcomes == {"went on", "one line"}
+    assert "went on" in outcomes
 
 
 def attempt(train_here, cwd, flags) -> str:
@@ -104,8 +147,6 @@ def attempt(train_here, cwd, flags) -> str:
     except AssertionError:  # exit code 1
         (rescued,) = cwd.glob("megaman_lora_rescued_*")
         load_file(rescued / "adapter_model.safetensors")
-    except FileNotFoundError:
-        raise
     return "went on"
 
 
