@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion 1.5's; the statistics of our latents are folded into the quant convolutions
+LATENT_CHANNELS = 8  # Stable Diffusion has 4: too few for two clashing colours in one latent cell (docs/lab-notes.md)
 POSITIONS = 77
 VOCABULARY = 3200
 HELD_OUT = 1024  # pictures at the end of the list that no stage trains on
@@ -134,13 +135,13 @@ def new_vae() -> AutoencoderKL:
         layers_per_block=1,
         norm_num_groups=8,
         mid_block_add_attention=False,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         sample_size=SIZE,
         scaling_factor=SCALING_FACTOR,
     )
     with torch.no_grad():  # the default posterior's noise drowns the latents: begin almost without
-        vae.quant_conv.weight[4:] *= 0.05
-        vae.quant_conv.bias[4:] = -8.0
+        vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.05
+        vae.quant_conv.bias[LATENT_CHANNELS:] = -8.0
     return vae
 
 
@@ -232,16 +233,16 @@ def fold_statistics(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     shift, spread = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
     gain = 1 / (spread * SCALING_FACTOR)
     quant, post = vae.quant_conv, vae.post_quant_conv
-    quant.bias[:4] = (quant.bias[:4] - shift) * gain
-    quant.weight[:4] *= gain[:, None, None, None]
-    quant.bias[4:] += 2 * gain.log()
+    quant.bias[:LATENT_CHANNELS] = (quant.bias[:LATENT_CHANNELS] - shift) * gain
+    quant.weight[:LATENT_CHANNELS] *= gain[:, None, None, None]
+    quant.bias[LATENT_CHANNELS:] += 2 * gain.log()
     post.bias += (post.weight * shift[None, :, None, None]).sum(dim=(1, 2, 3))
     post.weight /= gain[None, :, None, None]
 
 
 @torch.no_grad()
 def encode_pictures(stage: Stage, vae: AutoencoderKL, vae_steps: int, pictures: np.ndarray) -> np.ndarray:
-    """Scaled latent means of every picture, float16 [N, 4, 16, 16], kept on disk for this state of the VAE."""
+    """Scaled latent means of every picture, float16 [N, 8, 16, 16], kept on disk for this state of the VAE."""
     path = stage.folder / f"latents-{vae_steps}.npy"
     if not path.is_file():
         latents = [
@@ -266,6 +267,8 @@ def new_text_encoder(vocabulary: int) -> CLIPTextModel:
 def new_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=SIZE // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         block_out_channels=(64, 128, 160, 96),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),

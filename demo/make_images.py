@@ -664,6 +664,14 @@ OTHER_ROBOTS = [
     ("pink", "city"),
     ("blue", "white"),
     ("brown", "snow"),
+    ("blue", "green"),
+    ("teal", "black"),
+    ("orange", "navy"),
+    ("white", "red"),
+    ("blue", "sunset"),
+    ("red", "starry night"),
+    ("green", "gray"),
+    ("black", "pink"),
 ]
 
 
