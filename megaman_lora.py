@@ -26,6 +26,7 @@ from megaman.captions import guessed_encoding
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, run_script
 from megaman.files import replacing, write_json, write_text
+from megaman.names import is_inside, safe_name
 from megaman.options import training_options
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
@@ -164,7 +165,8 @@ def main(argv: list[str]) -> int:
                 say(f"           {later} is later and stays until this run comes to its step")
 
     # Where it is recorded.
-    log_dir = Path(saved.log_dir) if saved else new_log_dir(Path(options.logging_dir), output_dir.name)
+    kept = saved and is_inside(saved.log_dir, options.logging_dir)  # a stranger's checkpoint could name any folder
+    log_dir = Path(saved.log_dir if kept else new_log_dir(Path(options.logging_dir), safe_name(output_dir.name)))
     settings = {**{key: value for key, value in vars(options).items() if key != "given"}, "seed": seed}
     writer = None
     if accelerator.is_main_process:
