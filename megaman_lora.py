@@ -166,7 +166,9 @@ def main(argv: list[str]) -> int:
 
     # Where it is recorded.
     kept = saved and is_inside(saved.log_dir, options.logging_dir)  # a stranger's checkpoint could name any folder
-    log_dir = Path(saved.log_dir if kept else new_log_dir(Path(options.logging_dir), safe_name(output_dir.name)))
+    log_dir = Path(
+        saved.log_dir if kept else new_log_dir(Path(options.logging_dir), safe_name(output_dir.resolve().name))
+    )
     settings = {**{key: value for key, value in vars(options).items() if key != "given"}, "seed": seed}
     writer = None
     if accelerator.is_main_process:

@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """The values that were given, under their flags' names, and a line for each mistake.
 
-        argparse stops at the first mistake, so every flag is parsed alone, with the words that belong to it.
+        argparse stops at the first mistake, so every flag is parsed alone, with the words that belong to it. The last
+        of a repeated flag wins, as with argparse.
         """
         given: dict[str, Any] = {}
         mistakes: list[str] = []
@@ -33,6 +34,9 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(flag.split("=")[0])
             if action is None:
                 mistakes.append(self._unknown(flag) if flag else f"{_short(' '.join(words))} belongs to no flag")
+                continue
+            if flag.partition("=")[2] == "--":  # argparse drops the dashes and would hand on an empty list
+                mistakes.append(f"{flag}: '--' is no value")
                 continue
             try:
                 values, stray = self.parse_known_args([flag, *words])
@@ -43,8 +47,6 @@ class Parser(argparse.ArgumentParser):
             if stray:
                 remedy = "it takes none" if action.nargs == 0 else "put quotes around a value with spaces"
                 mistakes.append(f"{flag}: {_short(' '.join(stray))} is one value too many: {remedy}")
-            if action.nargs == "+" and action.dest in given:
-                mistakes.append(f"{flag} stands twice: write all its values behind one")
             given[action.dest] = getattr(values, action.dest)
         return given, mistakes
 

@@ -42,7 +42,9 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
         command = [sys.executable, str(ROOT / first) if first.endswith(".py") else first, *rest]
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **(env or {})}
         variables = {name: str(value) for name, value in variables.items() if value is not None}
-        return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, encoding="utf-8", timeout=600)
+        return subprocess.run(
+            command, cwd=cwd, env=variables, capture_output=True, encoding=variables["PYTHONIOENCODING"], timeout=600
+        )
 
     return run
 

@@ -408,9 +408,16 @@ def test_prompts_may_be_empty_but_have_to_be_text():
     assert "not valid UTF-8" in refusal(generation_options, ["--prompts", "\udcff"])
 
 
-def test_the_last_of_a_repeated_flag_wins_but_no_list_is_lost():
+def test_the_last_of_a_repeated_flag_wins():
     assert training_options(["--seed", "1", "--seed=2"]).seed == 2
-    assert "--prompts stands twice" in refusal(generation_options, ["--prompts", "a", "--prompts", "b"])
+    assert generation_options(["--prompts", "a", "b", "--prompts", "c"]).prompts == ["c"]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--seed", "--data_dir", "--target_modules", "--lr_scheduler", "--demo", "--learning_rate"]
+)
+def test_two_dashes_are_no_value(flag):
+    assert f"{flag}=--: '--' is no value" in refusal(training_options, [f"{flag}=--"])
 
 
 def test_words_after_a_list():

@@ -10,6 +10,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from conftest import ROOT
@@ -410,8 +411,8 @@ def test_any_configuration_is_refused_in_one_line_or_harmless(plain_lora, unet_s
             load_it(folder)
         except UserError as error:
             assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000
-    if getattr(spare[-1], "peft_config", None):
-        spare.append(copy.deepcopy(unet_shape))
+    if spare[-1]._hf_peft_config_loaded:
+        spare[:] = [copy.deepcopy(unet_shape)]
 
 
 # Checkpoints.
@@ -456,3 +457,130 @@ def test_a_checkpoint_from_a_stranger_is_refused_in_one_line(saved, file, how):
     assert str(folder) in line or how == "shape"
     assert ("pickle" in line) == (how in ("pickle", "named so"))
     assert ("not finite" in line) == (how == "NaN")
+
+
+@pytest.mark.parametrize("named", ["../elsewhere", "logs-run/../x", None])
+def test_a_checkpoint_names_no_folder_outside_the_logs(train_here, tmp_path, named):
+    flags = ["--data_dir", ROOT / "demo" / "held_out", "--lora_rank", 1, "--target_modules", "to_q"]
+    train_here(tmp_path / ".", "run", *flags, "--max_train_steps", 1)
+    (before,) = (tmp_path / "logs-run").iterdir()
+    state = tmp_path / "run" / "checkpoint-1" / checkpoint.STATE
+    content = json.loads(state.read_text(encoding="utf-8"))
+    assert Path(content["log_dir"]) == Path("logs-run", before.name)
+    state.write_text(json.dumps({**content, "log_dir": named}), encoding="utf-8")
+    train_here(tmp_path, "run", *flags, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "logs-run"}
+    assert len(list((tmp_path / "logs-run").iterdir())) == 2
+    assert not (tmp_path.parent / "elsewhere").exists()
+
+
+# A base from a stranger.
+
+PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+@pytest.fixture
+def own_base(base_folder, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "base")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def base_refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        load_base(str(folder), torch.float32)
+    assert str(folder) in one_line(error)
+    return one_line(error)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_of_a_base_that_are_not_right(own_base, tmp_path, part):
+    path = own_base / part / f"{PARTS[part]}.safetensors"
+    whole = path.read_bytes()
+    first_float = next(name for name, tensor in load_file(path).items() if tensor.ndim > 1)
+
+    resave_base(path, lambda tensors: tensors[first_float].view(-1)[:1].fill_(float("nan")))
+    assert f"{part}: {first_float} holds numbers that are not finite" in base_refusal(own_base)
+    path.write_bytes(whole)
+    resave_base(path, lambda tensors: tensors.update({first_float: tensors[first_float][:-1]}))
+    assert "cannot be loaded" in base_refusal(own_base)
+    for content in (LYING["overlapping"], LYING["a billion bytes"], LYING["metadata of numbers"]):
+        path.write_bytes(content)
+        assert f"{path} cannot be loaded" in base_refusal(own_base)
+    mark = tmp_path / "ran"
+    for name, content in pickles(Bomb(mark), tmp_path).items():
+        path.write_bytes(content)
+        assert f"{path} {'cannot be loaded' if name == 'protocol 0' else 'is a pickle'}" in base_refusal(own_base)
+    assert not mark.exists()
+
+
+def resave_base(path: Path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shard", ["evil.bin", "../evil.safetensors", "none.safetensors", 5, None])
+def test_shards_lie_beside_their_list(own_base, tmp_path, part, shard):
+    mark = tmp_path / "ran"
+    (own_base / part / "evil.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    (own_base / "evil.safetensors").write_bytes(GOOD["plain"])
+    index = own_base / part / f"{PARTS[part]}.safetensors.index.json"
+    for content in ({"metadata": {}, "weight_map": {"a": shard}}, {"weight_map": [shard]}, [shard], {}):
+        index.write_text(json.dumps(content), encoding="utf-8")
+        assert f"{index} names something else" in base_refusal(own_base)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "values",
+    [{"auto_map": {"AutoModel": "evil--model.Evil"}}, {"quantization_config": {"quant_method": "evil"}},
+     {"attn_implementation": "evil/kernel"}, {"_attn_implementation": "evil/kernel:x"}],
+    ids=lambda values: next(iter(values)),
+)  # fmt: skip
+def test_a_base_cannot_ask_for_code_from_elsewhere(own_base, part, values):
+    path = own_base / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+    assert f"asks for code or weights from elsewhere ({next(iter(values))})" in base_refusal(own_base)
+
+
+def test_a_base_cannot_bring_an_adapter_of_its_own(own_base):
+    """transformers would put it in, and take the model that it names where the folder's own is not whole."""
+    (own_base / "text_encoder" / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "a/b"}', encoding="utf-8"
+    )
+    assert "elsewhere (adapter_config.json)" in base_refusal(own_base)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"]
+)
+def test_a_base_nested_deep(own_base, name):
+    (own_base / name).write_text("[" * 100_000 + "]" * 100_000, encoding="utf-8")
+    assert f"{Path(name).name} is not valid JSON (nested too deep)" in base_refusal(own_base)
+
+
+ODD_VALUES = [None, [], 10**400, -1, 0, 1.5, float("nan"), "x", [[]], {}, [0], True]
+SEARCHING = hypothesis.settings().max_examples > 1000
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("unet/config.json", "block_out_channels"), ("unet/config.json", "sample_size"), ("unet/config.json", "act_fn"),
+     ("vae/config.json", "block_out_channels"), ("vae/config.json", "latent_channels"),
+     ("vae/config.json", "scaling_factor"), ("text_encoder/config.json", "num_attention_heads"),
+     ("text_encoder/config.json", "hidden_act"), ("text_encoder/config.json", "dtype"),
+     ("scheduler/scheduler_config.json", "num_train_timesteps"), ("scheduler/scheduler_config.json", "beta_schedule"),
+     ("tokenizer/tokenizer_config.json", "model_max_length")],
+)  # fmt: skip
+def test_an_odd_configuration_of_a_base_loads_or_is_refused(own_base, file, key):
+    path = own_base / file
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    for value in ODD_VALUES if SEARCHING else ODD_VALUES[:3]:
+        path.write_text(json.dumps({**whole, key: value}), encoding="utf-8")
+        try:
+            load_base(str(own_base), torch.float32)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1 and str(own_base) in str(error), (value, error)
