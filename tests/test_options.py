@@ -566,6 +566,7 @@ def command_lines(options) -> st.SearchStrategy[list[str]]:
 
 def check_any_command_line(options, argv: list[str]) -> None:
     result, out, err = parse(options, argv)
+    hypothesis.event("refused" if result == 2 else "taken")  # counted by --hypothesis-show-statistics
     if isinstance(result, argparse.Namespace):
         assert out == err == ""
         values = vars(result)

@@ -41,15 +41,19 @@ def test_the_test_above_sees_what_it_is_for():
 
 NAME = "Größe 洛克 🤖"
 PROMPT = "ein blauer Röboter, 洛克人 🤖"
+FORCE_SPAWN = """
+import multiprocessing, pathlib, sys
+multiprocessing.set_start_method("spawn")
+if any("spawn_main" in word for word in sys.orig_argv):
+    pathlib.Path(__file__).with_name("spawned").touch()
+"""
 CP1252 = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
 
 
 def test_both_scripts_on_a_console_of_windows(run_script, base_folder, pictures, tmp_path):
     """Paths and prompts that cp1252 cannot show; and the pictures' worker is spawned, as on Windows."""
     (tmp_path / "forced").mkdir()
-    (tmp_path / "forced" / "sitecustomize.py").write_text(
-        "import multiprocessing; multiprocessing.set_start_method('spawn')", encoding="utf-8"
-    )
+    (tmp_path / "forced" / "sitecustomize.py").write_text(FORCE_SPAWN, encoding="utf-8")
     env = {**CP1252, "PYTHONPATH": os.pathsep.join([str(tmp_path / "forced"), str(ROOT)])}
     data_dir = pictures.rename(tmp_path / f"Bilder {NAME}")
     next(data_dir.glob("*.png")).rename(data_dir / f"{NAME}.png")
@@ -59,6 +63,7 @@ def test_both_scripts_on_a_console_of_windows(run_script, base_folder, pictures,
              "--dataloader_num_workers", 1, "--target_modules", "to_q"]  # fmt: skip
     done = run_script(["megaman_lora.py", *flags, "--validation_prompt", PROMPT], tmp_path, env)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "forced" / "spawned").exists(), "the worker began as Windows begins it"
     assert "\\u6d1b" in done.stdout, "shown as far as cp1252 goes"
     (log_dir,) = (tmp_path / "logs").iterdir()
     assert log_dir.name.startswith(f"{NAME}-")
