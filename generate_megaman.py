@@ -14,6 +14,7 @@ if sys.version_info < (3, 11):
 import re
 from pathlib import Path
 
+from megaman.adapter_config import base_of
 from megaman.errors import UserError, run_script
 from megaman.gallery import GalleryImage, read_images, write_gallery
 from megaman.options import DEFAULT_BASE, generation_options
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
 
     # Base and LoRA.
-    wanted = options.base_model or lora_files.base_of(lora_path) or DEFAULT_BASE
+    wanted = options.base_model or base_of(lora_path) or DEFAULT_BASE
     base_name = actual_name(wanted)
     placement = place("fp16", choose_device(options.device))
     print(f"loading {base_name} and the LoRA in {lora_path}")

@@ -26,6 +26,7 @@ from pathlib import Path
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import replacing_folder, write_json, write_text
+from megaman.names import is_inside, safe_name
 from megaman.options import training_options
 from megaman.output import find_all, new_log_dir, open_output, save_somewhere, step_of
 from megaman.problems import too_bad, write_problems
@@ -155,7 +156,10 @@ def main(argv: list[str]) -> int:
                 say(f"           {later} is later and stays until this run comes to its step")
 
     # Where it is recorded.
-    log_dir = Path(saved.log_dir) if saved else new_log_dir(Path(options.logging_dir), output_dir.name)
+    kept = saved and is_inside(saved.log_dir, options.logging_dir)  # a stranger's checkpoint could name any folder
+    log_dir = Path(
+        saved.log_dir if kept else new_log_dir(Path(options.logging_dir), safe_name(output_dir.resolve().name))
+    )
     settings = {**{key: value for key, value in vars(options).items() if key != "given"}, "seed": seed}
     curves = TrainingLog(partial(open_writer, log_dir), start + 1 if saved else None, say)
     if accelerator.is_main_process:

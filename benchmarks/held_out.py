@@ -58,12 +58,12 @@ def shuffle_captions(source: Path, target: Path) -> None:
 def measure(lora_path: Path, held_out: Path) -> dict:
     import torch
 
-    from megaman import cache, lora_files
+    from megaman import adapter_config, cache, lora_files
     from megaman.base import load_base
     from megaman.dataset import MegaManDataset
     from megaman.evaluate import gain, held_out_loss
 
-    base = load_base(lora_files.base_of(lora_path), torch.float32)
+    base = load_base(adapter_config.base_of(lora_path), torch.float32)
     dataset = MegaManDataset(held_out, None, base.native_size)
     moments, _ = cache.encode_pictures(base.vae, dataset, crops=1, flip=False, seed=0)
     means = torch.cat(moments).chunk(2, dim=1)[0] * base.vae.config.scaling_factor

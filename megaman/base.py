@@ -17,11 +17,12 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from megaman.errors import UserError
-from megaman.files import read_json
+from megaman.safety import check_part, read_json, refuse_pickle
 
 for library in (diffusers.utils.logging, transformers.utils.logging):
     library.set_verbosity_error()  # the variables above come too late where another module was imported first
@@ -31,8 +32,15 @@ for library in (diffusers.utils.logging, transformers.utils.logging):
 ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PROJECT = Path(__file__).resolve().parent.parent
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+# What the libraries raise over a configuration that says something impossible.
+ODD_CONFIGURATION = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+                     StrictDataclassError)  # fmt: skip
 HUB_PATIENCE = 20  # seconds that the hub has to begin its answer
 UNUSED_CARD = "there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
+CONVERSION = (
+    "Convert it to safetensors in diffusers' layout first, with --to_safetensors of its "
+    "scripts/convert_original_stable_diffusion_to_diffusers.py"
+)
 WAYS_ON = "Name a local folder in diffusers' layout, or try the embedded base with --demo"
 
 
@@ -125,8 +133,7 @@ def find_base(name: str, half: bool) -> Path:
     for folder in (Path(os.path.expanduser(name)), PROJECT / name):
         if folder.is_dir():
             return folder
-    if name.endswith((".ckpt", ".bin", ".pt", ".pth")):
-        raise UserError(f"{name} is a pickle, which can run code", "Convert it to safetensors first")
+    refuse_pickle(name, CONVERSION)
     if Path(name).is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise UserError(f"The base {name} is not a folder on this machine nor a name on the hub", WAYS_ON)
     return _download(actual_name(name), half)
@@ -189,11 +196,13 @@ def _first_line(error: Exception) -> str:
 def load_base(name: str, dtype: torch.dtype) -> Base:
     """Load a base on the CPU: UNet and text encoder in dtype, the VAE in float32 (fp16 turns some pictures black).
 
-    Raises UserError where it is missing, incomplete, a pickle or no Stable Diffusion 1.x.
+    Raises UserError where it is missing, incomplete, damaged, a pickle or no Stable Diffusion 1.x.
     """
     folder = find_base(name, half=dtype != torch.float32)
     _check_layout(name, folder)
     variants = {part: _variant(name, folder / part, stem) for part, stem in WEIGHTS.items()}
+    for part in WEIGHTS:
+        check_part(folder / part)
     try:
         base = Base(
             name=name,
@@ -203,13 +212,22 @@ def load_base(name: str, dtype: torch.dtype) -> Base:
             unet=_load(UNet2DConditionModel, folder, "unet", variants, dtype),
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, *ODD_CONFIGURATION) as error:
         raise UserError(f"The base {name} cannot be loaded ({_first_line(error)})", WAYS_ON) from None
     _check_kind(base)
-    for part in (base.unet, base.vae, base.text_encoder):
-        part.requires_grad_(False)
-        part.eval()
+    for part in WEIGHTS:
+        model = getattr(base, part).requires_grad_(False).eval()
+        if (key := _not_finite(model)) is not None:
+            raise UserError(
+                f"{folder / part}: {key} holds numbers that are not finite", "Take another copy of the base"
+            )
     return base
+
+
+def _not_finite(model: torch.nn.Module) -> str | None:
+    """A parameter with NaN or infinite numbers in it; both show in its extremes, which takes no memory to ask."""
+    parameters = ((key, parameter) for key, parameter in model.named_parameters() if parameter.numel())
+    return next((key for key, value in parameters if not torch.stack(value.aminmax()).isfinite().all()), None)
 
 
 def _check_layout(name: str, folder: Path) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from megaman import lora, lora_files
 from megaman.errors import UserError
@@ -82,12 +80,14 @@ def restore(
 ) -> None:
     """Put the checkpoint's adapter, optimizer state and loss scale into those of this run."""
     try:
-        adapter, moments = load_file(folder / lora_files.PEFT_WEIGHTS), load_file(folder / OPTIMIZER)
-    except (OSError, SafetensorError) as error:
+        adapter, moments = (lora_files.read_tensors(folder / name) for name in (lora_files.PEFT_WEIGHTS, OPTIMIZER))
+    except (OSError, UserError) as error:
         raise UserError(f"{folder} is damaged ({error})", "Resume from an earlier checkpoint") from None
     lora_files.restore(unet, adapter)
     for name, parameter in lora.parameters(unet).items():
         keys = [key for key in moments if key.startswith(f"{name}:")]
+        if any(moments[key].shape not in (parameter.shape, ()) for key in keys):
+            raise UserError(f"{folder / OPTIMIZER} does not fit its adapter", "Resume from an earlier checkpoint")
         # Copies, since what is read stays tied to the file, and that may have to be deleted. AdamW keeps its averages
         # beside the parameter, and its step count too where it is fused, else on the CPU.
         beside = {True: parameter.device, False: torch.device("cpu")}

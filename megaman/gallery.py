@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,7 +14,8 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megaman.errors import UserError
-from megaman.files import read_json, write_json, write_text
+from megaman.files import write_json, write_text
+from megaman.safety import read_json
 
 TEMPLATES = Path(__file__).parent / "templates"
 IMAGES, PAGE = "images.json", "index.html"
@@ -45,6 +47,10 @@ def read_images(folder: Path) -> list[GalleryImage]:
     records = read_json(path)
     if not isinstance(records, list):
         raise _broken(path, "it does not hold a list")
+    try:
+        json.dumps(records, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise _broken(path, "a text in it is not valid Unicode") from None
     return [_image(path, number, record) for number, record in enumerate(records, start=1)]
 
 

@@ -21,14 +21,17 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from megaman import adapter_config
+from megaman.adapter_config import PEFT_CONFIG
 from megaman.errors import UserError
-from megaman.files import read_json, replacing_folder, write_json
+from megaman.files import replacing_folder, write_json
 from megaman.lora import ADAPTER, describe
+from megaman.safety import check_safetensors
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "megaman_lora.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -107,9 +110,17 @@ def kohya_header(unet: UNet2DConditionModel, base_name: str) -> dict[str, str]:
     }
 
 
-def base_of(folder: Path) -> str | None:
-    """The base that the folder's LoRA was trained on, where it says so; raises UserError where no LoRA is there."""
-    return _config(folder).get("base_model_name_or_path")
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file that may be anybody's; raises UserError where it is not sound or a number not finite."""
+    check_safetensors(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be loaded ({error})", "Take a checkpoint, or train again") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise UserError(f"{path}: {name[:200]!r} holds numbers that are not finite", "Take an earlier checkpoint")
+    return tensors
 
 
 def load_lora(folder: Path, unet: UNet2DConditionModel) -> LoraConfig:
@@ -117,22 +128,20 @@ def load_lora(folder: Path, unet: UNet2DConditionModel) -> LoraConfig:
 
     Raises UserError where the folder holds none, or one that was made for another UNet.
     """
-    content = _config(folder)
+    content = adapter_config.read(folder)
+    tensors = read_tensors(folder / PEFT_WEIGHTS)
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    ranks = _check_shapes(folder, state, unet)
+    config = LoraConfig(**adapter_config.checked(folder, content, ranks))
     try:
-        state = load_file(folder / PEFT_WEIGHTS)
-    except FileNotFoundError:
-        raise UserError(f"{folder / PEFT_WEIGHTS} is missing", "Name a complete LoRA folder") from None
-    except SafetensorError as error:
-        raise UserError(f"{folder / PEFT_WEIGHTS} is damaged ({error})", "Take a checkpoint, or train again") from None
-    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
-    _check_shapes(folder, state, unet)
-    config = LoraConfig(**{key: value for key, value in content.items() if key in _CONFIG_KEYS})
-    unet.add_adapter(config, adapter_name=ADAPTER)
+        unet.add_adapter(config, adapter_name=ADAPTER)
+    except ValueError as error:
+        reason = str(error).split(". ")[0][:200]
+        raise UserError(
+            f"The LoRA in {folder} does not fit this base ({reason})", "Name its own base in --base_model"
+        ) from None
     restore(unet, state)
     return config
-
-
-_CONFIG_KEYS = {"r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
 
 
 def restore(unet: UNet2DConditionModel, state: dict[str, torch.Tensor]) -> None:
@@ -152,32 +161,20 @@ def restore(unet: UNet2DConditionModel, state: dict[str, torch.Tensor]) -> None:
         )
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UserError(
-            f"There is no LoRA at {folder}", "Train one with megaman_lora.py, or name another in --lora_path"
-        )
-    if not (folder / PEFT_CONFIG).is_file():
-        raise UserError(
-            f"{folder} holds no {PEFT_CONFIG}, so it is no LoRA folder", "Name a lora_weights folder in --lora_path"
-        )
-    content = read_json(folder / PEFT_CONFIG)
-    if not isinstance(content, dict):
-        raise UserError(f"{folder / PEFT_CONFIG} is damaged", "Name another LoRA folder in --lora_path")
-    return content
-
-
-def _check_shapes(folder: Path, state: dict[str, torch.Tensor], unet: UNet2DConditionModel) -> None:
-    """Compare each pair A, B with the layer it is for, before anything is changed."""
+def _check_shapes(folder: Path, state: dict[str, torch.Tensor], unet: UNet2DConditionModel) -> set[int]:
+    """Compare each pair A, B with the layer it is for, before anything is changed; returns their ranks."""
     layers = dict(unet.named_modules())
-    for name, tensor in state.items():
-        module, _, side = name.partition(".lora_")
+    ranks = set()
+    for module in {name.partition(".lora_")[0]: None for name in state}:
         weight = getattr(layers.get(module), "weight", None)
-        fits = weight is not None and (
-            tensor.shape[1:] == weight.shape[1:] if side.startswith("A") else tensor.shape[0] == weight.shape[0]
-        )
-        if not fits:
+        down, up = (state.get(f"{module}.lora_{side}.weight") for side in "AB")
+        fits = isinstance(weight, torch.Tensor) and weight.ndim >= 2 and down is not None and up is not None
+        if not fits or down.shape[1:] != weight.shape[1:] or up.shape[:2] != (weight.shape[0], *down.shape[:1]):
             raise UserError(
-                f"The LoRA in {folder} was made for another base ({module} differs)",
+                f"The LoRA in {folder} was made for another base ({module[:200]!r} differs)",
                 "Name its own base in --base_model",
             )
+        ranks.add(len(down))
+    if not ranks:
+        raise UserError(f"{folder / PEFT_WEIGHTS} holds no tensor", "Name another LoRA folder in --lora_path")
+    return ranks

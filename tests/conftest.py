@@ -18,7 +18,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # the tests compare pixels and weight
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; test_base.py's processes talk to their own server
 # The same examples on every machine, however slow it is: a test that fails does so because of the code.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
-settings.register_profile("searching", deadline=None, max_examples=3000)
+settings.register_profile("searching", deadline=None, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
@@ -42,7 +42,9 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
         command = [sys.executable, str(ROOT / first) if first.endswith(".py") else first, *rest]
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **(env or {})}
         variables = {name: str(value) for name, value in variables.items() if value is not None}
-        return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, encoding="utf-8", timeout=600)
+        return subprocess.run(
+            command, cwd=cwd, env=variables, capture_output=True, encoding=variables["PYTHONIOENCODING"], timeout=600
+        )
 
     return run
 

@@ -164,7 +164,9 @@ def test_pickles_are_refused(own_copy, name):
     assert f"{Path(name).parent}/ holds only .bin files, pickles" in line and ".safetensors" in line
 
 
-@pytest.mark.parametrize("name", ["v1-5-pruned.ckpt", "./v1-5-pruned.ckpt", "model.bin", "model.pt", "model.pth"])
+@pytest.mark.parametrize(
+    "name", ["v1-5-pruned.ckpt", "./v1-5-pruned.ckpt", "model.bin", "model.pt", "MODEL.PTH", "a.pkl"]
+)
 @pytest.mark.parametrize("there", [True, False])
 def test_a_single_pickle_is_refused(tmp_path, monkeypatch, name, there):
     monkeypatch.chdir(tmp_path)
@@ -204,7 +206,8 @@ def test_an_incomplete_base_says_what_is_missing(own_copy, name):
 )  # fmt: skip
 def test_a_broken_configuration(own_copy, name):
     (own_copy / name).write_text("{")
-    assert "cannot be loaded" in refusal(own_copy)
+    line = refusal(own_copy)
+    assert "cannot be loaded" in line or f"{name} is not valid JSON" in line
 
 
 def changed(path: Path, **values) -> None:

@@ -143,6 +143,33 @@ def test_the_policy_allows_the_pages_own_style_and_script_alone(tmp_path):
     assert rules == {"img-src": "'self' file: data:", "base-uri": "'none'", "form-action": "'none'"}
 
 
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+any_record = st.fixed_dictionaries(
+    {"file": odd_text | any_json, "prompt": odd_text | any_json, "negative_prompt": odd_text | st.just("\udcff"),
+     "seed": st.integers() | any_json, "width": st.integers() | any_json, "height": st.integers(),
+     "settings": st.dictionaries(odd_text, any_json, max_size=2) | any_json},
+    optional={"base_file": any_json, "x": any_json},
+)  # fmt: skip
+
+
+@given(st.lists(any_record | any_json, max_size=2) | any_json)
+def test_any_list_of_images_is_a_page_or_one_line(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp() / "any_gallery"
+    folder.mkdir(exist_ok=True)
+    (folder / "images.json").write_text(json.dumps(content), encoding="utf-8")
+    try:
+        images = read_images(folder)
+    except UserError as error:
+        assert "images.json" in str(error) and len(str(error).splitlines()) == 1
+    else:
+        write_gallery(folder, images, "Robots")
+        assert {path.name for path in folder.iterdir()} == {"images.json", "index.html"}
+
+
 def test_a_folder_without_a_gallery_has_no_images(tmp_path):
     assert read_images(tmp_path) == []
     assert "No images yet" in write_gallery(tmp_path, [], "Robots").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megaman import lora, lora_files
+from megaman import adapter_config, lora, lora_files
 from megaman.errors import UserError
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_in"]
@@ -113,7 +113,7 @@ def test_we_read_it(trained, base_folder):
     assert difference(unet, trained[1]) == 0
     unet.disable_adapters()
     assert difference(unet, trained[2]) == 0
-    assert lora_files.base_of(trained[3]) == "some/base"
+    assert adapter_config.base_of(trained[3]) == "some/base"
 
 
 def test_alpha_stands_in_every_layout(trained):
@@ -140,8 +140,8 @@ def test_saving_again_replaces_the_folder_whole(trained, tmp_path):
     folder = tmp_path / "lora_weights"
     lora_files.save_lora(folder, trained[0], "one", {})
     (folder / "stray").write_text("from before")
-    lora_files.save_lora(folder, trained[0], "two", {})
-    assert lora_files.base_of(folder) == "two"
+    lora_files.save_lora(folder, trained[0], "some/other", {})
+    assert adapter_config.base_of(folder) == "some/other"
     assert not (folder / "stray").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["lora_weights"]
 

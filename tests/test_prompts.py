@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -47,9 +49,43 @@ def test_a_missing_file_a_folder_and_another_encoding(tmp_path):
         read_prompts(tmp_path / "none.txt")
     with pytest.raises(UserError, match=r"--prompts_file .* cannot be read"):
         read_prompts(tmp_path)
-    (tmp_path / "wide.txt").write_text("mega man", encoding="utf-16")
-    with pytest.raises(UserError, match=r"wide\.txt is not UTF-8 text.*Save it as UTF-8"):
-        read_prompts(tmp_path / "wide.txt")
+    (tmp_path / "western.txt").write_bytes("mega man, Größe".encode("latin-1"))
+    with pytest.raises(UserError, match=r"western\.txt is not UTF-8 text.*Save it as UTF-8"):
+        read_prompts(tmp_path / "western.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_with_its_mark(tmp_path, encoding):
+    path = tmp_path / "wide.txt"
+    path.write_bytes("\ufeff# mine\r\n洛克人 🤖\r\nrobot\r\n".encode(encoding))
+    assert read_prompts(path) == ["洛克人 🤖", "robot"]
+    path.write_bytes("no mark".encode(encoding))
+    with pytest.raises(UserError, match="holds NUL characters"):
+        read_prompts(path)
+    path.write_bytes("\ufeffab".encode(encoding)[:-1])
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_prompts(path)
+
+
+def test_control_characters_and_exotic_line_ends(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("blue\x07 \x1b[31mrobot\x0bsecond\u2028third\x7f\x9b\u202e".encode())
+    assert read_prompts(path) == ["blue [31mrobot", "second", "third \u202e"]
+
+
+def test_a_file_that_is_too_large(tmp_path):
+    path = tmp_path / "large.txt"
+    path.write_bytes(b"robot\n" * 700_000)
+    with pytest.raises(UserError, match=r"large\.txt is larger than"):
+        read_prompts(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no endless file here")
+def test_an_endless_file_and_a_name_too_long():
+    with pytest.raises(UserError, match="is larger than"):
+        read_prompts(Path("/dev/zero"))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(Path("a" * 300))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows knows no such mode")
@@ -61,7 +97,15 @@ def test_a_file_that_may_not_be_read(tmp_path):
         read_prompts(path)
 
 
-@given(st.binary(max_size=200))
+# What is no text at all, and what nearly is: marks, comments, line ends and control characters among letters.
+PIECES = [b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"#", b" ", b"\t", b"\n", b"\r", b"\r\n", b"\0", b"\x1b", b"\x85",
+          b"\xc2\x85", "\u2028".encode(), b"robot", "洛克人".encode(), "é".encode("latin-1"), b"\xed\xa0\x80",
+          "wide".encode("utf-16-le"), b"x" * 5000]  # fmt: skip
+any_file = st.binary(max_size=200) | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join)
+any_file |= st.text(max_size=60).map(lambda text: text.encode("utf-16"))
+
+
+@given(any_file)
 def test_any_bytes_are_prompts_or_one_line(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any_prompts.txt"
     path.write_bytes(content)
@@ -71,7 +115,10 @@ def test_any_bytes_are_prompts_or_one_line(tmp_path_factory, content):
         assert "any_prompts.txt" in str(error) and "\n" not in str(error)
     else:
         assert prompts
-        assert all(prompt == " ".join(prompt.split()) and prompt and not prompt.startswith("#") for prompt in prompts)
+        for prompt in prompts:
+            assert prompt and prompt == " ".join(prompt.split()) and not prompt.startswith("#")
+            assert len(prompt.splitlines()) == 1
+            assert not any(unicodedata.category(letter) == "Cc" for letter in prompt)
 
 
 @given(st.lists(st.text("abc, #é洛\t", max_size=12), max_size=8))

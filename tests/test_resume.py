@@ -20,7 +20,8 @@ def train(train_here, tmp_path, capsys):
 
     def run(output_dir: str, *flags) -> dict[str, torch.Tensor]:
         fixed = ["--data_dir", ROOT / "demo" / "held_out", "--train_batch_size", 4, "--learning_rate", 1e-3]
-        schedule = ["--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--save_steps", 3]
+        warmup = min(2, flags[flags.index("--max_train_steps") + 1] - 1)  # below the steps, or it is refused
+        schedule = ["--lr_scheduler", "cosine", "--lr_warmup_steps", warmup, "--save_steps", 3]
         state = train_here(tmp_path, output_dir, *fixed, *schedule, *flags)
         run.said = capsys.readouterr().out
         return state

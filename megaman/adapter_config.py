@@ -1,0 +1,98 @@
+"""adapter_config.json: what a LoRA's folder says of itself, believed as far as its tensors bear it out."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from megaman.errors import UserError
+from megaman.safety import conversion, read_json, refuse_pickle
+
+PEFT_CONFIG = "adapter_config.json"
+PROJECT = Path(__file__).resolve().parent.parent
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", flags=re.ASCII)
+# All that is taken from the file. PEFT knows keys by which it would import and download what they name.
+KEYS = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
+HIGHEST_RANK, HIGHEST_ALPHA = 4096, 65536
+MOST_NAMES = 2000  # Stable Diffusion has some 300 layers that can have a LoRA
+# What PEFT reads as a regular expression has to be a module's name, so that none can run for ever.
+MODULE_NAME = re.compile(r"\^?[\w.\\]{1,200}\$?", flags=re.ASCII)
+ANOTHER = "Name another LoRA folder in --lora_path"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The file's content; raises UserError where the folder holds no LoRA."""
+    if folder.is_file():
+        refuse_pickle(folder, conversion(folder))
+        raise UserError(f"{folder} is a file, not the folder of a LoRA", "Name a lora_weights folder in --lora_path")
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no LoRA at {folder}", "Train one with megaman_lora.py, or name another in --lora_path"
+        )
+    if not (folder / PEFT_CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds no {PEFT_CONFIG}, so it is no LoRA folder", "Name a lora_weights folder in --lora_path"
+        )
+    content = read_json(folder / PEFT_CONFIG)
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / PEFT_CONFIG} is damaged", ANOTHER)
+    return content
+
+
+def base_of(folder: Path) -> str | None:
+    """The base that the folder's LoRA was trained on, where it says so.
+
+    Raises UserError where no LoRA is there, or where the base is neither a folder nor named like one on the hub: the
+    LoRA may be a stranger's.
+    """
+    name = read(folder).get("base_model_name_or_path")
+    if name in (None, ""):
+        return None
+    if not isinstance(name, str) or not (HUB_NAME.fullmatch(name) or _is_local_folder(name)):
+        short = repr(name) if len(repr(name)) < 200 else f"{repr(name)[:200]}..."
+        raise UserError(
+            f"{folder / PEFT_CONFIG} names {short} as its base, which is no folder here nor a name on the hub",
+            "Name the base in --base_model",
+        )
+    return name
+
+
+def _is_local_folder(name: str) -> bool:
+    network = name[:2].replace("\\", "/") == "//"  # Windows would log in at whatever machine such a name says
+    return not network and any(map(os.path.isdir, (os.path.expanduser(name), PROJECT / name)))
+
+
+def checked(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:
+    """What LoraConfig is to be told, given the ranks that the tensors have; raises UserError where they disagree."""
+    rank_pattern, alpha_pattern = (content.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    rank, targets = content.get("r"), content.get("target_modules")
+    sound = {
+        "peft_type": content.get("peft_type", "LORA") == "LORA",
+        "r": type(rank) is int and 0 < rank <= HIGHEST_RANK and (rank in ranks or bool(rank_pattern)),
+        "lora_alpha": _is_strength(content.get("lora_alpha")),
+        "target_modules": _are_names(targets, list) and bool(targets),
+        "use_rslora": isinstance(content.get("use_rslora", False), bool),
+        "rank_pattern": _are_names(rank_pattern, dict)
+        and all(_is_one_of(value, ranks) for value in rank_pattern.values()),
+        "alpha_pattern": _are_names(alpha_pattern, dict) and all(map(_is_strength, alpha_pattern.values())),
+    }
+    if wrong := [key for key, holds in sound.items() if not holds]:
+        raise UserError(f"{folder / PEFT_CONFIG}: {wrong[0]} is not what a LoRA with these tensors can have", ANOTHER)
+    return {key: content[key] for key in KEYS if content.get(key)}
+
+
+def _is_strength(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= HIGHEST_ALPHA
+
+
+def _is_one_of(value: Any, ranks: set[int]) -> bool:
+    return type(value) is int and value in ranks
+
+
+def _are_names(names: Any, kind: type) -> bool:
+    """A list of modules, or a table with them as keys."""
+    if not isinstance(names, kind) or len(names) > MOST_NAMES:
+        return False
+    return all(isinstance(name, str) and MODULE_NAME.fullmatch(name) for name in names)
