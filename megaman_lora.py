@@ -132,6 +132,8 @@ def main(argv: list[str]) -> int:
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if checkpoint:
         checkpoints.restore(checkpoint, accelerator.unwrap_model(unet), optimizer.optimizer, accelerator.scaler)
+        if accelerator.is_main_process and checkpoint.resolve().parent == output_dir.resolve():
+            checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
     # Say what will happen before it happens.
     made = len(dataset) - sum(dataset.found)
@@ -278,7 +280,8 @@ def main(argv: list[str]) -> int:
     skipped = finite.SkippedSteps()
     unet.train()
     with StopSignal() as stop:
-        if start == 0 or (start % options.validation_steps == 0 and not (output_dir / f"samples-{start}").exists()):
+        # What a run that was killed just after its checkpoint had still to do.
+        if (start % options.validation_steps == 0 or start == total) and not (output_dir / f"samples-{start}").exists():
             validate(start)
         bar = tqdm(total=total, initial=start, desc="training", unit="step", disable=not accelerator.is_main_process)
         for step in range(start + 1, total + 1):

@@ -9,7 +9,6 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from megaman.errors import UserError
+from megaman.errors import UserError, brief
 from megaman.safety import check_part, read_json, refuse_pickle
 
 for library in (diffusers.utils.logging, transformers.utils.logging):
@@ -169,7 +168,7 @@ def _download(name: str, half: bool) -> Path:
         raise UserError(f"The hub has no model {name}, or it asks for a login", WAYS_ON) from None
     except (HTTPError, XetDownloadError, OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"The base {name} is not on this machine and did not come from the hub ({_first_line(error)})", WAYS_ON
+            f"The base {name} is not on this machine and did not come from the hub ({brief(error)})", WAYS_ON
         ) from None
 
 
@@ -185,12 +184,6 @@ def _hub_answers(name: str) -> bool:
     except Exception:
         return True  # whatever it is, snapshot_download meets it too, and looks into the cache
     return True
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, short enough to stand in ours."""
-    text = str(error).strip() or type(error).__name__
-    return textwrap.shorten(text.splitlines()[0], 200, placeholder=" ...").rstrip(" .")
 
 
 def load_base(name: str, dtype: torch.dtype) -> Base:
@@ -213,7 +206,7 @@ def load_base(name: str, dtype: torch.dtype) -> Base:
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
         )
     except (SafetensorError, OSError, *ODD_CONFIGURATION) as error:
-        raise UserError(f"The base {name} cannot be loaded ({_first_line(error)})", WAYS_ON) from None
+        raise UserError(f"The base {name} cannot be loaded ({brief(error)})", WAYS_ON) from None
     _check_kind(base)
     for part in WEIGHTS:
         model = getattr(base, part).requires_grad_(False).eval()

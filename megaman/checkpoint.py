@@ -51,10 +51,16 @@ def save(
         lora_files.write_tensors(aside / OPTIMIZER, _optimizer_tensors(unet, optimizer))
         content = {**asdict(progress), "scaler": scaler.state_dict() if scaler else None}
         write_json(aside / STATE, content)
-    if limit:  # later ones, of a run that was taken up again from before them, are not this run's to delete
-        for old in [path for path in find_all(output_dir) if step_of(path) <= progress.step][:-limit]:
-            remove_folder(old)
+    prune(output_dir, progress.step, limit)
     return folder
+
+
+def prune(output_dir: Path, step: int, limit: int | None) -> None:
+    """Delete the oldest checkpoints up to this step over the limit. Later ones, of a run that was taken up again from
+    before them, are not this run's to delete."""
+    if limit:
+        for old in [path for path in find_all(output_dir) if step_of(path) <= step][:-limit]:
+            remove_folder(old)
 
 
 def _optimizer_tensors(unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

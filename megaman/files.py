@@ -87,8 +87,9 @@ def _flush_names(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text; half characters, which names on Linux may hold, become escapes (in JSON they are read back)."""
     with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8", newline="\n")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from megaman.base import vae_factor
+from megaman.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -51,7 +52,8 @@ def draw_images(
     """Draw one image for each row of text_states [B, positions, width] with the seed of the same place.
 
     empty_states, of the same shape, holds the negative prompts (classifier-free guidance, Ho & Salimans 2022, arXiv
-    2207.12598); guidance of 1 or less leaves them out. height and width are in pixels.
+    2207.12598); guidance of 1 or less leaves them out. height and width are in pixels. Raises UserError where the UNet
+    answers with numbers that are not finite.
     """
     device, dtype = unet.device, unet.dtype
     factor = vae_factor(vae)
@@ -68,6 +70,11 @@ def draw_images(
             noise_pred = without + guidance * (with_prompt - without)
         latents = sampler.step(noise_pred, timestep, latents).prev_sample
         on_step()
+    if not torch.isfinite(latents).all():
+        raise UserError(
+            "The images came out as not-a-number: the LoRA is broken, or fp16 is too coarse for this base",
+            "Take an earlier checkpoint, or compute on the CPU",
+        )
     return decode(vae, latents / vae.config.scaling_factor)
 
 

@@ -146,7 +146,8 @@ def content(path: Path) -> tuple[dict[str, str] | None, dict[str, bytes]]:
 def compare(whole: Path, killed: Path, steps: int) -> None:
     has_steps.last = steps
     names = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
-    assert names == {path.relative_to(killed).as_posix() for path in killed.rglob("*") if path.is_file()}
+    others = {path.relative_to(killed).as_posix() for path in killed.rglob("*") if path.is_file()}
+    assert names == others, f"only one of the two runs left {sorted(names ^ others)}"
     for name in sorted(names - {"training_config.json"}):
         if name.endswith(".safetensors"):
             assert content(whole / name) == content(killed / name), f"{name} differs"

@@ -314,6 +314,14 @@ def test_good_steps_in_between_start_the_count_again():
     assert skipped.total == 54
 
 
+def test_images_that_are_not_numbers_are_reported_and_training_goes_on(train_here, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, {1})
+    train_here(tmp_path, "out", *FIXED, "--max_train_steps", 2, "--num_validation_images", 1)
+    said = capsys.readouterr().out
+    assert "step 0: no sample images (The images came out as not-a-number" in said
+    assert {path.name for path in (tmp_path / "out").glob("samples-*")} == {"samples-2"}
+
+
 def test_validation_that_fails_is_reported_and_training_goes_on(train_here, tmp_path, monkeypatch, capsys):
     from megaman import sample
 

@@ -170,3 +170,8 @@ def test_a_broken_json_file_is_one_line(tmp_path, content):
 def test_a_missing_json_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"none\.json is missing"):
         read_json(tmp_path / "none.json")
+
+
+def test_names_that_are_not_unicode_can_be_noted(tmp_path):
+    write_json(tmp_path / "noted.json", {"data_dir": "pictures\udcff"})
+    assert read_json(tmp_path / "noted.json") == {"data_dir": "pictures\udcff"}
