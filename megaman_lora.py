@@ -27,7 +27,7 @@ from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import replacing_folder, write_json, write_text
 from megaman.names import is_inside, safe_name
-from megaman.options import training_options
+from megaman.options import resuming, training_options
 from megaman.output import find_all, new_log_dir, open_output, save_somewhere, step_of
 from megaman.problems import too_bad, write_problems
 from megaman.stops import StoppedError, StopSignal
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
         report_problems(dataset, output_dir)
         raise error
 
+    import numpy as np
     import torch
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
@@ -203,7 +204,7 @@ def main(argv: list[str]) -> int:
             accelerator.unwrap_model(unet).eval()
             images = memory.until_it_fits(draw_samples, one_at_a_time)
             for j, image in enumerate(images):
-                curves.add("add_image", f"validation/{j:02d}", as_array(image), step, dataformats="HWC")
+                curves.add("add_image", f"validation/{j:02d}", np.asarray(image), step, dataformats="HWC")
             curves.flush()
             with replacing_folder(folder) as aside:
                 for j, image in enumerate(images):
@@ -280,8 +281,8 @@ def main(argv: list[str]) -> int:
     skipped = finite.SkippedSteps()
     unet.train()
     with StopSignal() as stop:
-        # What a run that was killed just after its checkpoint had still to do.
-        if (start % options.validation_steps == 0 or start == total) and not (output_dir / f"samples-{start}").exists():
+        due = start % options.validation_steps == 0 or start == total
+        if start == 0 or (due and not (output_dir / f"samples-{start}").exists()):  # killed before it came to that
             validate(start)
         bar = tqdm(total=total, initial=start, desc="training", unit="step", disable=not accelerator.is_main_process)
         for step in range(start + 1, total + 1):
@@ -372,15 +373,6 @@ def open_writer(log_dir: Path, purge_step: int | None):
     return SummaryWriter(str(log_dir), purge_step=purge_step)
 
 
-def resuming(argv: list[str]) -> list[str]:
-    """The command line that goes on where this one was stopped."""
-    words = [word for word in argv if word != "--overwrite_output" and not word.startswith("--resume_from_checkpoint=")]
-    if "--resume_from_checkpoint" in words:
-        place = words.index("--resume_from_checkpoint")
-        del words[place : place + 2]
-    return [*words, "--resume_from_checkpoint", "latest"]
-
-
 def anywhere(accelerator, here: bool) -> bool:
     """Whether it is so in any of the processes; they have to stop at the same step."""
     if accelerator.num_processes == 1:
@@ -388,12 +380,6 @@ def anywhere(accelerator, here: bool) -> bool:
     import torch
 
     return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), reduction="sum"))
-
-
-def as_array(image):
-    import numpy as np
-
-    return np.asarray(image)
 
 
 if __name__ == "__main__":

@@ -379,8 +379,9 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, work: Path) -> None:
     half = pipeline.to(torch.float16)
     half.save_pretrained(folder, safe_serialization=True)
     text_config = folder / "text_encoder" / "config.json"  # transformers would load in the dtype that stands there
-    text_config.write_text(text_config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    curves = {name: [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()]
+    content = text_config.read_text(encoding="utf-8").replace('"dtype": "float16"', '"dtype": "float32"')
+    text_config.write_text(content, encoding="utf-8")
+    curves = {name: [json.loads(line) for line in (work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
               for name in ("vae", "unet")}  # fmt: skip
     (folder / "training_curve.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
     shutil.copy(max(work.glob("sheet-*.png"), key=lambda path: int(path.stem.split("-")[1])), folder / "samples.png")

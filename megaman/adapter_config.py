@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megaman.errors import UserError
-from megaman.safety import conversion, read_json, refuse_pickle
+from megaman.files import read_json
+from megaman.safety import conversion, refuse_pickle
 
 PEFT_CONFIG = "adapter_config.json"
 PROJECT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from megaman.errors import UserError, brief
-from megaman.safety import check_part, read_json, refuse_pickle
+from megaman.files import read_json
+from megaman.safety import check_part, refuse_pickle
 
 for library in (diffusers.utils.logging, transformers.utils.logging):
     library.set_verbosity_error()  # the variables above come too late where another module was imported first

@@ -30,7 +30,7 @@ class Progress:
 
     step: int
     seed: int
-    log_dir: str
+    log_dir: str | None
     elapsed: float
     settings: dict[str, Any]
 
@@ -73,12 +73,18 @@ def _optimizer_tensors(unet: UNet2DConditionModel, optimizer: torch.optim.Optimi
 
 
 def read_progress(folder: Path) -> Progress:
-    """What the checkpoint says of its run; raises UserError where it does not say it all."""
+    """What the checkpoint says of its run; raises UserError where it does not say it all, or something else."""
     content = read_json(folder / STATE)
-    try:
-        return Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
-    except (KeyError, TypeError):
-        raise UserError(f"{folder / STATE} is damaged", "Resume from an earlier checkpoint") from None
+    kinds = {"step": int, "seed": int, "log_dir": (str, type(None)), "elapsed": (int, float), "settings": dict}
+    known = isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+    scaler = (content.get("scaler") or {}) if known else None
+    if not known or not isinstance(scaler, dict) or not all(map(_is_number, [content["elapsed"], *scaler.values()])):
+        raise UserError(f"{folder / STATE} is damaged", "Resume from an earlier checkpoint")
+    return Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e30
 
 
 def restore(

@@ -102,5 +102,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing", "The folder is not complete; name another one") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})", "Restore the file or name another folder") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not valid JSON ({reason})", "Restore the file or name another folder") from None

@@ -14,8 +14,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megaman.errors import UserError
-from megaman.files import write_json, write_text
-from megaman.safety import read_json
+from megaman.files import read_json, write_json, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 IMAGES, PAGE = "images.json", "index.html"

@@ -223,3 +223,12 @@ def generation_options(argv: Sequence[str]) -> Namespace:
     if mistakes:
         parser.refuse(mistakes)
     return options
+
+
+def resuming(argv: list[str]) -> list[str]:
+    """The command line that goes on where this one was stopped."""
+    words = [word for word in argv if word != "--overwrite_output" and not word.startswith("--resume_from_checkpoint=")]
+    if "--resume_from_checkpoint" in words:
+        place = words.index("--resume_from_checkpoint")
+        del words[place : place + 2]
+    return [*words, "--resume_from_checkpoint", "latest"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaman.errors import UserError
-from megaman.files import read_json as read_plain_json
+from megaman.files import read_json
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 MAGIC = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))  # torch's zip, and pickle itself
@@ -144,11 +144,3 @@ def check_part(folder: Path) -> None:
     found += ["adapter_config.json"] if (folder / "adapter_config.json").exists() else []
     if found:
         raise UserError(f"{folder} asks for code or weights from elsewhere ({found[0]})", "Take a plain copy of it")
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file from anywhere: also one that is nested deeper than Python's parser goes becomes a UserError."""
-    try:
-        return read_plain_json(path)
-    except RecursionError:
-        raise UserError(f"{path} is not valid JSON (nested too deep)", "Restore it or name another folder") from None

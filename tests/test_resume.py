@@ -118,7 +118,20 @@ def test_a_checkpoint_beyond_the_end_is_refused(train):
         train("run", "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"step": 1}'])
+WHOLE = '{"step": 1, "seed": 0, "log_dir": "logs", "elapsed": 1.0, "settings": {}, "scaler": null}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{}", '{"step": 1}'),
+        WHOLE.replace('"step": 1', '"step": "one"'),
+        WHOLE.replace('"settings": {}', '"settings": []'),
+        WHOLE.replace('"log_dir": "logs"', '"log_dir": 3'),
+        WHOLE.replace("1.0", "Infinity"),
+        WHOLE.replace("null", '{"scale": "large"}'),
+    ],
+)
 def test_a_damaged_state_ends_in_a_line(train, tmp_path, content):
     train("run", "--max_train_steps", 1)
     (tmp_path / "run" / "checkpoint-1" / "training_state.json").write_text(content)
