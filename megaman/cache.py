@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megaman.errors import UserError
+from megaman.errors import UserError, brief
 from megaman.images import BadImageError
 from megaman.memory import until_it_fits
 
@@ -38,6 +38,17 @@ class _Variants(Dataset):
             return torch.stack(self.dataset.variants(index, self.crops, self.flip, self.seed))
         except BadImageError as error:
             return str(error)
+
+
+def _from_workers(loader: DataLoader) -> Iterator[torch.Tensor | str]:
+    """The loader's items; a worker that was killed, as for want of memory, ends in a line."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        remedy = "Take fewer of them, or none: --dataloader_num_workers 0"
+        raise UserError(f"A worker that decodes pictures died ({brief(error)})", remedy) from None
 
 
 @torch.no_grad()
@@ -76,7 +87,7 @@ def encode_pictures(
         else:
             raise UserError("The VAE needs more memory than there is", "Lower --resolution, or close other programs")
 
-    for picture, variants in zip(list(dataset.pictures), progress(loader), strict=True):
+    for picture, variants in zip(list(dataset.pictures), progress(_from_workers(loader)), strict=True):
         if isinstance(variants, str):
             problems[picture] = variants
             continue
