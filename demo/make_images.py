@@ -24,7 +24,7 @@ from PIL import Image
 from sprites import draw_sprite
 
 SCALE = 8  # pixels of the saved picture to one cell
-TRIGGER = "volto, blue robot hero"
+TRIGGER = "volto, {} robot hero"
 EMPTY = "."
 
 PALETTE = {
@@ -37,6 +37,15 @@ PALETTE = {
     "n": (14, 38, 64), "m": (30, 66, 98),  # dark glass and its reflection
     "f": (255, 244, 150),  # muzzle flash
 }  # fmt: skip
+# The armour in other colours than blue: lit, plain, in shade. A caption names the colour, so that it stays a word's to
+# say and does not become part of the character.
+ARMOUR = {
+    "blue": tuple(PALETTE[letter] for letter in "Bbd"),
+    "red": ((255, 132, 112), (212, 48, 52), (132, 22, 44)),
+    "green": ((138, 226, 122), (50, 160, 72), (22, 92, 56)),
+    "purple": ((200, 146, 255), (134, 72, 206), (76, 36, 132)),
+    "white": ((252, 252, 255), (208, 214, 226), (140, 148, 170)),
+}
 # Limbs on the far side of the body are a shade darker.
 FAR_SHADES = dict(zip("BbyoGg", "bdorgh", strict=True))
 
@@ -585,34 +594,36 @@ def paste(cells: np.ndarray, layer: Layer) -> None:
             cells[at] = part[row, column]
 
 
-def draw_hero(pose: str, facing_left: bool, background: np.ndarray) -> np.ndarray:
-    """Draw the hero over a background of 32 x 32 cells."""
+def draw_hero(pose: str, facing_left: bool, background: np.ndarray, colour: str = "blue") -> np.ndarray:
+    """Draw the hero over a background of 32 x 32 cells, its armour in one of ARMOUR's colours."""
     letters = np.full((CELLS, CELLS), EMPTY)
     for layer in POSES[pose]:
         paste(letters, layer)
     if facing_left:
         letters = letters[:, ::-1]
     cells = background.copy()
-    for letter, colour in PALETTE.items():
-        cells[letters == letter] = colour
+    for letter, shade in (PALETTE | dict(zip("Bbd", ARMOUR[colour], strict=True))).items():
+        cells[letters == letter] = shade
     return cells
 
 
 class Picture(NamedTuple):
-    """A picture of the hero: one of POSES, how the caption describes it, and the background."""
+    """A picture of the hero: one of POSES, how the caption describes it, the background, and the armour's colour."""
 
     pose: str
     words: str
     background: str
+    colour: str = "blue"
 
     @property
     def stem(self) -> str:
         words = self.words.replace("facing ", "")
-        return f"volto {words} {self.background}".replace(",", "").replace(" ", "_")
+        colour = "" if self.colour == "blue" else f"{self.colour} "
+        return f"volto {colour}{words} {self.background}".replace(",", "").replace(" ", "_")
 
     @property
     def caption(self) -> str:
-        return f"{TRIGGER}, pixel art, {self.words}, {self.background} background"
+        return f"{TRIGGER.format(self.colour)}, pixel art, {self.words}, {self.background} background"
 
 
 IMAGES = [
@@ -644,6 +655,10 @@ IMAGES = [
     Picture("portrait, angry", "portrait, angry", "black"),
     Picture("portrait, surprised", "portrait, surprised", "yellow"),
     Picture("portrait, calm", "portrait, calm", "navy"),
+    Picture("standing", "standing, front view", "gray", "red"),
+    Picture("running, first step", "running, facing left", "starry night", "green"),
+    Picture("shooting", "shooting, arm cannon, facing right", "white", "purple"),
+    Picture("portrait, happy", "portrait, happy", "teal", "white"),
 ]
 HELD_OUT = [
     Picture("standing", "standing, front view", "purple"),
@@ -714,7 +729,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             background = draw_background(picture.background, seeded(picture.stem))[::2, ::2]
-            cells = draw_hero(picture.pose, "facing left" in picture.words, background)
+            cells = draw_hero(picture.pose, "facing left" in picture.words, background, picture.colour)
             save(folder, picture.stem, cells, picture.caption)
     for number, (colour, background) in enumerate(OTHER_ROBOTS, start=1):
         stem = f"other_robot_{number:02d}"

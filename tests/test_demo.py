@@ -33,7 +33,7 @@ def test_the_base_has_stable_diffusions_parts():
     unet, vae, text = config("unet"), config("vae"), config("text_encoder")
     assert set(unet["down_block_types"]) == {"CrossAttnDownBlock2D", "DownBlock2D"}
     assert set(unet["up_block_types"]) == {"UpBlock2D", "CrossAttnUpBlock2D"}
-    assert (unet["in_channels"], vae["latent_channels"], vae["scaling_factor"]) == (4, 4, 0.18215)
+    assert (unet["in_channels"], vae["latent_channels"], vae["scaling_factor"]) == (8, 8, 0.18215)
     assert text["max_position_embeddings"] == 77
     scheduler = json.loads((DEMO / "base" / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     assert (scheduler["beta_start"], scheduler["beta_end"]) == (0.00085, 0.012)
