@@ -83,7 +83,8 @@ def test_the_script_draws_the_committed_pictures(run_script, tmp_path):
     assert done.returncode == 0, done.stderr
     for folder in ("images", "held_out"):
         drawn = {path.name for path in (tmp_path / folder).iterdir()}
-        assert drawn == {path.name for path in (DEMO / folder).iterdir()}
+        # kept_* are the base's own pictures, which make_kept.py draws: other machines draw them with other rounding.
+        assert drawn == {path.name for path in (DEMO / folder).iterdir() if not path.name.startswith("kept_")}
         for path in (tmp_path / folder).glob("*.png"):
             assert Image.open(path).tobytes() == Image.open(DEMO / folder / path.name).tobytes(), path.name
         for path in (tmp_path / folder).glob("*.txt"):
