@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
-    from megaman import cache, diffusion, finite, lora, lora_files, memory, sample, schedule
+    from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, sample, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
     from megaman.tracking import TrainingLog
@@ -322,17 +322,17 @@ def main(argv: list[str]) -> int:
     accelerator.wait_for_everyone()
     reason = ""
     if accelerator.is_main_process:
-        notes = {"ss_steps": str(total), "ss_seed": str(seed), "ss_learning_rate": f"{options.learning_rate:g}",
-                 "ss_num_train_images": str(len(dataset)),
-                 "ss_resolution": f"({options.resolution}, {options.resolution})",
-                 "ss_lr_scheduler": options.lr_scheduler, "ss_mixed_precision": placement.mixed_precision}  # fmt: skip
+        seconds = elapsed + time.monotonic() - began
+        notes = lora_metadata.run_notes(config, dataset.captions, base.scheduler.config.prediction_type,
+                                        output_dir / f"samples-{total}" / "00.png", time.time() - seconds,
+                                        time.time())  # fmt: skip
         curves.close()
         wanted = output_dir / "lora_weights"
-        save = partial(lora_files.save_lora, unet=accelerator.unwrap_model(unet), base_name=name, notes=notes)
+        save = partial(lora_files.save_lora, unet=accelerator.unwrap_model(unet), base_name=name, notes=notes,
+                       precision=options.save_precision)  # fmt: skip
         folder, reason = save_somewhere(wanted, save)
         if reason:
             say(f"{wanted} cannot be written ({reason}): the LoRA is in {folder} instead")
-        seconds = elapsed + time.monotonic() - began
         say(f"done in {math.floor(seconds / 60)} min {seconds % 60:.0f} s: {folder}")
         flags = ["--demo"] if options.demo else []
         if not options.demo or "output_dir" in options.given or folder != wanted:

@@ -11,6 +11,7 @@ Alpha travels in adapter_config.json, in the header's lora_adapter_metadata, and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from megaman import adapter_config
 from megaman.adapter_config import PEFT_CONFIG
@@ -35,6 +36,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "megaman_lora.safetensors"
 PEFT_PREFIX = "base_model.model."
+PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def adapter_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
@@ -51,29 +53,32 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
         raise UserError(f"{path} cannot be written ({error})", "Free some space or choose another folder") from None
 
 
-def write_peft(folder: Path, unet: UNet2DConditionModel, base_name: str) -> None:
+def write_peft(folder: Path, unet: UNet2DConditionModel, base_name: str, precision: str = "float") -> None:
     """Write PEFT's two files into an existing folder."""
-    state = {PEFT_PREFIX + name: tensor for name, tensor in adapter_state(unet).items()}
+    state = {PEFT_PREFIX + name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(unet).items()}
     write_tensors(folder / PEFT_WEIGHTS, state, {"format": "pt"})
     write_json(folder / PEFT_CONFIG, {**config_dict(unet), "base_model_name_or_path": base_name})
 
 
-def save_lora(folder: Path, unet: UNet2DConditionModel, base_name: str, notes: dict[str, str]) -> None:
+def save_lora(
+    folder: Path, unet: UNet2DConditionModel, base_name: str, notes: dict[str, str], precision: str = "float"
+) -> None:
     """Write lora_weights/: all three layouts, the folder replaced in one step.
 
-    notes are strings for the kohya file's header, such as ss_steps.
+    notes are strings for the kohya file's header, such as ss_steps; precision is a key of PRECISIONS.
     """
-    state = adapter_state(unet)
+    state = {name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(unet).items()}
     with replacing_folder(folder) as aside:
-        write_peft(aside, unet, base_name)
+        write_peft(aside, unet, base_name, precision)
         metadata = {f"unet.{key}": value for key, value in config_dict(unet).items()}
         write_tensors(
             aside / DIFFUSERS_WEIGHTS,
             {f"unet.{name}": tensor for name, tensor in state.items()},
             {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
         )
-        header = {**kohya_header(unet, base_name), **notes}
-        write_tensors(aside / KOHYA_WEIGHTS, kohya_state(state, describe(unet)), header)
+        tensors = kohya_state(state, unet)
+        header = {**kohya_header(unet, base_name), **notes, **hashes(tensors)}
+        write_tensors(aside / KOHYA_WEIGHTS, tensors, header)
 
 
 def config_dict(unet: UNet2DConditionModel) -> dict[str, Any]:
@@ -82,24 +87,33 @@ def config_dict(unet: UNet2DConditionModel) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
 
 
-def kohya_state(state: dict[str, torch.Tensor], config: LoraConfig) -> dict[str, torch.Tensor]:
-    """kohya's names for PEFT's tensors, with an .alpha for each module so that alpha / rank is the trained scale."""
+def kohya_state(state: dict[str, torch.Tensor], unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """kohya's names for PEFT's tensors, with an .alpha for each module so that alpha / rank is the trained scale.
+
+    Alpha stays in float32 whatever the rest is in: with rsLoRA it is no round number.
+    """
     renamed = {}
     for name, tensor in state.items():
         module, side = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()
         stem = "lora_unet_" + module.replace(".", "_")
         renamed[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
-        renamed[f"{stem}.alpha"] = torch.tensor(float(config.lora_alpha))
+        if side == "A":
+            renamed[f"{stem}.alpha"] = torch.tensor(float(unet.get_submodule(module).scaling[ADAPTER] * len(tensor)))
     return renamed
 
 
 def kohya_header(unet: UNet2DConditionModel, base_name: str) -> dict[str, str]:
     """What A1111 needs to list the file as a LoRA for Stable Diffusion 1.x."""
     config = describe(unet)
+    alpha = config.lora_alpha * config.r**0.5 if config.use_rslora else config.lora_alpha  # kohya divides by the rank
+    convolutions = any(tensor.ndim == 4 for tensor in adapter_state(unet).values())
+    arguments = {"conv_dim": str(config.r), "conv_alpha": f"{alpha:g}"} if convolutions else {}
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
-        "ss_network_alpha": str(config.lora_alpha),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_network_args": json.dumps(arguments),
+        "ss_network_dropout": str(config.lora_dropout or None),
         "ss_base_model_version": "sd_v1",
         "ss_v2": "False",
         "ss_sd_model_name": Path(base_name).name,
@@ -107,7 +121,15 @@ def kohya_header(unet: UNet2DConditionModel, base_name: str) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.implementation": "diffusers",
+        "modelspec.title": Path(KOHYA_WEIGHTS).stem,
     }
+
+
+def hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """SHA-256 of all that follows the file's header: A1111 knows a LoRA by it, whatever the header says."""
+    content = save(tensors)
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -127,6 +127,7 @@ def training_parser() -> Parser:
     add("--snr_gamma", type=number(float, 0, 1000, exclusive=True), help="min-SNR loss weighting; 5 is usual")
     add("--noise_offset", type=number(float, 0, 1), default=0.0, help="strength of an offset noise; 0.05 is usual")
     add("--mixed_precision", **choice("no", "fp16", "bf16"), default="fp16", help="what the frozen base computes in")
+    add("--save_precision", **choice("float", "fp16", "bf16"), default="float", help="what lora_weights/ is written in")
     add("--gradient_checkpointing", action="store_true", help="less memory, slower steps")
     add("--seed", type=SEED, help="makes a run repeatable; drawn and noted where none is given")
     return parser

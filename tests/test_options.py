@@ -62,6 +62,7 @@ TRAINING_DEFAULTS = {
     "snr_gamma": None,
     "noise_offset": 0,
     "mixed_precision": "fp16",
+    "save_precision": "float",
     "gradient_checkpointing": False,
     "seed": None,
 }
@@ -231,6 +232,7 @@ WRONG_TRAINING = {
     "--snr_gamma": NO_RATE,
     "--noise_offset": ["-0.1", "1.1", "nan"],
     "--mixed_precision": ["fp8", "FP16", ""],
+    "--save_precision": ["fp32", "half"],
     "--preset": ["best", ""],
     "--seed": ["-1", "1.5", "nan", str(2**63), "99999999999999999999"],
 }
