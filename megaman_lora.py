@@ -78,8 +78,8 @@ def main(argv: list[str]) -> int:
     split = memory.Split(options.train_batch_size, options.gradient_accumulation_steps)
     effective = split.size * split.count * world
     must_match = {"pretrained_model_name": name, "lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha,
-                  "target_modules": options.target_modules, "seed": seed, "data": dataset.fingerprint(),
-                  "resolution": options.resolution, "center_crop": options.center_crop,
+                  "use_rslora": options.use_rslora, "target_modules": options.target_modules, "seed": seed,
+                  "data": dataset.fingerprint(), "resolution": options.resolution, "center_crop": options.center_crop,
                   "crop_variants": options.crop_variants, "random_flip": options.random_flip,
                   "pictures a step": effective}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
@@ -92,7 +92,8 @@ def main(argv: list[str]) -> int:
         say(f"  {remark}")
     base = load_base(name, placement.dtype)
     torch.manual_seed(seed)  # for the LoRA's random half
-    trainable = lora.inject(base.unet, options.lora_rank, options.lora_alpha, options.target_modules)
+    trainable = lora.inject(base.unet, options.lora_rank, options.lora_alpha, options.target_modules,
+                            options.use_rslora, options.lora_dropout)  # fmt: skip
     if options.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     unet = base.unet.to(device)
@@ -147,7 +148,7 @@ def main(argv: list[str]) -> int:
         f"{options.gradient_accumulation_steps} accumulated x {world} process{'es' * (world > 1)}), "
         f"{total * effective / len(dataset):.1f} epochs, {options.lr_scheduler} rate up to {options.learning_rate:g}, "
         f"{warmup} warm-up")  # fmt: skip
-    say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}, "
+    say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}{' (rsLoRA)' * options.use_rslora}, "
         f"{sum(p.numel() for p in trainable):,} trainable parameters in {len(trainable) // 2} layers")  # fmt: skip
     say(f"device     {device}: {placement.why}; {options.resolution} px; seed {seed}")
     if unused_nvidia_card():
@@ -253,6 +254,8 @@ def main(argv: list[str]) -> int:
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
         states = torch.stack([text_states[dataset.captions[i]] for i in indices]).to(device, placement.dtype)
+        if options.lora_dropout:
+            schedule.seed_dropout(seed, number)
         noise_pred = unet(noisy, timesteps.to(device), encoder_hidden_states=states).sample
         return diffusion.loss(noise_pred, wanted, weights)
 

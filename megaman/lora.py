@@ -17,9 +17,17 @@ ADAPTER = "default"
 
 
 def inject(
-    unet: UNet2DConditionModel, rank: int, alpha: float, target_modules: Sequence[str]
+    unet: UNet2DConditionModel,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str],
+    use_rslora: bool = False,
+    dropout: float = 0.0,
 ) -> list[torch.nn.Parameter]:
     """Put a LoRA on every UNet layer whose name ends in one of target_modules; returns its parameters, in float32.
+
+    use_rslora scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732); dropout is the share of a layer's
+    inputs that A does not see at a step.
 
     A starts random and B at zero, so that the model is unchanged until the first step. Raises UserError for a name
     that fits no layer, and for a layer that cannot carry a LoRA.
@@ -34,6 +42,8 @@ def inject(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         target_modules=list(target_modules),
+        use_rslora=use_rslora,
+        lora_dropout=dropout,
         init_lora_weights=True,
     )
     try:

@@ -70,7 +70,8 @@ def save_lora(
     state = {name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(unet).items()}
     with replacing_folder(folder) as aside:
         write_peft(aside, unet, base_name, precision)
-        metadata = {f"unet.{key}": value for key, value in config_dict(unet).items()}
+        # diffusers loads dropout in training mode and would then draw with it
+        metadata = {f"unet.{key}": value for key, value in {**config_dict(unet), "lora_dropout": 0.0}.items()}
         write_tensors(
             aside / DIFFUSERS_WEIGHTS,
             {f"unet.{name}": tensor for name, tensor in state.items()},

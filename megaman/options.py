@@ -99,6 +99,8 @@ def training_parser() -> Parser:
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="steps over which the rate rises")
     add("--lora_rank", type=number(int, 1, 1024), default=4, help="rank of the LoRA's matrices")
     add("--lora_alpha", type=number(float, 0, 65536, exclusive=True), default=32, help="strength: scale = alpha / rank")
+    add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank), so that high ranks learn as fast")
+    add("--lora_dropout", type=SHARE, default=0.0, help="share of each layer's inputs that the LoRA misses at a step")
     add(
         "--target_modules",
         type=name,

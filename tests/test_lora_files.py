@@ -37,13 +37,14 @@ def output(unet) -> torch.Tensor:
     return unet(latents, torch.tensor([10, 700]), encoder_hidden_states=states).sample
 
 
-@pytest.fixture(scope="module")
-def trained(base_folder, tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["LoRA", "rsLoRA"])
+def trained(base_folder, tmp_path_factory, request):
     """A UNet whose LoRA moved away from zero, its output, the base's own output, and the folder written from it."""
     unet = fresh_unet(base_folder)
     before = output(unet)
     torch.manual_seed(0)
-    lora.inject(unet, RANK, ALPHA, TARGETS)
+    lora.inject(unet, RANK, ALPHA, TARGETS, use_rslora=request.param, dropout=0.25)
+    unet.eval()
     assert torch.equal(output(unet), before), "B is zero, so an untrained LoRA changes nothing"
     with torch.no_grad():
         for name, parameter in lora.parameters(unet).items():
@@ -54,6 +55,11 @@ def trained(base_folder, tmp_path_factory):
     after = output(unet)
     assert (after - before).abs().max() > 0.05, "the LoRA has to matter, or the comparisons below prove nothing"
     return unet, after, before, folder
+
+
+def kohya_alpha(unet) -> float:
+    """What kohya divides by the rank: rsLoRA's alpha / sqrt(rank) has to come out of that too."""
+    return ALPHA * (RANK**0.5 if lora.describe(unet).use_rslora else 1)
 
 
 def difference(unet, wanted: torch.Tensor) -> float:
@@ -123,11 +129,12 @@ def test_alpha_stands_in_every_layout(trained):
     folder = trained[3]
     assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == ALPHA
     with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == ALPHA
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (told["unet.lora_alpha"], told["unet.use_rslora"]) == (ALPHA, lora.describe(trained[0]).use_rslora)
     kohya = load_file(folder / "megaman_lora.safetensors")
     alphas = [tensor for key, tensor in kohya.items() if key.endswith(".alpha")]
     assert len(alphas) == len(kohya) / 3
-    assert all(tensor.shape == () and tensor.item() == ALPHA for tensor in alphas)
+    assert all(tensor.shape == () and tensor.item() == kohya_alpha(trained[0]) for tensor in alphas)
 
 
 def test_the_kohya_header_says_what_a1111_needs(trained):
@@ -135,7 +142,7 @@ def test_the_kohya_header_says_what_a1111_needs(trained):
         header = file.metadata()
     assert header["ss_base_model_version"] == "sd_v1"
     assert header["ss_v2"] == "False"
-    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (str(RANK), str(ALPHA))
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (str(RANK), f"{kohya_alpha(trained[0]):g}")
     assert header["ss_steps"] == "12"
 
 
