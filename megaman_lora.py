@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
-    from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, sample, schedule
+    from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, sample, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
     from megaman.tracking import TrainingLog
@@ -325,14 +325,14 @@ def main(argv: list[str]) -> int:
     accelerator.wait_for_everyone()
     reason = ""
     if accelerator.is_main_process:
-        seconds = elapsed + time.monotonic() - began
+        seconds, samples = elapsed + time.monotonic() - began, output_dir / f"samples-{total}"
         notes = lora_metadata.run_notes(config, dataset.captions, base.scheduler.config.prediction_type,
-                                        output_dir / f"samples-{total}" / "00.png", time.time() - seconds,
-                                        time.time())  # fmt: skip
+                                        samples / "00.png", time.time() - seconds, time.time())  # fmt: skip
+        card = model_card.write_card(config, dataset.captions, sum(dataset.found), samples)
         curves.close()
         wanted = output_dir / "lora_weights"
         save = partial(lora_files.save_lora, unet=accelerator.unwrap_model(unet), base_name=name, notes=notes,
-                       precision=options.save_precision)  # fmt: skip
+                       precision=options.save_precision, others=card)  # fmt: skip
         folder, reason = save_somewhere(wanted, save)
         if reason:
             say(f"{wanted} cannot be written ({reason}): the LoRA is in {folder} instead")

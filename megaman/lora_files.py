@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,11 +63,17 @@ def write_peft(folder: Path, unet: UNet2DConditionModel, base_name: str, precisi
 
 
 def save_lora(
-    folder: Path, unet: UNet2DConditionModel, base_name: str, notes: dict[str, str], precision: str = "float"
+    folder: Path,
+    unet: UNet2DConditionModel,
+    base_name: str,
+    notes: Mapping[str, str],
+    precision: str = "float",
+    others: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write lora_weights/: all three layouts, the folder replaced in one step.
 
-    notes are strings for the kohya file's header, such as ss_steps; precision is a key of PRECISIONS.
+    notes are strings for the kohya file's header, such as ss_steps; precision is a key of PRECISIONS; others are the
+    names and contents of further files, such as the model card.
     """
     state = {name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(unet).items()}
     with replacing_folder(folder) as aside:
@@ -80,6 +88,8 @@ def save_lora(
         tensors = kohya_state(state, unet)
         header = {**kohya_header(unet, base_name), **notes, **hashes(tensors)}
         write_tensors(aside / KOHYA_WEIGHTS, tensors, header)
+        for name, content in others.items():
+            (aside / name).write_bytes(content)
 
 
 def config_dict(unet: UNet2DConditionModel) -> dict[str, Any]:
