@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaman.commandline import Parser, choice, folder, name, number, side, text
+from megaman.commandline import Parser, choice, folder, lora, name, number, side, text
 from megaman.names import below
 
 DEFAULT_BASE = "runwayml/stable-diffusion-v1-5"
@@ -51,7 +51,7 @@ DEMO_TRAINING: dict[str, Any] = {
     "seed": 0,
 }
 DEMO_GENERATION: dict[str, Any] = {
-    "lora_path": "./megaman_demo_output/lora_weights",
+    "lora_path": ["./megaman_demo_output/lora_weights"],
     "output_dir": "./generated_demo",
     "prompts_file": str(DEMO / "prompts.txt"),
     "negative_prompt": "",  # the small base never saw the words of the usual one
@@ -144,7 +144,14 @@ def generation_parser() -> Parser:
         type=name,
         help="the base: a name on the hub or a local folder (default: what the LoRA was trained on)",
     )
-    add("--lora_path", type=name, default="./megaman_lora_output/lora_weights", help="the folder with the LoRA")
+    add(
+        "--lora_path",
+        type=lora,
+        nargs="+",
+        default=["./megaman_lora_output/lora_weights"],
+        metavar="NAME[:STRENGTH]",
+        help="LoRAs, folders or .safetensors files, each with a strength behind a colon if not 1",
+    )
     add(
         "--output_dir",
         type=folder,

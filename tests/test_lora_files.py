@@ -125,6 +125,16 @@ def test_we_read_it(trained, base_folder):
     assert adapter_config.base_of(trained[3]) == "some/base"
 
 
+@pytest.mark.parametrize("name", ["megaman_lora.safetensors", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize("alone_in_a_folder", [False, True])
+def test_we_read_each_layout_alone(trained, base_folder, tmp_path, name, alone_in_a_folder):
+    shutil.copy(trained[3] / name, tmp_path / name)
+    unet = fresh_unet(base_folder)
+    lora_files.load_lora(tmp_path if alone_in_a_folder else tmp_path / name, unet)
+    assert difference(unet, trained[1]) <= TOLERANCE
+    assert adapter_config.base_of(tmp_path) is None
+
+
 def test_alpha_stands_in_every_layout(trained):
     folder = trained[3]
     assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == ALPHA
@@ -170,7 +180,8 @@ def test_what_is_no_lora_ends_in_a_line(trained, base_folder, tmp_path, broken):
     if broken != "missing":
         shutil.copytree(trained[3], folder)
     if broken == "no config":
-        (folder / "adapter_config.json").unlink()
+        for name in ("adapter_config.json", "pytorch_lora_weights.safetensors", "megaman_lora.safetensors"):
+            (folder / name).unlink()
     if broken == "no weights":
         (folder / "adapter_model.safetensors").unlink()
     if broken == "cut weights":

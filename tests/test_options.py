@@ -71,7 +71,7 @@ TRAINING_DEFAULTS = {
 GENERATION_DEFAULTS = {
     "demo": False,
     "base_model": None,
-    "lora_path": "./megaman_lora_output/lora_weights",
+    "lora_path": ["./megaman_lora_output/lora_weights"],
     "output_dir": "./generated_megaman",
     "prompts": None,
     "prompts_file": None,
@@ -186,7 +186,7 @@ def test_the_demos_settings_are_options_and_its_inputs_exist():
     assert (Path(DEMO_TRAINING["data_dir"])).is_dir()
     assert Path(DEMO_GENERATION["prompts_file"]).is_file()
     assert "base_model" not in DEMO_GENERATION, "the LoRA's folder names it"
-    assert Path(DEMO_GENERATION["lora_path"]) == Path(DEMO_TRAINING["output_dir"], "lora_weights")
+    assert Path(*DEMO_GENERATION["lora_path"]) == Path(DEMO_TRAINING["output_dir"], "lora_weights")
     assert DEMO_GENERATION["compare"] == "base"
 
 
@@ -203,6 +203,7 @@ def test_given_names_what_stands_on_the_command_line():
 
 
 def test_lists_take_several_words():
+    assert generation_options(["--lora_path", "a", "b.safetensors:-0.5"]).lora_path == ["a", "b.safetensors:-0.5"]
     assert training_options(["--target_modules", "to_q", "conv_in"]).target_modules == ["to_q", "conv_in"]
     assert generation_options(["--prompts", "one", "two, with a comma"]).prompts == ["one", "two, with a comma"]
 
@@ -240,6 +241,7 @@ WRONG_TRAINING = {
     "--seed": ["-1", "1.5", "nan", str(2**63), "99999999999999999999"],
 }
 WRONG_GENERATION = {
+    "--lora_path": ["", "a:11", "a:-10.5", " :1", "a:99999999999999999999999999"],
     "--num_images_per_prompt": TOO_SMALL_COUNTS,
     "--num_inference_steps": ["0", "-1", "1000", "nan"],
     "--guidance_scale": ["-1", "nan", "inf", "strong"],
