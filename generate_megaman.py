@@ -17,6 +17,7 @@ from pathlib import Path
 from megaman.adapter_config import base_of
 from megaman.errors import UserError, run_script
 from megaman.gallery import GalleryImage, read_images, write_gallery
+from megaman.names import split_strength
 from megaman.options import DEFAULT_BASE, generation_options
 from megaman.prompts import BUILT_IN, read_prompts
 
@@ -24,7 +25,8 @@ from megaman.prompts import BUILT_IN, read_prompts
 def main(argv: list[str]) -> int:
     options = generation_options(argv)
     prompts = options.prompts or read_prompts(BUILT_IN if options.prompts_file is None else Path(options.prompts_file))
-    output_dir, lora_path = Path(options.output_dir), Path(options.lora_path)
+    output_dir = Path(options.output_dir)
+    loras = [(Path(path), strength) for path, strength in map(split_strength, options.lora_path)]
     gallery = read_images(output_dir)
     if not gallery and (output_dir / "index.html").exists():
         raise UserError(f"--output_dir {output_dir} holds an index.html of something else", "Name another folder")
@@ -33,21 +35,21 @@ def main(argv: list[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from megaman import cache, lora_files, png, sample
+    from megaman import cache, lora, lora_files, png, sample
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
 
     # Base and LoRA.
-    wanted = options.base_model or base_of(lora_path) or DEFAULT_BASE
+    wanted = options.base_model or next(filter(None, [base_of(path) for path, _ in loras]), DEFAULT_BASE)
     base_name = actual_name(wanted)
     placement = place("fp16", choose_device(options.device))
-    print(f"loading {base_name} and the LoRA in {lora_path}")
+    print(f"loading {base_name} and the LoRA in {', '.join(options.lora_path)}")
     if remark := moved(wanted):
         print(f"  {remark}")
     base = load_base(base_name, placement.dtype)
-    config = lora_files.load_lora(lora_path, base.unet)
+    configs = lora_files.load_loras(loras, base.unet, base.text_encoder)
     base.unet.to(placement.device, placement.dtype)
     base.vae.to(placement.device)
-    base.text_encoder.to(placement.device)
+    base.text_encoder.to(placement.device, placement.dtype)
 
     # What will happen.
     height, width = (side or min(512, base.native_size) for side in (options.height, options.width))
@@ -55,7 +57,9 @@ def main(argv: list[str]) -> int:
     print(f"images     {count}: {len(prompts)} prompts x {options.num_images_per_prompt}, {width}x{height}, "
           f"{options.num_inference_steps} steps, guidance {options.guidance_scale:g}, seed {options.seed}"
           + (", each beside the base's" if options.compare else ""))  # fmt: skip
-    print(f"LoRA       rank {config.r}, alpha {config.lora_alpha:g}")
+    for config, (path, strength) in zip(configs, loras, strict=True):
+        print(f"LoRA       rank {config.r}, alpha {config.lora_alpha:g}"
+              + (f", strength {strength:g}: {path}" if len(loras) > 1 or strength != 1 else ""))  # fmt: skip
     print(f"device     {placement.device}: {placement.why}")
     if unused_nvidia_card():
         print(f"           {UNUSED_CARD}")
@@ -65,7 +69,10 @@ def main(argv: list[str]) -> int:
         )
 
     # Images, batch by batch, each written as it comes.
-    states = cache.encode_captions(base.text_encoder, base.tokenizer, [*prompts, options.negative_prompt])
+    texts = [*prompts, options.negative_prompt]
+    states = cache.encode_captions(base.text_encoder, base.tokenizer, texts)
+    with lora.switched_off(base.text_encoder):
+        base_states = cache.encode_captions(base.text_encoder, base.tokenizer, texts) if options.compare else {}
     sampler = sample.make_sampler(base.scheduler)
     jobs = [(i, j) for i in range(len(prompts)) for j in range(options.num_images_per_prompt)]
     at_once = sample.images_at_once(height, width)
@@ -74,7 +81,7 @@ def main(argv: list[str]) -> int:
     bar = tqdm(total=passes, desc="drawing", unit="step")
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    def draw(batch: list[tuple[int, int]]) -> list:
+    def draw(batch: list[tuple[int, int]], states: dict[str, torch.Tensor]) -> list:
         text = torch.stack([states[prompts[i]] for i, _ in batch])
         return sample.draw_images(
             base.unet, base.vae, sampler, text, states[options.negative_prompt].expand_as(text),
@@ -83,17 +90,17 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
 
     for batch in batches:
-        images, base_images = draw(batch), None
+        images, base_images = draw(batch, states), None
         if options.compare:
-            base.unet.disable_adapters()
-            base_images = draw(batch)
-            base.unet.enable_adapters()
+            with lora.switched_off(base.unet):
+                base_images = draw(batch, base_states)
         for place_in_batch, (i, j) in enumerate(batch):
             file = f"megaman_{first + i:03d}_{j:02d}.png"
             shared = {"Steps": options.num_inference_steps, "Sampler": sample.SAMPLER_NAME,
                       "CFG scale": f"{options.guidance_scale:g}", "Seed": options.seed + j,
                       "Size": f"{width}x{height}", "Model": Path(base_name).name, "RNG": "CPU"}  # fmt: skip
-            tag = f"{prompts[i]} <lora:{Path(lora_files.KOHYA_WEIGHTS).stem}:1>"
+            tags = [f"<lora:{lora_files.short_name(path)}:{strength:g}>" for path, strength in loras]
+            tag = " ".join([prompts[i], *tags])
             png.save_png(output_dir / file, images[place_in_batch],
                          png.parameters_text(tag, options.negative_prompt, shared))  # fmt: skip
             base_file = None
@@ -102,7 +109,8 @@ def main(argv: list[str]) -> int:
                 png.save_png(output_dir / base_file, base_images[place_in_batch],
                              png.parameters_text(prompts[i], options.negative_prompt, shared))  # fmt: skip
             settings = {"steps": options.num_inference_steps, "guidance": options.guidance_scale,
-                        "sampler": sample.SAMPLER_NAME, "LoRA": str(lora_path), "base": base_name}  # fmt: skip
+                        "sampler": sample.SAMPLER_NAME, "LoRA": ", ".join(options.lora_path),
+                        "base": base_name}  # fmt: skip
             gallery.append(GalleryImage(file, prompts[i], options.negative_prompt, options.seed + j, width, height,
                                         settings, base_file))  # fmt: skip
         page = write_gallery(output_dir, gallery, "Mega Man LoRA")

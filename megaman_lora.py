@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
-    from megaman import cache, diffusion, finite, lora, lora_files, memory, sample, schedule
+    from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, sample, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
     from megaman.tracking import TrainingLog
@@ -78,8 +78,8 @@ def main(argv: list[str]) -> int:
     split = memory.Split(options.train_batch_size, options.gradient_accumulation_steps)
     effective = split.size * split.count * world
     must_match = {"pretrained_model_name": name, "lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha,
-                  "target_modules": options.target_modules, "seed": seed, "data": dataset.fingerprint(),
-                  "resolution": options.resolution, "center_crop": options.center_crop,
+                  "use_rslora": options.use_rslora, "target_modules": options.target_modules, "seed": seed,
+                  "data": dataset.fingerprint(), "resolution": options.resolution, "center_crop": options.center_crop,
                   "crop_variants": options.crop_variants, "random_flip": options.random_flip,
                   "pictures a step": effective}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
@@ -92,7 +92,8 @@ def main(argv: list[str]) -> int:
         say(f"  {remark}")
     base = load_base(name, placement.dtype)
     torch.manual_seed(seed)  # for the LoRA's random half
-    trainable = lora.inject(base.unet, options.lora_rank, options.lora_alpha, options.target_modules)
+    trainable = lora.inject(base.unet, options.lora_rank, options.lora_alpha, options.target_modules,
+                            options.use_rslora, options.lora_dropout)  # fmt: skip
     if options.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     unet = base.unet.to(device)
@@ -147,7 +148,7 @@ def main(argv: list[str]) -> int:
         f"{options.gradient_accumulation_steps} accumulated x {world} process{'es' * (world > 1)}), "
         f"{total * effective / len(dataset):.1f} epochs, {options.lr_scheduler} rate up to {options.learning_rate:g}, "
         f"{warmup} warm-up")  # fmt: skip
-    say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}, "
+    say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}{' (rsLoRA)' * options.use_rslora}, "
         f"{sum(p.numel() for p in trainable):,} trainable parameters in {len(trainable) // 2} layers")  # fmt: skip
     say(f"device     {device}: {placement.why}; {options.resolution} px; seed {seed}")
     if unused_nvidia_card():
@@ -253,6 +254,8 @@ def main(argv: list[str]) -> int:
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
         states = torch.stack([text_states[dataset.captions[i]] for i in indices]).to(device, placement.dtype)
+        if options.lora_dropout:
+            schedule.seed_dropout(seed, number)
         noise_pred = unet(noisy, timesteps.to(device), encoder_hidden_states=states).sample
         return diffusion.loss(noise_pred, wanted, weights)
 
@@ -322,17 +325,17 @@ def main(argv: list[str]) -> int:
     accelerator.wait_for_everyone()
     reason = ""
     if accelerator.is_main_process:
-        notes = {"ss_steps": str(total), "ss_seed": str(seed), "ss_learning_rate": f"{options.learning_rate:g}",
-                 "ss_num_train_images": str(len(dataset)),
-                 "ss_resolution": f"({options.resolution}, {options.resolution})",
-                 "ss_lr_scheduler": options.lr_scheduler, "ss_mixed_precision": placement.mixed_precision}  # fmt: skip
+        seconds, samples = elapsed + time.monotonic() - began, output_dir / f"samples-{total}"
+        notes = lora_metadata.run_notes(config, dataset.captions, base.scheduler.config.prediction_type,
+                                        samples / "00.png", time.time() - seconds, time.time())  # fmt: skip
+        card = model_card.write_card(config, dataset.captions, sum(dataset.found), samples)
         curves.close()
         wanted = output_dir / "lora_weights"
-        save = partial(lora_files.save_lora, unet=accelerator.unwrap_model(unet), base_name=name, notes=notes)
+        save = partial(lora_files.save_lora, unet=accelerator.unwrap_model(unet), base_name=name, notes=notes,
+                       precision=options.save_precision, others=card)  # fmt: skip
         folder, reason = save_somewhere(wanted, save)
         if reason:
             say(f"{wanted} cannot be written ({reason}): the LoRA is in {folder} instead")
-        seconds = elapsed + time.monotonic() - began
         say(f"done in {math.floor(seconds / 60)} min {seconds % 60:.0f} s: {folder}")
         flags = ["--demo"] if options.demo else []
         if not options.demo or "output_dir" in options.given or folder != wanted:

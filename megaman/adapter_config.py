@@ -12,6 +12,7 @@ from megaman.files import read_json
 from megaman.safety import conversion, refuse_pickle
 
 PEFT_CONFIG = "adapter_config.json"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 PROJECT = Path(__file__).resolve().parent.parent
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", flags=re.ASCII)
 # All that is taken from the file. PEFT knows keys by which it would import and download what they name.
@@ -25,9 +26,6 @@ ANOTHER = "Name another LoRA folder in --lora_path"
 
 def read(folder: Path) -> dict[str, Any]:
     """The file's content; raises UserError where the folder holds no LoRA."""
-    if folder.is_file():
-        refuse_pickle(folder, conversion(folder))
-        raise UserError(f"{folder} is a file, not the folder of a LoRA", "Name a lora_weights folder in --lora_path")
     if not folder.is_dir():
         raise UserError(
             f"There is no LoRA at {folder}", "Train one with megaman_lora.py, or name another in --lora_path"
@@ -42,12 +40,36 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
+def find(path: Path) -> Path:
+    """Where a LoRA's tensors are told of: a folder with adapter_config.json, or a .safetensors file of another program.
+
+    A folder without that file stands for the only LoRA in it, or for the one that diffusers would take. Raises
+    UserError for a file of another kind, and where there are several LoRAs to choose from.
+    """
+    if path.is_file():
+        refuse_pickle(path, conversion(path))
+        if path.suffix.lower() != ".safetensors":
+            raise UserError(f"{path} is a file, but no .safetensors", "Name a LoRA's file or folder in --lora_path")
+        return path
+    if not path.is_dir() or (path / PEFT_CONFIG).is_file():
+        return path
+    if (path / DIFFUSERS_WEIGHTS).is_file():
+        return path / DIFFUSERS_WEIGHTS
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise UserError(f"{path} holds several LoRAs ({names})", "Name one of its files in --lora_path")
+    return files[0] if files else path
+
+
 def base_of(folder: Path) -> str | None:
-    """The base that the folder's LoRA was trained on, where it says so.
+    """The base that the LoRA was trained on, where its folder says so; a file says nothing that could be loaded.
 
     Raises UserError where no LoRA is there, or where the base is neither a folder nor named like one on the hub: the
     LoRA may be a stranger's.
     """
+    if find(folder).is_file():
+        return None
     name = read(folder).get("base_model_name_or_path")
     if name in (None, ""):
         return None

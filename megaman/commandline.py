@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from megaman.errors import WRONG_USAGE
-from megaman.names import refused_by_windows
+from megaman.names import refused_by_windows, split_strength
 
 WINDOWS = os.name == "nt"
+STRONGEST = 10  # a LoRA at many times its trained strength draws noise; this leaves room to see that
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,6 +134,15 @@ def name(value: str) -> str:
     """A name that has to say something: an empty path would mean the folder one is in."""
     if not value.strip() or "\0" in value:
         raise argparse.ArgumentTypeError("the name is empty" if not value.strip() else "no name can hold a NUL")
+    return text(value)
+
+
+def lora(value: str) -> str:
+    """NAME or NAME:STRENGTH; it stays one word, so that defaults and the command line show the same."""
+    path, strength = split_strength(value)
+    if abs(strength) > STRONGEST:
+        raise argparse.ArgumentTypeError(f"a strength of {strength:g} is out of range: -{STRONGEST} to {STRONGEST}")
+    name(path)
     return text(value)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 from megaman.errors import WRONG_USAGE, UserError
 
@@ -17,9 +19,17 @@ ADAPTER = "default"
 
 
 def inject(
-    unet: UNet2DConditionModel, rank: int, alpha: float, target_modules: Sequence[str]
+    unet: UNet2DConditionModel,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str],
+    use_rslora: bool = False,
+    dropout: float = 0.0,
 ) -> list[torch.nn.Parameter]:
     """Put a LoRA on every UNet layer whose name ends in one of target_modules; returns its parameters, in float32.
+
+    use_rslora scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732); dropout is the share of a layer's
+    inputs that A does not see at a step.
 
     A starts random and B at zero, so that the model is unchanged until the first step. Raises UserError for a name
     that fits no layer, and for a layer that cannot carry a LoRA.
@@ -34,6 +44,8 @@ def inject(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         target_modules=list(target_modules),
+        use_rslora=use_rslora,
+        lora_dropout=dropout,
         init_lora_weights=True,
     )
     try:
@@ -56,3 +68,27 @@ def parameters(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
 def describe(unet: UNet2DConditionModel) -> LoraConfig:
     """The configuration of the LoRA in the UNet."""
     return unet.peft_config[ADAPTER]
+
+
+def set_strengths(models: Sequence[torch.nn.Module], strengths: Mapping[str, float]) -> None:
+    """Have all these LoRAs at work in the models, each at its strength: a factor on its trained scale."""
+    for layer in _layers(models):
+        layer.set_adapter(list(strengths))
+        for adapter, strength in strengths.items():
+            layer.set_scale(adapter, strength)
+
+
+@contextmanager
+def switched_off(*models: torch.nn.Module) -> Iterator[None]:
+    """Within this the models are the plain base."""
+    for layer in _layers(models):
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in _layers(models):
+            layer.enable_adapters(True)
+
+
+def _layers(models: Sequence[torch.nn.Module]) -> list[LoraLayer]:
+    return [layer for model in models for layer in model.modules() if isinstance(layer, LoraLayer)]

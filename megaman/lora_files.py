@@ -1,4 +1,4 @@
-"""LoRA files in the three layouts that programs read, out of one trained UNet, and PEFT's back in.
+"""LoRA files in the three layouts that programs read, out of one trained UNet; and those of all of them back in.
 
 The keys of module M = down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q:
 
@@ -11,30 +11,34 @@ Alpha travels in adapter_config.json, in the header's lora_adapter_metadata, and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
 
-from megaman import adapter_config
-from megaman.adapter_config import PEFT_CONFIG
+from megaman import adapter_config, lora_formats
+from megaman.adapter_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG
 from megaman.errors import UserError
 from megaman.files import replacing_folder, write_json
-from megaman.lora import ADAPTER, describe
+from megaman.lora import ADAPTER, describe, set_strengths
 from megaman.safety import check_safetensors
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "megaman_lora.safetensors"
 PEFT_PREFIX = "base_model.model."
+PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def adapter_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
@@ -51,29 +55,41 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
         raise UserError(f"{path} cannot be written ({error})", "Free some space or choose another folder") from None
 
 
-def write_peft(folder: Path, unet: UNet2DConditionModel, base_name: str) -> None:
+def write_peft(folder: Path, unet: UNet2DConditionModel, base_name: str, precision: str = "float") -> None:
     """Write PEFT's two files into an existing folder."""
-    state = {PEFT_PREFIX + name: tensor for name, tensor in adapter_state(unet).items()}
+    state = {PEFT_PREFIX + name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(unet).items()}
     write_tensors(folder / PEFT_WEIGHTS, state, {"format": "pt"})
     write_json(folder / PEFT_CONFIG, {**config_dict(unet), "base_model_name_or_path": base_name})
 
 
-def save_lora(folder: Path, unet: UNet2DConditionModel, base_name: str, notes: dict[str, str]) -> None:
+def save_lora(
+    folder: Path,
+    unet: UNet2DConditionModel,
+    base_name: str,
+    notes: Mapping[str, str],
+    precision: str = "float",
+    others: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
     """Write lora_weights/: all three layouts, the folder replaced in one step.
 
-    notes are strings for the kohya file's header, such as ss_steps.
+    notes are strings for the kohya file's header, such as ss_steps; precision is a key of PRECISIONS; others are the
+    names and contents of further files, such as the model card.
     """
-    state = adapter_state(unet)
+    state = {name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(unet).items()}
     with replacing_folder(folder) as aside:
-        write_peft(aside, unet, base_name)
-        metadata = {f"unet.{key}": value for key, value in config_dict(unet).items()}
+        write_peft(aside, unet, base_name, precision)
+        # diffusers loads dropout in training mode and would then draw with it
+        metadata = {f"unet.{key}": value for key, value in {**config_dict(unet), "lora_dropout": 0.0}.items()}
         write_tensors(
             aside / DIFFUSERS_WEIGHTS,
             {f"unet.{name}": tensor for name, tensor in state.items()},
             {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
         )
-        header = {**kohya_header(unet, base_name), **notes}
-        write_tensors(aside / KOHYA_WEIGHTS, kohya_state(state, describe(unet)), header)
+        tensors = kohya_state(state, unet)
+        header = {**kohya_header(unet, base_name), **notes, **hashes(tensors)}
+        write_tensors(aside / KOHYA_WEIGHTS, tensors, header)
+        for name, content in others.items():
+            (aside / name).write_bytes(content)
 
 
 def config_dict(unet: UNet2DConditionModel) -> dict[str, Any]:
@@ -82,24 +98,33 @@ def config_dict(unet: UNet2DConditionModel) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
 
 
-def kohya_state(state: dict[str, torch.Tensor], config: LoraConfig) -> dict[str, torch.Tensor]:
-    """kohya's names for PEFT's tensors, with an .alpha for each module so that alpha / rank is the trained scale."""
+def kohya_state(state: dict[str, torch.Tensor], unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """kohya's names for PEFT's tensors, with an .alpha for each module so that alpha / rank is the trained scale.
+
+    Alpha stays in float32 whatever the rest is in: with rsLoRA it is no round number.
+    """
     renamed = {}
     for name, tensor in state.items():
         module, side = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()
         stem = "lora_unet_" + module.replace(".", "_")
         renamed[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
-        renamed[f"{stem}.alpha"] = torch.tensor(float(config.lora_alpha))
+        if side == "A":
+            renamed[f"{stem}.alpha"] = torch.tensor(float(unet.get_submodule(module).scaling[ADAPTER] * len(tensor)))
     return renamed
 
 
 def kohya_header(unet: UNet2DConditionModel, base_name: str) -> dict[str, str]:
     """What A1111 needs to list the file as a LoRA for Stable Diffusion 1.x."""
     config = describe(unet)
+    alpha = config.lora_alpha * config.r**0.5 if config.use_rslora else config.lora_alpha  # kohya divides by the rank
+    convolutions = any(tensor.ndim == 4 for tensor in adapter_state(unet).values())
+    arguments = {"conv_dim": str(config.r), "conv_alpha": f"{alpha:g}"} if convolutions else {}
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
-        "ss_network_alpha": str(config.lora_alpha),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_network_args": json.dumps(arguments),
+        "ss_network_dropout": str(config.lora_dropout or None),
         "ss_base_model_version": "sd_v1",
         "ss_v2": "False",
         "ss_sd_model_name": Path(base_name).name,
@@ -107,7 +132,15 @@ def kohya_header(unet: UNet2DConditionModel, base_name: str) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.implementation": "diffusers",
+        "modelspec.title": Path(KOHYA_WEIGHTS).stem,
     }
+
+
+def hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """SHA-256 of all that follows the file's header: A1111 knows a LoRA by it, whatever the header says."""
+    content = save(tensors)
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -118,52 +151,103 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise UserError(f"{path} cannot be loaded ({error})", "Take a checkpoint, or train again") from None
     for name, tensor in tensors.items():
+        if name.endswith(".alpha") and not tensor.is_complex():  # kohya's may be whole numbers
+            tensor = tensors[name] = tensor.float()
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise UserError(f"{path}: {name[:200]!r} holds numbers that are not finite", "Take an earlier checkpoint")
     return tensors
 
 
-def load_lora(folder: Path, unet: UNet2DConditionModel) -> LoraConfig:
-    """Put the LoRA of a PEFT folder (lora_weights/ or a checkpoint) into a UNet; returns its configuration.
+def short_name(path: Path) -> str:
+    """What A1111 would call the LoRA: the file's name, and for a folder of ours that of its kohya file."""
+    return path.stem if path.is_file() else Path(KOHYA_WEIGHTS).stem
 
-    Raises UserError where the folder holds none, or one that was made for another UNet.
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header's metadata of a safetensors file that was checked before."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def load_lora(
+    path: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None = None, adapter: str = ADAPTER
+) -> LoraConfig:
+    """Put a LoRA into a UNet and, where it has a part for it, into a text encoder; returns its (first) configuration.
+
+    path is a PEFT folder (lora_weights/ or a checkpoint), or a file in kohya's or diffusers' layout or the folder with
+    it. Raises UserError where that is no LoRA, or one for another base.
     """
-    content = adapter_config.read(folder)
-    tensors = read_tensors(folder / PEFT_WEIGHTS)
-    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-    ranks = _check_shapes(folder, state, unet)
-    config = LoraConfig(**adapter_config.checked(folder, content, ranks))
+    found = adapter_config.find(path)
+    models = {"unet": unet} | ({"text_encoder": text_encoder} if text_encoder else {})
+    if found.is_file():
+        tensors, metadata = read_tensors(found), read_metadata(found)
+        lora_formats.refuse_foreign(path, metadata, tensors)
+        parts = {}
+        for part, (state, alphas) in lora_formats.layers_of(path, tensors, models).items():
+            ranks = _check_shapes(found, state, models[part])
+            told = None if alphas else lora_formats.told_config(metadata, part)
+            known = adapter_config.checked(found, told, ranks) if told else lora_formats.made_config(state, alphas)
+            parts[part] = (known, state)
+        if not parts:
+            raise UserError(f"{found} holds no tensor", "Name another LoRA in --lora_path")
+    else:
+        content = adapter_config.read(found)
+        tensors = read_tensors(found / PEFT_WEIGHTS)
+        lora_formats.refuse_foreign(path, {}, tensors)
+        state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        ranks = _check_shapes(found, state, unet)
+        parts = {"unet": (adapter_config.checked(found, content, ranks), state)}
+    configs = [
+        _put_in(path, models[part], LoraConfig(**known), state, adapter) for part, (known, state) in parts.items()
+    ]
+    return configs[0]
+
+
+def load_loras(
+    loras: Sequence[tuple[Path, float]], unet: UNet2DConditionModel, text_encoder: CLIPTextModel
+) -> list[LoraConfig]:
+    """The same with several LoRAs, all at work together, each at its strength: 1 is the trained one."""
+    adapters = [ADAPTER, *(f"{ADAPTER}_{number}" for number in range(1, len(loras)))]
+    configs = [load_lora(path, unet, text_encoder, adapter) for adapter, (path, _) in zip(adapters, loras, strict=True)]
+    strengths = {adapter: strength for adapter, (_, strength) in zip(adapters, loras, strict=True)}
+    set_strengths([unet, text_encoder], strengths)
+    return configs
+
+
+def _put_in(
+    path: Path, model: torch.nn.Module, config: LoraConfig, state: dict[str, torch.Tensor], adapter: str
+) -> LoraConfig:
     try:
-        unet.add_adapter(config, adapter_name=ADAPTER)
+        model.add_adapter(config, adapter_name=adapter)
     except ValueError as error:
         reason = str(error).split(". ")[0][:200]
         raise UserError(
-            f"The LoRA in {folder} does not fit this base ({reason})", "Name its own base in --base_model"
+            f"The LoRA in {path} does not fit this base ({reason})", "Name its own base in --base_model"
         ) from None
-    restore(unet, state)
+    restore(model, state, adapter)
     return config
 
 
-def restore(unet: UNet2DConditionModel, state: dict[str, torch.Tensor]) -> None:
-    """Set the tensors of the LoRA already in the UNet; PEFT's names, bare or with their prefix."""
+def restore(model: torch.nn.Module, state: dict[str, torch.Tensor], adapter: str = ADAPTER) -> None:
+    """Set the tensors of the LoRA already in the model; PEFT's names, bare or with their prefix."""
     bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
     try:
-        outcome = set_peft_model_state_dict(unet, bare, adapter_name=ADAPTER)
+        outcome = set_peft_model_state_dict(model, bare, adapter_name=adapter)
     except RuntimeError:
         raise UserError(
             "The LoRA's tensors do not fit its own configuration", "Take a checkpoint, or train again"
         ) from None
     unknown = list(getattr(outcome, "unexpected_keys", []))
-    absent = [key for key in getattr(outcome, "missing_keys", []) if "lora_" in key]
+    absent = [key for key in getattr(outcome, "missing_keys", []) if key.endswith(f".{adapter}.weight")]
     if unknown or absent:
         raise UserError(
             f"The LoRA does not fit this base ({(unknown + absent)[0]})", "Name its own base in --base_model"
         )
 
 
-def _check_shapes(folder: Path, state: dict[str, torch.Tensor], unet: UNet2DConditionModel) -> set[int]:
+def _check_shapes(folder: Path, state: dict[str, torch.Tensor], model: torch.nn.Module) -> set[int]:
     """Compare each pair A, B with the layer it is for, before anything is changed; returns their ranks."""
-    layers = dict(unet.named_modules())
+    layers = dict(model.named_modules())
     ranks = set()
     for module in {name.partition(".lora_")[0]: None for name in state}:
         weight = getattr(layers.get(module), "weight", None)

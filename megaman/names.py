@@ -32,6 +32,17 @@ def _is_device(name: str) -> bool:
     return name.split(".")[0].rstrip(" ").lower() in DEVICES
 
 
+def split_strength(word: str) -> tuple[str, float]:
+    """NAME:STRENGTH taken apart; the strength is 1 where none stands there, or where a file has the whole word's name.
+
+    The drive of a Windows path is no strength, since no digit follows its colon.
+    """
+    path, _, strength = word.rpartition(":")
+    if not path or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", strength, flags=re.ASCII) or os.path.exists(word):
+        return word, 1.0
+    return path, float(strength)
+
+
 def is_inside(path: object, folder: str) -> bool:
     """Whether the path lies below the folder, links followed; neither has to exist, and any JSON value may be asked."""
     return below(path, folder) not in (None, ".") if isinstance(path, str) else False

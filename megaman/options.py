@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaman.commandline import Parser, choice, folder, name, number, side, text
+from megaman.commandline import Parser, choice, folder, lora, name, number, side, text
 from megaman.names import below
 
 DEFAULT_BASE = "runwayml/stable-diffusion-v1-5"
@@ -51,7 +51,7 @@ DEMO_TRAINING: dict[str, Any] = {
     "seed": 0,
 }
 DEMO_GENERATION: dict[str, Any] = {
-    "lora_path": "./megaman_demo_output/lora_weights",
+    "lora_path": ["./megaman_demo_output/lora_weights"],
     "output_dir": "./generated_demo",
     "prompts_file": str(DEMO / "prompts.txt"),
     "negative_prompt": "",  # the small base never saw the words of the usual one
@@ -99,6 +99,8 @@ def training_parser() -> Parser:
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="steps over which the rate rises")
     add("--lora_rank", type=number(int, 1, 1024), default=4, help="rank of the LoRA's matrices")
     add("--lora_alpha", type=number(float, 0, 65536, exclusive=True), default=32, help="strength: scale = alpha / rank")
+    add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank), so that high ranks learn as fast")
+    add("--lora_dropout", type=SHARE, default=0.0, help="share of each layer's inputs that the LoRA misses at a step")
     add(
         "--target_modules",
         type=name,
@@ -127,6 +129,7 @@ def training_parser() -> Parser:
     add("--snr_gamma", type=number(float, 0, 1000, exclusive=True), help="min-SNR loss weighting; 5 is usual")
     add("--noise_offset", type=number(float, 0, 1), default=0.0, help="strength of an offset noise; 0.05 is usual")
     add("--mixed_precision", **choice("no", "fp16", "bf16"), default="fp16", help="what the frozen base computes in")
+    add("--save_precision", **choice("float", "fp16", "bf16"), default="float", help="what lora_weights/ is written in")
     add("--gradient_checkpointing", action="store_true", help="less memory, slower steps")
     add("--seed", type=SEED, help="makes a run repeatable; drawn and noted where none is given")
     return parser
@@ -141,7 +144,14 @@ def generation_parser() -> Parser:
         type=name,
         help="the base: a name on the hub or a local folder (default: what the LoRA was trained on)",
     )
-    add("--lora_path", type=name, default="./megaman_lora_output/lora_weights", help="the folder with the LoRA")
+    add(
+        "--lora_path",
+        type=lora,
+        nargs="+",
+        default=["./megaman_lora_output/lora_weights"],
+        metavar="NAME[:STRENGTH]",
+        help="LoRAs, folders or .safetensors files, each with a strength behind a colon if not 1",
+    )
     add(
         "--output_dir",
         type=folder,

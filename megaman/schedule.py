@@ -39,8 +39,20 @@ def random_for(seed: int, number: int) -> torch.Generator:
 
     It hangs on the number alone, so neither the split into micro-batches nor the device changes it.
     """
-    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    return torch.Generator().manual_seed(_digest(f"{seed} {number}"))
+
+
+def seed_dropout(seed: int, number: int) -> None:
+    """Set torch's own random state, from which dropout draws, for micro-batch number ... of the run.
+
+    A stopped run, and one that computes a micro-batch again, drops the same. Other micro-batches of the same pictures
+    drop something else: their masks are drawn for the whole batch.
+    """
+    torch.manual_seed(_digest(f"dropout {seed} {number}"))
+
+
+def _digest(words: str) -> int:
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) >> 1
 
 
 def warmup_steps(name: str, asked: int, given: bool, total: int) -> int:

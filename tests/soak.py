@@ -31,6 +31,7 @@ import megaman_lora
 from megaman.checkpoint import OPTIMIZER, read_progress
 from megaman.errors import run_script
 from megaman.lora_files import PEFT_WEIGHTS
+from megaman.lora_metadata import TIMES
 from megaman.output import find_all
 
 for library in ("accelerate", "torch.utils.tensorboard", "megaman.base", "megaman.cache", "megaman.sample"):
@@ -39,7 +40,7 @@ for library in ("accelerate", "torch.utils.tensorboard", "megaman.base", "megama
 
 def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
     flags = f"""--demo --max_train_steps {steps} --save_steps {save_steps} --validation_steps {3 * save_steps}
-        --num_validation_images 1 --train_batch_size 1 --lora_rank 2 --checkpoints_total_limit 3
+        --num_validation_images 1 --train_batch_size 1 --lora_rank 2 --lora_dropout 0.1 --checkpoints_total_limit 3
         --resume_from_checkpoint latest"""
     folders = ["--output_dir", str(output), "--logging_dir", str(output.with_name(f"{output.name}-logs"))]
     return [*flags.split(), *folders]
@@ -137,10 +138,12 @@ def has_steps(folder: Path) -> bool:
     return bool(tags) and log.Scalars(tags[0])[-1].step == has_steps.last
 
 
-def content(path: Path) -> tuple[dict[str, str] | None, dict[str, bytes]]:
-    """Metadata and tensors of a safetensors file; its library writes the metadata in a new order each time."""
+def content(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Metadata, but for the times in it, and tensors of a safetensors file; its library writes the metadata in a new
+    order each time."""
     with safe_open(path, "pt") as file:
-        return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+        metadata = {key: value for key, value in (file.metadata() or {}).items() if key not in TIMES}
+        return metadata, {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
 
 
 def compare(whole: Path, killed: Path, steps: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops
+from safetensors.torch import save_file
 
 import generate_megaman
 from megaman import lora, lora_files, sample
@@ -176,6 +178,48 @@ def test_the_base_comes_from_the_lora_or_the_flag(generate, base_folder, tmp_pat
     generate("--base_model", base_folder)
     with pytest.raises(UserError, match="nowhere"):
         generate("--base_model", str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_a_file_and_several_loras(generate, lora_path, base_folder, tmp_path):
+    """A checkpoint's folder works as it is; each layout alone draws what the folder draws; strengths add up."""
+    own = generate(output="own")["megaman_000_00.png"]
+    checkpoint = tmp_path / "run" / "checkpoint-500"
+    checkpoint.mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(lora_path / name, checkpoint)
+    assert equal(generate("--lora_path", checkpoint, output="checkpoint")["megaman_000_00.png"], own)
+    kohya = lora_path / "megaman_lora.safetensors"
+    base = ["--base_model", base_folder]
+    assert alike(generate("--lora_path", kohya, *base, output="kohya")["megaman_000_00.png"], own)
+    halves = generate("--lora_path", f"{lora_path}:0.5", f"{kohya}:.5", output="halves")
+    assert "strength 0.5" in generate.said
+    assert alike(halves["megaman_000_00.png"], own)
+    text = Image.open(tmp_path / "halves" / "megaman_000_00.png").text["parameters"]
+    assert text.startswith("a blue robot <lora:megaman_lora:0.5> <lora:megaman_lora:0.5>\n")
+    none = generate("--lora_path", f"{lora_path}:0", "--compare", "base", output="none")
+    assert equal(none["megaman_000_00.png"], none["megaman_000_00_base.png"])
+    assert not alike(none["megaman_000_00.png"], own)
+
+
+def test_the_text_encoders_part_counts_and_compare_leaves_it_out(generate, base_folder, tmp_path):
+    """A kohya file for the text encoder alone changes the image, and not the base's beside it."""
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    width, inner = load_base(str(base_folder), torch.float32).text_encoder.encoder.layers[0].mlp.fc1.weight.T.shape
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{layer}.lora_down.weight": torch.randn(2, width, generator=generator),
+               f"{layer}.lora_up.weight": torch.randn(inner, 2, generator=generator),
+               f"{layer}.alpha": torch.tensor(1.0)}  # fmt: skip
+    save_file(tensors, tmp_path / "words.safetensors")
+    flags = ["--base_model", base_folder, "--compare", "base"]
+    drawn = generate("--lora_path", "words.safetensors", *flags, output="words")
+    none = generate("--lora_path", "words.safetensors:0", *flags, output="none")
+    assert not alike(drawn["megaman_000_00.png"], drawn["megaman_000_00_base.png"])
+    assert equal(drawn["megaman_000_00_base.png"], none["megaman_000_00.png"])
+    assert (
+        Image.open(tmp_path / "words" / "megaman_000_00.png")
+        .text["parameters"]
+        .startswith("a blue robot <lora:words:1>")
+    )
 
 
 def test_a_long_prompt_is_said_to_be_cut(generate):

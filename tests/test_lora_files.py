@@ -9,14 +9,17 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megaman import adapter_config, lora, lora_files
 from megaman.errors import UserError
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_in"]
+CONVOLUTIONS = ["conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
+LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "proj_in", "proj_out"]
+TARGETS = [*LINEAR, *CONVOLUTIONS]
 RANK, ALPHA = 4, 16
 TOLERANCE = 1e-5
 
@@ -34,13 +37,14 @@ def output(unet) -> torch.Tensor:
     return unet(latents, torch.tensor([10, 700]), encoder_hidden_states=states).sample
 
 
-@pytest.fixture(scope="module")
-def trained(base_folder, tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["LoRA", "rsLoRA"])
+def trained(base_folder, tmp_path_factory, request):
     """A UNet whose LoRA moved away from zero, its output, the base's own output, and the folder written from it."""
     unet = fresh_unet(base_folder)
     before = output(unet)
     torch.manual_seed(0)
-    lora.inject(unet, RANK, ALPHA, TARGETS)
+    lora.inject(unet, RANK, ALPHA, TARGETS, use_rslora=request.param, dropout=0.25)
+    unet.eval()
     assert torch.equal(output(unet), before), "B is zero, so an untrained LoRA changes nothing"
     with torch.no_grad():
         for name, parameter in lora.parameters(unet).items():
@@ -51,6 +55,11 @@ def trained(base_folder, tmp_path_factory):
     after = output(unet)
     assert (after - before).abs().max() > 0.05, "the LoRA has to matter, or the comparisons below prove nothing"
     return unet, after, before, folder
+
+
+def kohya_alpha(unet) -> float:
+    """What kohya divides by the rank: rsLoRA's alpha / sqrt(rank) has to come out of that too."""
+    return ALPHA * (RANK**0.5 if lora.describe(unet).use_rslora else 1)
 
 
 def difference(unet, wanted: torch.Tensor) -> float:
@@ -116,15 +125,26 @@ def test_we_read_it(trained, base_folder):
     assert adapter_config.base_of(trained[3]) == "some/base"
 
 
+@pytest.mark.parametrize("name", ["megaman_lora.safetensors", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize("alone_in_a_folder", [False, True])
+def test_we_read_each_layout_alone(trained, base_folder, tmp_path, name, alone_in_a_folder):
+    shutil.copy(trained[3] / name, tmp_path / name)
+    unet = fresh_unet(base_folder)
+    lora_files.load_lora(tmp_path if alone_in_a_folder else tmp_path / name, unet)
+    assert difference(unet, trained[1]) <= TOLERANCE
+    assert adapter_config.base_of(tmp_path) is None
+
+
 def test_alpha_stands_in_every_layout(trained):
     folder = trained[3]
     assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == ALPHA
     with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == ALPHA
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (told["unet.lora_alpha"], told["unet.use_rslora"]) == (ALPHA, lora.describe(trained[0]).use_rslora)
     kohya = load_file(folder / "megaman_lora.safetensors")
     alphas = [tensor for key, tensor in kohya.items() if key.endswith(".alpha")]
     assert len(alphas) == len(kohya) / 3
-    assert all(tensor.shape == () and tensor.item() == ALPHA for tensor in alphas)
+    assert all(tensor.shape == () and tensor.item() == kohya_alpha(trained[0]) for tensor in alphas)
 
 
 def test_the_kohya_header_says_what_a1111_needs(trained):
@@ -132,7 +152,7 @@ def test_the_kohya_header_says_what_a1111_needs(trained):
         header = file.metadata()
     assert header["ss_base_model_version"] == "sd_v1"
     assert header["ss_v2"] == "False"
-    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (str(RANK), str(ALPHA))
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (str(RANK), f"{kohya_alpha(trained[0]):g}")
     assert header["ss_steps"] == "12"
 
 
@@ -160,7 +180,8 @@ def test_what_is_no_lora_ends_in_a_line(trained, base_folder, tmp_path, broken):
     if broken != "missing":
         shutil.copytree(trained[3], folder)
     if broken == "no config":
-        (folder / "adapter_config.json").unlink()
+        for name in ("adapter_config.json", "pytorch_lora_weights.safetensors", "megaman_lora.safetensors"):
+            (folder / name).unlink()
     if broken == "no weights":
         (folder / "adapter_model.safetensors").unlink()
     if broken == "cut weights":
@@ -191,3 +212,63 @@ def test_parameters_are_float32_in_a_half_precision_base(base_folder):
 def test_a_target_that_cannot_be_is_named(base_folder, target):
     with pytest.raises(UserError, match="--target_modules"):
         lora.inject(fresh_unet(base_folder), 2, 2, ["to_q", target])
+
+
+# Stable Diffusion 1.5's UNet as its config.json tells it; the rest are the class's defaults.
+SD_15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
+         "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}  # fmt: skip
+
+
+def comfyui_names() -> dict[str, str]:
+    """The LoRA names that ComfyUI knows for Stable Diffusion 1.5's UNet, with the layer that each is applied to.
+
+    Its rule (comfy/lora.py, comfy/utils.py): a name is lora_unet_ and diffusers' path with underscores. The layer's own
+    path counts the blocks of the original network through: in the first half a convolution comes before three levels
+    of two blocks and a downsampling, and the last level has none; the second half has three blocks a level, of which
+    the third holds the upsampling behind the rest. A block is a residual part and, on all levels but the lowest, a
+    transformer.
+    """
+    residual = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+                "conv_shortcut": "skip_connection"}  # fmt: skip
+    inner = [f"attn{n}.{part}" for n in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")]
+    transformer = ["proj_in", "proj_out"]
+    transformer += [f"transformer_blocks.0.{part}" for part in (*inner, "ff.net.0.proj", "ff.net.2")]
+    names = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+             "time_embedding.linear_2": "time_embed.2"}  # fmt: skip
+
+    def block(ours: str, number: int, theirs: str, attention: bool, first: int = 0) -> None:
+        names.update({f"{ours}.resnets.{number}.{a}": f"{theirs}.{first}.{b}" for a, b in residual.items()})
+        if attention:
+            names.update({f"{ours}.attentions.{number}.{part}": f"{theirs}.{first + 1}.{part}" for part in transformer})
+
+    for level in range(4):
+        for number in range(2):
+            block(f"down_blocks.{level}", number, f"input_blocks.{1 + 3 * level + number}", attention=level < 3)
+        if level < 3:
+            names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{3 + 3 * level}.0.op"
+        for number in range(3):
+            block(f"up_blocks.{level}", number, f"output_blocks.{3 * level + number}", attention=level > 0)
+        if level < 3:
+            names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{2 + 3 * level}.{1 + (level > 0)}.conv"
+    block("mid_block", 0, "middle_block", attention=True)
+    block("mid_block", 1, "middle_block", attention=False, first=2)
+    return {"lora_unet_" + ours.replace(".", "_"): theirs for ours, theirs in names.items()}
+
+
+def test_comfyui_knows_every_name_of_a_stable_diffusion_15_lora():
+    """On the exact configuration, without weights: every layer that can carry a LoRA gets one."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_15)
+        everything = [*TARGETS, "linear_1", "linear_2"]
+        lora.inject(unet, RANK, ALPHA, everything)
+        tensors = lora_files.kohya_state(
+            {name: torch.empty_like(tensor) for name, tensor in get_peft_model_state_dict(unet).items()}, unet
+        )
+    carriers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    known = comfyui_names()
+    stems = {key.partition(".")[0] for key in tensors}
+    assert len(stems) == len(carriers) == 4 + 16 * 12 + 22 * 3 + 14 + 6  # the ends, transformers, residual parts
+    assert {key.partition(".")[2] for key in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert stems <= set(known)
+    assert all(name.endswith("conv_shortcut") for name in set(known) - stems)  # not every residual part has one
+    assert len({known[stem] for stem in stems}) == len(stems), "no two LoRAs for one layer"

@@ -59,6 +59,16 @@ def test_training_goes_on_with_the_same_mathematics(train_here, tmp_path, monkey
     assert all(torch.allclose(whole[key], short[key], atol=1e-4) for key in whole)
 
 
+def test_dropout_drops_the_same_when_a_step_is_computed_again(train_here, tmp_path, monkeypatch):
+    """The second step's first try fails; gradient checkpointing computes its forward passes twice over."""
+    flags = [*FIXED, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.5]
+    whole = train_here(tmp_path, "whole", *flags)
+    fail_on(monkeypatch, UNet2DConditionModel, "forward", {4})
+    short = train_here(tmp_path, "short", *flags)
+    assert losses(tmp_path / "logs-short") == pytest.approx(losses(tmp_path / "logs-whole"), rel=1e-5)
+    assert all(torch.allclose(whole[key], short[key], atol=1e-6) for key in whole)
+
+
 def test_a_resumed_run_may_split_its_batch_otherwise(train_here, tmp_path):
     whole = train_here(tmp_path, "whole", *FIXED, "--train_batch_size", 4)
     train_here(tmp_path, "halves", *FIXED[:-1], 2, "--train_batch_size", 4)

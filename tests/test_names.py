@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.names import below, is_inside, refused_by_windows, safe_name
+from megaman.names import below, is_inside, refused_by_windows, safe_name, split_strength
 
 ODD = ["con", "CON", "nul.txt", "aux ", "com1", "LPT³", "conout$", ".", "..", "", " ", "a.", "a:b", "a/b", "\\\\x",
        "\0", "\x1b", "x" * 300, "洛" * 300, "?*|<>\"", "out"]  # fmt: skip
@@ -51,3 +51,32 @@ def test_links_are_followed(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert not is_inside(str(tmp_path / "logs" / "out" / "x"), str(tmp_path / "logs"))
     assert is_inside(str(tmp_path / "loop" / "x"), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("word", "path", "strength"),
+    [
+        ("lora_weights", "lora_weights", 1.0),
+        ("lora_weights:0.7", "lora_weights", 0.7),
+        ("a.safetensors:-1", "a.safetensors", -1.0),
+        ("a:.5", "a", 0.5),
+        ("a:1:2", "a:1", 2.0),
+        ("C:\\loras\\a.safetensors", "C:\\loras\\a.safetensors", 1.0),
+        ("C:\\loras\\a.safetensors:0.8", "C:\\loras\\a.safetensors", 0.8),
+        ("C:/loras", "C:/loras", 1.0),
+        ("a:", "a:", 1.0),
+        ("a:nan", "a:nan", 1.0),
+        ("a:1e3", "a:1e3", 1.0),
+        (":1", ":1", 1.0),
+    ],
+)
+def test_a_strength_stands_behind_the_last_colon(word, path, strength):
+    assert split_strength(word) == (path, strength)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows takes no colon in a name")
+def test_a_file_that_is_really_named_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:2").mkdir()
+    assert split_strength("a:2") == ("a:2", 1.0)
+    assert split_strength("b:2") == ("b", 2.0)

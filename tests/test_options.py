@@ -46,6 +46,8 @@ TRAINING_DEFAULTS = {
     "lr_warmup_steps": 500,
     "lora_rank": 4,
     "lora_alpha": 32,
+    "use_rslora": False,
+    "lora_dropout": 0,
     "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
@@ -62,13 +64,14 @@ TRAINING_DEFAULTS = {
     "snr_gamma": None,
     "noise_offset": 0,
     "mixed_precision": "fp16",
+    "save_precision": "float",
     "gradient_checkpointing": False,
     "seed": None,
 }
 GENERATION_DEFAULTS = {
     "demo": False,
     "base_model": None,
-    "lora_path": "./megaman_lora_output/lora_weights",
+    "lora_path": ["./megaman_lora_output/lora_weights"],
     "output_dir": "./generated_megaman",
     "prompts": None,
     "prompts_file": None,
@@ -183,7 +186,7 @@ def test_the_demos_settings_are_options_and_its_inputs_exist():
     assert (Path(DEMO_TRAINING["data_dir"])).is_dir()
     assert Path(DEMO_GENERATION["prompts_file"]).is_file()
     assert "base_model" not in DEMO_GENERATION, "the LoRA's folder names it"
-    assert Path(DEMO_GENERATION["lora_path"]) == Path(DEMO_TRAINING["output_dir"], "lora_weights")
+    assert Path(*DEMO_GENERATION["lora_path"]) == Path(DEMO_TRAINING["output_dir"], "lora_weights")
     assert DEMO_GENERATION["compare"] == "base"
 
 
@@ -200,6 +203,7 @@ def test_given_names_what_stands_on_the_command_line():
 
 
 def test_lists_take_several_words():
+    assert generation_options(["--lora_path", "a", "b.safetensors:-0.5"]).lora_path == ["a", "b.safetensors:-0.5"]
     assert training_options(["--target_modules", "to_q", "conv_in"]).target_modules == ["to_q", "conv_in"]
     assert generation_options(["--prompts", "one", "two, with a comma"]).prompts == ["one", "two, with a comma"]
 
@@ -218,6 +222,7 @@ WRONG_TRAINING = {
     "--lr_warmup_steps": ["-1", "0.1", "nan"],
     "--lora_rank": ["0", "-4", "2.5", "1025"],
     "--lora_alpha": NO_RATE,
+    "--lora_dropout": ["-0.1", "1", "nan"],
     "--adam_beta1": ["-0.1", "1", "nan"],
     "--adam_beta2": ["-0.1", "1", "nan"],
     "--adam_weight_decay": ["-0.1", "nan", "inf"],
@@ -231,10 +236,12 @@ WRONG_TRAINING = {
     "--snr_gamma": NO_RATE,
     "--noise_offset": ["-0.1", "1.1", "nan"],
     "--mixed_precision": ["fp8", "FP16", ""],
+    "--save_precision": ["fp32", "half"],
     "--preset": ["best", ""],
     "--seed": ["-1", "1.5", "nan", str(2**63), "99999999999999999999"],
 }
 WRONG_GENERATION = {
+    "--lora_path": ["", "a:11", "a:-10.5", " :1", "a:99999999999999999999999999"],
     "--num_images_per_prompt": TOO_SMALL_COUNTS,
     "--num_inference_steps": ["0", "-1", "1000", "nan"],
     "--guidance_scale": ["-1", "nan", "inf", "strong"],

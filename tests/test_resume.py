@@ -59,6 +59,21 @@ def test_resumed_equals_undisturbed(train, tmp_path, how):
         assert curves[0] == curves[1]
 
 
+def test_dropout_resumes_bit_for_bit_too(train, tmp_path):
+    """What a layer misses at a step hangs on the seed and the micro-batch, not on what was computed before."""
+    dropping = ["--max_train_steps", 5, "--lora_dropout", 0.3, "--use_rslora", "--gradient_accumulation_steps", 2]
+    undisturbed = train("whole", *dropping)
+    train("halves", *dropping)
+    stop_at(tmp_path / "halves", 3)
+    resumed = train("halves", *dropping, "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
+    stop_at(tmp_path / "halves", 3)
+    with pytest.raises(UserError, match="use_rslora was True and is now False"):
+        train(
+            "halves", "--max_train_steps", 5, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "latest"
+        )
+
+
 def test_nothing_to_resume_starts_afresh_and_says_so(train):
     train("new", "--max_train_steps", 1, "--resume_from_checkpoint", "latest")
     assert "no checkpoint yet: starting afresh" in train.said

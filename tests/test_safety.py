@@ -244,7 +244,10 @@ def test_a_file_in_place_of_a_folder(tmp_path, unet_shape, plain_lora):
     hidden = tmp_path / "style.safetensors"
     torch.save({}, hidden)
     assert "is a pickle" in lora_refusal(hidden, unet_shape)
-    assert "is a file" in lora_refusal(plain_lora / lora_files.PEFT_WEIGHTS, unet_shape)
+    assert "without its adapter_config.json" in lora_refusal(plain_lora / lora_files.PEFT_WEIGHTS, unet_shape)
+    other = tmp_path / "notes.txt"
+    other.write_text("no LoRA")
+    assert "no .safetensors" in lora_refusal(other, unet_shape)
 
 
 def test_a_base_that_is_a_pickle_whatever_its_name(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaman.options import POLYNOMIAL_END, SCHEDULERS
-from megaman.schedule import epoch_order, picture_at, random_for, rate_at, total_steps
+from megaman.schedule import epoch_order, picture_at, random_for, rate_at, seed_dropout, total_steps
 
 SEED = st.integers(0, 2**63 - 1)
 
@@ -115,3 +115,17 @@ def test_no_rate_leaves_its_bounds(name, peak, warmup, total):
     falling = rates[warmup:]
     assert falling == sorted(falling, reverse=True)
     assert rates == [rate(step) for step in range(total)]
+
+
+def test_dropout_draws_from_seed_and_micro_batch():
+    """The same again for the same number, whatever was drawn in between; another for another; not the noise's own."""
+
+    def drawn(seed: int, number: int) -> torch.Tensor:
+        seed_dropout(seed, number)
+        return torch.rand(8)
+
+    once = drawn(0, 5)
+    assert not torch.equal(drawn(0, 6), once)
+    assert not torch.equal(drawn(1, 5), once)
+    assert torch.equal(drawn(0, 5), once)
+    assert not torch.equal(torch.rand(8, generator=random_for(0, 5)), once)

@@ -211,6 +211,8 @@ def test_a_seed_repeats_bit_for_bit_and_another_differs(train, plain):
         ["--gradient_accumulation_steps", 2],
         ["--lora_rank", 2],
         ["--lora_alpha", 8],
+        ["--use_rslora"],
+        ["--lora_dropout", 0.5],
         ["--target_modules", "to_q"],
         ["--resolution", 32],
         ["--mixed_precision", "bf16"],

@@ -1,0 +1,103 @@
+"""What the header of the kohya file says of its run, in kohya's own keys (ss_*) and in Stability's (modelspec.*).
+
+A1111 and ComfyUI's managers list a LoRA by them. Every value is a string.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+MOST_TAGS = 2000  # captions that are sentences give as many tags as pictures, and the header is read at every start
+THUMBNAIL_SIDE = 256  # pixels
+TIMES = ("ss_training_started_at", "ss_training_finished_at", "modelspec.date")  # what two equal runs differ in
+
+
+def tags(captions: Sequence[str]) -> Counter[str]:
+    """How often each of the captions' parts between commas stands there, the most frequent first."""
+    counted = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
+    return Counter(dict(counted.most_common(MOST_TAGS)))
+
+
+def trigger_words(captions: Sequence[str]) -> str:
+    """What calls the character: the part that more than half of the captions begin with, "" where there is none."""
+    first = Counter(caption.split(",")[0].strip() for caption in captions)
+    words, count = first.most_common(1)[0] if first else ("", 0)
+    return words if 2 * count > len(captions) else ""
+
+
+def thumbnail(picture: Path) -> str | None:
+    """A small JPEG of a picture as a data URL; None where it cannot be read, for it is only an adornment."""
+    try:
+        with Image.open(picture) as image:
+            small = image.convert("RGB")
+    except (OSError, ValueError):
+        return None
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    packed = io.BytesIO()
+    small.save(packed, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
+
+
+def run_notes(
+    config: Mapping[str, Any], captions: Sequence[str], prediction_type: str, sample: Path, started: float, ended: float
+) -> dict[str, str]:
+    """The header's part that tells of the run.
+
+    config is the content of training_config.json, captions those trained on, prediction_type the scheduler's word,
+    sample an image drawn with the LoRA (it need not exist), started and ended are in seconds since 1970.
+    """
+    settings = config["settings"]
+    size, count, steps = settings["resolution"], len(captions), config["total_steps"]
+    pictures_a_step = settings["train_batch_size"] * settings["gradient_accumulation_steps"]
+    folder, trigger = Path(settings["data_dir"]).resolve().name, trigger_words(captions)
+    frequency = tags(captions)
+    notes = {
+        "ss_num_train_images": count,
+        "ss_num_reg_images": 0,
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": count}}),
+        "ss_tag_frequency": json.dumps({folder: frequency}),
+        "ss_bucket_info": json.dumps({"buckets": {"0": {"resolution": [size, size], "count": count}}}),
+        "ss_resolution": f"({size}, {size})",
+        "ss_steps": steps,
+        "ss_max_train_steps": steps,
+        "ss_epoch": max(1, round(steps * pictures_a_step / max(count, 1))),
+        "ss_batch_size_per_device": settings["train_batch_size"],
+        "ss_gradient_accumulation_steps": settings["gradient_accumulation_steps"],
+        "ss_gradient_checkpointing": settings["gradient_checkpointing"],
+        "ss_learning_rate": f"{settings['learning_rate']:g}",
+        "ss_unet_lr": f"{settings['learning_rate']:g}",
+        "ss_text_encoder_lr": None,
+        "ss_lr_scheduler": settings["lr_scheduler"],
+        "ss_lr_warmup_steps": config["warmup_steps"],
+        "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_max_grad_norm": settings["max_grad_norm"],
+        "ss_min_snr_gamma": settings["snr_gamma"],
+        "ss_noise_offset": settings["noise_offset"] or None,
+        "ss_flip_aug": settings["random_flip"],
+        "ss_random_crop": not settings["center_crop"],
+        "ss_mixed_precision": {"float16": "fp16", "bfloat16": "bf16"}.get(config["dtype"], "no"),
+        "ss_seed": settings["seed"],
+        "ss_clip_skip": None,
+        "ss_cache_latents": True,
+        "ss_training_started_at": int(started),
+        "ss_training_finished_at": int(ended),
+        "modelspec.date": datetime.fromtimestamp(int(ended), UTC).isoformat(),
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction_type, prediction_type),
+        "modelspec.description": f"A LoRA trained on {count} pictures in {steps} steps.",
+        "modelspec.tags": ", ".join(list(frequency)[:20]),
+    }
+    if trigger:
+        notes["modelspec.trigger_phrase"] = trigger
+    if picture := thumbnail(sample):
+        notes["modelspec.thumbnail"] = picture
+    return {key: str(value) for key, value in notes.items()}  # kohya writes None and False as Python does

@@ -1,0 +1,281 @@
+"""LoRA files of other programs come in at the right strength; those of other models are refused by their name."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from transformers import CLIPTextModel
+
+from megaman import lora, lora_files, lora_formats
+from megaman.errors import UserError
+
+TOLERANCE = 1e-5
+UNET_LAYERS = ["attn2.to_k", "attn1.to_out.0", "ff.net.0.proj", "conv1", "downsamplers.0.conv", "conv_in", "proj_in"]
+TEXT_LAYERS = ["q_proj", "out_proj", "fc1"]
+
+
+class Models:
+    """A fresh UNet and text encoder, and what they say; merge() adds a LoRA by the formula, without any library."""
+
+    def __init__(self, base_folder):
+        self.unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
+        self.text_encoder = CLIPTextModel.from_pretrained(base_folder / "text_encoder", dtype=torch.float32).eval()
+
+    def __getitem__(self, part: str):
+        return getattr(self, part)
+
+    @torch.no_grad()
+    def say(self) -> tuple[torch.Tensor, torch.Tensor]:
+        states = self.text_encoder(torch.arange(3, 13)[None])[0]
+        size = self.unet.config.sample_size
+        latents = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0))
+        width = self.unet.config.cross_attention_dim
+        plain = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(1))
+        return self.unet(latents, torch.tensor([300]), encoder_hidden_states=plain).sample, states
+
+    @torch.no_grad()
+    def merge(self, made: Made, strength: float = 1.0) -> Models:
+        """W + strength * alpha / rank * up @ down."""
+        for (part, name), (down, up, alpha) in made.layers.items():
+            weight = self[part].get_submodule(name).weight
+            delta = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape)
+            weight += strength * alpha / len(down) * delta
+        return self
+
+
+class Made:
+    """A LoRA made here: {(part, layer): (down, up, alpha)}, of another rank and alpha for each kind of layer."""
+
+    def __init__(self, base_folder, seed: int = 0, dtype=torch.float16, scaled: bool = True):
+        models, generator = Models(base_folder), torch.Generator().manual_seed(seed)
+        self.layers = {}
+        for part, endings in (("unet", UNET_LAYERS), ("text_encoder", TEXT_LAYERS)):
+            for name, layer in models[part].named_modules():
+                kind = next((i for i, end in enumerate(endings) if name == end or name.endswith(f".{end}")), None)
+                if kind is None:
+                    continue
+                weight, rank = layer.weight, (4, 8, 2)[kind % 3]
+                down = torch.randn(rank, *weight.shape[1:], generator=generator) / weight[0].numel() ** 0.5
+                up = torch.randn(len(weight), rank, *(1,) * (weight.ndim - 2), generator=generator) * 0.1
+                alpha = (1.0, 4.0, 2.0)[kind % 3] if scaled else float(rank)
+                self.layers[part, name] = down.to(dtype), up.to(dtype), alpha
+
+    def named(self, name_of) -> dict[str, torch.Tensor]:
+        """The tensors under name_of(part, layer) with {side} for down or up, and {alpha} where the format has one."""
+        tensors = {}
+        for (part, layer), (down, up, alpha) in self.layers.items():
+            stem, down_name, up_name = name_of(part, layer)
+            tensors[f"{stem}{down_name}.weight"], tensors[f"{stem}{up_name}.weight"] = down, up
+            if "lora_down" in down_name:
+                tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+        return tensors
+
+
+def in_kohyas_words(part: str, layer: str) -> tuple[str, str, str]:
+    text = "" if layer.startswith("text_model.") else "text_model_"
+    prefix = {"unet": "lora_unet_", "text_encoder": f"lora_te_{text}"}[part]
+    return prefix + layer.replace(".", "_"), ".lora_down", ".lora_up"
+
+
+def in_diffusers_words(part: str, layer: str) -> tuple[str, str, str]:
+    text = "" if part == "unet" or layer.startswith("text_model.") else "text_model."
+    return f"{part}.{text}{layer}", ".lora_A", ".lora_B"
+
+
+def in_older_words(part: str, layer: str) -> tuple[str, str, str]:
+    stem = in_diffusers_words(part, layer)[0]
+    middle = ".lora" if part == "unet" else ".lora_linear_layer"
+    return stem, f"{middle}.down", f"{middle}.up"
+
+
+def in_oldest_words(part: str, layer: str) -> tuple[str, str, str]:
+    """Attention processors of their own, as diffusers had them at first."""
+    stem = in_diffusers_words(part, layer)[0]
+    if "attn" not in layer or part != "unet":
+        return in_older_words(part, layer)
+    return re.sub(r"\.(to_\w+)(\.0)?$", r".processor.\1", stem), "_lora.down", "_lora.up"
+
+
+def loaded(base_folder, *loras) -> Models:
+    models = Models(base_folder)
+    lora_files.load_loras(loras, models.unet, models.text_encoder)
+    return models
+
+
+def apart(one: Models, other: Models) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one.say(), other.say(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def made(base_folder):
+    made = Made(base_folder)
+    assert {part for part, _ in made.layers} == {"unet", "text_encoder"}
+    base, merged = Models(base_folder).say(), Models(base_folder).merge(made).say()
+    for before, after in zip(base, merged, strict=True):
+        assert (before - after).abs().max() > 0.05, "both parts have to matter, or nothing is compared below"
+    return made
+
+
+def test_a_kohya_file_made_elsewhere_has_the_right_strength(made, base_folder, tmp_path):
+    """fp16, another rank and alpha for convolutions, keys for the text encoder."""
+    tensors = made.named(in_kohyas_words)
+    assert any(key.startswith("lora_te_text_model_encoder_layers_0_") for key in tensors)
+    assert any(tensor.ndim == 4 for tensor in tensors.values())
+    save_file(tensors, tmp_path / "style.safetensors", {"ss_base_model_version": "sd_v1", "ss_v2": "False"})
+    assert (
+        apart(loaded(base_folder, (tmp_path / "style.safetensors", 1.0)), Models(base_folder).merge(made)) <= TOLERANCE
+    )
+
+
+def test_alphas_may_be_whole_numbers_or_lists_of_one(made, base_folder, tmp_path):
+    tensors = made.named(in_kohyas_words)
+    for i, key in enumerate(key for key in tensors if key.endswith(".alpha")):
+        tensors[key] = torch.tensor([int(tensors[key])]) if i % 2 else torch.tensor(int(tensors[key]))
+    save_file(tensors, tmp_path / "style.safetensors")
+    assert (
+        apart(loaded(base_folder, (tmp_path / "style.safetensors", 1.0)), Models(base_folder).merge(made)) <= TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("words", [in_diffusers_words, in_older_words, in_oldest_words])
+def test_diffusers_files_of_every_age(base_folder, tmp_path, words):
+    """They tell no alpha: the strength is 1."""
+    made = Made(base_folder, dtype=torch.float32, scaled=False)
+    save_file(made.named(words), tmp_path / "pytorch_lora_weights.safetensors")
+    assert apart(loaded(base_folder, (tmp_path, 1.0)), Models(base_folder).merge(made)) <= TOLERANCE
+
+
+def test_several_loras_each_at_its_strength(made, base_folder, tmp_path):
+    other = Made(base_folder, seed=1)
+    save_file(made.named(in_kohyas_words), tmp_path / "one.safetensors")
+    save_file(other.named(in_kohyas_words), tmp_path / "other.safetensors")
+    both = loaded(base_folder, (tmp_path / "one.safetensors", 0.7), (tmp_path / "other.safetensors", -0.4))
+    merged = Models(base_folder).merge(made, 0.7).merge(other, -0.4)
+    assert apart(both, merged) <= TOLERANCE
+    with lora.switched_off(both.unet, both.text_encoder):
+        assert apart(both, Models(base_folder)) == 0
+    assert apart(both, merged) <= TOLERANCE
+    assert apart(loaded(base_folder, (tmp_path / "one.safetensors", 0.0)), Models(base_folder)) == 0
+
+
+def test_a_matrix_may_be_written_as_a_convolution_and_the_other_way(made, base_folder, tmp_path):
+    tensors = made.named(in_kohyas_words)
+    for key, tensor in tensors.items():
+        if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) and "proj_in" in key:
+            tensors[key] = tensor.flatten(1)
+        elif tensor.ndim == 2:
+            tensors[key] = tensor[:, :, None, None].contiguous()
+    save_file(tensors, tmp_path / "style.safetensors")
+    assert (
+        apart(loaded(base_folder, (tmp_path / "style.safetensors", 1.0)), Models(base_folder).merge(made)) <= TOLERANCE
+    )
+
+
+def test_a_folder_with_several_files_asks_which(made, base_folder, tmp_path):
+    for name in ("one", "other"):
+        save_file(made.named(in_kohyas_words), tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError, match=r"several LoRAs \(one.safetensors, other.safetensors\)"):
+        loaded(base_folder, (tmp_path, 1.0))
+
+
+def pair(stem: str, width: int = 4, down: str = ".lora_down", up: str = ".lora_up") -> dict[str, torch.Tensor]:
+    return {f"{stem}{down}.weight": torch.ones(2, width), f"{stem}{up}.weight": torch.ones(4, 2)}
+
+
+READS = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+FOREIGN = {
+    "SDXL by its header": ({"ss_base_model_version": "sdxl_base_v1-0"}, pair("lora_unet_conv_in"), "SDXL"),
+    "SDXL by modelspec": ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, pair("x"), "SDXL"),
+    "SDXL by its second text encoder": ({}, pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "SDXL"),
+    "SDXL by its width": ({}, pair(f"lora_unet_{READS}", 2048), "SDXL"),
+    "SDXL in diffusers' words": (
+        {}, pair(f"unet.{READS.replace('_to_k', '.to_k')}", 2048, ".lora_A", ".lora_B"), "SDXL",
+    ),
+    "SDXL in kohya's words": ({}, pair("lora_unet_input_blocks_4_1_proj_in"), "SDXL"),
+    "SD 2 by its header": ({"ss_v2": "True"}, pair("lora_unet_conv_in"), "Stable Diffusion 2.x"),
+    "SD 2 by modelspec": ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, pair("x"),
+                          "Stable Diffusion 2.x"),
+    "SD 2 by its width": ({}, pair(f"lora_unet_{READS}", 1024), "Stable Diffusion 2.x"),
+    "Flux by its header": ({"ss_base_model_version": "flux1"}, pair("x"), "Flux"),
+    "Flux in kohya's words": ({}, pair("lora_unet_double_blocks_0_img_attn_qkv"), "Flux"),
+    "Flux in diffusers' words": (
+        {}, pair("transformer.single_transformer_blocks.0.attn.to_q", down=".lora_A", up=".lora_B"), "Flux",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_lora_of_another_model_is_refused_by_its_name(base_folder, tmp_path, name):
+    metadata, tensors, kind = FOREIGN[name]
+    save_file(tensors, tmp_path / "style.safetensors", metadata)
+    with pytest.raises(UserError, match=f"style.safetensors is a LoRA for {re.escape(kind)}, not for Stable Diff"):
+        loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
+
+
+RELATIVES = {
+    "LoHa": {"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)},
+    "LoKr": {"lora_unet_conv_in.lokr_w1": torch.ones(2, 2)},
+    "DoRA": {**pair("lora_unet_conv_in"), "lora_unet_conv_in.dora_scale": torch.ones(4, 1)},
+    "no LoRA": {"model.diffusion_model.out.2.weight": torch.ones(4)},
+    "another base": pair("lora_unet_no_such_layer"),
+    "strength": {**pair("lora_unet_conv_in"), "lora_unet_conv_in.alpha": torch.tensor(-1.0)},
+    "holds no tensor": {},
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_what_is_no_plain_lora_is_refused(base_folder, tmp_path, name):
+    save_file(RELATIVES[name], tmp_path / "style.safetensors")
+    with pytest.raises(UserError, match=name):
+        loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
+
+
+def test_a_lora_with_the_widths_of_another_base_is_refused(made, base_folder, tmp_path):
+    tensors = made.named(in_kohyas_words)
+    key = next(key for key in tensors if "attn2_to_k.lora_down" in key)
+    tensors[key] = torch.ones(len(tensors[key]), 768)
+    save_file(tensors, tmp_path / "style.safetensors")
+    with pytest.raises(UserError, match="was made for another base"):
+        loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
+
+
+fragments = st.sampled_from(["lora_unet_", "lora_te_", "unet.", "text_encoder.", "", "conv_in", "conv_out", "_to_out",
+                             ".lora_down", ".lora_up", ".lora_A", "_lora.down", ".weight", ".alpha", "洛"])  # fmt: skip
+shapes = st.sampled_from([(), (1,), (2, 4), (2, 4, 3, 3), (64, 2, 1, 1), (0,), (2, 0), (4, 2), (4, 2, 1)])
+
+
+@pytest.fixture(scope="module")
+def shape_of_unet(base_folder):
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base_folder / "unet"))
+
+
+@given(st.dictionaries(st.lists(fragments, min_size=1, max_size=4).map("".join), shapes, max_size=4), st.text())
+def test_any_file_is_sorted_out_or_refused_in_a_line(shape_of_unet, tmp_path_factory, shapes, said):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
+    metadata = {"lora_adapter_metadata": said, "ss_base_model_version": said}
+    lora_formats.foreign_base(metadata, tensors)
+    told = lora_formats.told_config(metadata, "unet")
+    assert told is None or isinstance(told, dict)
+    try:
+        found = lora_formats.layers_of(path, tensors, {"unet": shape_of_unet})
+        for state, _ in found.values():
+            lora_files._check_shapes(path, state, shape_of_unet)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000
+
+
+def test_a_told_alpha_that_the_tensors_do_not_bear_out_is_refused(base_folder, tmp_path):
+    made = Made(base_folder, dtype=torch.float32)
+    told = {"unet.r": 4, "unet.lora_alpha": 1e9, "unet.target_modules": ["conv_in"]}
+    save_file(made.named(in_diffusers_words), tmp_path / "s.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    with pytest.raises(UserError, match="lora_alpha is not what a LoRA with these tensors can have"):
+        loaded(base_folder, (tmp_path / "s.safetensors", 1.0))

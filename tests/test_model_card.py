@@ -1,0 +1,109 @@
+"""README.md in lora_weights/: read by the hub's own parser, true to the run, and text whatever the names are."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from conftest import ROOT
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megaman import model_card
+from megaman.captions import tidy
+from megaman.options import training_options
+
+SETTINGS = {key: value for key, value in vars(training_options([])).items() if key != "given"}
+CONFIG = {"settings": {**SETTINGS, "seed": 7}, "base": "stable-diffusion-v1-5/stable-diffusion-v1-5", "total_steps": 12,
+          "warmup_steps": 1, "dtype": "float32", "versions": {"torch": "2", "peft": "0"}}  # fmt: skip
+CAPTIONS = ["volto, blue", "volto, red", "a cat"]
+
+
+def card_of(samples, captions=CAPTIONS, found=2, **changes) -> ModelCard:
+    files = model_card.write_card({**CONFIG, **changes}, captions, found, samples)
+    return ModelCard(files["README.md"].decode())
+
+
+def test_a_run_leaves_its_card(train_here, tmp_path):
+    data = ["--data_dir", ROOT / "demo" / "held_out", "--validation_prompt", "volto | `x`, robot"]
+    train_here(tmp_path, "out", *data, "--max_train_steps", 1, "--num_validation_images", 2, "--lora_dropout", 0.25)
+    folder = tmp_path / "out" / "lora_weights"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.instance_prompt == "volto"
+    assert {"lora", "stable-diffusion"} <= set(card.data.tags)
+    assert [entry["text"] for entry in card.data.widget] == ["volto | `x`, robot"] * 2
+    for number, file in enumerate(["sample_00.png", "sample_01.png"]):
+        assert card.data.widget[number]["output"]["url"] == file
+        assert f"]({file})" in card.text
+        assert (folder / file).read_bytes() == (tmp_path / "out" / "samples-1" / f"{number:02d}.png").read_bytes()
+    assert "trained on 6 pictures" in card.text
+    assert "6 captions were written, 0 made from file names" in card.text
+    rows = dict(re.findall(r"^\| (\S+) \| `(.+)` \|$", card.text, flags=re.MULTILINE))
+    assert (rows["lora_rank"], rows["lora_dropout"], rows["steps"], rows["seed"]) == ("4", "0.25", "1", "0")
+    assert str(tmp_path) not in card.content and str(ROOT) not in card.content
+    assert {path.name for path in folder.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
+        *("megaman_lora.safetensors", "README.md", "sample_00.png", "sample_01.png"),
+    }
+
+
+def test_a_base_on_the_hub_is_linked_with_its_licence(tmp_path):
+    card = card_of(tmp_path / "none")
+    assert card.data.base_model == CONFIG["base"]
+    assert card.data.license == "creativeml-openrail-m"
+    assert f"https://huggingface.co/{CONFIG['base']}" in card.text
+    assert "widget" not in card.content and "## Samples" not in card.text
+    other = card_of(tmp_path / "none", base="somebody/else")
+    assert (other.data.base_model, other.data.license) == ("somebody/else", "other")
+    assert "Look up the licence of the base" in other.text
+
+
+def test_a_local_base_is_named_without_its_path(tmp_path):
+    card = card_of(tmp_path / "none", base=str(tmp_path / "secret place" / "my base"))
+    assert "my base" in card.text and "secret" not in card.content
+    assert "base_model" not in card.data.to_dict()
+
+
+def test_it_says_how_to_load_in_each_program(tmp_path):
+    text = card_of(tmp_path / "none").text
+    sources = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(sources) == 2
+    for source in sources:
+        compile(source, "card", "exec")
+    assert "<lora:megaman_lora:1>" in text
+    for program in ("A1111", "ComfyUI", "diffusers", "PEFT", "generate_megaman.py"):
+        assert program in text
+
+
+@pytest.mark.parametrize(("captions", "named"), [(["a", "b"], False), (["a, x", "a"], True)])
+def test_the_trigger_is_named_where_there_is_one(tmp_path, captions, named):
+    card = card_of(tmp_path / "none", captions)
+    assert ("instance_prompt" in card.data.to_dict()) == named == ("in the prompt: most of" in card.text)
+
+
+@given(st.text(min_size=1), st.text())
+def test_whatever_the_texts_are_the_head_is_yaml_and_says_them(prompt, caption):
+    files = model_card.write_card(
+        {**CONFIG, "settings": {**CONFIG["settings"], "validation_prompt": prompt, "target_modules": [prompt]}},
+        [caption.replace(",", " ")],
+        0,
+        ROOT / "megaman" / "nowhere",
+    )
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.to_dict().get("instance_prompt", "") == tidy(caption.replace(",", " ").strip())
+
+
+@given(st.text(alphabet="`|\\ \nab"))
+def test_code_stays_code(text):
+    """The fence is longer than any in the text, so that nothing in it can close it."""
+    shown = model_card.code(text)
+    if not text.strip():
+        assert shown == ""
+        return
+    fence = re.match("`+", shown)[0] if not text.split()[0].startswith("`") else re.match("`+(?= )", shown)[0]
+    inside = shown[len(fence) : -len(fence)]
+    assert fence not in inside and shown.endswith(fence)
+    assert "\n" not in shown
+    assert inside.strip() == " ".join(text.split())
