@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -218,7 +219,9 @@ def _put_in(
     path: Path, model: torch.nn.Module, config: LoraConfig, state: dict[str, torch.Tensor], adapter: str
 ) -> LoraConfig:
     try:
-        model.add_adapter(config, adapter_name=adapter)
+        with warnings.catch_warnings():  # PEFT remarks on a second LoRA, which is meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            model.add_adapter(config, adapter_name=adapter)
     except ValueError as error:
         reason = str(error).split(". ")[0][:200]
         raise UserError(

@@ -152,6 +152,7 @@ def test_diffusers_files_of_every_age(base_folder, tmp_path, words):
     assert apart(loaded(base_folder, (tmp_path, 1.0)), Models(base_folder).merge(made)) <= TOLERANCE
 
 
+@pytest.mark.filterwarnings("error:Already found")
 def test_several_loras_each_at_its_strength(made, base_folder, tmp_path):
     other = Made(base_folder, seed=1)
     save_file(made.named(in_kohyas_words), tmp_path / "one.safetensors")
