@@ -12,19 +12,24 @@ if sys.version_info < (3, 11):
     sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
 
 import re
+from itertools import product
 from pathlib import Path
 
 from megaman.adapter_config import base_of
 from megaman.errors import UserError, run_script
-from megaman.gallery import GalleryImage, read_images, write_gallery
+from megaman.gallery import GalleryImage, read_images, variant_labels, write_gallery
+from megaman.names import safe_name
 from megaman.options import DEFAULT_BASE, generation_options
+from megaman.output import find_all
 from megaman.prompts import BUILT_IN, read_prompts
 
 
 def main(argv: list[str]) -> int:
     options = generation_options(argv)
     prompts = options.prompts or read_prompts(BUILT_IN if options.prompts_file is None else Path(options.prompts_file))
-    output_dir, lora_path = Path(options.output_dir), Path(options.lora_path)
+    output_dir = Path(options.output_dir)
+    loras = trained(Path(options.checkpoints)) if options.checkpoints else [Path(options.lora_path)]
+    scales = options.lora_scales or [1.0]
     gallery = read_images(output_dir)
     if not gallery and (output_dir / "index.html").exists():
         raise UserError(f"--output_dir {output_dir} holds an index.html of something else", "Name another folder")
@@ -33,18 +38,18 @@ def main(argv: list[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from megaman import cache, lora_files, png, sample
+    from megaman import cache, grid, lora, lora_files, png, sample
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
 
     # Base and LoRA.
-    wanted = options.base_model or base_of(lora_path) or DEFAULT_BASE
+    wanted = options.base_model or base_of(loras[0]) or DEFAULT_BASE
     base_name = actual_name(wanted)
     placement = place("fp16", choose_device(options.device))
-    print(f"loading {base_name} and the LoRA in {lora_path}")
+    print(f"loading {base_name} and the LoRA in {loras[0]}")
     if remark := moved(wanted):
         print(f"  {remark}")
     base = load_base(base_name, placement.dtype)
-    config = lora_files.load_lora(lora_path, base.unet)
+    config = lora_files.load_lora(loras[0], base.unet)
     base.unet.to(placement.device, placement.dtype)
     base.vae.to(placement.device)
     base.text_encoder.to(placement.device)
@@ -52,9 +57,11 @@ def main(argv: list[str]) -> int:
     # What will happen.
     height, width = (side or min(512, base.native_size) for side in (options.height, options.width))
     count = len(prompts) * options.num_images_per_prompt
+    ways = len(loras) * len(scales)
     print(f"images     {count}: {len(prompts)} prompts x {options.num_images_per_prompt}, {width}x{height}, "
           f"{options.num_inference_steps} steps, guidance {options.guidance_scale:g}, seed {options.seed}"
-          + (", each beside the base's" if options.compare else ""))  # fmt: skip
+          + (", each beside the base's" if options.compare else "")
+          + (f", each {ways} times: {len(loras)} LoRAs x {len(scales)} strengths" if ways > 1 else ""))  # fmt: skip
     print(f"LoRA       rank {config.r}, alpha {config.lora_alpha:g}")
     print(f"device     {placement.device}: {placement.why}")
     if unused_nvidia_card():
@@ -70,7 +77,7 @@ def main(argv: list[str]) -> int:
     jobs = [(i, j) for i in range(len(prompts)) for j in range(options.num_images_per_prompt)]
     at_once = sample.images_at_once(height, width)
     batches = [jobs[start : start + at_once] for start in range(0, len(jobs), at_once)]
-    passes = len(batches) * options.num_inference_steps * (2 if options.compare else 1)
+    passes = len(batches) * options.num_inference_steps * (2 if options.compare else ways)
     bar = tqdm(total=passes, desc="drawing", unit="step")
     output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -82,18 +89,24 @@ def main(argv: list[str]) -> int:
             on_step=bar.update,
         )  # fmt: skip
 
-    for batch in batches:
+    rows: dict[tuple[int, int], list[Path]] = {job: [] for job in jobs}
+    for lora_path, batch, scale in product(loras, batches, scales):
+        if lora_path != loras[0] and batch is batches[0] and scale == scales[0]:
+            base.unet.delete_adapters(lora.ADAPTER)
+            lora_files.load_lora(lora_path, base.unet)
+            base.unet.to(placement.device, placement.dtype)
+        lora.set_strength(base.unet, scale)
         images, base_images = draw(batch), None
         if options.compare:
-            base.unet.disable_adapters()
+            lora.set_strength(base.unet, 0)
             base_images = draw(batch)
-            base.unet.enable_adapters()
+        way = [lora_path.name] * (len(loras) > 1) + [f"{scale:g}"] * (len(scales) > 1)
         for place_in_batch, (i, j) in enumerate(batch):
-            file = f"megaman_{first + i:03d}_{j:02d}.png"
+            file = "_".join([f"megaman_{first + i:03d}_{j:02d}", *map(safe_name, way)]) + ".png"
             shared = {"Steps": options.num_inference_steps, "Sampler": sample.SAMPLER_NAME,
                       "CFG scale": f"{options.guidance_scale:g}", "Seed": options.seed + j,
                       "Size": f"{width}x{height}", "Model": Path(base_name).name, "RNG": "CPU"}  # fmt: skip
-            tag = f"{prompts[i]} <lora:{Path(lora_files.KOHYA_WEIGHTS).stem}:1>"
+            tag = f"{prompts[i]} <lora:{Path(lora_files.KOHYA_WEIGHTS).stem}:{scale:g}>" if scale else prompts[i]
             png.save_png(output_dir / file, images[place_in_batch],
                          png.parameters_text(tag, options.negative_prompt, shared))  # fmt: skip
             base_file = None
@@ -102,13 +115,30 @@ def main(argv: list[str]) -> int:
                 png.save_png(output_dir / base_file, base_images[place_in_batch],
                              png.parameters_text(prompts[i], options.negative_prompt, shared))  # fmt: skip
             settings = {"steps": options.num_inference_steps, "guidance": options.guidance_scale,
-                        "sampler": sample.SAMPLER_NAME, "LoRA": str(lora_path), "base": base_name}  # fmt: skip
+                        "sampler": sample.SAMPLER_NAME, "LoRA": str(lora_path), "strength": f"{scale:g}",
+                        "base": base_name}  # fmt: skip
             gallery.append(GalleryImage(file, prompts[i], options.negative_prompt, options.seed + j, width, height,
                                         settings, base_file))  # fmt: skip
+            rows[i, j].append(output_dir / file)
         page = write_gallery(output_dir, gallery, "Mega Man LoRA")
     bar.close()
-    print(f"{count} images; open {page.resolve().as_uri()} in a browser")
+    if ways > 1:
+        labels = dict(zip((image.file for image in gallery), variant_labels(gallery), strict=True))
+        sheet = output_dir / f"grid_{first:03d}.png"
+        grid.save_grid(sheet, [labels[path.name] for path in rows[0, 0]],
+                       [(f"{first + i:03d}, seed {options.seed + j}\n{prompts[i]}", files)
+                        for (i, j), files in rows.items()])  # fmt: skip
+        print(f"the comparison as one picture: {sheet}")
+    print(f"{count * ways} images; open {page.resolve().as_uri()} in a browser")
     return 0
+
+
+def trained(folder: Path) -> list[Path]:
+    """The LoRAs that a training left in its output: the checkpoints, oldest first, then the finished one."""
+    loras = [*find_all(folder), *(path for path in [folder / "lora_weights"] if path.is_dir())]
+    if not loras:
+        raise UserError(f"--checkpoints {folder} holds no checkpoint", "Name the --output_dir of a training")
+    return loras
 
 
 def first_free(output_dir: Path) -> int:

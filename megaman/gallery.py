@@ -143,14 +143,14 @@ class Section:
 def variant_labels(images: list[GalleryImage]) -> list[str]:
     """What tells each image from another of its prompt and seed: the LoRA's name and strength, as far as they vary."""
     loras = [str(image.settings.get("LoRA", "")) for image in images]
-    strengths = [str(image.settings.get("strength", "")) for image in images]
+    strengths = [str(image.settings.get("strength", "1")) for image in images]
     names = {lora: re.split(r"[/\\]", lora.rstrip("/\\"))[-1] for lora in loras}
     if len(set(names.values())) < len(names):  # two folders of one name
         names = {lora: lora for lora in loras}
     labels = []
     for lora, strength in zip(loras, strengths, strict=True):
         parts = [names[lora]] if len(names) > 1 else []
-        parts += [f"strength {strength}"] if strength and len(set(strengths)) > 1 else []
+        parts += [f"strength {strength}"] if len(set(strengths)) > 1 else []
         labels.append(", ".join(parts))
     return labels
 

@@ -53,6 +53,15 @@ def parameters(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
+def set_strength(unet: UNet2DConditionModel, strength: float) -> None:
+    """Apply the LoRA this much: at 1 as trained, at 0 not at all, so that the base alone draws."""
+    if strength == 0:
+        unet.disable_adapters()
+    else:
+        unet.enable_adapters()
+        unet.set_adapters([ADAPTER], [strength])
+
+
 def describe(unet: UNet2DConditionModel) -> LoraConfig:
     """The configuration of the LoRA in the UNet."""
     return unet.peft_config[ADAPTER]
