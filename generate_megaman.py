@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megaman.adapter_config import base_of
 from megaman.errors import UserError, run_script
-from megaman.gallery import GalleryImage, read_images, variant_labels, write_gallery
+from megaman.gallery import GalleryImage, read_images, thumbnail_of, variant_labels, write_gallery
 from megaman.names import safe_name
 from megaman.options import DEFAULT_BASE, generation_options
 from megaman.output import find_all
@@ -109,11 +109,13 @@ def main(argv: list[str]) -> int:
             tag = f"{prompts[i]} <lora:{Path(lora_files.KOHYA_WEIGHTS).stem}:{scale:g}>" if scale else prompts[i]
             png.save_png(output_dir / file, images[place_in_batch],
                          png.parameters_text(tag, options.negative_prompt, shared))  # fmt: skip
+            png.save_thumbnail(output_dir / thumbnail_of(file), images[place_in_batch])
             base_file = None
             if base_images:
                 base_file = file.replace(".png", "_base.png")
                 png.save_png(output_dir / base_file, base_images[place_in_batch],
                              png.parameters_text(prompts[i], options.negative_prompt, shared))  # fmt: skip
+                png.save_thumbnail(output_dir / thumbnail_of(base_file), base_images[place_in_batch])
             settings = {"steps": options.num_inference_steps, "guidance": options.guidance_scale,
                         "sampler": sample.SAMPLER_NAME, "LoRA": str(lora_path), "strength": f"{scale:g}",
                         "base": base_name}  # fmt: skip

@@ -21,7 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from browser import Browser, Visit, chromium
 
-from megaman.gallery import GalleryImage, write_gallery
+from megaman.gallery import GalleryImage, thumbnail_of, write_gallery
+from megaman.png import save_thumbnail
 
 PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0"
 
@@ -35,7 +36,9 @@ def draw(folder: Path, count: int, side: int, prompts: int) -> list[GalleryImage
         pixels = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)).astype(np.int16)
         noisy = pixels + chance.integers(-3, 4, pixels.shape)
         file = f"megaman_{number:05d}_00.png"
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / file, compress_level=1)
+        picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        picture.save(folder / file, compress_level=1)
+        save_thumbnail(folder / thumbnail_of(file), picture)
         settings = {"steps": 25, "guidance": 7.5, "sampler": "DPM++ 2M", "LoRA": "lora_weights", "base": "base"}
         prompt = f"mega man, blue robot number {number % prompts}, helmet, game character, high quality"
         images.append(GalleryImage(file, prompt, "blurry, low quality", number, side, side, settings))
@@ -91,7 +94,7 @@ def main() -> None:
             start, most, steps = time.perf_counter(), (0.0, 0.0), 0
             while not visit.do("scrollBy({top: innerHeight * 0.8, behavior: 'instant'}), "
                                "scrollY + innerHeight >= document.documentElement.scrollHeight - 2"):  # fmt: skip
-                visit.do("new Promise((done) => setTimeout(done, 60))")
+                visit.do("new Promise((done) => setTimeout(done, 30))")
                 steps += 1
                 if steps % 20 == 0:
                     most = max(most, renderer_memory(browser))

@@ -22,6 +22,7 @@ from megaman.files import read_json, write_json, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 IMAGES, PAGE = "images.json", "index.html"
+THUMBNAILS = "thumbnails"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ def _broken(path: Path, reason: str) -> UserError:
     return UserError(message, "Remove it or choose another --output_dir")
 
 
+def thumbnail_of(file: str) -> str:
+    """Where the small copy of an image lies, relative to the gallery's folder, if there is one."""
+    return f"{THUMBNAILS}/{file}.webp"
+
+
 def write_gallery(folder: Path, images: list[GalleryImage], title: str) -> Path:
     """Write images.json and index.html into folder, each in one step; returns the page's path.
 
@@ -91,15 +97,18 @@ def write_gallery(folder: Path, images: list[GalleryImage], title: str) -> Path:
     """
     gallery, _ = _read(folder / IMAGES)
     write_json(folder / IMAGES, {"gallery": gallery, "images": [asdict(image) for image in images]})
-    write_text(folder / PAGE, _page(images, title, gallery))
+    write_text(folder / PAGE, _page(folder, images, title, gallery))
     return folder / PAGE
 
 
-def _page(images: list[GalleryImage], title: str, gallery: str) -> str:
+def _page(folder: Path, images: list[GalleryImage], title: str, gallery: str) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True)  # fmt: skip
     environment.filters["href"] = _href
+    environment.filters["small"] = lambda file: (
+        thumbnail_of(file) if os.path.isfile(folder / thumbnail_of(file)) else file
+    )
     source = (TEMPLATES / "gallery.html").read_text(encoding="utf-8")
     labels = variant_labels(images)
     prompts = list(dict.fromkeys(image.prompt for image in images))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megaman.errors import UserError
-from megaman.gallery import GalleryImage, command, read_images, variant_labels, write_gallery
+from megaman.gallery import GalleryImage, command, read_images, thumbnail_of, variant_labels, write_gallery
 from megaman.options import generation_options
 
 PLAIN = GalleryImage(
@@ -137,6 +137,14 @@ def test_a_pair_has_the_base_on_the_left_and_the_lora_on_the_right(tmp_path):
     assert [text for text in page.texts["figcaption"] if text.strip()] == ["Base", "With LoRA"]
     assert page.attributes("img", "src") == ["./base.png", "./megaman_000_00.png"]
     assert page.attributes("img", "alt") == ["Base: blue robot, seed 42", "With LoRA: blue robot, seed 42"]
+
+
+def test_thumbnails_stand_for_the_images_that_have_one(tmp_path):
+    (tmp_path / thumbnail_of("a #.png")).parent.mkdir()
+    (tmp_path / thumbnail_of("a #.png")).write_bytes(b"")
+    page = Page(write_gallery(tmp_path, [replace(PLAIN, file="a #.png"), replace(PLAIN, file="b.png")], "Robots"))
+    assert page.attributes("img", "src") == ["./thumbnails/a%20%23.png.webp", "./b.png"]
+    assert page.attributes("a", "href") == ["./a%20%23.png", "./b.png"]
 
 
 def test_the_policy_allows_the_pages_own_style_and_script_alone(tmp_path):

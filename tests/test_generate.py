@@ -193,6 +193,15 @@ def test_height_and_width(generate):
     assert image.size == (128, 96)
 
 
+def test_large_images_have_thumbnails(generate, tmp_path):
+    generate("--height", 64, "--width", 400, "--compare", "base", "--num_inference_steps", 1)
+    names = [f"megaman_000_00{base}.png" for base in ("", "_base")]
+    for name in names:
+        assert Image.open(tmp_path / "out" / "thumbnails" / f"{name}.webp").size == (320, 51)
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert all(f'src="./thumbnails/{name}.webp"' in page and f'href="./{name}"' in page for name in names)
+
+
 def test_device(generate):
     generate("--device", "cpu")
     assert "device     cpu" in generate.said
