@@ -26,7 +26,7 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value
 
 
-THUMBNAIL = 320  # pixels of the longer side
+THUMBNAIL = 256  # pixels of the longer side
 
 
 def save_thumbnail(path: Path, image: Image.Image) -> None:
