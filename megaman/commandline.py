@@ -153,6 +153,11 @@ def folder(value: str) -> str:
     return name(value)
 
 
+def strengths(value: str) -> list[float]:
+    """How strongly to apply a LoRA, one number or several with commas between them, in the order given."""
+    return list(dict.fromkeys(number(float, -10, 10)(part) for part in value.split(",")))
+
+
 def side(value: str) -> int:
     """Pixels of a side: whole cells of the latents."""
     pixels = number(int, 8, 8192)(value)

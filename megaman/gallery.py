@@ -5,7 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import secrets
+import shlex
+import unicodedata
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from megaman.files import read_json, write_json, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 IMAGES, PAGE = "images.json", "index.html"
+THUMBNAILS = "thumbnails"
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,24 @@ FIELD_TYPES = {"file": str, "prompt": str, "negative_prompt": str, "seed": int, 
 def read_images(folder: Path) -> list[GalleryImage]:
     """The images that folder/images.json names, none where it is missing; UserError where it is broken."""
     path = folder / IMAGES
-    if not path.exists():
-        return []
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise _broken(path, "it does not hold a list")
+    return [_image(path, number, record) for number, record in enumerate(_read(path)[1], start=1)]
+
+
+def _read(path: Path) -> tuple[str, list[Any]]:
+    """The gallery's id and its records; a new id where there is none yet: the first galleries were bare lists."""
+    content = read_json(path) if path.exists() else []
+    if isinstance(content, list):
+        content = {"gallery": secrets.token_hex(8), "images": content}
+    if not isinstance(content, dict) or content.keys() != {"gallery", "images"}:
+        raise _broken(path, "it holds neither a list nor an object with gallery and images")
+    gallery, records = content["gallery"], content["images"]
+    if not (isinstance(gallery, str) and re.fullmatch("[0-9a-f]{16}", gallery)) or not isinstance(records, list):
+        raise _broken(path, "gallery is no id of 16 digits, or images is no list")
     try:
         json.dumps(records, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise _broken(path, "a text in it is not valid Unicode") from None
-    return [_image(path, number, record) for number, record in enumerate(records, start=1)]
+    return gallery, records
 
 
 def _image(path: Path, number: int, record: Any) -> GalleryImage:
@@ -72,42 +85,145 @@ def _broken(path: Path, reason: str) -> UserError:
     return UserError(message, "Remove it or choose another --output_dir")
 
 
+def thumbnail_of(file: str) -> str:
+    """Where the small copy of an image lies, relative to the gallery's folder, if there is one."""
+    return f"{THUMBNAILS}/{file}.webp"
+
+
 def write_gallery(folder: Path, images: list[GalleryImage], title: str) -> Path:
-    """Write images.json and index.html into folder, each in one step; returns the page's path."""
-    write_json(folder / IMAGES, [asdict(image) for image in images])
-    write_text(folder / PAGE, _page(images, title))
+    """Write images.json and index.html into folder, each in one step; returns the page's path.
+
+    The gallery keeps the id that its images.json has: under it a browser keeps the favourites.
+    """
+    gallery, _ = _read(folder / IMAGES)
+    write_json(folder / IMAGES, {"gallery": gallery, "images": [asdict(image) for image in images]})
+    write_text(folder / PAGE, _page(folder, images, title, gallery))
     return folder / PAGE
 
 
-def _page(images: list[GalleryImage], title: str) -> str:
+def _page(folder: Path, images: list[GalleryImage], title: str, gallery: str) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True)  # fmt: skip
-    # A file name is always a path below the page: "./" keeps "//host/x" from meaning anything else.
-    environment.filters["href"] = lambda file: "./" + quote(file)
+    environment.filters["href"] = _href
+    environment.filters["small"] = lambda file: (
+        thumbnail_of(file) if os.path.isfile(folder / thumbnail_of(file)) else file
+    )
     source = (TEMPLATES / "gallery.html").read_text(encoding="utf-8")
-    by_prompt: dict[str, list[GalleryImage]] = {}
-    for image in images:
-        by_prompt.setdefault(image.prompt, []).append(image)
+    labels = variant_labels(images)
+    prompts = list(dict.fromkeys(image.prompt for image in images))
+    places = {prompt: place for place, prompt in enumerate(prompts)}
+    sections = [Section(prompt) for prompt in prompts]
+    for number, image in enumerate(images):
+        sections[places[image.prompt]].add(image.seed, labels[number], number)
+    shown = [_shown(image, label, places[image.prompt]) for image, label in zip(images, labels, strict=True)]
     return environment.get_template("gallery.html").render(
-        title=title, images=images, by_prompt=by_prompt, common=_common(images), all_settings=_all_settings,
+        title=title, images=images, labels=labels, sections=sections, common=_common(shown),
         compared=any(image.base_file for image in images), tiny=all(image.width < 256 for image in images),
+        data={"gallery": gallery, "prompts": prompts, "images": shown},
         policy=content_security_policy(source))  # fmt: skip
 
 
-def _all_settings(image: GalleryImage) -> dict[str, str | int | float]:
+class Section:
+    """The images of one prompt, by their numbers: in a row, or in a table where one seed was drawn several ways."""
+
+    def __init__(self, prompt: str):
+        self.prompt = prompt
+        self.numbers: list[int] = []
+        self._cells: dict[int, dict[str, list[int]]] = {}  # by seed and label
+
+    def add(self, seed: int, label: str, number: int) -> None:
+        self.numbers.append(number)
+        self._cells.setdefault(seed, {}).setdefault(label, []).append(number)
+
+    @property
+    def columns(self) -> list[str]:
+        """The labels in the order of drawing; none where nothing is compared."""
+        if all(len(row) == 1 for row in self._cells.values()):
+            return []
+        return list(dict.fromkeys(label for row in self._cells.values() for label in row))
+
+    @property
+    def rows(self) -> list[tuple[int, list[list[int]]]]:
+        """The seeds in the order of drawing, each with its images under each column."""
+        return [(seed, [row.get(label, []) for label in self.columns]) for seed, row in self._cells.items()]
+
+
+def variant_labels(images: list[GalleryImage]) -> list[str]:
+    """What tells each image from another of its prompt and seed: the LoRA's name and strength, as far as they vary."""
+    loras = [str(image.settings.get("LoRA", "")) for image in images]
+    strengths = [str(image.settings.get("strength", "1")) for image in images]
+    names = {lora: re.split(r"[/\\]", lora.rstrip("/\\"))[-1] for lora in loras}
+    if len(set(names.values())) < len(names):  # two folders of one name
+        names = {lora: lora for lora in loras}
+    labels = []
+    for lora, strength in zip(loras, strengths, strict=True):
+        parts = [names[lora]] if len(names) > 1 else []
+        parts += [f"strength {strength}"] if len(set(strengths)) > 1 else []
+        labels.append(", ".join(parts))
+    return labels
+
+
+def _href(file: str) -> str:
+    """A file name is always a path below the page: "./" keeps "//host/x" from meaning anything else."""
+    return "./" + quote(file)
+
+
+def _shown(image: GalleryImage, label: str, prompt: int) -> dict[str, Any]:
+    """What the page's script knows of an image; numbers as text, since a browser would round a long seed."""
+    return {
+        "name": image.file, "file": _href(image.file), "base": image.base_file and _href(image.base_file),
+        "prompt": prompt, "seed": str(image.seed), "label": label, "size": [image.width, image.height],
+        "small": image.width < 256, "settings": _settings(image), "command": command(image)}  # fmt: skip
+
+
+def _settings(image: GalleryImage) -> dict[str, str]:
     """What a person reads under an image, the seed left out: it stands beside it."""
-    settings = {"size": f"{image.width}x{image.height}", **image.settings}
+    settings = {"size": f"{image.width}x{image.height}", **{name: str(value) for name, value in image.settings.items()}}
     if image.negative_prompt:
         settings["negative prompt"] = image.negative_prompt
     return settings
 
 
-def _common(images: list[GalleryImage]) -> dict[str, str | int | float]:
+def _common(shown: list[dict[str, Any]]) -> dict[str, str]:
     """The settings that every image shares, in the first one's order."""
-    tables = [_all_settings(image) for image in images]
-    return {name: value for name, value in (tables[0] if tables else {}).items()
-            if all(name in table and table[name] == value for table in tables)}  # fmt: skip
+    first = shown[0]["settings"] if shown else {}
+    return {name: value for name, value in first.items() if all(each["settings"].get(name) == value for each in shown)}
+
+
+FLAGS = {"LoRA": "--lora_path", "base": "--base_model", "strength": "--lora_scales", "steps": "--num_inference_steps",
+         "guidance": "--guidance_scale"}  # fmt: skip
+
+
+def command(image: GalleryImage) -> str | None:
+    """The line that draws the image again, for the shell of this system: sh, or PowerShell on Windows.
+
+    None where a text holds a control character: what a shell makes of one that is pasted is anybody's guess.
+    """
+    texts = {"--prompts": image.prompt, "--negative_prompt": image.negative_prompt, "--seed": image.seed,
+             "--height": image.height, "--width": image.width,
+             **{flag: image.settings[name] for name, flag in FLAGS.items() if name in image.settings}}  # fmt: skip
+    if any(unicodedata.category(mark) in ("Cc", "Cs", "Zl", "Zp") for text in texts.values() for mark in str(text)):
+        return None
+    words = [f"{flag}={_quoted(str(text))}" for flag, text in texts.items() if flag != "--lora_path"]
+    if loras := _together(str(texts.get("--lora_path", ""))):
+        words[:0] = ["--lora_path", *map(_quoted, loras)]
+    elif "--lora_path" in texts:
+        words.append(f"--lora_path={_quoted(str(texts['--lora_path']))}")
+    return " ".join(["python generate_megaman.py", *words])
+
+
+def _together(text: str) -> list[str]:
+    """The LoRAs that drew together, each with its strength ("a:1, b:0.5"); none where it was a single one."""
+    several = re.fullmatch(r".+:-?[\d.]+(, .+:-?[\d.]+)+", text)
+    return re.split(r"(?<=[\d.]), ", text) if several else []
+
+
+def _quoted(text: str) -> str:
+    """A word for sh, or for PowerShell, which takes curly marks for straight ones."""
+    if os.name == "nt":
+        return "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'"
+    return shlex.quote(text)
 
 
 def content_security_policy(source: str) -> str:

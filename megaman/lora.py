@@ -65,6 +65,11 @@ def parameters(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
+def adapter_name(number: int) -> str:
+    """The name under which the LoRA with this number, from 0, is in the model."""
+    return f"{ADAPTER}_{number}" if number else ADAPTER
+
+
 def describe(unet: UNet2DConditionModel) -> LoraConfig:
     """The configuration of the LoRA in the UNet."""
     return unet.peft_config[ADAPTER]

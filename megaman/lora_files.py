@@ -29,7 +29,7 @@ from megaman import adapter_config, lora_formats
 from megaman.adapter_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG
 from megaman.errors import UserError
 from megaman.files import replacing_folder, write_json
-from megaman.lora import ADAPTER, describe, set_strengths
+from megaman.lora import ADAPTER, adapter_name, describe, set_strengths
 from megaman.safety import check_safetensors
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def load_loras(
     loras: Sequence[tuple[Path, float]], unet: UNet2DConditionModel, text_encoder: CLIPTextModel
 ) -> list[LoraConfig]:
     """The same with several LoRAs, all at work together, each at its strength: 1 is the trained one."""
-    adapters = [ADAPTER, *(f"{ADAPTER}_{number}" for number in range(1, len(loras)))]
+    adapters = [adapter_name(number) for number in range(len(loras))]
     configs = [load_lora(path, unet, text_encoder, adapter) for adapter, (path, _) in zip(adapters, loras, strict=True)]
     strengths = {adapter: strength for adapter, (_, strength) in zip(adapters, loras, strict=True)}
     set_strengths([unet, text_encoder], strengths)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaman.commandline import Parser, choice, folder, lora, name, number, side, text
+from megaman.commandline import Parser, choice, folder, lora, name, number, side, strengths, text
 from megaman.names import below
 
 DEFAULT_BASE = "runwayml/stable-diffusion-v1-5"
@@ -169,6 +169,8 @@ def generation_parser() -> Parser:
     add("--seed", type=SEED, default=42, help="image j of a prompt uses seed + j")
     add("--device", **choice("cuda", "mps", "cpu"), help="where to compute (default: the best there is)")
     add("--compare", **choice("base"), help="draw each image without the LoRA too and show both side by side")
+    add("--lora_scales", type=strengths, metavar="S,S,...", help="draw at each of these strengths; 0 is the base alone")
+    add("--checkpoints", type=name, metavar="FOLDER", help="draw with every checkpoint of this training output")
     return parser
 
 
@@ -227,9 +229,15 @@ def generation_options(argv: Sequence[str]) -> Namespace:
     demo = DEMO_GENERATION if given.get("demo") else {}
     if "prompts" in given:
         demo = {**demo, "prompts_file": None}
+    if {"lora_scales", "checkpoints"} & set(given):
+        demo = {**demo, "compare": None}
     options = Namespace(**{**vars(parser.parse_args([])), **demo, **given})
     if options.prompts and options.prompts_file:
         mistakes.append("--prompts and --prompts_file contradict each other: leave one out")
+    if options.compare and (options.lora_scales or options.checkpoints):
+        mistakes.append("--compare base is for one LoRA at one strength: write --lora_scales 0,1 instead")
+    if options.checkpoints and "lora_path" in given:
+        mistakes.append("--checkpoints and --lora_path contradict each other: leave one out")
     if mistakes:
         parser.refuse(mistakes)
     return options

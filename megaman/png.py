@@ -26,6 +26,18 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value
 
 
+THUMBNAIL = 256  # pixels of the longer side
+
+
+def save_thumbnail(path: Path, image: Image.Image) -> None:
+    """Write a small WebP for the gallery where the image is much larger: a browser keeps what it has decoded."""
+    if max(image.size) > 1.2 * THUMBNAIL:
+        small = image.copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        with replacing(path) as aside:
+            small.save(aside, format="WEBP", quality=85)
+
+
 def save_png(path: Path, image: Image.Image, parameters: str) -> None:
     """Write the image with its parameters text, whole or not at all."""
     info = PngInfo()

@@ -2,15 +2,17 @@
 
 import base64
 import hashlib
-import html
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 import pytest
@@ -19,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megaman.errors import UserError
-from megaman.gallery import GalleryImage, read_images, write_gallery
+from megaman.gallery import GalleryImage, command, read_images, thumbnail_of, variant_labels, write_gallery
+from megaman.options import generation_options
 
 PLAIN = GalleryImage(
     file="megaman_000_00.png", prompt="blue robot", negative_prompt="blurry", seed=42, width=64, height=64,
@@ -93,10 +96,14 @@ def test_what_people_write_is_text_and_never_markup(prompt, value, title, file):
         odd = replace(plain, file=file, prompt=prompt, negative_prompt=value + "x", settings={"lora": value})
         page = Page(write_gallery(Path(folder), [odd], title))
     assert page.shape() == expected
-    assert page.texts["h2"] == [prompt]
+    assert page.texts["h2"] == [prompt, ""]  # the full view has one, too
     assert page.texts["title"] == page.texts["h1"] == [title]
     assert {value, value + "x"} <= set(page.texts["dd"])
     assert page.attributes("img", "alt") == [f"{prompt}, seed 42"]
+    data = json.loads(page.texts["script"][0])
+    (image,) = data["images"]
+    assert data["prompts"] == [prompt] and image["name"] == file
+    assert image["settings"] == {"size": "64x64", "lora": value, "negative prompt": value + "x"}
     for address in page.attributes("img", "src") + page.attributes("a", "href"):
         assert re.fullmatch(r"\./[\w./~%-]*", address, flags=re.ASCII)
         assert unquote(address) == "./" + file
@@ -107,12 +114,14 @@ def test_a_section_per_prompt_with_everything_that_makes_the_image_again(tmp_pat
     path = write_gallery(tmp_path, images, "Robots")
     page = Page(path)
     assert path == tmp_path / "index.html"
-    assert page.texts["h2"] == ["blue robot", "red robot"]
+    assert page.texts["h2"] == ["blue robot", "red robot", ""]
     assert page.attributes("img", "src") == ["./megaman_000_00.png", "./c.png", "./b.png"]
     text = path.read_text(encoding="utf-8")
     assert text.count("Seed 42") == 2 and text.count("Seed 43") == 1
-    assert text.count("DPM++ 2M") == 1 + len(images)  # once for all, and under every image
-    assert text.count("blurry") == 1 + len(images)
+    data = json.loads(page.texts["script"][0])
+    assert [image["settings"] for image in data["images"]] == [
+        {"size": "64x64", "steps": "25", "guidance": "7.5", "sampler": "DPM++ 2M", "negative prompt": "blurry"}
+    ] * 3
 
 
 def test_only_what_every_image_shares_stands_at_the_top(tmp_path):
@@ -130,6 +139,14 @@ def test_a_pair_has_the_base_on_the_left_and_the_lora_on_the_right(tmp_path):
     assert page.attributes("img", "alt") == ["Base: blue robot, seed 42", "With LoRA: blue robot, seed 42"]
 
 
+def test_thumbnails_stand_for_the_images_that_have_one(tmp_path):
+    (tmp_path / thumbnail_of("a #.png")).parent.mkdir()
+    (tmp_path / thumbnail_of("a #.png")).write_bytes(b"")
+    page = Page(write_gallery(tmp_path, [replace(PLAIN, file="a #.png"), replace(PLAIN, file="b.png")], "Robots"))
+    assert page.attributes("img", "src") == ["./thumbnails/a%20%23.png.webp", "./b.png"]
+    assert page.attributes("a", "href") == ["./a%20%23.png", "./b.png"]
+
+
 def test_the_policy_allows_the_pages_own_style_and_script_alone(tmp_path):
     page = Page(write_gallery(tmp_path, [PLAIN], "Robots"))
     (policy,) = (attributes["content"] for tag, attributes in page.tags
@@ -137,7 +154,7 @@ def test_the_policy_allows_the_pages_own_style_and_script_alone(tmp_path):
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules.pop("default-src") == "'none'"
     for tag in ("style", "script"):
-        (block,) = page.texts[tag]
+        block = page.texts[tag][-1]  # the first script is data, which no browser runs
         digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
         assert rules.pop(f"{tag}-src") == f"'sha256-{digest}'"
     assert rules == {"img-src": "'self' file: data:", "base-uri": "'none'", "form-action": "'none'"}
@@ -156,7 +173,12 @@ any_record = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@given(st.lists(any_record | any_json, max_size=2) | any_json)
+any_list = st.lists(any_record | any_json, max_size=2)
+
+
+@given(
+    any_list | any_json | st.fixed_dictionaries({"gallery": any_json | st.just("0123456789abcdef"), "images": any_list})
+)
 def test_any_list_of_images_is_a_page_or_one_line(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "any_gallery"
     folder.mkdir(exist_ok=True)
@@ -180,7 +202,8 @@ GOOD = {"file": "a.png", "prompt": "p", "negative_prompt": "", "seed": 1, "width
 
 
 @pytest.mark.parametrize("content", [
-    b"[{", b"\xff\xfe[", b"{}", b"null", b"[1]", b'[{"file": "a.png"}]',
+    b"[{", b"\xff\xfe[", b"{}", b"null", b"[1]", b'[{"file": "a.png"}]', b'{"gallery": "x", "images": []}',
+    b'{"gallery": "0123456789abcdef", "images": {}}', b'{"gallery": "0123456789abcdef"}',
     *(json.dumps([{**GOOD, **change}]).encode()
       for change in ({"seed": "1"}, {"prompt": None}, {"settings": []}, {"base_file": 3}, {"strength": 1})),
 ])  # fmt: skip
@@ -193,94 +216,334 @@ def test_a_broken_images_json_is_one_line_that_names_the_file(tmp_path, content)
     assert caught.value.remedy and "\n" not in str(caught.value)
 
 
+def test_a_gallery_keeps_its_id_and_a_bare_list_gets_one(tmp_path):
+    (tmp_path / "images.json").write_text(json.dumps([GOOD]))
+    ids = []
+    for _ in range(2):
+        page = Page(write_gallery(tmp_path, [*read_images(tmp_path), PLAIN], "Robots"))
+        ids.append(json.loads((tmp_path / "images.json").read_text())["gallery"])
+        assert json.loads(page.texts["script"][0])["gallery"] == ids[-1]
+    write_gallery(tmp_path / "other", [PLAIN], "Robots")
+    assert ids[0] == ids[1] != json.loads((tmp_path / "other" / "images.json").read_text())["gallery"]
+    assert len(read_images(tmp_path)) == 3
+
+
+def compared(*variants: tuple[str, float], **changes) -> list[GalleryImage]:
+    """One image for each LoRA and strength."""
+    return [replace(PLAIN, file=f"{PurePosixPath(lora).name}_{strength}.png",
+                    settings={"LoRA": lora, "strength": strength}, **changes)
+            for lora, strength in variants]  # fmt: skip
+
+
+def test_one_seed_drawn_several_ways_is_a_table(tmp_path):
+    images = compared(("out/lora_weights", 0), ("out/lora_weights", 0.5), ("out/lora_weights", 1))
+    images += [replace(image, seed=43, file="b" + image.file) for image in images[1:]]
+    page = Page(write_gallery(tmp_path, images, "Robots"))
+    assert page.texts["th"] == ["strength 0", "strength 0.5", "strength 1", "Seed 42", "Seed 43"]
+    assert len(page.texts["td"]) == 1 + 6  # the corner; one cell stays empty
+    assert page.attributes("img", "alt")[1] == "strength 0.5: blue robot, seed 42"
+
+
+@pytest.mark.parametrize(("loras", "labels"), [
+    (["out/checkpoint-5", "out\\lora_weights"], ["checkpoint-5", "lora_weights"]),
+    (["a/lora_weights", "b/lora_weights/"], ["a/lora_weights", "b/lora_weights/"]),
+    (["a", "a"], ["", ""]),
+])  # fmt: skip
+def test_labels_tell_what_varies(loras, labels):
+    assert variant_labels(compared(*((lora, 1) for lora in loras))) == labels
+    both = variant_labels(compared((loras[0], 1), (loras[1], 0.5)))
+    assert both == [
+        ", ".join(filter(None, [label, f"strength {s}"])) for label, s in zip(labels, ("1", "0.5"), strict=True)
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="command not run: the shell here is not sh")
+@settings(max_examples=30, deadline=None)
+@given(odd_text, odd_text)
+def test_a_command_is_what_its_words_are_or_none(prompt, value):
+    line = command(replace(PLAIN, prompt=prompt, negative_prompt=value, settings={"LoRA": value, "guidance": 7.5}))
+    if line is None:
+        assert any(mark < " " or "\x7f" <= mark < "\xa0" or mark in "\u2028\u2029" for mark in prompt + value)
+        return
+    words = shlex.split(line)
+    assert subprocess.check_output(["sh", "-c", "printf '%s\\0' " + line]).decode() == "".join(f"{w}\0" for w in words)
+    assert words[:3] == ["python", "generate_megaman.py", f"--prompts={prompt}"]
+    assert {f"--negative_prompt={value}", f"--lora_path={value}", "--guidance_scale=7.5", "--seed=42"} <= set(words)
+
+
+def test_a_command_draws_that_image():
+    line = command(replace(PLAIN, settings={"LoRA": "a b", "base": "c", "steps": 20, "guidance": 5.0}))
+    options = generation_options(shlex.split(line)[2:])
+    assert (options.prompts, options.lora_path, options.base_model) == (["blue robot"], ["a b"], "c")
+    assert (options.seed, options.num_inference_steps, options.guidance_scale) == (42, 20, 5.0)
+    assert (options.height, options.width, options.negative_prompt) == (64, 64, "blurry")
+
+
+def test_a_command_names_loras_that_drew_together():
+    line = command(replace(PLAIN, settings={"LoRA": "my loras/a:0.8, b:-0.5", "strength": "1"}))
+    assert generation_options(shlex.split(line)[2:]).lora_path == ["my loras/a:0.8", "b:-0.5"]
+
+
 # In a real browser, from the disk.
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="page not opened: no chromium or google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-         "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
-         "--virtual-time-budget=20000", "--dump-dom"]  # fmt: skip
-
-VISIT = """<!doctype html>
-<meta charset="utf-8">
-<iframe src="index.html" width="WIDTH" height="800"></iframe>
-<pre></pre>
-<script>
-const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
-const frame = document.querySelector("iframe");
-frame.addEventListener("load", async () => {
-  const page = frame.contentDocument, pictures = [...page.images];
-  const lazy = pictures.every((picture) => picture.loading === "lazy" && picture.width && picture.height);
-  for (const picture of pictures) picture.loading = "eager";
-  while (!pictures.every((picture) => picture.complete)) await sleep(50);
-  const seen = {
-    lazy,
-    loaded: pictures.filter((picture) => picture.naturalWidth > 0).length,
-    drawn: pictures.map((picture) => picture.getBoundingClientRect().width),
-    left: pictures.map((picture) => picture.getBoundingClientRect().left),
-    prompts: [...page.querySelectorAll("h2")].map((heading) => heading.textContent),
-    sideways: page.documentElement.scrollWidth - page.documentElement.clientWidth,
-  };
-  page.querySelector("main button").click();
-  await sleep(200);
-  seen.copied = frame.contentWindow.getSelection().toString();
-  const view = page.querySelector("dialog");
-  pictures[0].click();
-  seen.opened = view.open && [...view.querySelectorAll("img")].map((picture) => picture.getAttribute("src"));
-  view.querySelector("button").click();
-  seen.closed = !view.open;
-  document.querySelector("pre").textContent = JSON.stringify(seen);
-});
-</script>"""
+if os.name == "posix":
+    from browser import CHROMIUM, Visit, chromium
+else:
+    CHROMIUM = None
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="page not opened: no chromium or google-chrome")
 
 
-def browse(page: Path, *flags: str) -> tuple[str, list[str]]:
-    """Open page from the disk: the document as the browser has it in the end, and what its console says."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [BROWSER, *FLAGS, *flags, f"--user-data-dir={profile}", page.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+@pytest.fixture(scope="module")
+def the_browser():
+    with chromium() as running:
+        yield running
 
 
-def visit(folder: Path, width: int) -> dict:
-    """What a visitor of the given width, in CSS pixels, finds on the page and gets by clicking."""
-    (folder / "visit.html").write_text(VISIT.replace("WIDTH", str(width)), encoding="utf-8")
-    document, complaints = browse(folder / "visit.html", "--allow-file-access-from-files")
-    assert complaints == []
-    return json.loads(html.unescape(re.search(r"<pre>(.+?)</pre>", document, flags=re.DOTALL)[1]))
+@pytest.fixture
+def visit(the_browser, tmp_path):
+    """visit(images, width) draws the images, writes their page and opens it; nobody else is ever asked."""
+    visits = []
+
+    def open_page(images: list[GalleryImage], width: int = 1280, page: Path | None = None) -> Visit:
+        page = page or write_gallery(tmp_path, pictures(tmp_path, images), "Robots")
+        visits.append(Visit(the_browser, page, width))
+        return visits[-1]
+
+    yield open_page
+    for each in visits:
+        assert each.requests() <= {"file", "data", "blob"}
+        each.close()
+
+
+ROBOTS = [replace(PLAIN, file=f"{i} #1 100%.png", base_file=f"base_{i}.png", prompt=prompt, seed=42 + i)
+          for i, prompt in enumerate(["blue robot", 'a "quoted" <b>robot</b> </script><script>parent.x = 1</script>',
+                                      "洛克人 🤖", "Blue monster, walking"])]  # fmt: skip
 
 
 @needs_browser
 @pytest.mark.parametrize("width", [360, 1280])
-def test_a_browser_shows_every_image_and_asks_nobody_else(tmp_path, width):
-    prompts = ["blue robot", 'a "quoted" <b>robot</b> </script><script>parent.x = 1</script>', "洛克人 🤖"]
-    images = [replace(PLAIN, file=f"{i} #1 100%.png", base_file=f"base_{i}.png", prompt=prompt, seed=42 + i)
-              for i, prompt in enumerate(prompts)]  # fmt: skip
-    write_gallery(tmp_path, pictures(tmp_path, images), "Robots")
-    seen = visit(tmp_path, width)
-    assert seen["lazy"] and seen["loaded"] == 6
-    assert seen["prompts"] == prompts
-    assert all(left < right for left, right in zip(seen["left"][::2], seen["left"][1::2], strict=True))
-    assert seen["sideways"] <= 0
-    assert seen["opened"] == ["./base_0.png", "./0%20%231%20100%25.png"] and seen["closed"]
-    assert seen["copied"] == prompts[0]  # no right to the clipboard within a frame: the prompt is selected
+def test_a_browser_shows_every_image(visit, width):
+    page = visit(ROBOTS, width)
+    assert page.do("[...document.images].every((i) => i.loading === 'lazy' && i.decoding === 'async')")
+    page.do("document.querySelectorAll('img').forEach((image) => { image.loading = 'eager'; })")
+    page.wait_for("[...document.images].every((image) => image.naturalWidth === 64)")
+    assert page.do("[...document.querySelectorAll('main h2')].map((h) => h.textContent)") == [r.prompt for r in ROBOTS]
+    left = page.do("[...document.images].map((image) => image.getBoundingClientRect().left)")
+    assert all(base < lora for base, lora in zip(left[::2], left[1::2], strict=True))
+    assert page.do("document.documentElement.scrollWidth") <= width
+    assert page.complaints() == []
 
 
 @needs_browser
-def test_tiny_images_are_drawn_large_and_large_ones_fit(tmp_path):
-    write_gallery(tmp_path, pictures(tmp_path, [PLAIN, replace(PLAIN, file="b.png", seed=43)]), "Robots")
-    assert visit(tmp_path, 1280)["drawn"] == [256, 256]
-    write_gallery(tmp_path, pictures(tmp_path, [replace(PLAIN, width=1024, height=768)]), "Robots")
-    seen = visit(tmp_path, 1280)
-    assert 220 <= seen["drawn"][0] <= 1024 and seen["sideways"] <= 0
+def test_tiny_images_are_drawn_large_and_large_ones_fit(visit):
+    drawn = "[...document.images].map((image) => image.getBoundingClientRect().width)"
+    assert visit([PLAIN, replace(PLAIN, file="b.png", seed=43)]).do(drawn) == [256, 256]
+    page = visit([replace(PLAIN, width=1024, height=768)])
+    assert 220 <= page.do(drawn)[0] <= 1024
+    assert page.do("document.documentElement.scrollWidth") <= 1280
+
+
+SHOWN = "document.querySelector('#shown').textContent"
+STAGE = "[...document.querySelectorAll('.stage img')].map((image) => image.getAttribute('src'))"
+OPEN = "document.querySelector('dialog').open"
 
 
 @needs_browser
-def test_a_browser_has_nothing_to_complain_of(tmp_path):
-    document, complaints = browse(write_gallery(tmp_path, pictures(tmp_path, [PLAIN]), "Robots"))
-    assert complaints == [] and "<title>Robots</title>" in document
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_full_view_and_its_keys(visit, width):
+    images = [replace(PLAIN, file=f"{i}{j}.png", prompt=prompt, seed=42 + j)
+              for i, prompt in enumerate(["one", "two", "three"]) for j in (0, 1)]  # fmt: skip
+    page = visit(images, width)
+    page.click("[data-number='1'] img")
+    assert page.do(OPEN) and page.do(STAGE) == ["./01.png"]
+    seen = []
+    for key in ("ArrowRight", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowLeft"):
+        page.key(key)
+        seen += page.do(STAGE)
+    assert seen == ["./10.png", "./20.png", "./00.png", "./20.png", "./11.png"]
+    assert page.do(SHOWN) == "two"
+    assert page.do("document.querySelector('dialog').scrollWidth <= innerWidth")
+    page.key("Escape")
+    assert not page.do(OPEN)
+    page.wait_for("document.activeElement.closest('.card')?.dataset.number === '3'")
+    page.key("Enter")  # by keyboard alone, from where one was
+    assert page.do(OPEN) and page.do(STAGE) == ["./11.png"]
+    page.click(".close")
+    assert not page.do(OPEN) and page.complaints() == []
+
+
+@needs_browser
+def test_the_slider_compares_with_the_base(visit):
+    page = visit(ROBOTS)
+    page.click("[data-number='1'] img")
+    assert page.do(STAGE) == ["./base_1.png", "./1%20%231%20100%25.png"]
+    cut = "getComputedStyle(document.querySelectorAll('.stage img')[1]).clipPath"
+    assert "50%" in page.do(cut)
+    page.click(".stage input", across=0.25)
+    assert re.search(r"\b2[3-7]%", page.do(cut))
+    before = page.do("document.querySelector('.stage input').value")
+    page.key("ArrowRight")  # the slider has the focus now
+    assert int(page.do("document.querySelector('.stage input').value")) == int(before) + 1
+    assert page.do(SHOWN) == ROBOTS[1].prompt
+    page.do("(() => { const s = document.querySelector('dialog select'); s.value = ''; "
+            "s.dispatchEvent(new Event('change', {bubbles: true})); })()")  # fmt: skip
+    assert page.do(STAGE) == ["./1%20%231%20100%25.png"]
+    page.click(".on")
+    assert page.do(STAGE) == ["./2%20%231%20100%25.png"], "what was chosen stays chosen"
+    assert page.complaints() == []
+
+
+@needs_browser
+def test_the_slider_compares_strengths_and_the_grid_has_its_labels(visit):
+    images = compared(("out/lora", 0), ("out/lora", 0.5), ("out/lora", 1))
+    page = visit(images)
+    heads = page.do("[...document.querySelectorAll('thead th')].map((h) => h.getBoundingClientRect().left)")
+    drawn = page.do("[...document.images].map((i) => i.getBoundingClientRect().left)")
+    assert heads == sorted(heads) and all(a <= b for a, b in zip(heads, drawn, strict=True))
+    page.click("[data-number='2'] img")
+    options = "[...document.querySelectorAll('dialog option')].map((option) => option.textContent)"
+    assert page.do(options) == ["nothing", "strength 0", "strength 0.5"]
+    page.do("(() => { const s = document.querySelector('dialog select'); s.value = 'strength 0'; "
+            "s.dispatchEvent(new Event('change', {bubbles: true})); })()")  # fmt: skip
+    assert page.do(STAGE) == ["./lora_0.png", "./lora_1.png"]
+    assert page.complaints() == []
+
+
+VISIBLE = "[...document.querySelectorAll('.card')].filter((c) => c.checkVisibility()).map((c) => c.dataset.number)"
+
+
+def type_words(page: Visit, words: str) -> None:
+    page.click("[type=search]")
+    page.do("document.querySelector('[type=search]').select()")
+    page.send("Input.insertText", text=words)
+
+
+@needs_browser
+@pytest.mark.parametrize(("words", "numbers"), [
+    ("blue", "03"), ("WALKING  blue", "3"), ("洛克", "2"), ("</script>", "1"), ("nothing such", "")])  # fmt: skip
+def test_the_filter_by_words(visit, words, numbers):
+    page = visit(ROBOTS)
+    type_words(page, words)
+    assert page.do(VISIBLE) == list(numbers)
+    assert page.do("document.querySelector('.count').textContent") == f"{len(numbers)} of 4 images"
+    page.do("document.querySelector('[type=search]').value = ''")
+    page.do("document.querySelector('[type=search]').dispatchEvent(new Event('input'))")
+    assert page.do(VISIBLE) == list("0123") and page.complaints() == []
+
+
+@needs_browser
+def test_groups(visit):
+    images = [replace(image, prompt=prompt, seed=seed, file=f"{seed}{image.file}")
+              for prompt, seed in (("one", 10), ("two", 9), ("one", 9))
+              for image in compared(("out/a", 0.5), ("out/b", 1))]  # fmt: skip
+    page = visit(images)
+    groups = """[...document.querySelectorAll('main section')].map((section) =>
+        [section.querySelector('h2').textContent,
+         [...section.querySelectorAll('.card')].map((c) => c.dataset.number).join('')])"""
+    by_prompt = [["one", "0145"], ["two", "23"]]
+    assert page.do(groups) == by_prompt
+    expected = {
+        "seed": [["seed 9", "4523"], ["seed 10", "01"]],
+        "LoRA": [["LoRA out/a", "042"], ["LoRA out/b", "153"]],
+        "strength": [["strength 0.5", "042"], ["strength 1", "153"]],
+        "prompt": by_prompt,
+    }
+    for by, wanted in expected.items():
+        page.do(f"(() => {{ const s = document.querySelector('.tools select'); s.value = '{by}'; "
+                "s.dispatchEvent(new Event('change')); })()")  # fmt: skip
+        assert page.do(groups) == wanted
+    assert page.do("document.querySelectorAll('td .card').length") == 6, "back in the tables"
+    assert page.complaints() == []
+
+
+@needs_browser
+def test_favourites_survive_and_are_exported(visit, tmp_path, the_browser):
+    page = visit(ROBOTS)
+    page.click("[data-number='1'] .star")
+    page.click("[data-number='3'] img")
+    page.click("dialog .star")
+    page.key("Escape")
+    page.load()
+    pressed = (
+        "[...document.querySelectorAll('.card .star')].map((star) => star.getAttribute('aria-pressed') === 'true')"
+    )
+    assert page.do(pressed) == [False, True, False, True]
+    page.click("[type=checkbox]")
+    assert page.do(VISIBLE) == ["1", "3"]
+    (tmp_path / "got").mkdir()
+    the_browser.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "got"))
+    page.click(".export")
+    end = time.monotonic() + 30
+    while not (exported := list((tmp_path / "got").glob("*.txt"))) and time.monotonic() < end:
+        time.sleep(0.05)
+    lines = [line.split("\t") for line in exported[0].read_text(encoding="utf-8").splitlines()]
+    assert lines == [[ROBOTS[i].file, str(42 + i), ROBOTS[i].prompt] for i in (1, 3)]
+    other = tmp_path / "other"
+    other.mkdir()
+    second = visit([], page=write_gallery(other, pictures(other, ROBOTS), "Others"))
+    assert second.do(pressed) == [False] * 4, "another gallery has its own"
+    page.click("[data-number='1'] .star")
+    assert page.do(VISIBLE) == ["3"] and page.complaints() == []
+
+
+@needs_browser
+def test_copies(visit, the_browser):
+    page = visit(ROBOTS)
+    the_browser.send("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    page.send("Page.bringToFront")
+    page.click("section:nth-of-type(2) .copy")
+    page.wait_for("document.querySelector('section:nth-of-type(2) .copy').textContent === 'Copied'")
+    assert page.do("navigator.clipboard.readText()") == ROBOTS[1].prompt
+    page.click("[data-number='2'] img")
+    for button, text in ((".copy-prompt", ROBOTS[2].prompt), (".copy-command", command(ROBOTS[2]))):
+        page.click(button)
+        page.wait_for(f"document.querySelector('{button}').textContent === 'Copied'")
+        assert page.do("navigator.clipboard.readText()") == text
+    the_browser.send("Browser.resetPermissions")
+    page.do("navigator.clipboard.writeText = () => Promise.reject()")
+    page.wait_for("!document.querySelector('.copy-command').disabled")
+    page.click(".copy-command")
+    page.wait_for("document.querySelector('.copy-command').textContent === 'Selected'")
+    assert page.do("getSelection().toString()") == command(ROBOTS[2])
+    assert page.complaints() == []
+
+
+@needs_browser
+def test_settings_on_demand(visit):
+    page = visit([replace(PLAIN, settings={"<b>": "</dl><script>x</script>", "steps": 25})])
+    page.click("[data-number='0'] img")
+    assert not page.do("document.querySelector('dialog dl').checkVisibility()")
+    page.click("dialog summary")
+    assert page.do("document.querySelector('dialog dl').checkVisibility()")
+    terms = page.do(
+        "[...document.querySelectorAll('dialog dl div')].map((d) => [...d.children].map((c) => c.textContent))"
+    )
+    assert ["<b>", "</dl><script>x</script>"] in terms and ["steps", "25"] in terms and ["seed", "42"] in terms
+
+
+@needs_browser
+def test_prompts_with_markup_run_no_script(visit):
+    """MEGAMAN_PROMPTS=2000 for the long form."""
+    count = int(os.environ.get("MEGAMAN_PROMPTS", 100))
+    attack = "document.title='taken'"
+    attacks = [f"<script>{attack}</script>", f'<img src=x onerror="{attack}">', f"</script><script>{attack}</script>",
+               f"</h2><svg onload={attack}>", f'"><iframe srcdoc="<script>parent.{attack}</script>">',
+               f"javascript:{attack}", "<!--<script>", "{{ 7 * 7 }}", f"' onmouseover={attack}", "\\u003cscript>",
+               "&lt;script&gt;"]  # fmt: skip
+    prompts = [f"{attacks[i % 11]} {attacks[i // 11 % 11]} {MARKUP[i % len(MARKUP)]} {i}" for i in range(count)]
+    images = [replace(PLAIN, prompt=p, negative_prompt=p, settings={p: p, "LoRA": p, "strength": p}) for p in prompts]
+    page = visit(images)
+    assert page.do("[...document.querySelectorAll('main h2')].map((h) => h.textContent)") == prompts
+    page.click("[data-number='0'] img")
+    for _ in range(min(count, 30)):
+        page.key("ArrowRight")
+    page.key("Escape")
+    for by in ("LoRA", "strength", "prompt"):
+        page.do(f"(() => {{ const s = document.querySelector('.tools select'); s.value = '{by}'; "
+                "s.dispatchEvent(new Event('change')); })()")  # fmt: skip
+    assert page.do("document.title") == "Robots"
+    assert page.do("document.querySelectorAll('script, iframe, svg').length") == 2
+    assert page.complaints() == []
 
 
 @needs_browser
@@ -288,10 +551,45 @@ def test_a_browser_has_nothing_to_complain_of(tmp_path):
     "<script>document.title = 'taken'</script>", "<p onclick='alert(1)'>", "<p style='color: red'>",
     "<img src='http://127.0.0.1/x.png'>", "<iframe src='other.html'></iframe>",
 ])  # fmt: skip
-def test_a_browser_refuses_what_the_policy_does_not_name(tmp_path, intruder):
-    page = write_gallery(tmp_path, pictures(tmp_path, [PLAIN]), "Robots")
-    text = page.read_text(encoding="utf-8")
-    page.write_text(text.replace("</main>", "</main>" + intruder), encoding="utf-8")
-    document, complaints = browse(page)
-    assert "<title>Robots</title>" in document
+def test_a_browser_refuses_what_the_policy_does_not_name(the_browser, tmp_path, intruder):
+    path = write_gallery(tmp_path, pictures(tmp_path, [PLAIN]), "Robots")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("</main>", "</main>" + intruder), encoding="utf-8")
+    page = Visit(the_browser, path)
+    page.click("p")
+    assert page.do("document.title") == "Robots"
+    complaints = page.complaints()
     assert len(complaints) == 1 and "Content Security Policy" in complaints[0]
+    page.close()
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory) -> str:
+    """axe-core's source, from npm."""
+    if not shutil.which("npm"):
+        pytest.skip("accessibility not checked: no npm")
+    folder = tmp_path_factory.mktemp("axe")
+    command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "axe-core@4.11.0"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        pytest.skip("accessibility not checked: axe-core could not be installed")
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_accessibility(the_browser, tmp_path, axe, dark):
+    images = [*ROBOTS, *compared(("out/a", 0), ("out/a", 1), prompt="a table")]
+    page = Visit(the_browser, write_gallery(tmp_path, pictures(tmp_path, images), "Robots"), dark=dark)
+    page.do("for (const card of document.querySelectorAll('.card')) card.style.contentVisibility = 'visible'")
+    page.do(axe + "; 0")
+    assert page.do("axe.run().then(({passes}) => passes.length)") > 20, "something was looked at"
+    serious = """axe.run().then(({violations}) => violations
+        .filter(({impact}) => ["serious", "critical"].includes(impact))
+        .map(({id, nodes}) => [id, nodes.map((node) => node.html.slice(0, 200) + node.failureSummary)]))"""
+    assert page.do(serious) == []
+    page.click("[data-number='0'] .star")
+    page.click("[data-number='0'] img")
+    page.click("dialog summary")
+    assert page.do(serious) == []
+    page.close()

@@ -39,8 +39,8 @@ def generate(lora_path, tmp_path, monkeypatch, capsys):
     """generate("--flag", value, …) draws with few steps into tmp_path/out and returns {name: RGB image}."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*flags, output="out", prompts=("--prompts", "a blue robot")):
-        words = ["--lora_path", lora_path, "--output_dir", output, "--num_inference_steps", 3, *prompts]
+    def run(*flags, output="out", prompts=("--prompts", "a blue robot"), lora=("--lora_path", lora_path)):
+        words = [*(lora or ()), "--output_dir", output, "--num_inference_steps", 3, *prompts]
         assert generate_megaman.main([str(word) for word in [*words, *flags]]) == 0
         run.said = capsys.readouterr().out
         return {path.name: Image.open(path).convert("RGB") for path in sorted((tmp_path / output).glob("*.png"))}
@@ -107,6 +107,59 @@ def test_compare_draws_the_base_itself(generate, base_folder):
     assert not alike(drawn["megaman_000_00.png"], wanted)
 
 
+def test_strengths(generate, tmp_path):
+    """At 0 the base itself, at 1 the LoRA as trained, and one picture of all with its labels."""
+    pair = generate("--compare", "base", "--seed", 3, output="pair")
+    drawn = generate("--lora_scales", "0,0.5,1", "--seed", 3, "--num_images_per_prompt", 2)
+    assert "2: 1 prompts x 2, 64x64" in generate.said and "each 3 times: 1 LoRAs x 3 strengths" in generate.said
+    names = [f"megaman_000_0{j}_{scale}.png" for j in (0, 1) for scale in ("0", "0.5", "1")]
+    assert set(drawn) == {"grid_000.png", *names}
+    base, half, full = (drawn[name] for name in names[:3])
+    assert alike(base, pair["megaman_000_00_base.png"]) and alike(full, pair["megaman_000_00.png"])
+    assert not alike(half, base) and not alike(half, full)
+    texts = [Image.open(tmp_path / "out" / name).text["parameters"].split("\n")[0] for name in names[:3]]
+    assert texts == [
+        "a blue robot",
+        "a blue robot <lora:megaman_lora:0.5>",
+        "a blue robot <lora:megaman_lora:1>",
+    ]
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r'<th scope="col">(.*?)</th>', page) == ["strength 0", "strength 0.5", "strength 1"]
+    grid = drawn["grid_000.png"]
+    whole = (grid.width - 220) // 3 - 8
+    assert whole == 256
+    for line, j in enumerate((0, 1)):
+        for place in range(3):
+            at = (220 + place * 264, 42 + line * 264)
+            cell = grid.crop((*at, at[0] + 256, at[1] + 256)).resize((64, 64), Image.Resampling.NEAREST)
+            assert equal(cell, drawn[names[3 * j + place]])
+    again = generate("--lora_scales", "0,1", "--seed", 3)
+    assert {"grid_000.png", "grid_001.png", "megaman_001_00_1.png", *names} <= set(again)
+
+
+def test_every_checkpoint_at_one_seed(generate, lora_path, base_folder, tmp_path):
+    """Each LoRA of a training's output draws what it draws alone; unfinished checkpoints are left out."""
+    training = tmp_path / "training"
+    shutil.copytree(lora_path, training / "lora_weights")
+    weaker = lora_files.read_tensors(lora_path / "adapter_model.safetensors")
+    for step, state in ((5, "training_state.json"), (40, "training_state.json"), (60, None)):
+        folder = training / f"checkpoint-{step}"
+        shutil.copytree(lora_path, folder)
+        save_file({name: tensor * step / 100 for name, tensor in weaker.items()}, folder / "adapter_model.safetensors")
+        if state:
+            (folder / state).write_text("{}")
+    drawn = generate("--checkpoints", training, lora=None)
+    names = [f"megaman_000_00_{name}.png" for name in ("checkpoint-40", "checkpoint-5", "lora_weights")]
+    assert set(drawn) == {"grid_000.png", *names}
+    for name in ("checkpoint-5", "checkpoint-40", "lora_weights"):
+        alone = generate("--lora_path", training / name, output=name)
+        assert equal(drawn[f"megaman_000_00_{name}.png"], alone["megaman_000_00.png"])
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r'<th scope="col">(.*?)</th>', page) == ["checkpoint-5", "checkpoint-40", "lora_weights"]
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        generate("--checkpoints", tmp_path / "nothing", lora=None)
+
+
 def test_image_j_is_seed_plus_j_alone(generate):
     together = generate("--num_images_per_prompt", 3, "--seed", 10, output="together")
     alone = generate("--seed", 12, output="alone")
@@ -138,6 +191,15 @@ def test_a_flag_changes_the_image(generate, flags):
 def test_height_and_width(generate):
     (image,) = generate("--height", 96, "--width", 128).values()
     assert image.size == (128, 96)
+
+
+def test_large_images_have_thumbnails(generate, tmp_path):
+    generate("--height", 64, "--width", 400, "--compare", "base", "--num_inference_steps", 1)
+    names = [f"megaman_000_00{base}.png" for base in ("", "_base")]
+    for name in names:
+        assert Image.open(tmp_path / "out" / "thumbnails" / f"{name}.webp").size == (256, 41)
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert all(f'src="./thumbnails/{name}.webp"' in page and f'href="./{name}"' in page for name in names)
 
 
 def test_device(generate):
@@ -235,6 +297,9 @@ def test_a_long_prompt_is_said_to_be_cut(generate):
         (["--prompts_file", "empty.txt"], 1, "empty.txt"),
         (["--height", "100"], 2, "--height"),
         (["--prompts", "a", "--prompts_file", "empty.txt"], 2, "--prompts"),
+        (["--checkpoints", "a", "--lora_path", "b"], 2, "--checkpoints"),
+        (["--compare", "base", "--lora_scales", "0,1"], 2, "--lora_scales"),
+        (["--demo", "--checkpoints", "nothing"], 1, "nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

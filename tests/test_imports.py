@@ -15,14 +15,14 @@ SCRIPTS = ["megaman_lora", "generate_megaman"]
 ORDER = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "commandline", "options",
     "prompts", "images", "captions", "dataset", "problems", "schedule", "diffusion", "finite", "memory", "base", "lora",
-    "lora_formats", "png", "lora_metadata", "model_card", "cache", "sample", "lora_files", "checkpoint", "evaluate",
-    "gallery",
+    "lora_formats", "png", "grid", "lora_metadata", "model_card", "cache", "sample", "lora_files", "checkpoint",
+    "evaluate", "gallery",
 ]  # fmt: skip
 STANDARD_ONLY = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "commandline", "options",
     "prompts",
 ]  # fmt: skip
-NEVER_TORCH = [*STANDARD_ONLY, "png", "lora_metadata", "model_card", "gallery"]  # not even in a function
+NEVER_TORCH = [*STANDARD_ONLY, "png", "grid", "lora_metadata", "model_card", "gallery"]  # not even in a function
 NO_TORCH = [*NEVER_TORCH, "problems", "images", "captions", "dataset"]  # not until it is needed
 MAY_PRINT = {"errors": "sys.stderr", "commandline": "sys.stderr"}  # and the scripts
 

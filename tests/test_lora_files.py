@@ -32,7 +32,7 @@ def fresh_unet(base_folder) -> UNet2DConditionModel:
 def output(unet) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
-    latents = torch.randn(2, 4, size, size, generator=generator)
+    latents = torch.randn(2, unet.config.in_channels, size, size, generator=generator)
     states = torch.randn(2, 7, width, generator=generator)
     return unet(latents, torch.tensor([10, 700]), encoder_hidden_states=states).sample
 

@@ -34,8 +34,8 @@ class Models:
     @torch.no_grad()
     def say(self) -> tuple[torch.Tensor, torch.Tensor]:
         states = self.text_encoder(torch.arange(3, 13)[None])[0]
-        size = self.unet.config.sample_size
-        latents = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0))
+        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        latents = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
         width = self.unet.config.cross_attention_dim
         plain = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(1))
         return self.unet(latents, torch.tensor([300]), encoder_hidden_states=plain).sample, states

@@ -84,6 +84,8 @@ GENERATION_DEFAULTS = {
     "seed": 42,
     "device": None,  # the best there is
     "compare": None,
+    "lora_scales": None,
+    "checkpoints": None,
 }
 RECIPES = {
     "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
@@ -250,6 +252,7 @@ WRONG_GENERATION = {
     "--seed": ["-1", "1.5"],
     "--device": ["gpu", "cuda:0"],
     "--compare": ["lora"],
+    "--lora_scales": ["", "a", "0,,1", "0,nan", "11"],
 }
 WRONG = [
     (options, flag, value)

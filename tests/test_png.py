@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megaman.png import parameters_text, save_png
+from megaman.png import parameters_text, save_png, save_thumbnail
 
 A1111_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 line = st.text(st.characters(blacklist_categories=["Cs", "Cc"], blacklist_characters="\u2028\u2029\x85"), max_size=60)
 VALUES = {"Steps": 20, "Sampler": "DPM++ 2M", "CFG scale": "7", "Seed": 5, "Size": "512x512"}
+
+
+@pytest.mark.parametrize(("size", "small"), [((512, 512), (256, 256)), ((768, 512), (256, 171)), ((300, 64), None)])
+def test_a_thumbnail_of_large_pictures_alone(tmp_path, size, small):
+    image = Image.new("RGB", size, "navy")
+    save_thumbnail(tmp_path / "small" / "a.webp", image)
+    assert image.size == size
+    made = tmp_path / "small" / "a.webp"
+    assert (Image.open(made).size if made.exists() else None) == small
 
 
 def read_pairs(text: str) -> dict[str, str]:
