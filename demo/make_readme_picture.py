@@ -18,9 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gallery", type=Path, default=Path("generated_demo"))
     parser.add_argument("--output", type=Path, default=Path("docs/demo.png"))
-    parser.add_argument("--prompts", type=int, nargs="+", default=[0, 2, 5, 3, 6, 7], help="numbers of the pairs shown")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[0, 4, 5, 6, 8, 9], help="numbers of the pairs shown")
     options = parser.parse_args()
-    records = json.loads((options.gallery / "images.json").read_text(encoding="utf-8"))
+    records = json.loads((options.gallery / "images.json").read_text(encoding="utf-8"))["images"]
     chosen = [records[number] for number in options.prompts]
     across = 3
     cell_width, cell_height = 2 * SIDE + 3 * GAP, SIDE + 2 * CAPTION + GAP
@@ -34,7 +34,7 @@ def main() -> None:
             x = left + column * (SIDE + GAP)
             pen.text((x, top), label, "black", font)
             sheet.paste(image, (x, top + CAPTION))
-        words = record["prompt"].replace("blue robot hero, ", "").replace("pixel art, ", "")
+        words = record["prompt"].replace("blue robot hero, ", "").replace("robot hero, ", "").replace("pixel art, ", "")
         pen.text((left, top + CAPTION + SIDE + 3), words, (90, 90, 90), font)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(options.output, optimize=True)
