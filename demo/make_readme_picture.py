@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -34,8 +35,8 @@ def main() -> None:
             x = left + column * (SIDE + GAP)
             pen.text((x, top), label, "black", font)
             sheet.paste(image, (x, top + CAPTION))
-        words = record["prompt"].replace("blue robot hero, ", "").replace("robot hero, ", "").replace("pixel art, ", "")
-        pen.text((left, top + CAPTION + SIDE + 3), words, (90, 90, 90), font)
+        words = record["prompt"].replace("blue robot hero, ", "").replace("pixel art, ", "")
+        pen.text((left, top + CAPTION + SIDE + 3), textwrap.shorten(words, 54, placeholder=" …"), (90, 90, 90), font)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(options.output, optimize=True)
 
