@@ -51,7 +51,7 @@ def renderer_memory(browser: Browser) -> tuple[float, float]:
     sizes = []
     for process in processes:
         if process["type"] == "renderer":
-            lines = Path(f"/proc/{process['id']}/smaps_rollup").read_text(encoding="ascii").splitlines()
+            lines = Path(f"/proc/{process['id']}/smaps_rollup").read_text(encoding="utf-8").splitlines()
             table = {line.split()[0]: int(line.split()[1]) / 1024 for line in lines[1:]}
             sizes.append((table["Rss:"], table["Private_Clean:"] + table["Private_Dirty:"]))
     return max(sizes)
