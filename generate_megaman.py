@@ -27,7 +27,9 @@ from megaman.prompts import BUILT_IN, read_prompts
 
 def main(argv: list[str]) -> int:
     options = generation_options(argv)
-    prompts = options.prompts or read_prompts(BUILT_IN if options.prompts_file is None else Path(options.prompts_file))
+    prompts = options.prompts or [
+        prompt.text for prompt in read_prompts(Path(options.prompts_file) if options.prompts_file else BUILT_IN)[0]
+    ]
     output_dir = Path(options.output_dir)
     named = [(Path(path), strength) for path, strength in map(split_strength, options.lora_path)]
     loras = [(path, 1.0) for path in trained(Path(options.checkpoints))] if options.checkpoints else named

@@ -15,6 +15,7 @@ from megaman.names import refused_by_windows, split_strength
 
 WINDOWS = os.name == "nt"
 STRONGEST = 10  # a LoRA at many times its trained strength draws noise; this leaves room to see that
+Mistake = argparse.ArgumentTypeError  # what the types below raise, for modules that know no argparse
 
 
 class Parser(argparse.ArgumentParser):
@@ -165,3 +166,9 @@ def side(value: str) -> int:
         near = max(8, round(pixels / 8) * 8)
         raise argparse.ArgumentTypeError(f"{value} is not a multiple of 8: take {near}")
     return pixels
+
+
+# What one image may be drawn with, on the command line and in a prompts file alike.
+SEED = number(int, 0, 2**63 - 1)
+STEPS = number(int, 1, 999)
+GUIDANCE = number(float, 0, 100)

@@ -8,7 +8,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaman.commandline import Parser, choice, folder, lora, name, number, side, strengths, text
+from megaman.commandline import (
+    GUIDANCE,
+    SEED,
+    STEPS,
+    Parser,
+    choice,
+    folder,
+    lora,
+    name,
+    number,
+    side,
+    strengths,
+    text,
+)
 from megaman.names import below
 
 DEFAULT_BASE = "runwayml/stable-diffusion-v1-5"
@@ -65,7 +78,6 @@ MANY = 10**9  # more steps than any run has; "never" for what happens every so m
 COUNT = number(int, 1, MANY)
 COUNT_OR_ZERO = number(int, 0, MANY)
 SHARE = number(float, 0, 0.999999)
-SEED = number(int, 0, 2**63 - 1)
 
 
 def training_parser() -> Parser:
@@ -162,8 +174,8 @@ def generation_parser() -> Parser:
     add("--prompts_file", type=name, help="a file with one prompt a line; # begins a comment")
     add("--negative_prompt", type=text, default=DEFAULT_NEGATIVE_PROMPT, help="what the images should not show")
     add("--num_images_per_prompt", type=number(int, 1, 10000), default=1, help="images of each prompt")
-    add("--num_inference_steps", type=number(int, 1, 999), default=25, help="sampling steps")
-    add("--guidance_scale", type=number(float, 0, 100), default=7.5, help="how closely the prompt is followed")
+    add("--num_inference_steps", type=STEPS, default=25, help="sampling steps")
+    add("--guidance_scale", type=GUIDANCE, default=7.5, help="how closely the prompt is followed")
     add("--height", type=side, help="image height in pixels (default: 512; the base's own size where it is smaller)")
     add("--width", type=side, help="image width in pixels (default: as for --height)")
     add("--seed", type=SEED, default=42, help="image j of a prompt uses seed + j")
