@@ -9,6 +9,7 @@ from typing import Any
 
 from megaman.errors import UserError
 from megaman.files import read_json
+from megaman.names import is_network
 from megaman.safety import conversion, refuse_pickle
 
 PEFT_CONFIG = "adapter_config.json"
@@ -73,7 +74,7 @@ def base_of(folder: Path) -> str | None:
     name = read(folder).get("base_model_name_or_path")
     if name in (None, ""):
         return None
-    if not isinstance(name, str) or not (HUB_NAME.fullmatch(name) or _is_local_folder(name)):
+    if not isinstance(name, str) or not is_base(name):
         short = repr(name) if len(repr(name)) < 200 else f"{repr(name)[:200]}..."
         raise UserError(
             f"{folder / PEFT_CONFIG} names {short} as its base, which is no folder here nor a name on the hub",
@@ -82,9 +83,13 @@ def base_of(folder: Path) -> str | None:
     return name
 
 
+def is_base(name: str) -> bool:
+    """Whether a name, which may be a stranger's, is a folder on this machine or could be one on the hub."""
+    return bool(HUB_NAME.fullmatch(name)) or _is_local_folder(name)
+
+
 def _is_local_folder(name: str) -> bool:
-    network = name[:2].replace("\\", "/") == "//"  # Windows would log in at whatever machine such a name says
-    return not network and any(map(os.path.isdir, (os.path.expanduser(name), PROJECT / name)))
+    return not is_network(name) and any(map(os.path.isdir, (os.path.expanduser(name), PROJECT / name)))
 
 
 def checked(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:

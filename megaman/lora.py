@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
@@ -75,12 +76,42 @@ def describe(unet: UNet2DConditionModel) -> LoraConfig:
     return unet.peft_config[ADAPTER]
 
 
-def set_strengths(models: Sequence[torch.nn.Module], strengths: Mapping[str, float]) -> None:
-    """Have all these LoRAs at work in the models, each at its strength: a factor on its trained scale."""
-    for layer in _layers(models):
-        layer.set_adapter(list(strengths))
-        for adapter, strength in strengths.items():
+def set_strengths(models: Sequence[torch.nn.Module], strengths: Mapping[int, float]) -> None:
+    """Have the LoRAs with these numbers at work in the models, each at its strength: a factor on its trained scale."""
+    _set_strengths(_layers(models), strengths)
+
+
+def _set_strengths(layers: Sequence[LoraLayer], strengths: Mapping[int, float]) -> None:
+    named = {adapter_name(number): strength for number, strength in strengths.items()}
+    for layer in layers:
+        layer.set_adapter(list(named))
+        for adapter, strength in named.items():
             layer.set_scale(adapter, strength)
+
+
+class Fused:
+    """The LoRAs added to the models' own weights, which draws faster; their layers leave the models.
+
+    With changing the strengths may be set again: the own weights are kept on the CPU and put back each time, since to
+    subtract what was added would leave its rounding behind.
+    """
+
+    def __init__(self, models: Sequence[torch.nn.Module], changing: bool):
+        self._layers = _layers(models)
+        weights = [layer.get_base_layer().weight for layer in self._layers] if changing else []
+        self._own = [weight.detach().to("cpu", copy=True) for weight in weights]
+        for model in models:
+            recurse_remove_peft_layers(model)
+
+    def set_strengths(self, strengths: Mapping[int, float]) -> None:
+        """Have the LoRAs with these numbers at work, each at its strength: a factor on its trained scale."""
+        for layer, own in zip(self._layers, self._own, strict=False):
+            layer.get_base_layer().weight.data.copy_(own)
+            layer.merged_adapters.clear()
+        _set_strengths(self._layers, strengths)
+        for layer in self._layers:
+            layer.to(layer.get_base_layer().weight.device)
+            layer.merge()
 
 
 @contextmanager

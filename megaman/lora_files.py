@@ -159,9 +159,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def short_name(path: Path) -> str:
-    """What A1111 would call the LoRA: the file's name, and for a folder of ours that of its kohya file."""
-    return path.stem if path.is_file() else Path(KOHYA_WEIGHTS).stem
+def short_hash(path: Path) -> str:
+    """The twelve digits by which A1111 knows a LoRA: of all that follows the header of its file, in a folder of the
+    kohya file."""
+    found = adapter_config.find(path)
+    own = [found / name for name in (KOHYA_WEIGHTS, PEFT_WEIGHTS)] if found.is_dir() else [found]
+    with open(next(filter(Path.is_file, own), own[-1]), "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -208,10 +213,8 @@ def load_loras(
     loras: Sequence[tuple[Path, float]], unet: UNet2DConditionModel, text_encoder: CLIPTextModel
 ) -> list[LoraConfig]:
     """The same with several LoRAs, all at work together, each at its strength: 1 is the trained one."""
-    adapters = [adapter_name(number) for number in range(len(loras))]
-    configs = [load_lora(path, unet, text_encoder, adapter) for adapter, (path, _) in zip(adapters, loras, strict=True)]
-    strengths = {adapter: strength for adapter, (_, strength) in zip(adapters, loras, strict=True)}
-    set_strengths([unet, text_encoder], strengths)
+    configs = [load_lora(path, unet, text_encoder, adapter_name(number)) for number, (path, _) in enumerate(loras)]
+    set_strengths([unet, text_encoder], {number: strength for number, (_, strength) in enumerate(loras)})
     return configs
 
 

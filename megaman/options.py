@@ -1,4 +1,4 @@
-"""Both command lines: flags, defaults, presets. Contradictions fail here, before anything heavy is imported."""
+"""megaman_lora.py's command line: flags, defaults, presets. Contradictions fail here, before a heavy import."""
 
 from __future__ import annotations
 
@@ -9,24 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from megaman.commandline import (
-    GUIDANCE,
     SEED,
-    STEPS,
     Parser,
     choice,
     folder,
-    lora,
     name,
     number,
     side,
-    strengths,
     text,
 )
 from megaman.names import below
 
 DEFAULT_BASE = "runwayml/stable-diffusion-v1-5"
 DEFAULT_PROMPT = "mega man, blue robot, helmet, game character, high quality"
-DEFAULT_NEGATIVE_PROMPT = "blurry, low quality, distorted, deformed, ugly, bad anatomy"
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 REPLACED = r"((checkpoint|samples)-\d+|lora_weights)(?![^/\\])"  # the folders in --output_dir that a run replaces
@@ -63,16 +58,6 @@ DEMO_TRAINING: dict[str, Any] = {
     "mixed_precision": "no",
     "seed": 0,
 }
-DEMO_GENERATION: dict[str, Any] = {
-    "lora_path": ["./megaman_demo_output/lora_weights"],
-    "output_dir": "./generated_demo",
-    "prompts_file": str(DEMO / "prompts.txt"),
-    "negative_prompt": "",  # the small base never saw the words of the usual one
-    "guidance_scale": 5.0,
-    "num_inference_steps": 20,
-    "compare": "base",
-}
-
 
 MANY = 10**9  # more steps than any run has; "never" for what happens every so many steps
 COUNT = number(int, 1, MANY)
@@ -147,45 +132,6 @@ def training_parser() -> Parser:
     return parser
 
 
-def generation_parser() -> Parser:
-    parser = Parser(prog="generate_megaman.py", description="Draw pictures with a trained LoRA and put them on a page.")
-    add = parser.add_argument
-    add("--demo", action="store_true", help="the embedded base with the LoRA that megaman_lora.py --demo trained")
-    add(
-        "--base_model",
-        type=name,
-        help="the base: a name on the hub or a local folder (default: what the LoRA was trained on)",
-    )
-    add(
-        "--lora_path",
-        type=lora,
-        nargs="+",
-        default=["./megaman_lora_output/lora_weights"],
-        metavar="NAME[:STRENGTH]",
-        help="LoRAs, folders or .safetensors files, each with a strength behind a colon if not 1",
-    )
-    add(
-        "--output_dir",
-        type=folder,
-        default="./generated_megaman",
-        help="images and index.html go here; existing ones stay",
-    )
-    add("--prompts", type=text, nargs="+", metavar="PROMPT", help="one or more prompts (default: ten about Mega Man)")
-    add("--prompts_file", type=name, help="a file with one prompt a line; # begins a comment")
-    add("--negative_prompt", type=text, default=DEFAULT_NEGATIVE_PROMPT, help="what the images should not show")
-    add("--num_images_per_prompt", type=number(int, 1, 10000), default=1, help="images of each prompt")
-    add("--num_inference_steps", type=STEPS, default=25, help="sampling steps")
-    add("--guidance_scale", type=GUIDANCE, default=7.5, help="how closely the prompt is followed")
-    add("--height", type=side, help="image height in pixels (default: 512; the base's own size where it is smaller)")
-    add("--width", type=side, help="image width in pixels (default: as for --height)")
-    add("--seed", type=SEED, default=42, help="image j of a prompt uses seed + j")
-    add("--device", **choice("cuda", "mps", "cpu"), help="where to compute (default: the best there is)")
-    add("--compare", **choice("base"), help="draw each image without the LoRA too and show both side by side")
-    add("--lora_scales", type=strengths, metavar="S,S,...", help="draw at each of these strengths; 0 is the base alone")
-    add("--checkpoints", type=name, metavar="FOLDER", help="draw with every checkpoint of this training output")
-    return parser
-
-
 def training_options(argv: Sequence[str]) -> Namespace:
     """Parse megaman_lora.py's command line: plain defaults, then --demo's, then --preset's, then the flags given.
 
@@ -229,30 +175,6 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
         place = getattr(options, flag)
         if re.match(REPLACED, below(place, options.output_dir) or ""):
             yield f"--{flag} {place} is where the run in --output_dir puts its own: name another"
-
-
-def generation_options(argv: Sequence[str]) -> Namespace:
-    """Parse generate_megaman.py's command line: plain defaults, then --demo's, then the flags given.
-
-    All mistakes are told together, with exit code 2.
-    """
-    parser = generation_parser()
-    given, mistakes = parser.read(argv)
-    demo = DEMO_GENERATION if given.get("demo") else {}
-    if "prompts" in given:
-        demo = {**demo, "prompts_file": None}
-    if {"lora_scales", "checkpoints"} & set(given):
-        demo = {**demo, "compare": None}
-    options = Namespace(**{**vars(parser.parse_args([])), **demo, **given})
-    if options.prompts and options.prompts_file:
-        mistakes.append("--prompts and --prompts_file contradict each other: leave one out")
-    if options.compare and (options.lora_scales or options.checkpoints):
-        mistakes.append("--compare base is for one LoRA at one strength: write --lora_scales 0,1 instead")
-    if options.checkpoints and "lora_path" in given:
-        mistakes.append("--checkpoints and --lora_path contradict each other: leave one out")
-    if mistakes:
-        parser.refuse(mistakes)
-    return options
 
 
 def resuming(argv: list[str]) -> list[str]:

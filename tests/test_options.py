@@ -15,14 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaman.commandline import side
-from megaman.options import (
-    DEMO_GENERATION,
-    DEMO_TRAINING,
-    generation_options,
-    generation_parser,
-    training_options,
-    training_parser,
-)
+from megaman.generation_options import DEMO_GENERATION, generation_options, generation_parser
+from megaman.options import DEMO_TRAINING, training_options, training_parser
 
 TRAINING_DEFAULTS = {
     "preset": None,
@@ -82,10 +76,16 @@ GENERATION_DEFAULTS = {
     "height": None,  # 512, or the base's own size where that is smaller
     "width": None,
     "seed": 42,
+    "scheduler": "dpm++_2m",
+    "clip_skip": 1,
+    "batch_size": None,  # what is fast and fits
     "device": None,  # the best there is
     "compare": None,
     "lora_scales": None,
     "checkpoints": None,
+    "lora_scale": None,  # 1
+    "resume": False,
+    "from_image": None,
 }
 RECIPES = {
     "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},

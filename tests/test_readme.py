@@ -11,13 +11,8 @@ import pytest
 
 import megaman_lora
 from megaman import prompts
-from megaman.options import (
-    PRESETS,
-    generation_options,
-    generation_parser,
-    training_options,
-    training_parser,
-)
+from megaman.generation_options import generation_options, generation_parser
+from megaman.options import PRESETS, training_options, training_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-TW.md"
