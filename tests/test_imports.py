@@ -14,13 +14,13 @@ SCRIPTS = ["megaman_lora", "generate_megaman"]
 # Every module may import those before it and none after it. A new module has to find its place here.
 ORDER = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "commandline", "options",
-    "prompts", "images", "captions", "dataset", "problems", "schedule", "diffusion", "finite", "memory", "base", "lora",
-    "lora_formats", "png", "grid", "lora_metadata", "model_card", "cache", "sample", "lora_files", "checkpoint",
-    "evaluate", "gallery",
+    "prompts", "prompt_weights", "images", "captions", "dataset", "problems", "schedule", "diffusion", "finite",
+    "memory", "base", "lora", "lora_formats", "png", "grid", "lora_metadata", "model_card", "cache", "text_states",
+    "sample", "lora_files", "checkpoint", "evaluate", "gallery",
 ]  # fmt: skip
 STANDARD_ONLY = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "commandline", "options",
-    "prompts",
+    "prompts", "prompt_weights",
 ]  # fmt: skip
 NEVER_TORCH = [*STANDARD_ONLY, "png", "grid", "lora_metadata", "model_card", "gallery"]  # not even in a function
 NO_TORCH = [*NEVER_TORCH, "problems", "images", "captions", "dataset"]  # not until it is needed
