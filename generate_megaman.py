@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from megaman import drawn, grid, records, samplers
+from megaman import drawn, grid, prompt_weights, records, samplers
 from megaman.adapter_config import base_of
 from megaman.errors import UserError, run_script
 from megaman.gallery import read_images, variant_labels, write_gallery
@@ -36,10 +36,12 @@ PACKAGES = ["torch", "diffusers", "transformers", "peft"]
 def main(argv: list[str]) -> int:
     options = generation_options(argv)
     again = records.read(Path(options.from_image)) if options.from_image else None
-    plan = plan_again(options, again) if again else plan_anew(options)
     prompts, bad_lines = ([], []) if again else asked_for(options)
+    plan = plan_again(options, again) if again else plan_anew(options)
     for line in bad_lines:
         print(line)
+    if tags := [tag for prompt in prompts for tag in prompt_weights.tags(prompt.text)]:
+        print(f"{', '.join(dict.fromkeys(tags))} in a prompt is left out: name LoRAs in --lora_path")
     output_dir = Path(options.output_dir)
     gallery = drawn.complete(output_dir, read_images(output_dir))
     if not gallery and (output_dir / "index.html").exists():

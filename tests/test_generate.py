@@ -290,10 +290,9 @@ def test_the_text_encoders_part_counts_and_compare_leaves_it_out(generate, base_
 def test_a_long_prompt_is_used_whole_and_weights_count(generate):
     """What stands beyond the text encoder's length changes the image, and so does a weight."""
     long = "robot " * 100
-    images = {prompt: generate("--prompts", prompt, output=str(number))["megaman_000_00.png"] for number, prompt in
-              enumerate([long + "blue", long + "red", "a (blue:1.5) robot", "a (blue:0.5) robot", "a blue robot"])}  # fmt: skip
-    kinds = list(images.values())
-    assert not any(equal(one, other) for n, one in enumerate(kinds) for other in kinds[n + 1 :])
+    prompts = [long + "blue", long + "red", "a (blue:1.5) robot", "a (blue:0.5) robot", "a blue robot"]
+    drawn = [generate("--prompts", prompt, output=str(n))["megaman_000_00.png"] for n, prompt in enumerate(prompts)]
+    assert not any(equal(one, other) for n, one in enumerate(drawn) for other in drawn[n + 1 :])
 
 
 def test_a_prompt_draws_the_same_whatever_stands_beside_it(generate, tmp_path):
