@@ -109,7 +109,8 @@ def main(argv: list[str]) -> int:
             file = "_".join([f"megaman_{first + i:03d}_{j:02d}", *map(safe_name, way.label)]) + ".png"
             shared = {"Steps": options.num_inference_steps, "Sampler": sample.SAMPLER_NAME,
                       "CFG scale": f"{options.guidance_scale:g}", "Seed": options.seed + j,
-                      "Size": f"{width}x{height}", "Model": Path(base_name).name, "RNG": "CPU"}  # fmt: skip
+                      "Size": f"{width}x{height}", "Model": Path(base_name).name.removesuffix(".safetensors"),
+                      "RNG": "CPU"}  # fmt: skip
             tags = [f"<lora:{lora_files.short_name(path)}:{strength:g}>" for path, strength in way.loras if strength]
             tag = " ".join([prompts[i], *tags])
             png.save_png(output_dir / file, images[place_in_batch],

@@ -14,9 +14,9 @@ SCRIPTS = ["megaman_lora", "generate_megaman"]
 # Every module may import those before it and none after it. A new module has to find its place here.
 ORDER = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "commandline", "options",
-    "prompts", "images", "captions", "dataset", "problems", "schedule", "diffusion", "finite", "memory", "base", "lora",
-    "lora_formats", "png", "grid", "lora_metadata", "model_card", "cache", "sample", "lora_files", "checkpoint",
-    "evaluate", "gallery",
+    "prompts", "images", "captions", "dataset", "problems", "schedule", "diffusion", "finite", "memory", "lora_formats",
+    "single_file", "base", "lora", "png", "grid", "lora_metadata", "model_card", "cache", "sample", "lora_files",
+    "checkpoint", "evaluate", "gallery",
 ]  # fmt: skip
 STANDARD_ONLY = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "commandline", "options",
