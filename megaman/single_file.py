@@ -30,6 +30,7 @@ from megaman.safety import check_safetensors
 SUFFIX = ".safetensors"
 SD15 = Path(__file__).resolve().parent / "sd15"
 UNET, VAE, TEXT_ENCODER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+PARTS = {UNET: "UNet", VAE: "VAE", TEXT_ENCODER: "text encoder"}
 MOST_TENSORS = 2000  # of one part; the UNet has 686, and diffusers compares each name with each block
 # Other files, by how a name in them begins.
 KINDS = {"conditioner.": "SDXL", "cond_stage_model.model.": "Stable Diffusion 2.x", "control_model.": "a ControlNet"}
@@ -75,8 +76,10 @@ def load_parts(path: Path, dtype: torch.dtype) -> dict[str, Any]:
 def _part(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of one part, by their whole names, as diffusers' conversion takes them."""
     part = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    if not 0 < len(part) <= MOST_TENSORS:
-        raise UserError(f"{path} is no whole Stable Diffusion 1.x: it has {len(part)} tensors {prefix}*", ANOTHER)
+    if not part:  # some were stored without their VAE
+        raise UserError(f"{path} is not complete: it has no {PARTS[prefix]} ({prefix}*)", ANOTHER)
+    if len(part) > MOST_TENSORS:
+        raise UserError(f"{path} is no Stable Diffusion 1.x: {len(part)} tensors {prefix}*", ANOTHER)
     return part
 
 
