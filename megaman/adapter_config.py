@@ -66,8 +66,8 @@ def find(path: Path) -> Path:
 def base_of(folder: Path) -> str | None:
     """The base that the LoRA was trained on, where its folder says so; a file says nothing that could be loaded.
 
-    Raises UserError where no LoRA is there, or where the base is neither a folder nor named like one on the hub: the
-    LoRA may be a stranger's.
+    Raises UserError where no LoRA is there, or where the base is neither here nor named like one on the hub: the LoRA
+    may be a stranger's.
     """
     if find(folder).is_file():
         return None
@@ -77,19 +77,19 @@ def base_of(folder: Path) -> str | None:
     if not isinstance(name, str) or not is_base(name):
         short = repr(name) if len(repr(name)) < 200 else f"{repr(name)[:200]}..."
         raise UserError(
-            f"{folder / PEFT_CONFIG} names {short} as its base, which is no folder here nor a name on the hub",
+            f"{folder / PEFT_CONFIG} names {short} as its base, which is nothing on this machine nor a name on the hub",
             "Name the base in --base_model",
         )
     return name
 
 
 def is_base(name: str) -> bool:
-    """Whether a name, which may be a stranger's, is a folder on this machine or could be one on the hub."""
-    return bool(HUB_NAME.fullmatch(name)) or _is_local_folder(name)
-
-
-def _is_local_folder(name: str) -> bool:
-    return not is_network(name) and any(map(os.path.isdir, (os.path.expanduser(name), PROJECT / name)))
+    """Whether a name, which may be a stranger's, is a folder or a .safetensors file here, or could be on the hub."""
+    if HUB_NAME.fullmatch(name):
+        return True
+    places = (os.path.expanduser(name), PROJECT / name)
+    one_file = name.lower().endswith(".safetensors") and any(map(os.path.isfile, places))
+    return not is_network(name) and (any(map(os.path.isdir, places)) or one_file)
 
 
 def checked(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:

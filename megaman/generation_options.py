@@ -44,7 +44,7 @@ def generation_parser() -> Parser:
     add(
         "--base_model",
         type=name,
-        help="the base: a name on the hub or a local folder (default: what the LoRA was trained on)",
+        help="the base: a name on the hub, a local folder or a .safetensors file (default: the LoRA's)",
     )
     add(
         "--lora_path",

@@ -49,7 +49,8 @@ def write_card(config: Mapping[str, Any], captions: Sequence[str], found: int, s
 
 def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, samples: list[str]) -> str:
     settings, base = config["settings"], config["base"]
-    on_hub = HUB_NAME.fullmatch(base) and not base.startswith("demo/")
+    one_file = base.lower().endswith(".safetensors")
+    on_hub = HUB_NAME.fullmatch(base) and not base.startswith("demo/") and not one_file
     name = base if on_hub else tidy(Path(base).name) or "base"  # a folder's whole path is nobody's business
     shown = f"[{name}](https://huggingface.co/{name})" if on_hub else code(name)
     if base == "demo/base":
@@ -72,6 +73,8 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
     table = "\n".join("| {} | {} |".format(flag, code(value).replace("|", "\\|")) for flag, value in rows)
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
     source = json.dumps(name, ensure_ascii=False)
+    subfolder = "" if one_file else ', subfolder="unet"'
+    loaded = f"from_{'single_file' if one_file else 'pretrained'}({source}"
     terms = (
         f"The base is under [{licence}]({address}), whose terms hold for what is made with it too."
         if address
@@ -86,10 +89,10 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
         f"{settings['seed']} on, drawn after the last step." if samples else "",
         "## How to load it\n\nThis folder holds the same LoRA in three layouts, with its strength in each.",
         f"diffusers, from this folder:\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f"pipe = StableDiffusionPipeline.from_pretrained({source})\n"
+        f"pipe = StableDiffusionPipeline.{loaded})\n"
         f'pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")\n```',
         f"PEFT:\n\n```python\nfrom diffusers import UNet2DConditionModel\nfrom peft import PeftModel\n\n"
-        f'unet = UNet2DConditionModel.from_pretrained({source}, subfolder="unet")\n'
+        f"unet = UNet2DConditionModel.{loaded}{subfolder})\n"
         f'unet = PeftModel.from_pretrained(unet, ".")\n```',
         "A1111: copy `megaman_lora.safetensors` to `models/Lora` and write `<lora:megaman_lora:1>` in the prompt.",
         "ComfyUI: copy `megaman_lora.safetensors` to `models/loras` and choose it in the Load LoRA node.",

@@ -71,7 +71,10 @@ def training_parser() -> Parser:
     add("--preset", **choice(*PRESETS), help="a recipe; flags given beside it win")
     add("--demo", action="store_true", help="the embedded base and pictures: a whole run on a CPU in minutes")
     add(
-        "--pretrained_model_name", type=name, default=DEFAULT_BASE, help="the base: a name on the hub or a local folder"
+        "--pretrained_model_name",
+        type=name,
+        default=DEFAULT_BASE,
+        help="the base: a name on the hub, a local folder or a .safetensors file",
     )
     add(
         "--data_dir",

@@ -96,7 +96,7 @@ def parameters_text(record: Record) -> str:
     tags = [f"<lora:{name}:{strength:g}>" for name, strength, _ in named if strength]
     values = {"Steps": record.steps, "Sampler": samplers.find(record.scheduler).title,
               "CFG scale": f"{record.guidance_scale:g}", "Seed": record.seed, "Size": f"{record.width}x{record.height}",
-              "Model": Path(record.base).name, "RNG": "CPU"}  # fmt: skip
+              "Model": Path(record.base).name.removesuffix(".safetensors"), "RNG": "CPU"}  # fmt: skip
     if record.clip_skip > 1:
         values["Clip skip"] = record.clip_skip
     if tags:
