@@ -85,11 +85,11 @@ def base_of(folder: Path) -> str | None:
 
 def is_base(name: str) -> bool:
     """Whether a name, which may be a stranger's, is a folder or a .safetensors file here, or could be on the hub."""
-    if HUB_NAME.fullmatch(name):
-        return True
+    if is_network(name):
+        return False
     places = (os.path.expanduser(name), PROJECT / name)
     one_file = name.lower().endswith(".safetensors") and any(map(os.path.isfile, places))
-    return not is_network(name) and (any(map(os.path.isdir, places)) or one_file)
+    return bool(HUB_NAME.fullmatch(name)) or one_file or any(map(os.path.isdir, places))
 
 
 def checked(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ SCRIPTS = ["megaman_lora", "generate_megaman"]
 ORDER = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "samplers", "commandline",
     "options", "generation_options", "prompts", "prompt_weights", "jobs", "images", "captions", "dataset", "problems",
-    "schedule", "diffusion", "finite", "memory", "lora_formats", "single_file", "base", "lora", "png", "grid", "lora_metadata",
-    "model_card", "cache", "text_states", "sample", "lora_files", "checkpoint", "evaluate", "gallery", "records",
+    "schedule", "diffusion", "finite", "memory", "lora_formats", "single_file", "base", "lora", "png", "grid",
+    "lora_metadata", "model_card", "cache", "text_states", "sample", "lora_files", "checkpoint", "evaluate", "gallery", "records",
     "drawn", "room", "drawing",
 ]  # fmt: skip
 STANDARD_ONLY = [
