@@ -25,12 +25,12 @@ from pathlib import Path
 
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
-from megaman.files import replacing_folder, write_json, write_text
+from megaman.files import write_json, write_text
 from megaman.names import is_inside, safe_name
 from megaman.options import resuming, training_options
 from megaman.output import find_all, new_log_dir, open_output, save_somewhere, step_of
 from megaman.problems import too_bad, write_problems
-from megaman.stops import StoppedError, StopSignal
+from megaman.stops import StopSignal
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
@@ -58,10 +58,11 @@ def main(argv: list[str]) -> int:
     from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
-    from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, sample, schedule
+    from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
     from megaman.tracking import TrainingLog
+    from megaman.validation import Validation
 
     # Device and precision.
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
@@ -176,49 +177,18 @@ def main(argv: list[str]) -> int:
         write_json(output_dir / "training_config.json", config)
         curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
 
-    def draw_samples() -> list:
-        drawn = accelerator.unwrap_model(unet)
-        seeds = [seed + j for j in range(options.num_validation_images)]
-        images = []
-        for part in (seeds[first : first + at_once] for first in range(0, len(seeds), at_once)):
-            states, empty = (text_states[text].expand(len(part), -1, -1) for text in (options.validation_prompt, ""))
-            with accelerator.autocast():
-                images += sample.draw_images(
-                    drawn, base.vae, sample.make_sampler(base.scheduler), states, empty, part,
-                    options.resolution, options.resolution, steps=25, guidance=7.5, on_step=stop.raise_if_received,
-                )  # fmt: skip
-        return images
-
-    def one_at_a_time() -> None:
-        nonlocal at_once
-        if at_once == 1:
-            raise UserError("one at a time they need more memory than there is")
-        at_once = 1
+    stop = StopSignal()
+    validation = Validation(
+        base, text_states, options.validation_prompt, [seed + j for j in range(options.num_validation_images)],
+        options.resolution, accelerator.autocast, say, stop.raise_if_received,
+    )  # fmt: skip
 
     def validate(step: int) -> None:
-        """Draw the fixed-seed images with the model in hand; whatever fails here, training goes on."""
-        folder = output_dir / f"samples-{step}"
-        if not options.num_validation_images or not accelerator.is_main_process:
-            return
-        try:
-            base.vae.to(device)
-            accelerator.unwrap_model(unet).eval()
-            images = memory.until_it_fits(draw_samples, one_at_a_time)
-            for j, image in enumerate(images):
+        """Draw the fixed-seed images with the model in hand."""
+        if accelerator.is_main_process:
+            for j, image in enumerate(validation.draw(step, output_dir / f"samples-{step}")):
                 curves.add("add_image", f"validation/{j:02d}", np.asarray(image), step, dataformats="HWC")
             curves.flush()
-            with replacing_folder(folder) as aside:
-                for j, image in enumerate(images):
-                    image.save(aside / f"{j:02d}.png")
-            if not all(image.getbbox() for image in images):
-                say(f"step {step}: a sample image is black all over; if more are, try --mixed_precision bf16 or no")
-        except StoppedError:
-            pass
-        except Exception as error:
-            say(f"step {step}: no sample images ({brief(error)}); training goes on")
-        finally:
-            accelerator.unwrap_model(unet).train()
-            base.vae.to("cpu")
 
     def save_checkpoint(step: int) -> bool:
         """Save the whole state; a disk that is full or gone is named, and the next save tries again."""
@@ -278,12 +248,11 @@ def main(argv: list[str]) -> int:
 
     # The loop. The last step does everything: log, save, draw. So does a step after which a stop is wanted.
     began, elapsed = time.monotonic(), saved.elapsed if saved else 0.0
-    at_once = sample.images_at_once(options.resolution, options.resolution)
     losses: list[torch.Tensor] = []
     all_finite: list[torch.Tensor] = []
     skipped = finite.SkippedSteps()
     unet.train()
-    with StopSignal() as stop:
+    with stop:
         due = start % options.validation_steps == 0 or start == total
         if start == 0 or (due and not (output_dir / f"samples-{start}").exists()):  # killed before it came to that
             validate(start)
