@@ -14,14 +14,14 @@ SCRIPTS = ["megaman_lora", "generate_megaman"]
 # Every module may import those before it and none after it. A new module has to find its place here.
 ORDER = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "samplers", "commandline",
-    "options", "generation_options", "prompts", "prompt_weights", "jobs", "images", "captions", "dataset", "problems",
-    "schedule", "diffusion", "finite", "memory", "lora_formats", "single_file", "base", "lora", "kohya", "png", "grid",
-    "lora_metadata", "model_card", "cache", "text_states", "sample", "validation", "lora_files", "checkpoint",
-    "evaluate", "gallery", "records", "drawn", "room", "drawing",
+    "presets", "options", "generation_options", "prompts", "prompt_weights", "jobs", "images", "captions", "dataset",
+    "problems", "schedule", "diffusion", "finite", "memory", "lora_formats", "single_file", "base", "lora", "kohya",
+    "png", "grid", "lora_metadata", "model_card", "cache", "text_states", "sample", "validation", "lora_files",
+    "checkpoint", "evaluate", "gallery", "records", "drawn", "room", "drawing",
 ]  # fmt: skip
 STANDARD_ONLY = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "samplers", "commandline",
-    "options", "generation_options", "prompts", "prompt_weights", "jobs",
+    "presets", "options", "generation_options", "prompts", "prompt_weights", "jobs",
 ]  # fmt: skip
 # Not even in a function.
 NEVER_TORCH = [*STANDARD_ONLY, "png", "grid", "lora_metadata", "model_card", "gallery", "records", "drawn"]
