@@ -29,9 +29,9 @@ LICENCES = {
     "CompVis/stable-diffusion-v1-1": OPENRAIL,
     "demo/base": CC_BY,
 }
-SETTINGS = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "learning_rate", "lr_scheduler",
-            "train_batch_size", "gradient_accumulation_steps", "resolution", "center_crop", "random_flip", "snr_gamma",
-            "noise_offset", "max_grad_norm")  # fmt: skip
+SETTINGS = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "learning_rate",
+            "train_text_encoder", "text_encoder_lr", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps",
+            "resolution", "center_crop", "random_flip", "snr_gamma", "noise_offset", "max_grad_norm")  # fmt: skip
 
 
 def write_card(config: Mapping[str, Any], captions: Sequence[str], found: int, samples: Path) -> dict[str, bytes]:
@@ -71,7 +71,7 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
     rows += [("precision", config["dtype"]), ("seed", settings["seed"])]
     table = "\n".join("| {} | {} |".format(flag, code(value).replace("|", "\\|")) for flag, value in rows)
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
-    source = json.dumps(name, ensure_ascii=False)
+    source, text_too = json.dumps(name, ensure_ascii=False), settings["train_text_encoder"]
     terms = (
         f"The base is under [{licence}]({address}), whose terms hold for what is made with it too."
         if address
@@ -80,7 +80,8 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
     parts = [
         f"---\n{yaml}\n---",
         f"# A LoRA for {code(name)}",
-        f"A LoRA for Stable Diffusion 1.x, trained on {len(captions)} pictures with the base {shown}.",
+        f"A LoRA for Stable Diffusion 1.x, trained on {len(captions)} pictures with the base {shown}."
+        + (" It changes the UNet and the text encoder." if text_too else ""),
         f"Use {code(trigger)} in the prompt: most of the captions begin with it." if trigger else "",
         f"## Samples\n\n{images}\n\nPrompt: {code(prompt)}, strength 1, 25 steps, guidance 7.5, seeds from "
         f"{settings['seed']} on, drawn after the last step." if samples else "",
@@ -91,6 +92,10 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
         f"PEFT:\n\n```python\nfrom diffusers import UNet2DConditionModel\nfrom peft import PeftModel\n\n"
         f'unet = UNet2DConditionModel.from_pretrained({source}, subfolder="unet")\n'
         f'unet = PeftModel.from_pretrained(unet, ".")\n```',
+        f"and its part for the text encoder:\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import CLIPTextModel\n\n"
+        f'text_encoder = CLIPTextModel.from_pretrained({source}, subfolder="text_encoder")\n'
+        f'text_encoder = PeftModel.from_pretrained(text_encoder, "text_encoder")\n```' if text_too else "",
         "A1111: copy `megaman_lora.safetensors` to `models/Lora` and write `<lora:megaman_lora:1>` in the prompt.",
         "ComfyUI: copy `megaman_lora.safetensors` to `models/loras` and choose it in the Load LoRA node.",
         "Mega Man LoRA: `python generate_megaman.py --lora_path THIS_FOLDER`.",

@@ -65,6 +65,7 @@ MANY = 10**9  # more steps than any run has; "never" for what happens every so m
 COUNT = number(int, 1, MANY)
 COUNT_OR_ZERO = number(int, 0, MANY)
 SHARE = number(float, 0, 0.999999)
+RATE = number(float, 0, 1, exclusive=True)
 SEED = number(int, 0, 2**63 - 1)
 
 
@@ -94,7 +95,9 @@ def training_parser() -> Parser:
     add("--gradient_accumulation_steps", type=number(int, 1, 65536), default=1, help="forward passes an optimizer step")
     add("--num_train_epochs", type=number(int, 1, 10**6), default=100, help="times every picture is seen")
     add("--max_train_steps", type=COUNT, help="optimizer steps; wins over --num_train_epochs")
-    add("--learning_rate", type=number(float, 0, 1, exclusive=True), default=1e-4, help="peak learning rate")
+    add("--learning_rate", type=RATE, default=1e-4, help="peak learning rate")
+    add("--train_text_encoder", action="store_true", help="a LoRA for the text encoder too")
+    add("--text_encoder_lr", type=RATE, help="the text encoder's peak learning rate (default: as --learning_rate)")
     add("--lr_scheduler", **choice(*SCHEDULERS), default="constant", help="how the rate changes")
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="steps over which the rate rises")
     add("--lora_rank", type=number(int, 1, 1024), default=4, help="rank of the LoRA's matrices")
@@ -188,6 +191,8 @@ def training_options(argv: Sequence[str]) -> Namespace:
     options = Namespace(**{**vars(parser.parse_args([])), **demo, **preset, **given}, given=set(given))
     if mistakes := [*mistakes, *training_contradictions(options)]:
         parser.refuse(mistakes)
+    if options.train_text_encoder and options.text_encoder_lr is None:
+        options.text_encoder_lr = options.learning_rate
     return options
 
 
@@ -195,8 +200,11 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
     """What cannot be meant together. What is merely without effect, such as more steps than epochs, is no mistake."""
     if options.resume_from_checkpoint and options.overwrite_output:
         yield "--resume_from_checkpoint and --overwrite_output contradict each other: leave one out"
-    if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
-        yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: give a higher --learning_rate"
+    if options.text_encoder_lr is not None and not options.train_text_encoder:
+        yield "--text_encoder_lr has no effect without --train_text_encoder: add that, or leave this out"
+    for flag in ("learning_rate", "text_encoder_lr"):
+        if options.lr_scheduler == "polynomial" and (getattr(options, flag) or 1) <= POLYNOMIAL_END:
+            yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: give a higher --{flag}"
     if (
         "lr_warmup_steps" in options.given
         and options.lr_scheduler != "constant"

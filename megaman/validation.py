@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from megaman import memory, sample
+from megaman.cache import encode_captions
 from megaman.errors import UserError, brief
 from megaman.files import replacing_folder
 from megaman.stops import StoppedError
@@ -24,14 +25,15 @@ STEPS, GUIDANCE = 25, 7.5  # generate_megaman.py's defaults
 class Validation:
     """Draws the prompt with each of the seeds, size pixels a side, on the device that the UNet is on.
 
-    text_states holds the states [positions, width] of the prompt and of ""; autocast makes the context in which the
-    models compute; say takes a line; on_step is called after each sampling step and may raise StoppedError.
+    text_states holds the states [positions, width] of the prompt and of "", or is None where the text encoder is in
+    training and has to be asked each time; autocast makes the context in which the models compute; say takes a line;
+    on_step is called after each sampling step and may raise StoppedError.
     """
 
     def __init__(
         self,
         base: Base,
-        text_states: Mapping[str, torch.Tensor],
+        text_states: Mapping[str, torch.Tensor] | None,
         prompt: str,
         seeds: Sequence[int],
         size: int,
@@ -52,9 +54,11 @@ class Validation:
         if not self.seeds:
             return images
         unet, vae = self.base.unet, self.base.vae
+        in_training = [unet] if self.text_states else [unet, self.base.text_encoder]
         try:
             vae.to(unet.device)
-            unet.eval()
+            for model in in_training:
+                model.eval()
             images = memory.until_it_fits(self._draw_all, self._one_at_a_time)
             with replacing_folder(folder) as aside:
                 for j, image in enumerate(images):
@@ -68,15 +72,18 @@ class Validation:
         except Exception as error:
             self.say(f"step {step}: no sample images ({brief(error)}); training goes on")
         finally:
-            unet.train()
+            for model in in_training:
+                model.train()
             vae.to("cpu")
         return images
 
     def _draw_all(self) -> list[Image.Image]:
-        images = []
+        words, images = [self.prompt, ""], []
+        with self.autocast():
+            states = self.text_states or encode_captions(self.base.text_encoder, self.base.tokenizer, words)
         for first in range(0, len(self.seeds), self.at_once):
             seeds = self.seeds[first : first + self.at_once]
-            text, empty = (self.text_states[words].expand(len(seeds), -1, -1) for words in (self.prompt, ""))
+            text, empty = (states[text].expand(len(seeds), -1, -1) for text in words)
             with self.autocast():
                 images += sample.draw_images(
                     self.base.unet, self.base.vae, sample.make_sampler(self.base.scheduler), text, empty, seeds,

@@ -15,8 +15,8 @@ SCRIPTS = ["megaman_lora", "generate_megaman"]
 ORDER = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "commandline", "options",
     "prompts", "images", "captions", "dataset", "problems", "schedule", "diffusion", "finite", "memory", "base", "lora",
-    "lora_formats", "png", "grid", "lora_metadata", "model_card", "cache", "sample", "validation", "lora_files",
-    "checkpoint", "evaluate", "gallery",
+    "kohya", "lora_formats", "png", "grid", "lora_metadata", "model_card", "cache", "sample", "validation",
+    "lora_files", "checkpoint", "evaluate", "gallery",
 ]  # fmt: skip
 STANDARD_ONLY = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "commandline", "options",

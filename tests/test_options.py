@@ -42,6 +42,8 @@ TRAINING_DEFAULTS = {
     "num_train_epochs": 100,
     "max_train_steps": None,
     "learning_rate": 1e-4,
+    "train_text_encoder": False,
+    "text_encoder_lr": None,
     "lr_scheduler": "constant",
     "lr_warmup_steps": 500,
     "lora_rank": 4,
@@ -220,6 +222,7 @@ WRONG_TRAINING = {
     "--num_train_epochs": TOO_SMALL_COUNTS,
     "--max_train_steps": TOO_SMALL_COUNTS,
     "--learning_rate": [*NO_RATE, "1.5"],
+    "--text_encoder_lr": [*NO_RATE, "1.5"],
     "--lr_scheduler": ["", "piecewise_constant", "cosin"],
     "--lr_warmup_steps": ["-1", "0.1", "nan"],
     "--lora_rank": ["0", "-4", "2.5", "1025"],
@@ -455,6 +458,16 @@ def test_a_polynomial_rate_has_to_begin_above_its_end():
     assert "--lr_scheduler polynomial" in line and "--learning_rate" in line
     assert training_options(["--lr_scheduler", "polynomial", "--learning_rate", "1.1e-7"]).learning_rate == 1.1e-7
     assert training_options(["--learning_rate", "1e-8"]).learning_rate == 1e-8
+    text = ["--train_text_encoder", "--text_encoder_lr", "1e-7"]
+    assert "give a higher --text_encoder_lr" in refusal(training_options, ["--lr_scheduler", "polynomial", *text])
+
+
+def test_the_text_encoders_rate_is_the_other_one_unless_it_is_given():
+    assert training_options(["--learning_rate", "3e-5"]).text_encoder_lr is None
+    assert training_options(["--train_text_encoder", "--learning_rate", "3e-5"]).text_encoder_lr == 3e-5
+    assert training_options(["--train_text_encoder", "--preset", "quality"]).text_encoder_lr == 5e-5
+    assert training_options(["--train_text_encoder", "--text_encoder_lr", "1e-6"]).text_encoder_lr == 1e-6
+    assert "without --train_text_encoder" in refusal(training_options, ["--text_encoder_lr", "1e-6"])
 
 
 @pytest.mark.parametrize(
