@@ -15,9 +15,9 @@ SCRIPTS = ["megaman_lora", "generate_megaman"]
 ORDER = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "samplers", "commandline",
     "options", "generation_options", "prompts", "prompt_weights", "jobs", "images", "captions", "dataset", "problems",
-    "schedule", "diffusion", "finite", "memory", "lora_formats", "single_file", "base", "lora", "kohya", "png", "grid",
-    "lora_metadata", "model_card", "cache", "text_states", "sample", "validation", "lora_files", "checkpoint",
-    "evaluate", "gallery", "records", "drawn", "room", "drawing",
+    "schedule", "diffusion", "finite", "memory", "room", "lora_formats", "single_file", "base", "lora", "kohya", "png",
+    "grid", "lora_metadata", "model_card", "cache", "text_states", "sample", "validation", "lora_files", "checkpoint",
+    "evaluate", "gallery", "records", "drawn", "drawing",
 ]  # fmt: skip
 STANDARD_ONLY = [
     "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "samplers", "commandline",
