@@ -19,7 +19,9 @@ WEIGHTS = "megaman_lora.safetensors"
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 
 
-def renamed(states: Mapping[str, Mapping[str, torch.Tensor]], models: Mapping[str, nn.Module]) -> dict:
+def renamed(
+    states: Mapping[str, Mapping[str, torch.Tensor]], models: Mapping[str, nn.Module]
+) -> dict[str, torch.Tensor]:
     """kohya's names for PEFT's tensors, with an .alpha for each module so that alpha / rank is the trained scale.
 
     states and models are by part: unet, text_encoder. Alpha stays in float32 whatever the rest is in: with rsLoRA it is

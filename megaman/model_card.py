@@ -98,7 +98,8 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
         f"and its part for the text encoder:\n\n```python\nfrom peft import PeftModel\n"
         f"from transformers import CLIPTextModel\n\n"
         f'text_encoder = CLIPTextModel.from_pretrained({source}, subfolder="text_encoder")\n'
-        f'text_encoder = PeftModel.from_pretrained(text_encoder, "text_encoder")\n```' if text_too and not one_file else "",
+        f'text_encoder = PeftModel.from_pretrained(text_encoder, "text_encoder")\n```'
+        if text_too and not one_file else "",
         "A1111: copy `megaman_lora.safetensors` to `models/Lora` and write `<lora:megaman_lora:1>` in the prompt.",
         "ComfyUI: copy `megaman_lora.safetensors` to `models/loras` and choose it in the Load LoRA node.",
         "Mega Man LoRA: `python generate_megaman.py --lora_path THIS_FOLDER`.",

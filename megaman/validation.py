@@ -14,6 +14,7 @@ from megaman import memory, sample
 from megaman.cache import encode_captions
 from megaman.errors import UserError, brief
 from megaman.files import replacing_folder
+from megaman.room import images_at_once
 from megaman.stops import StoppedError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Validation:
     ):
         self.base, self.text_states, self.prompt, self.seeds, self.size = base, text_states, prompt, seeds, size
         self.autocast, self.say, self.on_step = autocast, say, on_step
-        self.at_once = sample.images_at_once(size, size)
+        self.at_once = images_at_once(size, size)
 
     def draw(self, step: int, folder: Path) -> list[Image.Image]:
         """Draw after this step and write folder/00.png and so on; whatever fails here is said, and nothing is raised.
