@@ -121,7 +121,7 @@ def _page(folder: Path, images: list[GalleryImage], title: str, gallery: str) ->
         title=title, images=images, labels=labels, sections=sections, runs=_runs(sections),
         common=_common(shown),
         compared=any(image.base_file for image in images), tiny=all(image.width < 256 for image in images),
-        data={"gallery": gallery, "prompts": prompts, "images": shown},
+        data={"gallery": gallery, "prompts": prompts, "images": shown, "longest": LONGEST},
         policy=content_security_policy(source))  # fmt: skip
 
 
@@ -150,15 +150,15 @@ class Section:
         return [(seed, [row.get(label, []) for label in self.columns]) for seed, row in self._cells.items()]
 
 
-COLUMN = 25  # sections
+LONGEST = 60  # sections; full rows with 1 to 6 side by side
 
 
 def _runs(sections: list[Section]) -> list[list[Section]]:
-    """The sections in their order: those of one image together, as they stand side by side, others COLUMN at a time."""
+    """The sections in their order: those of one image and others apart, at most LONGEST together."""
     runs: list[list[Section]] = []
     for section in sections:
         single = len(section.numbers) == 1
-        if not runs or single != (len(runs[-1][0].numbers) == 1) or (not single and len(runs[-1]) == COLUMN):
+        if not runs or len(runs[-1]) == LONGEST or single != (len(runs[-1][0].numbers) == 1):
             runs.append([])
         runs[-1].append(section)
     return runs
