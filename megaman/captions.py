@@ -63,7 +63,7 @@ def content_of(path: Path, largest: int) -> bytes:
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
         raise OSError("not a file")
     if status.st_size > largest:
-        raise OSError(f"{status.st_size:,} bytes are too many for captions")
+        raise OSError(f"{status.st_size:,} bytes are no caption")
     return path.read_bytes()
 
 

@@ -90,7 +90,7 @@ class MegaManDataset:
         self.drop(problems)
 
     def fingerprint(self) -> str:
-        """Count and digest of the pictures' names, sizes in bytes, captions and repeats, for a resumed run to compare."""
+        """Count and digest of the pictures' names, sizes in bytes, captions and repeats, for a resumed run."""
         digest = hashlib.sha256()
         for picture, caption, repeats in zip(self.pictures, self.captions, self.repeats, strict=True):
             name = picture.relative_to(self.data_dir).as_posix()

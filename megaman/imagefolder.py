@@ -109,7 +109,7 @@ class _Found:
         self.remarks: list[str] = []
 
     def take(self, number: int, fields: Any, otherwise: str) -> bool:
-        """Keep the row that the fields make, or say what they are instead; False where there is no sense in going on."""
+        """Keep the row that the fields make, or say what they are instead; False to give the file up."""
         name = fields.get("file_name") if isinstance(fields, dict) else None
         if isinstance(name, str) and name.strip():
             said = (tidy(value) for key in CAPTION_KEYS if isinstance(value := fields.get(key), str))

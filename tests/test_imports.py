@@ -31,6 +31,8 @@ ORDER = [
     "jobs",
     "images",
     "captions",
+    "imagefolder",
+    "layouts",
     "dataset",
     "problems",
     "schedule",
@@ -77,9 +79,9 @@ STANDARD_ONLY = [
     "prompt_weights",
     "jobs",
 ]
-# Not even in a function.
+# Never torch: not even in a function; no torch: not until it is needed.
 NEVER_TORCH = [*STANDARD_ONLY, "png", "grid", "lora_metadata", "model_card", "gallery", "records", "drawn"]
-NO_TORCH = [*NEVER_TORCH, "problems", "images", "captions", "dataset"]  # not until it is needed
+NO_TORCH = [*NEVER_TORCH, "problems", "images", "captions", "imagefolder", "layouts", "dataset"]
 MAY_PRINT = {"errors": "sys.stderr", "commandline": "sys.stderr"}  # and the scripts
 
 MODULES = sorted(path.stem for path in (ROOT / "megaman").glob("*.py") if path.stem != "__init__")
