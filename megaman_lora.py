@@ -23,6 +23,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from megaman.captions import Variation
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json, write_text
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> int:
     if dataset is None:
         return 0
     output_dir = Path(options.output_dir)
+    dataset.dress(options.trigger_word, options.caption_prefix, options.caption_suffix)
+    variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
     if error := too_bad(dataset, options.skip_bad_images):
         report_problems(dataset, output_dir)
@@ -84,7 +87,7 @@ def main(argv: list[str]) -> int:
                   "train_text_encoder": options.train_text_encoder, "data": dataset.fingerprint(),
                   "resolution": options.resolution, "center_crop": options.center_crop,
                   "crop_variants": options.crop_variants, "random_flip": options.random_flip,
-                  "pictures a step": effective}  # fmt: skip
+                  **variation._asdict(), "pictures a step": effective}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
         raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
     start = saved.step if saved else 0
@@ -111,13 +114,15 @@ def main(argv: list[str]) -> int:
     # The frozen parts run once, for every caption and every variant of every picture, and leave the device.
     texts = [*dataset.captions, options.validation_prompt, ""]
     text_states = None if text_encoder else cache.encode_captions(base.text_encoder.to(device), base.tokenizer, texts)
-    base.text_encoder.to(device if text_encoder else "cpu")  # in training it reads the captions at every step
+    reads_on = bool(text_encoder or variation.makes_new)  # the text encoder, at every step
+    base.text_encoder.to(device if reads_on else "cpu")
     base.vae.to(device)
     moments, _ = cache.encode_pictures(
         base.vae, dataset, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
         lambda pictures: tqdm(pictures, desc="encoding", unit="picture", total=len(dataset), disable=process != 0),
     )  # fmt: skip
     base.vae.to("cpu")
+    dataset.cut = cache.cut_off(base.tokenizer, dataset.captions)
     if process == 0:
         report_problems(dataset, output_dir)
     if error := too_bad(dataset, options.skip_bad_images):
@@ -148,8 +153,6 @@ def main(argv: list[str]) -> int:
     mirrored = " with their mirror images" if options.random_flip else ""
     pictures, *more = dataset.describe()
     say(f"{pictures}, {sum(map(len, moments))} crops{mirrored}", *more, sep="\n")
-    if cut := cache.count_cut(base.tokenizer, dataset.captions):
-        say(f"           {cut} captions are longer than {base.tokenizer.model_max_length - 2} tokens and are cut there")
     say(f"steps      {total} of {effective} pictures ({options.train_batch_size} x "
         f"{options.gradient_accumulation_steps} accumulated x {world} process{'es' * (world > 1)}), "
         f"{total * effective / len(epoch):.1f} epochs, {options.lr_scheduler} rate up to "
@@ -225,11 +228,13 @@ def main(argv: list[str]) -> int:
         weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
-        captions = [dataset.captions[i] for i in indices]
+        captions = [variation.of(dataset.captions[i], schedule.caption_random_for(seed, row))
+                    for i, row in zip(indices, rows, strict=True)]  # fmt: skip
         if options.lora_dropout:
             schedule.seed_dropout(seed, number)
-        if text_encoder:
-            states = trained_text_encoder(cache.token_ids(base.tokenizer, captions).to(device))[0]
+        if reads_on:
+            reader = trained_text_encoder if text_encoder else base.text_encoder
+            states = reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
         else:
             states = torch.stack([text_states[caption] for caption in captions])
         states = states.to(device, placement.dtype)

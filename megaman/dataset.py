@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaman.captions import dressed
 from megaman.errors import UserError
 from megaman.images import BadImageError, Box, crop_boxes, fit, image_size, open_image
 from megaman.layouts import describe, read_layout
@@ -61,6 +62,7 @@ class MegaManDataset:
         self.remarks = [entry.caption.remark for entry in entries]
         self.sources = [entry.source for entry in entries]
         self.repeats = [entry.repeats for entry in entries]
+        self.cut = [""] * len(entries)  # of each caption what falls away, once a tokenizer has been asked
         self.folders = [entry.folder for entry in entries]  # the one that the repeats come from
 
     def __len__(self) -> int:
@@ -89,6 +91,10 @@ class MegaManDataset:
                 problems[picture] = str(error)
         self.drop(problems)
 
+    def dress(self, trigger: str = "", prefix: str = "", suffix: str = "") -> None:
+        """Put prefix, suffix and trigger words to every caption (captions.dressed)."""
+        self.captions = [dressed(caption, trigger, prefix, suffix) for caption in self.captions]
+
     def fingerprint(self) -> str:
         """Count and digest of the pictures' names, sizes in bytes, captions and repeats, for a resumed run."""
         digest = hashlib.sha256()
@@ -102,7 +108,7 @@ class MegaManDataset:
         """Leave these pictures out, for the reasons given."""
         self.problems |= problems
         kept = [i for i, picture in enumerate(self.pictures) if picture not in problems]
-        for name in ("pictures", "captions", "found", "remarks", "sources", "repeats", "folders"):
+        for name in ("pictures", "captions", "found", "remarks", "sources", "repeats", "folders", "cut"):
             setattr(self, name, [getattr(self, name)[i] for i in kept])
 
     def epoch(self) -> list[int]:
