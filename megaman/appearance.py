@@ -132,4 +132,3 @@ def _over_windows(values: np.ndarray, length: int, largest: np.ufunc) -> np.ndar
         values = largest(values[:-done], values[done:])
         done *= 2
     return largest(values[:total], values[length - done : length - done + total])
-

@@ -44,7 +44,7 @@ def near_duplicates(small: np.ndarray) -> list[Pair]:
     Time grows with the square of N, memory with N. Of a picture with many copies only the NEAREST are paired with it.
     """
     found: dict[tuple[int, int], Pair | None] = {}
-    for inner, outer, mirrored, crop in candidates(small):
+    for inner, outer, mirrored, crop in candidates(small) if len(small) > 1 else ():
         key = (min(inner, outer), max(inner, outer))
         if found.get(key) is None:
             crop = laid_over(small[inner], small[outer], mirrored, crop)
@@ -57,7 +57,7 @@ def candidates(small: np.ndarray) -> Iterator[tuple[int, int, bool, Crop]]:
 
     They are the NEAREST of every outer picture, with the crop under which they come nearest.
     """
-    coarse = _shrunk(small, CROPS[0]).reshape(len(small), -1)
+    coarse = _shrunk(small, CROPS[0]).reshape(len(small), 3 * COARSE**2)
     middle, width = coarse.mean(), coarse.shape[1]
     coarse -= middle  # keeps the squares small, and with them what float32 rounds off
     squares, contrast = (coarse**2).sum(1), coarse.reshape(len(small), -1, 3).var(1).mean(1)
