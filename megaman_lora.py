@@ -45,8 +45,14 @@ def main(argv: list[str]) -> int:
     given = options.demo or "data_dir" in options.given
     dataset = find_pictures(options.data_dir, given, options.resolution, options.center_crop)
     if dataset is None:
-        return 0
+        return int(options.strict)  # no pictures is what a check should find
     output_dir = Path(options.output_dir)
+    if options.check_data:
+        from megaman import doctor, report
+
+        found = doctor.examine(dataset, options.resolution, getattr(options, "trigger_word", None))
+        print(*report.write_report(output_dir, found), sep="\n")
+        return int(options.strict and found.wrong)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
     if error := too_bad(dataset, options.skip_bad_images):
         report_problems(dataset, output_dir)

@@ -38,7 +38,7 @@ WORDS = ("robot", "cat", "tower", "forest", "river", "lamp", "bridge", "engine",
 
 
 def variation(number: int, chance: np.random.Generator) -> Image.Image:
-    """A demo picture, its upper or lower left cut out and its colours turned round the circle: of 580 no two share both."""
+    """A demo picture, its upper or lower left cut out and its colours turned round the circle: 580 in all."""
     which, rest = number % len(DEMO), number // len(DEMO)
     upper, turn = rest % 2, rest // 2 % 5 + 1
     with Image.open(DEMO[which]) as image:

@@ -39,6 +39,11 @@ class Report:
     shapes: dict[str, int]
 
     @property
+    def readable(self) -> list[Picture]:
+        """The pictures that could be looked at."""
+        return [picture for picture in self.pictures if picture.width]
+
+    @property
     def wrong(self) -> bool:
         return any(finding.wrong for finding in self.findings)
 
@@ -103,8 +108,14 @@ def shape(width: int, height: int) -> str:
 def unreadable(reasons: dict[str, str]) -> Iterator[Finding]:
     if reasons:
         title = f"{several(len(reasons), 'picture')} cannot be used"
-        yield Finding("unreadable", True, title, "Save as PNG or JPG, replace or remove them: a training leaves them "
-                      "out", list(reasons), reasons)  # fmt: skip
+        yield Finding(
+            "unreadable",
+            True,
+            title,
+            "Save as PNG or JPG, replace or remove them: a training leaves them out",
+            list(reasons),
+            reasons,
+        )
 
 
 def sizes(pictures: Sequence[Picture], resolution: int) -> Iterator[Finding]:
@@ -117,25 +128,47 @@ def sizes(pictures: Sequence[Picture], resolution: int) -> Iterator[Finding]:
         title = f"{several(len(tiny), 'picture')} less than half as large as --resolution {resolution}"
         if len(tiny) == len(pictures):
             title = f"all {len(tiny)} pictures are at most half as large as --resolution {resolution}"
-        yield Finding("tiny", True, title, "Find larger ones, lower --resolution, or remove them: enlarged they teach "
-                      "blur", tiny, measures)  # fmt: skip
+        yield Finding(
+            "tiny",
+            True,
+            title,
+            "Find larger ones, lower --resolution, or remove them: enlarged they teach blur",
+            tiny,
+            measures,
+        )
     if small:
-        yield Finding("small", False, f"{several(len(small), 'picture')} smaller than --resolution {resolution}", "They are "
-                      "enlarged a little; larger ones would be sharper", small, measures)  # fmt: skip
+        yield Finding(
+            "small",
+            False,
+            f"{several(len(small), 'picture')} smaller than --resolution {resolution}",
+            "They are enlarged a little; larger ones would be sharper",
+            small,
+            measures,
+        )
     long = [p.path for p in pictures if max(p.width, p.height) * 2 > 3 * min(p.width, p.height)]
     if long:
-        yield Finding("long", False, f"{several(len(long), 'picture')} far from square", "A square shows less than two thirds of "
-                      "them: crop them yourself where heads would be cut off", long, measures)  # fmt: skip
+        yield Finding(
+            "long",
+            False,
+            f"{several(len(long), 'picture')} far from square",
+            "A square shows less than two thirds of them: crop them yourself where heads would be cut off",
+            long,
+            measures,
+        )
 
 
 def blurred(pictures: Sequence[Picture]) -> Iterator[Finding]:
     soft = [picture.path for picture in pictures if picture.sharpness is not None and picture.sharpness < BLURRED]
     if soft:
-        details = {
-            p.path: f"sharpness {p.sharpness:.2f}, sharp from {BLURRED}" for p in pictures if p.path in set(soft)
-        }
-        yield Finding("blurred", True, f"{several(len(soft), 'picture')} blurred", "Take the original in its full size, or "
-                      "remove them: a LoRA learns the blur too", soft, details)  # fmt: skip
+        details = {p.path: f"sharpness {p.sharpness:.2f}, sharp from {BLURRED}" for p in pictures if p.sharpness}
+        yield Finding(
+            "blurred",
+            True,
+            f"{several(len(soft), 'picture')} blurred",
+            "Take the original in its full size, or remove them: a LoRA learns the blur too",
+            soft,
+            details,
+        )
 
 
 def duplicates(pictures: Sequence[Picture], small: np.ndarray) -> Iterator[Finding]:
@@ -144,8 +177,15 @@ def duplicates(pictures: Sequence[Picture], small: np.ndarray) -> Iterator[Findi
     if pairs:
         named = [(pictures[p.first].path, pictures[p.second].path, difference(p, pictures)) for p in pairs]
         paths = list(dict.fromkeys(path for one, other, _ in named for path in (one, other)))
-        yield Finding("duplicates", True, f"{several(len(paths), 'picture')} nearly the same as another", "Keep the best of each "
-                        "group: what is there twice is learned twice as hard", paths, {}, named)  # fmt: skip
+        yield Finding(
+            "duplicates",
+            True,
+            f"{several(len(paths), 'picture')} nearly the same as another",
+            "Keep the best of each group: what is there twice is learned twice as hard",
+            paths,
+            {},
+            named,
+        )
 
 
 def difference(pair: Pair, pictures: Sequence[Picture]) -> str:

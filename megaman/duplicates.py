@@ -1,8 +1,8 @@
 """Near-duplicates among pictures: copies that were resized, compressed again, mirrored or slightly cropped.
 
-Every picture is a small copy of itself, uint8 [N, S, S, 3], the whole of it squeezed into a square. Candidates come from
-the distances between all pictures at 8 x 8, as one matrix product; each of them is then laid over the other at full
-size, and the place where they differ most decides.
+Each picture is a small copy of itself, uint8 [N, S, S, 3], the whole of it squeezed into a square. Candidates come
+from the distances between all pictures at 8 x 8, as one matrix product; each of them is then laid over the other at
+half of S, and the place where they differ most decides.
 """
 
 from __future__ import annotations

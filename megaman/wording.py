@@ -11,7 +11,7 @@ from megaman.findings import Finding, Picture, relative, several, some
 
 LONGEST = 75  # tokens of a caption that Stable Diffusion 1.x reads
 SENTENCE = 5  # words: where a caption's parts have as many in the middle, they are sentences and not tags
-FILLERS = set("a an the of and or in on at by to with from for is are as it its his her their this that".split())
+FILLERS = re.compile(r"a|an|the|of|and|or|in|on|at|by|to|with|from|for|is|are|as|its?|his|her|their|this|that")
 SHORTEST_SLIP = 5  # letters: among shorter words one letter more or less is often another word
 RARE_LACK = 0.1  # where so few captions lack what the others begin with, they were forgotten rather than meant
 OFTEN = 5  # times that a word stands there of which a slip is a slip
@@ -25,14 +25,32 @@ def captions(pictures: Sequence[Picture], remarks: dict[str, tuple[Path, str]], 
     said = {path: f"{relative(file, folder)} {remark}" for path, (file, remark) in remarks.items()}
     if missing:
         made = {picture.path: f"made from its name: {picture.caption}" for picture in pictures if not picture.found}
-        yield Finding("no_caption", True, f"{several(len(missing), 'picture')} without a caption", "Write what varies into NAME.txt "
-                      "beside each", missing, made)  # fmt: skip
+        yield Finding(
+            "no_caption",
+            True,
+            f"{several(len(missing), 'picture')} without a caption",
+            "Write what varies into NAME.txt beside each",
+            missing,
+            made,
+        )
     if useless:
-        yield Finding("empty_caption", True, f"{several(len(useless), 'caption')} empty or not to be "
-                      "read", "Write what the picture shows into the file", useless, said)  # fmt: skip
+        yield Finding(
+            "empty_caption",
+            True,
+            f"{several(len(useless), 'caption')} empty or not to be read",
+            "Write what the picture shows into the file",
+            useless,
+            said,
+        )
     if guessed:
-        yield Finding("encoding", False, f"{several(len(guessed), 'caption')} with a remark", "See that "
-                      "the text is right, and save it as UTF-8", guessed, said)  # fmt: skip
+        yield Finding(
+            "encoding",
+            False,
+            f"{several(len(guessed), 'caption')} with a remark",
+            "See that the text is right, and save it as UTF-8",
+            guessed,
+            said,
+        )
     shared: dict[str, list[str]] = defaultdict(list)
     for picture in pictures:
         if picture.found:
@@ -42,15 +60,26 @@ def captions(pictures: Sequence[Picture], remarks: dict[str, tuple[Path, str]], 
         everywhere = len(shared) == 1 and len(doubled) == len(pictures)
         title = f"{several(len(doubled), 'picture')} with a caption that another one has too"
         title = "every picture has the same caption" if everywhere else title
-        yield Finding("doubled_caption", not everywhere, title, "Say what tells them apart; what is not named becomes "
-                      "part of the character", doubled, {p.path: p.caption for p in pictures})  # fmt: skip
+        yield Finding(
+            "doubled_caption",
+            not everywhere,
+            title,
+            "Say what tells them apart; what is not named becomes part of the character",
+            doubled,
+            {p.path: p.caption for p in pictures},
+        )
     lengths = {p.path: estimated_tokens(p.caption) for p in pictures if p.found}
     long = [path for path, length in lengths.items() if length > LONGEST]
     if long:
         details = {path: f"about {length} tokens" for path, length in lengths.items()}
-        yield Finding("long_caption", True, f"{several(len(long), 'caption')} longer than {LONGEST} tokens, "
-                      "by estimate", "Put what matters first and shorten the rest: what is over is cut off", long,
-                      details)  # fmt: skip
+        yield Finding(
+            "long_caption",
+            True,
+            f"{several(len(long), 'caption')} longer than {LONGEST} tokens, by estimate",
+            "Put what matters first and shorten the rest: what is over is cut off",
+            long,
+            details,
+        )
 
 
 def triggers(pictures: Sequence[Picture], trigger: str, inferred: bool) -> Iterator[Finding]:
@@ -63,8 +92,13 @@ def triggers(pictures: Sequence[Picture], trigger: str, inferred: bool) -> Itera
         title = f"{several(len(lacking), 'caption')} without the trigger word {trigger!r}"
         yield Finding("no_trigger", wrong, title, remedy, lacking, {p.path: p.caption for p in written})
     elif inferred and not trigger and len(written) > 1:
-        yield Finding("no_agreement", False, "no word that most captions begin with", "Begin every caption with the "
-                      "same name for the character: by it you call the LoRA", [])  # fmt: skip
+        yield Finding(
+            "no_agreement",
+            False,
+            "no word that most captions begin with",
+            "Begin every caption with the same name for the character: by it you call the LoRA",
+            [],
+        )
 
 
 def tags(pictures: Sequence[Picture], term: str, of_each: Sequence[Sequence[str]], trigger: str) -> Iterator[Finding]:
@@ -84,23 +118,39 @@ def tags(pictures: Sequence[Picture], term: str, of_each: Sequence[Sequence[str]
             p.path: "; ".join(f"{slip}: {meant}?" for slip, meant in slips.items() if has(p, slip)) for p in written
         }
         files_ = [path for path, words in details.items() if words]
-        yield Finding("slips", False, f"{several(len(slips), 'word')} likely mistyped", "Compare with the "
-                      "word that stands often", files_, details)  # fmt: skip
+        yield Finding(
+            "slips",
+            False,
+            f"{several(len(slips), 'word')} likely mistyped",
+            "Compare with the word that stands often",
+            files_,
+            details,
+        )
     if len(written) < 3:
         return
     always = [word for word, count in counts.items() if count == len(written) and word.casefold() != trigger.casefold()]
     if always:
-        yield Finding("in_every", False, f"{term} in every caption: {some(always)}", "Right for what never changes; it "
-                      "becomes part of what the trigger word calls", [])  # fmt: skip
+        yield Finding(
+            "in_every",
+            False,
+            f"{term} in every caption: {some(always)}",
+            "Right for what never changes; it becomes part of what the trigger word calls",
+            [],
+        )
     once = {word for word, count in counts.items() if count == 1}
     if once:
         details = {
             p.path: some([word for word in own if word in once]) for p, own in zip(written, of_each, strict=True)
         }
         names = [word for word in counts if word in once]
-        yield Finding("in_one", False, f"{term} in one caption only ({len(once)} of {len(counts)}): {some(names)}",
-                      "Look for slips and for two words for one thing", [path for path, words in details.items() if words],
-                      details)  # fmt: skip
+        yield Finding(
+            "in_one",
+            False,
+            f"{term} in one caption only ({len(once)} of {len(counts)}): {some(names)}",
+            "Look for slips and for two words for one thing",
+            [path for path, words in details.items() if words],
+            details,
+        )
 
 
 def has(picture: Picture, word: str) -> bool:
@@ -130,7 +180,7 @@ def terms(captions: Sequence[str]) -> tuple[str, list[list[str]]]:
     if lengths and lengths[len(lengths) // 2] < SENTENCE:
         return "tags", parts
     words = [re.findall(r"\w[\w'-]*", caption.casefold()) for caption in captions]
-    return "words", [[word for word in caption if word not in FILLERS] for caption in words]
+    return "words", [[word for word in caption if not FILLERS.fullmatch(word)] for caption in words]
 
 
 def counted(captions_terms: Iterable[Iterable[str]]) -> Counter[str]:
