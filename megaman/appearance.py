@@ -76,21 +76,22 @@ def appearance(picture: Path, resolution: int) -> Appearance:
     """Look at one picture as it would be trained on: with its shorter side brought down to the resolution."""
     try:
         width, height = image_size(picture)
-        image = open_image(picture, enough=resolution)
+        image = open_image(picture, enough=max(resolution, PREVIEW))
     except BadImageError as error:
         return Appearance(str(error))
+    preview = _jpeg(image)
     scale = resolution / min(image.size)
     if scale < 1:
         size = tuple(max(1, round(side * scale)) for side in image.size)
         image = image.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
     small = image.resize((SMALL, SMALL), Image.Resampling.BOX if min(image.size) >= SMALL else Image.Resampling.BICUBIC)
-    return Appearance(None, width, height, sharpness(np.asarray(image.convert("L"))), np.asarray(small), _jpeg(image))
+    return Appearance(None, width, height, sharpness(np.asarray(image.convert("L"))), np.asarray(small), preview)
 
 
 def _jpeg(image: Image.Image) -> bytes:
-    preview, packed = image.copy(), io.BytesIO()
-    preview.thumbnail((PREVIEW, PREVIEW), Image.Resampling.BOX)
-    preview.save(packed, "JPEG", quality=70)
+    scale, packed = min(1, PREVIEW / max(image.size)), io.BytesIO()
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    image.resize(size, Image.Resampling.BOX, reducing_gap=2.0).save(packed, "JPEG", quality=70)
     return packed.getvalue()
 
 

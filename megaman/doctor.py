@@ -177,13 +177,15 @@ def duplicates(pictures: Sequence[Picture], small: np.ndarray) -> Iterator[Findi
     if pairs:
         named = [(pictures[p.first].path, pictures[p.second].path, difference(p, pictures)) for p in pairs]
         paths = list(dict.fromkeys(path for one, other, _ in named for path in (one, other)))
+        details = {picture.path: f"{picture.width}x{picture.height}" for picture in pictures}
+        details |= {other: f"{details[other]}, {how}" for _, other, how in named}
         yield Finding(
             "duplicates",
             True,
             f"{several(len(paths), 'picture')} nearly the same as another",
             "Keep the best of each group: what is there twice is learned twice as hard",
             paths,
-            {},
+            details,
             named,
         )
 

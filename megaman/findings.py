@@ -26,8 +26,8 @@ class Picture:
 class Finding:
     """Something to look at: what, in which files, what to do; details says more of some of the files.
 
-    wrong is False where it may well be meant. pairs are the near-duplicates among the files, each with a word on how
-    the two differ.
+    wrong is False where it may well be meant. pairs are two of the files that belong together each, with a word on how
+    they differ.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Finding:
     pairs: list[tuple[str, str, str]] = field(default_factory=list)
 
     def groups(self) -> list[list[str]]:
-        """The files as groups of near-duplicates; each alone where there are no pairs."""
+        """The files in groups that belong together; each alone where there are no pairs."""
         group = {file: [file] for file in self.files}
         for one, other, _ in self.pairs:
             if group[one] is not group[other]:

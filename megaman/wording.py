@@ -56,6 +56,7 @@ def captions(pictures: Sequence[Picture], remarks: dict[str, tuple[Path, str]], 
         if picture.found:
             shared[" ".join(picture.caption.casefold().split())].append(picture.path)
     doubled = [path for paths in shared.values() if len(paths) > 1 for path in paths]
+    pairs = [(paths[0], path, "the same caption") for paths in shared.values() for path in paths[1:]]
     if doubled:
         everywhere = len(shared) == 1 and len(doubled) == len(pictures)
         title = f"{several(len(doubled), 'picture')} with a caption that another one has too"
@@ -67,6 +68,7 @@ def captions(pictures: Sequence[Picture], remarks: dict[str, tuple[Path, str]], 
             "Say what tells them apart; what is not named becomes part of the character",
             doubled,
             {p.path: p.caption for p in pictures},
+            pairs,
         )
     lengths = {p.path: estimated_tokens(p.caption) for p in pictures if p.found}
     long = [path for path, length in lengths.items() if length > LONGEST]
@@ -114,21 +116,14 @@ def tags(pictures: Sequence[Picture], term: str, of_each: Sequence[Sequence[str]
     counts = counted(of_each)
     slips = likely_slips([picture.caption for picture in written])
     if slips:
-        details = {
-            p.path: "; ".join(f"{slip}: {meant}?" for slip, meant in slips.items() if has(p, slip)) for p in written
-        }
-        files_ = [path for path, words in details.items() if words]
-        yield Finding(
-            "slips",
-            False,
-            f"{several(len(slips), 'word')} likely mistyped",
-            "Compare with the word that stands often",
-            files_,
-            details,
-        )
+        inside = {p.path: [word for word in words_of(p.caption) if word in slips] for p in written}
+        details = {p: ", ".join(f"{word} ({slips[word]}?)" for word in words) for p, words in inside.items() if words}
+        title = f"{several(len(slips), 'word')} likely mistyped: {some(list(slips))}"
+        yield Finding("slips", False, title, "Compare with the word that stands often", list(details), details)
     if len(written) < 3:
         return
-    always = [word for word, count in counts.items() if count == len(written) and word.casefold() != trigger.casefold()]
+    known = {trigger.casefold(), *words_of(trigger)}
+    always = [word for word, count in counts.items() if count == len(written) and word.casefold() not in known]
     if always:
         yield Finding(
             "in_every",
@@ -153,8 +148,9 @@ def tags(pictures: Sequence[Picture], term: str, of_each: Sequence[Sequence[str]
         )
 
 
-def has(picture: Picture, word: str) -> bool:
-    return bool(re.search(rf"(?<![^\W\d_]){re.escape(word)}(?![^\W\d_])", picture.caption.casefold()))
+def words_of(caption: str) -> list[str]:
+    """The words of a caption in small letters, without figures."""
+    return re.findall(r"[^\W\d_]+", caption.casefold())
 
 
 def estimated_tokens(caption: str) -> int:
@@ -204,7 +200,7 @@ def likely_slips(captions: Iterable[str]) -> dict[str, str]:
 
     Two words are a letter apart where leaving one letter out of either makes them equal, or swapping two neighbours.
     """
-    counts = Counter(word for caption in captions for word in set(re.findall(r"[^\W\d_]+", caption.casefold())))
+    counts = Counter(word for caption in captions for word in set(words_of(caption)))
     often = {word for word, count in counts.items() if count >= OFTEN and len(word) >= SHORTEST_SLIP}
     near: dict[str, set[str]] = defaultdict(set)
     for word in often:
