@@ -25,8 +25,12 @@ NEAREST = 8  # candidates of a picture: a thousand pictures before one backgroun
 MOST_CROPPED = 0.15  # of a side
 ALIKE, NOISE = 0.2, 3.0  # candidates differ by so much of their contrast (as variances), or by so many levels
 CELL = 4  # pixels of the squares in which two pictures laid over one another are compared
-WORST, MEAN = 0.3, 0.02  # what they may differ by there at most and everywhere, of their contrast
-LEVELS = 4.0  # and what compression alone may change, of 255
+SAME_EDGE = 0.01  # a crop below this share is none
+EXPLAINED = 1.4  # times nearer must a crop bring two pictures: else another difference was what it fitted
+# What two pictures may differ by in the worst cell and on average: levels of 255, for compression and scaling, and on
+# top a share of the contrast where they were cropped, since they then fit to a part of a pixel only. Whole pictures
+# came out within 2 levels of each other in every cell, cropped ones within 0.3 of the contrast in the worst.
+LEVELS, WORST_CROPPED, MEAN_CROPPED = 4.0, 0.33, 0.02
 
 
 class Pair(NamedTuple):
@@ -48,7 +52,7 @@ def near_duplicates(small: np.ndarray) -> list[Pair]:
         key = (min(inner, outer), max(inner, outer))
         if found.get(key) is None:
             crop = laid_over(small[inner], small[outer], mirrored, crop)
-            found[key] = None if crop is None else Pair(*key, mirrored, max(map(abs, crop)) > 0.02)
+            found[key] = None if crop is None else Pair(*key, mirrored, max(map(abs, crop)) > SAME_EDGE)
     return sorted(filter(None, found.values()))
 
 
@@ -121,7 +125,7 @@ def laid_over(inner: np.ndarray, outer: np.ndarray, mirrored: bool, crop: Crop) 
     def distance(crop: Crop) -> float:
         return float(((_shrunk(whole, crop, side)[0] - wanted) ** 2).mean())
 
-    best, step = distance(crop), 0.04
+    uncropped, best, step = distance(CROPS[0]), distance(crop), 0.04
     while step >= 0.005:
         nearer = False
         for edge in range(4):
@@ -131,11 +135,12 @@ def laid_over(inner: np.ndarray, outer: np.ndarray, mirrored: bool, crop: Crop) 
                     best, crop, nearer = value, tried, True
         if not nearer:
             step /= 2
-    return crop if _alike(_shrunk(whole, crop, side)[0], wanted) else None
+    cropped = max(map(abs, crop)) > SAME_EDGE and best * EXPLAINED < uncropped
+    return crop if _alike(_shrunk(whole, crop, side)[0], wanted, cropped) else None
 
 
-def _alike(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two float pictures [S, S, 3] differ nowhere by more than compression and scaling explain."""
+def _alike(one: np.ndarray, other: np.ndarray, cropped: bool) -> bool:
+    """Whether two float pictures [S, S, 3] differ nowhere by more than compression, scaling and cropping explain."""
     cells = np.abs(one - other).reshape(len(one) // CELL, CELL, len(one) // CELL, CELL, 3).mean((1, 3, 4))
-    contrast = min(one.std((0, 1)).mean(), other.std((0, 1)).mean())
-    return bool(cells.max() <= WORST * contrast + LEVELS and cells.mean() <= MEAN * contrast + LEVELS)
+    contrast = cropped * min(one.std((0, 1)).mean(), other.std((0, 1)).mean())
+    return bool(cells.max() <= WORST_CROPPED * contrast + LEVELS and cells.mean() <= MEAN_CROPPED * contrast + LEVELS)

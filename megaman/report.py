@@ -20,7 +20,7 @@ from megaman.problems import printable
 PAGE, DATA = "dataset_report.html", "dataset_report.json"
 MARK = "Mega Man LoRA: dataset doctor"  # in both files, by which the next report knows that it may replace them
 WIDTH = 116  # of a line for the console
-SHOWN = 24  # pictures of a finding that are shown; the rest is named
+SHOWN, SHOWN_OF_NOTES = 24, 8  # pictures of a finding that are shown; the rest is named
 SHEET = 1000  # pictures on the contact sheet: more make the page slow to open
 TERMS = 40  # of the most frequent tags
 
@@ -129,7 +129,7 @@ def as_page(report: Report, folder: Path) -> str:
 
     def shown(finding: Finding) -> Iterable[list[Picture]]:
         """The finding's pictures in groups, as many as there is room for."""
-        room = SHOWN
+        room = SHOWN if finding.wrong else SHOWN_OF_NOTES
         for group in finding.groups():
             if room > 0:
                 yield [by_path[path] for path in group[:room]]
@@ -149,6 +149,7 @@ def as_page(report: Report, folder: Path) -> str:
         pictures=pictures[:SHEET],
         left_out=len(pictures) - len(pictures[:SHEET]),
         room=SHOWN,
+        less_room=SHOWN_OF_NOTES,
         terms=report.terms.most_common(TERMS),
         once=sorted(term for term, count in report.terms.items() if count == 1),
         sides=_side_counts(report),
