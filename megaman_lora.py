@@ -48,9 +48,12 @@ def main(argv: list[str]) -> int:
         return int(options.strict)  # no pictures is what a check should find
     output_dir = Path(options.output_dir)
     if options.check_data:
+        from tqdm import tqdm
+
         from megaman import doctor, report
 
-        found = doctor.examine(dataset, options.resolution, getattr(options, "trigger_word", None))
+        bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
+        found = doctor.examine(dataset, options.resolution, progress=bar)
         print(*report.write_report(output_dir, found), sep="\n")
         return int(options.strict and found.wrong)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)

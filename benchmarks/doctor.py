@@ -93,8 +93,8 @@ def colour(chance: np.random.Generator) -> tuple[int, int, int]:
 KINDS = (sprite, drawing, leaves, sprite, drawing, leaves, sprite, variation)
 
 
-def original(number: int) -> Image.Image:
-    chance = np.random.default_rng(number)
+def original(number: int, seed: int) -> Image.Image:
+    chance = np.random.default_rng((seed, number))
     return KINDS[number % len(KINDS)](number // len(KINDS), chance)
 
 
@@ -130,14 +130,14 @@ def all_together(image: Image.Image, chance: np.random.Generator) -> Image.Image
 COPIES = (resized, recompressed, mirrored, cropped, all_together)
 
 
-def make(number: int, folder: Path, copies: int, blurred: int) -> dict[str, str]:
+def make(number: int, folder: Path, copies: int, blurred: int, seed: int = 0) -> dict[str, str]:
     """Draw one picture into the folder, perhaps blurred, and perhaps a near-duplicate of it; returns what was planted,
     file by file."""
-    image, planted = original(number), {}
+    image, planted = original(number, seed), {}
     suffix = "jpg" if KINDS[number % len(KINDS)] is leaves or number % 7 == 0 else "png"
     name = f"{number:05d}.{suffix}"
     if copies <= number < copies + blurred:
-        chance = np.random.default_rng(number)
+        chance = np.random.default_rng((seed, 1, number))
         image, planted[name] = image.filter(ImageFilter.GaussianBlur(chance.uniform(4, 9))), "blurred"
     image.save(folder / name, **({"quality": 92} if suffix == "jpg" else {"compress_level": 1}))
     caption = f"hero, {WORDS[number % 10]}, {WORDS[number // 10 % 10]} number {number}"
@@ -145,17 +145,19 @@ def make(number: int, folder: Path, copies: int, blurred: int) -> dict[str, str]
     if number < copies:
         change = COPIES[number // len(KINDS) % len(COPIES)]
         twin = f"{number:05d}_{change.__name__}.png"
-        change(image, np.random.default_rng(10**6 + number)).save(folder / twin, compress_level=1)
+        change(image, np.random.default_rng((seed, 2, number))).save(folder / twin, compress_level=1)
         (folder / twin).with_suffix(".txt").write_text(f"{caption} again", encoding="utf-8")
         planted[twin] = change.__name__
     return planted
 
 
-def make_all(folder: Path, pictures: int) -> dict[str, str]:
+def make_all(folder: Path, pictures: int, seed: int) -> dict[str, str]:
     """So many pictures, a tenth of them near-duplicates and a hundredth blurred; returns what was planted."""
     copies, blurred = pictures // 10, pictures // 100
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        parts = pool.map(partial(make, folder=folder, copies=copies, blurred=blurred), range(pictures - copies))
+        parts = pool.map(
+            partial(make, folder=folder, copies=copies, blurred=blurred, seed=seed), range(pictures - copies)
+        )
     return {name: kind for part in parts for name, kind in part.items()}
 
 
@@ -187,6 +189,7 @@ def judge(report: dict, planted: dict[str, str]) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="draw into this folder, and keep it (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -194,7 +197,7 @@ def main() -> None:
         if not folder.exists():
             folder.mkdir(parents=True)
             start = time.perf_counter()
-            planted = make_all(folder, options.pictures)
+            planted = make_all(folder, options.pictures, options.seed)
             (folder / "planted.json").write_text(json.dumps(planted), encoding="utf-8")
             print(f"drawn      {options.pictures} pictures in {time.perf_counter() - start:.0f} s")
         planted = json.loads((folder / "planted.json").read_text(encoding="utf-8"))

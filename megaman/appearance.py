@@ -19,7 +19,7 @@ from PIL import Image
 from megaman.errors import UserError
 from megaman.images import BadImageError, image_size, open_image
 
-SMALL = 32  # side of the copy by which pictures are compared
+SMALL = 48  # side of the copy by which pictures are compared
 PREVIEW = 144  # longest side of the one to look at, in pixels
 WINDOW = 13  # pixels in which an edge's steepest step is set against its height
 STRONG = 0.3  # of the picture's range of brightness: what changes by less within a window is shading, not an edge
