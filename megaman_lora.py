@@ -23,6 +23,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import replacing_folder, write_json, write_text
@@ -48,8 +50,6 @@ def main(argv: list[str]) -> int:
         return int(options.strict)  # no pictures is what a check should find
     output_dir = Path(options.output_dir)
     if options.check_data:
-        from tqdm import tqdm
-
         from megaman import doctor, report
 
         bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
@@ -65,7 +65,6 @@ def main(argv: list[str]) -> int:
     import torch
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
-    from tqdm import tqdm
 
     from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, sample, schedule
     from megaman import checkpoint as checkpoints
