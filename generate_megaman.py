@@ -3,7 +3,7 @@
     python generate_megaman.py --demo                                 the LoRA of megaman_lora.py --demo
     python generate_megaman.py --lora_path ./megaman_lora_output/lora_weights --prompts_file prompts.txt
 
-The story, top to bottom: options, prompts, base and LoRA, images, gallery.
+The story, top to bottom: options, prompts, base and LoRA, jobs, what is there already, images, gallery.
 """
 
 import sys
@@ -11,158 +11,216 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
 
-import re
+import importlib.metadata
+import shlex
+from argparse import Namespace
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from megaman import drawn, grid, prompt_weights, records, samplers
 from megaman.adapter_config import base_of
 from megaman.errors import UserError, run_script
-from megaman.gallery import GalleryImage, read_images, thumbnail_of, variant_labels, write_gallery
-from megaman.names import safe_name, split_strength
-from megaman.options import DEFAULT_BASE, generation_options
+from megaman.gallery import read_images, variant_labels, write_gallery
+from megaman.generation_options import generation_options
+from megaman.jobs import Job, Way, base_file_of, file_of, in_batches, make_jobs, make_ways
+from megaman.names import split_strength
+from megaman.options import DEFAULT_BASE
 from megaman.output import find_all
-from megaman.prompts import BUILT_IN, read_prompts
+from megaman.prompts import BUILT_IN, Prompt, read_prompts
+
+PACKAGES = ["torch", "diffusers", "transformers", "peft"]
 
 
 def main(argv: list[str]) -> int:
     options = generation_options(argv)
-    prompts = options.prompts or read_prompts(BUILT_IN if options.prompts_file is None else Path(options.prompts_file))
+    again = records.read(Path(options.from_image)) if options.from_image else None
+    prompts, bad_lines = ([], []) if again else asked_for(options)
+    plan = plan_again(options, again) if again else plan_anew(options)
+    for line in bad_lines:
+        print(line)
+    if tags := [tag for prompt in prompts for tag in prompt_weights.tags(prompt.text)]:
+        print(f"{', '.join(dict.fromkeys(tags))} in a prompt is left out: name LoRAs in --lora_path")
     output_dir = Path(options.output_dir)
-    named = [(Path(path), strength) for path, strength in map(split_strength, options.lora_path)]
-    loras = [(path, 1.0) for path in trained(Path(options.checkpoints))] if options.checkpoints else named
-    gallery = read_images(output_dir)
+    gallery = drawn.complete(output_dir, read_images(output_dir))
     if not gallery and (output_dir / "index.html").exists():
         raise UserError(f"--output_dir {output_dir} holds an index.html of something else", "Name another folder")
-    first = first_free(output_dir)
 
-    import torch
     from tqdm import tqdm
 
-    from megaman import cache, grid, lora, lora_files, png, sample
+    from megaman import lora, lora_files, room, sample
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
+    from megaman.drawing import Drawer
 
-    # Base and LoRA.
-    wanted = options.base_model or next(filter(None, [base_of(path) for path, _ in loras]), DEFAULT_BASE)
-    base_name = actual_name(wanted)
-    placement = place("fp16", choose_device(options.device))
-    print(f"loading {base_name} and the LoRA in {options.checkpoints or ', '.join(options.lora_path)}")
-    if remark := moved(wanted):
+    # Base and LoRA, which is added to the base's own weights, unless the plain base has to draw beside it.
+    base_name = actual_name(plan.base)
+    placement = place(plan.precision, choose_device(options.device))
+    print(f"loading {base_name}{' and the LoRA in ' * bool(plan.loras)}{plan.source}")
+    if remark := moved(plan.base):
         print(f"  {remark}")
     base = load_base(base_name, placement.dtype)
-    configs = lora_files.load_loras(loras, base.unet, base.text_encoder)
-    base.unet.to(placement.device, placement.dtype)
-    base.vae.to(placement.device)
-    base.text_encoder.to(placement.device, placement.dtype)
-    scales = options.lora_scales or [1.0]
-    ways = lora_ways(loras, scales, one_by_one=bool(options.checkpoints))
+    configs = lora_files.load_loras(plan.loras, base.unet, base.text_encoder)
+    hashes = {path: lora_files.short_hash(path) for path, _ in plan.loras}
+    fused = lora.Fused([base.unet, base.text_encoder], changing=len(plan.ways) > 1) if plan.fused else None
+
+    # Jobs: what is to be drawn, in which batches, in what room.
+    size = tuple(side or min(512, base.native_size) for side in (options.width, options.height))
+    jobs = again.jobs() if again else make_jobs(
+        prompts, options.num_images_per_prompt, options.negative_prompt, options.seed, size,
+        options.num_inference_steps, options.guidance_scale)  # fmt: skip
+    largest = max(jobs, key=lambda job: job.width * job.height)
+    pixels = largest.width * largest.height
+    batch_size = len(jobs) if again else options.batch_size
+    space = room.make_room(
+        room.free_memory(placement.device), tuple(map(room.size_of, (base.unet, base.vae, base.text_encoder))),
+        room.pass_sizes(base.unet, base.vae, pixels, base.vae_factor), pixels,
+        batch_size or room.images_at_once(largest.height, largest.width), placement.device.type == "cuda",
+    )  # fmt: skip
+    space.tiling |= bool(again and again.vae_tiling)
+    drawer = Drawer(base, fused, placement, space, plan.sampler, plan.clip_skip)
+    at_most = batch_size or len(jobs)
+    batches = in_batches(jobs, lambda job: min(at_most, space.at_once(job.height, job.width)), drawer.chunks)
+    shared = {"scheduler": plan.sampler.name, "clip_skip": plan.clip_skip, "base": base_name, "fused": plan.fused,
+              "device": placement.device.type, "dtype": str(placement.dtype).removeprefix("torch."),
+              "versions": {package: importlib.metadata.version(package) for package in PACKAGES}}  # fmt: skip
+
+    def record(job: Job, part: list[Job], way: Way, plain: bool = False) -> records.Record:
+        return records.make(job, part, way, hashes, {**shared, "vae_tiling": space.tiling}, plain)
+
+    # What is there already. A batch of which something is missing is drawn whole, so that its pixels stay the same.
+    stopped = None
+    if options.resume:
+        wanted = [(job.i, record(job, [job], way)) for way, job in product(plan.ways, jobs)]
+        stopped = drawn.first_of_stopped(output_dir, wanted)
+    first = drawn.first_free(output_dir) if stopped is None else stopped
+
+    def missing(way: Way, batch: list[Job]) -> list[Job]:
+        if again:
+            return [batch[again.place]]
+        return [
+            job for job in batch
+            if stopped is None or not drawn.is_there(output_dir / file_of(job, way, first), record(job, batch, way))
+        ]  # fmt: skip
+
+    todo = [(way, batch, left) for way, batch in product(plan.ways, batches) if (left := missing(way, batch))]
+    count, left_to_draw = (1 if again else len(plan.ways) * len(jobs)), sum(len(left) for _, _, left in todo)
 
     # What will happen.
-    height, width = (side or min(512, base.native_size) for side in (options.height, options.width))
-    count = len(prompts) * options.num_images_per_prompt
-    print(f"images     {count}: {len(prompts)} prompts x {options.num_images_per_prompt}, {width}x{height}, "
-          f"{options.num_inference_steps} steps, guidance {options.guidance_scale:g}, seed {options.seed}"
-          + (", each beside the base's" if options.compare else "")
-          + (f", each {len(ways)} times: {len(ways) // len(scales)} LoRAs x {len(scales)} strengths"
-             if len(ways) > 1 else ""))  # fmt: skip
-    for config, (path, strength) in zip(configs, loras, strict=True):
+    if again:
+        print(f"again      {options.from_image}, seed {again.seed}, drawn in a batch of {len(jobs)} as it was")
+        for remark in differences(again, shared, hashes):
+            print(f"           {remark}: the pixels may differ")
+    else:
+        scales = len({way.scale for way in plan.ways})
+        print(f"images     {len(jobs)}: {len(prompts)} prompts x {options.num_images_per_prompt}, "
+              f"{spread(f'{job.width}x{job.height}' for job in jobs)}, {spread(job.steps for job in jobs)} steps of "
+              f"{plan.sampler.title}, guidance {spread(f'{job.guidance:g}' for job in jobs)}, seed {jobs[0].seed}"
+              + (", each beside the base's" if options.compare else "")
+              + (f", each {len(plan.ways)} times: {len(plan.ways) // scales} LoRAs x {scales} strengths"
+                 if len(plan.ways) > 1 else ""))  # fmt: skip
+    for config, (path, strength) in zip(configs, plan.loras, strict=True):
+        strength *= plan.ways[0].scale if len(plan.ways) == 1 else 1
         print(f"LoRA       rank {config.r}, alpha {config.lora_alpha:g}"
-              + (f", strength {strength:g}: {path}" if len(loras) > 1 or strength != 1 else ""))  # fmt: skip
-    print(f"device     {placement.device}: {placement.why}")
+              + (f", strength {strength:g}: {path}" if len(plan.loras) > 1 or strength != 1 else ""))  # fmt: skip
+    print(f"device     {placement.device}: {placement.why}; {space}")
     if unused_nvidia_card():
         print(f"           {UNUSED_CARD}")
-    if cut := cache.count_cut(base.tokenizer, prompts):
-        print(
-            f"           {cut} prompts are longer than {base.tokenizer.model_max_length - 2} tokens and are cut there"
+    if options.resume:
+        there = (
+            f"{count - left_to_draw} of {count} are there" if stopped is not None else "nothing of this run is there"
         )
+        print(f"resuming   {there}")
 
-    # Images, batch by batch, each written as it comes.
-    texts = [*prompts, options.negative_prompt]
-    with lora.switched_off(base.text_encoder):
-        base_states = cache.encode_captions(base.text_encoder, base.tokenizer, texts) if options.compare else {}
-    sampler = sample.make_sampler(base.scheduler)
-    jobs = [(i, j) for i in range(len(prompts)) for j in range(options.num_images_per_prompt)]
-    at_once = sample.images_at_once(height, width)
-    batches = [jobs[start : start + at_once] for start in range(0, len(jobs), at_once)]
-    passes = len(batches) * options.num_inference_steps * (2 if options.compare else len(ways))
-    bar = tqdm(total=passes, desc="drawing", unit="step")
+    # Images, batch by batch, each written as it comes. The page is whole at any time.
     output_dir.mkdir(parents=True, exist_ok=True)
-
-    def draw(batch: list[tuple[int, int]], states: dict[str, torch.Tensor]) -> list:
-        text = torch.stack([states[prompts[i]] for i, _ in batch])
-        return sample.draw_images(
-            base.unet, base.vae, sampler, text, states[options.negative_prompt].expand_as(text),
-            [options.seed + j for _, j in batch], height, width, options.num_inference_steps, options.guidance_scale,
-            on_step=bar.update,
-        )  # fmt: skip
-
-    rows: dict[tuple[int, int], list[Path]] = {job: [] for job in jobs}
-    for way, batch in product(ways, batches):
-        if batch is batches[0]:
-            lora.set_strengths([base.unet, base.text_encoder], way.strengths)
-            states = cache.encode_captions(base.text_encoder, base.tokenizer, texts)
-        images, base_images = draw(batch, states), None
-        if options.compare:
-            with lora.switched_off(base.unet):
-                base_images = draw(batch, base_states)
-        for place_in_batch, (i, j) in enumerate(batch):
-            file = "_".join([f"megaman_{first + i:03d}_{j:02d}", *map(safe_name, way.label)]) + ".png"
-            shared = {"Steps": options.num_inference_steps, "Sampler": sample.SAMPLER_NAME,
-                      "CFG scale": f"{options.guidance_scale:g}", "Seed": options.seed + j,
-                      "Size": f"{width}x{height}", "Model": Path(base_name).name, "RNG": "CPU"}  # fmt: skip
-            tags = [f"<lora:{lora_files.short_name(path)}:{strength:g}>" for path, strength in way.loras if strength]
-            tag = " ".join([prompts[i], *tags])
-            png.save_png(output_dir / file, images[place_in_batch],
-                         png.parameters_text(tag, options.negative_prompt, shared))  # fmt: skip
-            png.save_thumbnail(output_dir / thumbnail_of(file), images[place_in_batch])
-            base_file = None
-            if base_images:
-                base_file = file.replace(".png", "_base.png")
-                png.save_png(output_dir / base_file, base_images[place_in_batch],
-                             png.parameters_text(prompts[i], options.negative_prompt, shared))  # fmt: skip
-                png.save_thumbnail(output_dir / thumbnail_of(base_file), base_images[place_in_batch])
-            settings = {"steps": options.num_inference_steps, "guidance": options.guidance_scale,
-                        "sampler": sample.SAMPLER_NAME, "LoRA": way.name, "strength": f"{way.strength:g}",
-                        "base": base_name}  # fmt: skip
-            gallery.append(GalleryImage(file, prompts[i], options.negative_prompt, options.seed + j, width, height,
-                                        settings, base_file))  # fmt: skip
-            rows[i, j].append(output_dir / file)
-        page = write_gallery(output_dir, gallery, "Mega Man LoRA")
+    passes = {job.steps: sample.count_passes(base.scheduler, plan.sampler, job.steps) for job in jobs}
+    runs = 2 if options.compare else 1
+    bar = tqdm(total=sum(passes[batch[0].steps] for _, batch, _ in todo) * runs, desc="drawing", unit="step")
+    at_work = None
+    try:
+        for way, batch, left in todo:
+            if way is not at_work:
+                drawer.set_strengths(way.strengths)
+            at_work = way
+            bases = drawer.draw(batch, bar.update, plain=True) if options.compare else []
+            for job, part, image in bases:
+                if job in left:
+                    path = output_dir / base_file_of(file_of(job, way, first))
+                    records.save(path, image, record(job, part, way, plain=True))
+            for job, part, image in drawer.draw(batch, bar.update):
+                if job in left:
+                    file = file_of(job, way, first)
+                    own = record(job, part, way)
+                    records.save(output_dir / file, image, own)
+                    gallery.append(records.gallery_image(file, own, base_file_of(file) if options.compare else None))
+            write_gallery(output_dir, gallery, "Mega Man LoRA")
+    except KeyboardInterrupt:
+        bar.close()
+        print(f"stopped; what was drawn stays. To go on: python generate_megaman.py {shlex.join(resuming(argv))}")
+        return 130
     bar.close()
-    if len(ways) > 1:
-        labels = dict(zip((image.file for image in gallery), variant_labels(gallery), strict=True))
+
+    page = write_gallery(output_dir, gallery, "Mega Man LoRA")
+    if len(plan.ways) > 1:
         sheet = output_dir / f"grid_{first:03d}.png"
-        grid.save_grid(sheet, [labels[path.name] for path in rows[0, 0]],
-                       [(f"{first + i:03d}, seed {options.seed + j}\n{prompts[i]}", files)
-                        for (i, j), files in rows.items()])  # fmt: skip
+        labels = dict(zip((image.file for image in gallery), variant_labels(gallery), strict=True))
+        rows = [[file_of(job, way, first) for way in plan.ways] for job in jobs]
+        grid.save_grid(sheet, [labels[file] for file in rows[0]],
+                       [(f"{first + job.i:03d}, seed {job.seed}\n{job.prompt}", [output_dir / file for file in files])
+                        for job, files in zip(jobs, rows, strict=True)])  # fmt: skip
         print(f"the comparison as one picture: {sheet}")
-    print(f"{count * len(ways)} images; open {page.resolve().as_uri()} in a browser")
+    print(f"{count} images; open {page.resolve().as_uri()} in a browser")
     return 0
 
 
-class Way(NamedTuple):
-    """One way to draw an image: the LoRAs at work with their strengths, how a page names them, a file name's part."""
+class Plan(NamedTuple):
+    """How a run draws: the base, the LoRAs with their own strengths and where they come from, the ways to draw, whether
+    the LoRAs are fused into the base, accelerate's word for the precision, the sampler, A1111's clip skip."""
 
+    base: str
     loras: list[tuple[Path, float]]
-    strengths: dict[str, float]  # by the adapters' names
-    name: str
-    strength: float
-    label: list[str]
+    source: str
+    ways: list[Way]
+    fused: bool
+    precision: str
+    sampler: samplers.Sampler
+    clip_skip: int
 
 
-def lora_ways(loras: list[tuple[Path, float]], scales: list[float], one_by_one: bool) -> list[Way]:
-    """All the LoRAs together, or one by one, each time at every scale of their own strengths."""
-    from megaman.lora import adapter_name
+def plan_anew(options: Namespace) -> Plan:
+    """The plan of a command line."""
+    given = [(Path(path), strength) for path, strength in map(split_strength, options.lora_path)]
+    loras = [(path, 1.0) for path in trained(Path(options.checkpoints))] if options.checkpoints else given
+    base = options.base_model or next(filter(None, [base_of(path) for path, _ in loras]), DEFAULT_BASE)
+    scales = options.lora_scales or [1.0 if options.lora_scale is None else options.lora_scale]
+    ways = make_ways(loras, scales, one_by_one=bool(options.checkpoints))
+    source = options.checkpoints or ", ".join(options.lora_path)
+    return Plan(
+        base, loras, source, ways, not options.compare, "fp16", samplers.find(options.scheduler), options.clip_skip
+    )
 
-    numbered = [(adapter_name(number), *lora) for number, lora in enumerate(loras)]
-    ways = []
-    for group, scale in product([[lora] for lora in numbered] if one_by_one else [numbered], scales):
-        scaled = [(path, strength * scale) for _, path, strength in group]
-        name = ", ".join(str(path) if len(group) == 1 else f"{path}:{strength:g}" for _, path, strength in group)
-        label = [path.name for path, _ in scaled] * one_by_one + [f"{scale:g}"] * (len(scales) > 1)
-        strengths = {adapter: strength * scale for adapter, _, strength in group}
-        ways.append(Way(scaled, strengths, name, scaled[0][1] if len(group) == 1 else scale, label))
-    return ways
+
+def plan_again(options: Namespace, again: records.Record) -> Plan:
+    """The plan of an image; the flags may say where its base and its LoRAs lie now."""
+    told = [split_strength(path)[0] for path in options.lora_path] if "lora_path" in options.given else None
+    paths = told or [path for path, _, _ in again.loras]
+    if len(paths) != len(again.loras):
+        raise UserError(
+            f"--lora_path: the image was drawn with {len(again.loras)} LoRAs", "Name as many, in that order"
+        )
+    loras = [(Path(path), strength) for path, (_, strength, _) in zip(paths, again.loras, strict=True)]
+    precision = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[again.dtype]
+    ways = make_ways(loras, [again.lora_scale], one_by_one=False)
+    return Plan(options.base_model or again.base, loras, ", ".join(paths), ways, again.fused, precision,
+                samplers.find(again.scheduler), again.clip_skip)  # fmt: skip
+
+
+def asked_for(options: Namespace) -> tuple[list[Prompt], list[str]]:
+    """The prompts of the command line or of a file, and what is wrong with that file's lines."""
+    if options.prompts:
+        return [Prompt(text) for text in options.prompts], []
+    return read_prompts(BUILT_IN if options.prompts_file is None else Path(options.prompts_file))
 
 
 def trained(folder: Path) -> list[Path]:
@@ -173,12 +231,23 @@ def trained(folder: Path) -> list[Path]:
     return loras
 
 
-def first_free(output_dir: Path) -> int:
-    """The first prompt number that no image in the folder has: what is there stays, new images come after it."""
-    taken = [
-        int(match[1]) for path in output_dir.glob("megaman_*.png") if (match := re.match(r"megaman_(\d+)_", path.name))
-    ]
-    return max(taken, default=-1) + 1
+def differences(again: records.Record, shared: dict, hashes: dict[Path, str]) -> list[str]:
+    """What is not as it was when the image was drawn, in words."""
+    pairs = [(name, getattr(again, name), shared[name]) for name in ("device", "dtype", "base")]
+    pairs += [(package, version, shared["versions"].get(package)) for package, version in again.versions.items()]
+    pairs += [(f"LoRA {path}", was, now) for (_, _, was), (path, now) in zip(again.loras, hashes.items(), strict=True)]
+    return [f"{name} was {was} and is now {now}" for name, was, now in pairs if was != now]
+
+
+def spread(values: Iterable) -> str:
+    """The values that occur, in words."""
+    distinct = list(dict.fromkeys(map(str, values)))
+    return distinct[0] if len(distinct) == 1 else f"{distinct[0]} and {len(distinct) - 1} other"
+
+
+def resuming(argv: list[str]) -> list[str]:
+    """The command line that goes on where this one was stopped."""
+    return [*(word for word in argv if word != "--resume"), "--resume"]
 
 
 if __name__ == "__main__":

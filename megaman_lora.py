@@ -27,16 +27,15 @@ from tqdm import tqdm
 
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
-from megaman.files import replacing_folder, write_json, write_text
+from megaman.files import write_json, write_text
 from megaman.names import is_inside, safe_name
 from megaman.options import resuming, training_options
 from megaman.output import find_all, new_log_dir, open_output, save_somewhere, step_of
 from megaman.problems import too_bad, write_problems
-from megaman.stops import StoppedError, StopSignal
+from megaman.stops import StopSignal
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
-
 INSTRUCTIONS = Path(__file__).parent / "megaman" / "templates" / "instructions.txt"
 
 
@@ -65,11 +64,13 @@ def main(argv: list[str]) -> int:
     import torch
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
+    from torch.utils.tensorboard import SummaryWriter
 
-    from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, sample, schedule
+    from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
     from megaman.tracking import TrainingLog
+    from megaman.validation import Validation
 
     # Device and precision.
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
@@ -87,7 +88,8 @@ def main(argv: list[str]) -> int:
     effective = split.size * split.count * world
     must_match = {"pretrained_model_name": name, "lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha,
                   "use_rslora": options.use_rslora, "target_modules": options.target_modules, "seed": seed,
-                  "data": dataset.fingerprint(), "resolution": options.resolution, "center_crop": options.center_crop,
+                  "train_text_encoder": options.train_text_encoder, "data": dataset.fingerprint(),
+                  "resolution": options.resolution, "center_crop": options.center_crop,
                   "crop_variants": options.crop_variants, "random_flip": options.random_flip,
                   "pictures a step": effective}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
@@ -100,17 +102,23 @@ def main(argv: list[str]) -> int:
         say(f"  {remark}")
     base = load_base(name, placement.dtype)
     torch.manual_seed(seed)  # for the LoRA's random half
-    trainable = lora.inject(base.unet, options.lora_rank, options.lora_alpha, options.target_modules,
-                            options.use_rslora, options.lora_dropout)  # fmt: skip
+    add_lora = partial(lora.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
+                       dropout=options.lora_dropout)  # fmt: skip
+    models = [base.unet]  # those in training, each with its parameters and its peak rate
+    groups = [{"params": add_lora(base.unet, target_modules=options.target_modules), "lr": options.learning_rate}]
+    if text_encoder := base.text_encoder if options.train_text_encoder else None:
+        models.append(text_encoder)
+        groups.append({"params": add_lora(text_encoder, target_modules=lora.TEXT_ENCODER_TARGETS),
+                       "lr": options.text_encoder_lr})  # fmt: skip
+    trainable = [parameter for group in groups for parameter in group["params"]]
     if options.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-    unet = base.unet.to(device)
+        memory.checkpoint_gradients(models)
+    base.unet.to(device)
 
-    # The frozen parts run once: every caption, every variant of every picture. Then they leave the device.
-    base.text_encoder.to(device)
-    captions = [*dataset.captions, options.validation_prompt, ""]
-    text_states = cache.encode_captions(base.text_encoder, base.tokenizer, captions)
-    base.text_encoder = base.text_encoder.to("cpu")
+    # The frozen parts run once, for every caption and every variant of every picture, and leave the device.
+    texts = [*dataset.captions, options.validation_prompt, ""]
+    text_states = None if text_encoder else cache.encode_captions(base.text_encoder.to(device), base.tokenizer, texts)
+    base.text_encoder.to(device if text_encoder else "cpu")  # in training it reads the captions at every step
     base.vae.to(device)
     moments, _ = cache.encode_pictures(
         base.vae, dataset, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
@@ -130,18 +138,15 @@ def main(argv: list[str]) -> int:
     warmup = schedule.warmup_steps(options.lr_scheduler, options.lr_warmup_steps, warmup_given, total)
     if warmup_given and options.lr_warmup_steps and options.lr_scheduler == "constant":
         say("--lr_scheduler constant has no warm-up: take constant_with_warmup for one")
-    rate = schedule.rate_at(options.lr_scheduler, options.learning_rate, warmup, total)
+    rates = [schedule.rate_at(options.lr_scheduler, group["lr"], warmup, total) for group in groups]
     optimizer = torch.optim.AdamW(
-        trainable,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-        fused=device.type in ("cuda", "cpu"),
-    )
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+        groups, betas=(options.adam_beta1, options.adam_beta2), weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon, fused=device.type in ("cuda", "cpu"),
+    )  # fmt: skip
+    *prepared, optimizer = accelerator.prepare(*models, optimizer)
+    unet, trained_text_encoder = prepared[0], prepared[-1]  # the latter where there are two
     if checkpoint:
-        checkpoints.restore(checkpoint, accelerator.unwrap_model(unet), optimizer.optimizer, accelerator.scaler)
+        checkpoints.restore(checkpoint, base.unet, optimizer.optimizer, accelerator.scaler, text_encoder)
         if accelerator.is_main_process and checkpoint.resolve().parent == output_dir.resolve():
             checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
@@ -154,10 +159,12 @@ def main(argv: list[str]) -> int:
         say(f"           {cut} captions are longer than {base.tokenizer.model_max_length - 2} tokens and are cut there")
     say(f"steps      {total} of {effective} pictures ({options.train_batch_size} x "
         f"{options.gradient_accumulation_steps} accumulated x {world} process{'es' * (world > 1)}), "
-        f"{total * effective / len(dataset):.1f} epochs, {options.lr_scheduler} rate up to {options.learning_rate:g}, "
+        f"{total * effective / len(dataset):.1f} epochs, {options.lr_scheduler} rate up to "
+        f"{options.learning_rate:g}{f' and {options.text_encoder_lr:g} (text encoder)' if text_encoder else ''}, "
         f"{warmup} warm-up")  # fmt: skip
     say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}{' (rsLoRA)' * options.use_rslora}, "
-        f"{sum(p.numel() for p in trainable):,} trainable parameters in {len(trainable) // 2} layers")  # fmt: skip
+        f"{sum(p.numel() for p in trainable):,} trainable parameters in {len(trainable) // 2} layers"
+        + (f", {len(groups[1]['params']) // 2} of them in the text encoder" if text_encoder else ""))  # fmt: skip
     say(f"device     {device}: {placement.why}; {options.resolution} px; seed {seed}")
     if unused_nvidia_card():
         say(f"           {UNUSED_CARD}")
@@ -169,11 +176,10 @@ def main(argv: list[str]) -> int:
 
     # Where it is recorded.
     kept = saved and is_inside(saved.log_dir, options.logging_dir)  # a stranger's checkpoint could name any folder
-    log_dir = Path(
-        saved.log_dir if kept else new_log_dir(Path(options.logging_dir), safe_name(output_dir.resolve().name))
-    )
+    own = new_log_dir(Path(options.logging_dir), safe_name(output_dir.resolve().name))
+    log_dir = Path(saved.log_dir) if kept else own
     settings = {**{key: value for key, value in vars(options).items() if key != "given"}, "seed": seed}
-    curves = TrainingLog(partial(open_writer, log_dir), start + 1 if saved else None, say)
+    curves = TrainingLog(partial(SummaryWriter, str(log_dir), ""), start + 1 if saved else None, say)
     if accelerator.is_main_process:
         for path in leftovers:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -184,49 +190,18 @@ def main(argv: list[str]) -> int:
         write_json(output_dir / "training_config.json", config)
         curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
 
-    def draw_samples() -> list:
-        drawn = accelerator.unwrap_model(unet)
-        seeds = [seed + j for j in range(options.num_validation_images)]
-        images = []
-        for part in (seeds[first : first + at_once] for first in range(0, len(seeds), at_once)):
-            states, empty = (text_states[text].expand(len(part), -1, -1) for text in (options.validation_prompt, ""))
-            with accelerator.autocast():
-                images += sample.draw_images(
-                    drawn, base.vae, sample.make_sampler(base.scheduler), states, empty, part,
-                    options.resolution, options.resolution, steps=25, guidance=7.5, on_step=stop.raise_if_received,
-                )  # fmt: skip
-        return images
-
-    def one_at_a_time() -> None:
-        nonlocal at_once
-        if at_once == 1:
-            raise UserError("one at a time they need more memory than there is")
-        at_once = 1
+    stop = StopSignal()
+    validation = Validation(
+        base, text_states, options.validation_prompt, [seed + j for j in range(options.num_validation_images)],
+        options.resolution, accelerator.autocast, say, stop.raise_if_received,
+    )  # fmt: skip
 
     def validate(step: int) -> None:
-        """Draw the fixed-seed images with the model in hand; whatever fails here, training goes on."""
-        folder = output_dir / f"samples-{step}"
-        if not options.num_validation_images or not accelerator.is_main_process:
-            return
-        try:
-            base.vae.to(device)
-            accelerator.unwrap_model(unet).eval()
-            images = memory.until_it_fits(draw_samples, one_at_a_time)
-            for j, image in enumerate(images):
+        """Draw the fixed-seed images with the model in hand."""
+        if accelerator.is_main_process:
+            for j, image in enumerate(validation.draw(step, output_dir / f"samples-{step}")):
                 curves.add("add_image", f"validation/{j:02d}", np.asarray(image), step, dataformats="HWC")
             curves.flush()
-            with replacing_folder(folder) as aside:
-                for j, image in enumerate(images):
-                    image.save(aside / f"{j:02d}.png")
-            if not all(image.getbbox() for image in images):
-                say(f"step {step}: a sample image is black all over; if more are, try --mixed_precision bf16 or no")
-        except StoppedError:
-            pass
-        except Exception as error:
-            say(f"step {step}: no sample images ({brief(error)}); training goes on")
-        finally:
-            accelerator.unwrap_model(unet).train()
-            base.vae.to("cpu")
 
     def save_checkpoint(step: int) -> bool:
         """Save the whole state; a disk that is full or gone is named, and the next save tries again."""
@@ -234,8 +209,8 @@ def main(argv: list[str]) -> int:
             return True
         progress = checkpoints.Progress(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match)
         try:
-            checkpoints.save(output_dir, accelerator.unwrap_model(unet), optimizer.optimizer, accelerator.scaler,
-                             progress, name, options.checkpoints_total_limit)  # fmt: skip
+            checkpoints.save(output_dir, base.unet, optimizer.optimizer, accelerator.scaler, progress, name,
+                             options.checkpoints_total_limit, text_encoder)  # fmt: skip
         except (OSError, UserError) as error:
             say(f"step {step}: no checkpoint ({brief(error)}); training goes on, the next save tries again")
             return False
@@ -254,16 +229,17 @@ def main(argv: list[str]) -> int:
         indices = [schedule.picture_at(row, len(moments), seed) for row in rows]
         drawn = [draw(index, schedule.random_for(seed, row)) for index, row in zip(indices, rows, strict=True)]
         latents, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        weights = None
-        if options.snr_gamma:
-            ratio = diffusion.snr(base.scheduler.alphas_cumprod, timesteps)
-            kind = base.scheduler.config.prediction_type
-            weights = diffusion.min_snr_weights(ratio, options.snr_gamma, kind).to(device)
+        weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
-        states = torch.stack([text_states[dataset.captions[i]] for i in indices]).to(device, placement.dtype)
+        captions = [dataset.captions[i] for i in indices]
         if options.lora_dropout:
             schedule.seed_dropout(seed, number)
+        if text_encoder:
+            states = trained_text_encoder(cache.token_ids(base.tokenizer, captions).to(device))[0]
+        else:
+            states = torch.stack([text_states[caption] for caption in captions])
+        states = states.to(device, placement.dtype)
         noise_pred = unet(noisy, timesteps.to(device), encoder_hidden_states=states).sample
         return diffusion.loss(noise_pred, wanted, weights)
 
@@ -272,7 +248,9 @@ def main(argv: list[str]) -> int:
         step_loss = torch.zeros((), device=device)
         for micro in range(split.count):
             last = micro == split.count - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(unet):
+            with contextlib.ExitStack() as alone:  # the processes exchange gradients in the last one only
+                for model in [] if last else prepared:
+                    alone.enter_context(accelerator.no_sync(model))
                 loss = micro_batch(((step - 1) * split.count + micro) * world + process) / split.count
                 accelerator.backward(loss)
                 step_loss += loss.detach()
@@ -282,22 +260,21 @@ def main(argv: list[str]) -> int:
         optimizer.zero_grad()
         if world > 1:
             raise UserError("One of the processes ran out of memory", "Lower --train_batch_size for all of them")
-        say(f"too little memory: {memory.make_room(accelerator.unwrap_model(unet), split, options.resolution)}")
+        say(f"too little memory: {memory.make_room(models, split, options.resolution)}")
 
     # The loop. The last step does everything: log, save, draw. So does a step after which a stop is wanted.
     began, elapsed = time.monotonic(), saved.elapsed if saved else 0.0
-    at_once = sample.images_at_once(options.resolution, options.resolution)
-    losses: list[torch.Tensor] = []
-    all_finite: list[torch.Tensor] = []
+    losses, all_finite = [], []
     skipped = finite.SkippedSteps()
-    unet.train()
-    with StopSignal() as stop:
+    for model in models:
+        model.train()
+    with stop:
         due = start % options.validation_steps == 0 or start == total
         if start == 0 or (due and not (output_dir / f"samples-{start}").exists()):  # killed before it came to that
             validate(start)
         bar = tqdm(total=total, initial=start, desc="training", unit="step", disable=not accelerator.is_main_process)
         for step in range(start + 1, total + 1):
-            for group in optimizer.param_groups:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate(step - 1)
             losses.append(memory.until_it_fits(partial(accumulate, step), make_room))
             norm = accelerator.clip_grad_norm_(trainable, options.max_grad_norm)
@@ -312,10 +289,11 @@ def main(argv: list[str]) -> int:
                     numbers = ", ".join(map(str, bad))
                     say(f"gradients that were not finite: step {numbers} skipped, {skipped.total} so far")
                 losses, all_finite = [], []
-                bar.set_postfix(loss=f"{sum(values) / len(values):.4f}", lr=f"{rate(step - 1):.2e}")
+                bar.set_postfix(loss=f"{sum(values) / len(values):.4f}", lr=f"{rates[0](step - 1):.2e}")
                 for number, value in enumerate(values, start=step - len(values) + 1):
                     curves.add("add_scalar", "train/loss", value, number)
-                    curves.add("add_scalar", "train/learning_rate", rate(number - 1), number)
+                    for tag, rate in zip(["learning_rate", "text_encoder_learning_rate"], rates, strict=False):
+                        curves.add("add_scalar", f"train/{tag}", rate(number - 1), number)
                 if accelerator.is_main_process:
                     curves.flush()
             saved_now = save_checkpoint(step) if saving else False
@@ -339,8 +317,8 @@ def main(argv: list[str]) -> int:
         card = model_card.write_card(config, dataset.captions, sum(dataset.found), samples)
         curves.close()
         wanted = output_dir / "lora_weights"
-        save = partial(lora_files.save_lora, unet=accelerator.unwrap_model(unet), base_name=name, notes=notes,
-                       precision=options.save_precision, others=card)  # fmt: skip
+        save = partial(lora_files.save_lora, unet=base.unet, base_name=name, notes=notes, others=card,
+                       precision=options.save_precision, text_encoder=text_encoder)  # fmt: skip
         folder, reason = save_somewhere(wanted, save)
         if reason:
             say(f"{wanted} cannot be written ({reason}): the LoRA is in {folder} instead")
@@ -376,12 +354,6 @@ def report_problems(dataset: MegaManDataset, output_dir: Path) -> None:
     """Name each file that is left out, and each doubtful caption, here and in a file."""
     for line in write_problems(output_dir / "dataset_problems.json", dataset):
         print(line)
-
-
-def open_writer(log_dir: Path, purge_step: int | None):
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(log_dir), purge_step=purge_step)
 
 
 def anywhere(accelerator, here: bool) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megaman.errors import UserError
 from megaman.files import read_json
+from megaman.names import is_network
 from megaman.safety import conversion, refuse_pickle
 
 PEFT_CONFIG = "adapter_config.json"
@@ -65,26 +66,30 @@ def find(path: Path) -> Path:
 def base_of(folder: Path) -> str | None:
     """The base that the LoRA was trained on, where its folder says so; a file says nothing that could be loaded.
 
-    Raises UserError where no LoRA is there, or where the base is neither a folder nor named like one on the hub: the
-    LoRA may be a stranger's.
+    Raises UserError where no LoRA is there, or where the base is neither here nor named like one on the hub: the LoRA
+    may be a stranger's.
     """
     if find(folder).is_file():
         return None
     name = read(folder).get("base_model_name_or_path")
     if name in (None, ""):
         return None
-    if not isinstance(name, str) or not (HUB_NAME.fullmatch(name) or _is_local_folder(name)):
+    if not isinstance(name, str) or not is_base(name):
         short = repr(name) if len(repr(name)) < 200 else f"{repr(name)[:200]}..."
         raise UserError(
-            f"{folder / PEFT_CONFIG} names {short} as its base, which is no folder here nor a name on the hub",
+            f"{folder / PEFT_CONFIG} names {short} as its base, which is nothing on this machine nor a name on the hub",
             "Name the base in --base_model",
         )
     return name
 
 
-def _is_local_folder(name: str) -> bool:
-    network = name[:2].replace("\\", "/") == "//"  # Windows would log in at whatever machine such a name says
-    return not network and any(map(os.path.isdir, (os.path.expanduser(name), PROJECT / name)))
+def is_base(name: str) -> bool:
+    """Whether a name, which may be a stranger's, is a folder or a .safetensors file here, or could be on the hub."""
+    if is_network(name):
+        return False
+    places = (os.path.expanduser(name), PROJECT / name)
+    one_file = name.lower().endswith(".safetensors") and any(map(os.path.isfile, places))
+    return bool(HUB_NAME.fullmatch(name)) or one_file or any(map(os.path.isdir, places))
 
 
 def checked(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:

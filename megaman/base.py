@@ -1,4 +1,4 @@
-"""The base model: a folder, the hub or the embedded demo; safetensors only. And the device it runs on, and why."""
+"""The base model: a folder, a file, the hub or the embedded demo; safetensors only. The device it runs on, and why."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -20,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from megaman import single_file
 from megaman.errors import UserError, brief
 from megaman.files import read_json
 from megaman.safety import check_part, refuse_pickle
@@ -41,7 +43,7 @@ CONVERSION = (
     "Convert it to safetensors in diffusers' layout first, with --to_safetensors of its "
     "scripts/convert_original_stable_diffusion_to_diffusers.py"
 )
-WAYS_ON = "Name a local folder in diffusers' layout, or try the embedded base with --demo"
+WAYS_ON = "Name a local folder in diffusers' layout or a .safetensors file, or try the embedded base with --demo"
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
@@ -113,11 +115,13 @@ def unused_nvidia_card() -> bool:
 def actual_name(name: str) -> str:
     """The name to find and to note the base under, from wherever it is read again: the hub's present one, the place
     within this project, or a whole path."""
-    folder = Path(os.path.expanduser(name))
-    if not folder.is_dir():
+    path = Path(os.path.expanduser(name))
+    if not path.is_dir() and not path.is_file():
         return ALIASES.get(name, name)
-    folder = folder.resolve()
-    return folder.relative_to(PROJECT).as_posix() if folder.is_relative_to(PROJECT) else str(folder)
+    path = (
+        path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    )  # the hub's cache links to bare hashes
+    return path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else str(path)
 
 
 def moved(name: str) -> str | None:
@@ -126,14 +130,19 @@ def moved(name: str) -> str | None:
 
 
 def find_base(name: str, half: bool) -> Path:
-    """The folder of a base, downloaded where it is a name on the hub.
+    """The folder or the file of a base, downloaded where it is a name on the hub.
 
     With half the fp16 files are preferred, which halves the download. Raises UserError with the ways on.
     """
-    for folder in (Path(os.path.expanduser(name)), PROJECT / name):
-        if folder.is_dir():
-            return folder
+    for path in (Path(os.path.expanduser(name)), PROJECT / name):
+        if path.is_dir():
+            return path
+        if path.is_file() and single_file.named(path):
+            refuse_pickle(path, CONVERSION)
+            return path
     refuse_pickle(name, CONVERSION)
+    if single_file.named(name):
+        raise UserError(f"There is no file {name}", WAYS_ON)
     if Path(name).is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise UserError(f"The base {name} is not a folder on this machine nor a name on the hub", WAYS_ON)
     return _download(actual_name(name), half)
@@ -192,30 +201,33 @@ def load_base(name: str, dtype: torch.dtype) -> Base:
 
     Raises UserError where it is missing, incomplete, damaged, a pickle or no Stable Diffusion 1.x.
     """
-    folder = find_base(name, half=dtype != torch.float32)
-    _check_layout(name, folder)
-    variants = {part: _variant(name, folder / part, stem) for part, stem in WEIGHTS.items()}
-    for part in WEIGHTS:
-        check_part(folder / part)
+    path = find_base(name, half=dtype != torch.float32)
     try:
-        base = Base(
-            name=name,
-            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            text_encoder=_load(CLIPTextModel, folder, "text_encoder", variants, dtype),
-            vae=_load(AutoencoderKL, folder, "vae", variants, torch.float32),
-            unet=_load(UNet2DConditionModel, folder, "unet", variants, dtype),
-            scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
-        )
+        parts = single_file.load_parts(path, dtype) if path.is_file() else _load_folder(name, path, dtype)
     except (SafetensorError, OSError, *ODD_CONFIGURATION) as error:
         raise UserError(f"The base {name} cannot be loaded ({brief(error)})", WAYS_ON) from None
+    base = Base(name, **parts)
     _check_kind(base)
     for part in WEIGHTS:
         model = getattr(base, part).requires_grad_(False).eval()
         if (key := _not_finite(model)) is not None:
-            raise UserError(
-                f"{folder / part}: {key} holds numbers that are not finite", "Take another copy of the base"
-            )
+            raise UserError(f"{path}, {part}: {key} holds numbers that are not finite", "Take another copy of the base")
     return base
+
+
+def _load_folder(name: str, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The parts of a folder in diffusers' layout."""
+    _check_layout(name, folder)
+    variants = {part: _variant(name, folder / part, stem) for part, stem in WEIGHTS.items()}
+    for part in WEIGHTS:
+        check_part(folder / part)
+    return {
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "text_encoder": _load(CLIPTextModel, folder, "text_encoder", variants, dtype),
+        "vae": _load(AutoencoderKL, folder, "vae", variants, torch.float32),
+        "unet": _load(UNet2DConditionModel, folder, "unet", variants, dtype),
+        "scheduler": DDPMScheduler.from_pretrained(folder / "scheduler"),
+    }
 
 
 def _not_finite(model: torch.nn.Module) -> str | None:

@@ -96,6 +96,11 @@ def encode_pictures(
     return moments, problems
 
 
+def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """Token ids [B, positions]; longer captions are cut at the last position."""
+    return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
 @torch.no_grad()
 def encode_captions(
     text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: Sequence[str]
@@ -105,8 +110,7 @@ def encode_captions(
     distinct = list(dict.fromkeys(captions))
     for start in range(0, len(distinct), 32):
         part = distinct[start : start + 32]
-        input_ids = tokenizer(part, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        hidden = text_encoder(input_ids.to(text_encoder.device))[0].cpu()
+        hidden = text_encoder(token_ids(tokenizer, part).to(text_encoder.device))[0].cpu()
         states.update(zip(part, hidden, strict=True))
     return states
 

@@ -19,6 +19,7 @@ from megaman.output import STATE, find_all, step_of
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -43,12 +44,16 @@ def save(
     progress: Progress,
     base_name: str,
     limit: int | None,
+    text_encoder: CLIPTextModel | None = None,
 ) -> Path:
-    """Write output_dir/checkpoint-<step> in one step and then delete the oldest ones over the limit."""
+    """Write output_dir/checkpoint-<step> in one step and then delete the oldest ones over the limit.
+
+    text_encoder is given where it is trained too.
+    """
     folder = output_dir / f"checkpoint-{progress.step}"
     with replacing_folder(folder) as aside:
-        lora_files.write_peft(aside, unet, base_name)
-        lora_files.write_tensors(aside / OPTIMIZER, _optimizer_tensors(unet, optimizer))
+        lora_files.write_peft(aside, unet, base_name, text_encoder=text_encoder)
+        lora_files.write_tensors(aside / OPTIMIZER, _optimizer_tensors(_parameters(unet, text_encoder), optimizer))
         content = {**asdict(progress), "scaler": scaler.state_dict() if scaler else None}
         write_json(aside / STATE, content)
     prune(output_dir, progress.step, limit)
@@ -63,11 +68,19 @@ def prune(output_dir: Path, step: int, limit: int | None) -> None:
             remove_folder(old)
 
 
-def _optimizer_tensors(unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _parameters(unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters under the names that they have in the optimizer's file."""
+    others = lora.parameters(text_encoder) if text_encoder else {}
+    return lora.parameters(unet) | {f"{lora_files.TEXT_ENCODER}.{name}": value for name, value in others.items()}
+
+
+def _optimizer_tensors(
+    parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     """AdamW's averages and step counts under the parameters' names."""
     return {
         f"{name}:{key}": value.detach().cpu().contiguous()
-        for name, parameter in lora.parameters(unet).items()
+        for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
@@ -88,15 +101,22 @@ def _is_number(value: Any) -> bool:
 
 
 def restore(
-    folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+    folder: Path,
+    unet: UNet2DConditionModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    text_encoder: CLIPTextModel | None = None,
 ) -> None:
-    """Put the checkpoint's adapter, optimizer state and loss scale into those of this run."""
+    """Put the checkpoint's adapters, optimizer state and loss scale into those of this run."""
+    places = {folder: unet} | ({folder / lora_files.TEXT_ENCODER: text_encoder} if text_encoder else {})
     try:
-        adapter, moments = (lora_files.read_tensors(folder / name) for name in (lora_files.PEFT_WEIGHTS, OPTIMIZER))
+        adapters = [lora_files.read_tensors(place / lora_files.PEFT_WEIGHTS) for place in places]
+        moments = lora_files.read_tensors(folder / OPTIMIZER)
     except (OSError, UserError) as error:
         raise UserError(f"{folder} is damaged ({error})", "Resume from an earlier checkpoint") from None
-    lora_files.restore(unet, adapter)
-    for name, parameter in lora.parameters(unet).items():
+    for model, adapter in zip(places.values(), adapters, strict=True):
+        lora_files.restore(model, adapter)
+    for name, parameter in _parameters(unet, text_encoder).items():
         keys = [key for key in moments if key.startswith(f"{name}:")]
         if any(moments[key].shape not in (parameter.shape, ()) for key in keys):
             raise UserError(f"{folder / OPTIMIZER} does not fit its adapter", "Resume from an earlier checkpoint")
@@ -116,6 +136,7 @@ def restore(
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Settings in which a checkpoint and this run disagree, as words."""
+    saved = {"train_text_encoder": False, **saved}  # what earlier checkpoints do not tell
     return [
         f"{key} was {saved[key]} and is now {wanted[key]}"
         for key in wanted

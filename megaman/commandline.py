@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from megaman import samplers
 from megaman.errors import WRONG_USAGE
 from megaman.names import refused_by_windows, split_strength
 
 WINDOWS = os.name == "nt"
 STRONGEST = 10  # a LoRA at many times its trained strength draws noise; this leaves room to see that
+Mistake = argparse.ArgumentTypeError  # what the types below raise, for modules that know no argparse
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,8 +68,8 @@ class Parser(argparse.ArgumentParser):
     def _unknown(self, word: str) -> str:
         flag = word.split("=")[0]
         name, names = flag.strip("-"), [known[2:] for known in self._option_string_actions if known.startswith("--")]
-        near = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.7)
-        near += [known for known in names if len(name) > 2 and known.startswith(name)]
+        near = [known for known in names if len(name) > 2 and known.startswith(name)]
+        near += difflib.get_close_matches(name[:100], names, n=1, cutoff=0.7)
         return f"{flag[:100]} is not a flag" + (f", did you mean --{near[0]}" if near else "")
 
     def refuse(self, mistakes: Iterable[str]) -> NoReturn:
@@ -121,6 +123,17 @@ def choice(*words: str) -> dict[str, Any]:
     return {"type": parse, "choices": words}
 
 
+def sampler(value: str) -> str:
+    """The word for a sampler, whichever of its names is given."""
+    if found := samplers.find(value):
+        return found.name
+    names = [name for known in samplers.SAMPLERS for name in (known.name, known.title, *known.others)]
+    near = difflib.get_close_matches(value[:100].lower(), names, n=1)
+    proposal = f", did you mean {near[0]}" if near else ""
+    known = ", ".join(each.name for each in samplers.SAMPLERS)
+    raise argparse.ArgumentTypeError(f"{_short(value)} is none of {known}{proposal}")
+
+
 def text(value: str) -> str:
     """A prompt; bytes that are no text arrive from the command line as lone surrogates, which no file can hold."""
     try:
@@ -165,3 +178,9 @@ def side(value: str) -> int:
         near = max(8, round(pixels / 8) * 8)
         raise argparse.ArgumentTypeError(f"{value} is not a multiple of 8: take {near}")
     return pixels
+
+
+# What one image may be drawn with, on the command line and in a prompts file alike.
+SEED = number(int, 0, 2**63 - 1)
+STEPS = number(int, 1, 999)
+GUIDANCE = number(float, 0, 100)

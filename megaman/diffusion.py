@@ -51,7 +51,14 @@ def min_snr_weights(ratio: torch.Tensor, gamma: float, prediction_type: str) -> 
     return ratio.clamp(max=gamma) / (ratio + 1 if prediction_type == "v_prediction" else ratio)
 
 
+def loss_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | None:
+    """The weights [B] for a loss at these timesteps; None without a gamma."""
+    if gamma is None:
+        return None
+    return min_snr_weights(snr(scheduler.alphas_cumprod, timesteps), gamma, scheduler.config.prediction_type)
+
+
 def loss(noise_pred: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Mean squared error, a picture at a time weighted by weights [B] where they are given; float32 throughout."""
     squared = (noise_pred.float() - wanted.float()).pow(2).mean(dim=(1, 2, 3))
-    return (squared if weights is None else squared * weights).mean()
+    return (squared if weights is None else squared * weights.to(squared.device)).mean()

@@ -41,8 +41,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     try:
         aside.mkdir()
         yield aside
-        for path in aside.iterdir():
-            _flush(path)
+        for path in aside.rglob("*"):
+            _flush_names(path) if path.is_dir() else _flush(path)
         _flush_names(aside)
         if folder.exists():  # a folder cannot be renamed onto a full one
             os.replace(folder, former)

@@ -8,7 +8,7 @@ import re
 import secrets
 import shlex
 import unicodedata
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ class GalleryImage:
     height: int
     settings: dict[str, str | int | float]  # shown in this order and under these names
     base_file: str | None = None  # the same seed without the LoRA
+    loras: list[str] = field(default_factory=list)  # as the command line names them, the strength behind a colon
 
 
 FIELD_TYPES = {"file": str, "prompt": str, "negative_prompt": str, "seed": int, "width": int, "height": int,
-               "settings": dict, "base_file": str | None}  # fmt: skip
+               "settings": dict, "base_file": str | None, "loras": list}  # fmt: skip
 
 
 def read_images(folder: Path) -> list[GalleryImage]:
@@ -177,8 +178,8 @@ def _common(shown: list[dict[str, Any]]) -> dict[str, str]:
     return {name: value for name, value in first.items() if all(each["settings"].get(name) == value for each in shown)}
 
 
-FLAGS = {"LoRA": "--lora_path", "base": "--base_model", "strength": "--lora_scales", "steps": "--num_inference_steps",
-         "guidance": "--guidance_scale"}  # fmt: skip
+FLAGS = {"base": "--base_model", "strength": "--lora_scale", "steps": "--num_inference_steps",
+         "guidance": "--guidance_scale", "sampler": "--scheduler", "clip skip": "--clip_skip"}  # fmt: skip
 
 
 def command(image: GalleryImage) -> str | None:
@@ -186,23 +187,19 @@ def command(image: GalleryImage) -> str | None:
 
     None where a text holds a control character: what a shell makes of one that is pasted is anybody's guess.
     """
-    texts = {"--prompts": image.prompt, "--negative_prompt": image.negative_prompt, "--seed": image.seed,
-             "--height": image.height, "--width": image.width,
-             **{flag: image.settings[name] for name, flag in FLAGS.items() if name in image.settings}}  # fmt: skip
-    if any(unicodedata.category(mark) in ("Cc", "Cs", "Zl", "Zp") for text in texts.values() for mark in str(text)):
+    values = {"--prompts": image.prompt, "--negative_prompt": image.negative_prompt, "--seed": image.seed,
+              "--height": image.height, "--width": image.width,
+              **{flag: image.settings[name] for name, flag in FLAGS.items() if name in image.settings}}  # fmt: skip
+    loras = image.loras or [image.settings[name] for name in ["LoRA"] if name in image.settings]
+    texts = list(map(str, [*values.values(), *loras]))
+    if any(unicodedata.category(mark) in ("Cc", "Cs", "Zl", "Zp") for text in texts for mark in text):
         return None
-    words = [f"{flag}={_quoted(str(text))}" for flag, text in texts.items() if flag != "--lora_path"]
-    if loras := _together(str(texts.get("--lora_path", ""))):
-        words[:0] = ["--lora_path", *map(_quoted, loras)]
-    elif "--lora_path" in texts:
-        words.append(f"--lora_path={_quoted(str(texts['--lora_path']))}")
+    words = [f"{flag}={_quoted(str(value))}" for flag, value in values.items()]
+    if len(loras) == 1:
+        words.append(f"--lora_path={_quoted(str(loras[0]))}")
+    elif loras:
+        words[:0] = ["--lora_path", *(_quoted(str(lora)) for lora in loras)]
     return " ".join(["python generate_megaman.py", *words])
-
-
-def _together(text: str) -> list[str]:
-    """The LoRAs that drew together, each with its strength ("a:1, b:0.5"); none where it was a single one."""
-    several = re.fullmatch(r".+:-?[\d.]+(, .+:-?[\d.]+)+", text)
-    return re.split(r"(?<=[\d.]), ", text) if several else []
 
 
 def _quoted(text: str) -> str:

@@ -1,4 +1,4 @@
-"""LoRA files in the three layouts that programs read, out of one trained UNet; and those of all of them back in.
+"""LoRA files in the three layouts that programs read, out of the trained models; and those of all of them back in.
 
 The keys of module M = down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q:
 
@@ -6,14 +6,14 @@ The keys of module M = down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_
     diffusers   pytorch_lora_weights.safetensors   unet.M.lora_A.weight
     kohya       megaman_lora.safetensors           lora_unet_M_with_underscores.lora_down.weight
 
-Alpha travels in adapter_config.json, in the header's lora_adapter_metadata, and as an .alpha tensor a module.
+Alpha travels in adapter_config.json, in the header's lora_adapter_metadata, and as an .alpha tensor a module. A text
+encoder's LoRA has its own PEFT folder, text_encoder/ in the other; the two files hold both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from megaman import adapter_config, lora_formats
+from megaman import adapter_config, kohya, lora_formats
 from megaman.adapter_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG
 from megaman.errors import UserError
 from megaman.files import replacing_folder, write_json
@@ -37,14 +38,17 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-KOHYA_WEIGHTS = "megaman_lora.safetensors"
+TEXT_ENCODER = "text_encoder"  # the part, and its folder
 PEFT_PREFIX = "base_model.model."
+# Readers older than diffusers 0.42 need the text_model. that transformers 5 dropped; newer ones take both.
+DIFFUSERS_PREFIXES = {"unet": "unet.", TEXT_ENCODER: "text_encoder.text_model."}
 PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def adapter_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The LoRA's tensors on the CPU under PEFT's bare names: M.lora_A.weight, M.lora_B.weight."""
-    state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    # PEFT would look for the text encoder's configuration, on the hub if need be, to see whether its words are new
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
@@ -56,11 +60,20 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
         raise UserError(f"{path} cannot be written ({error})", "Free some space or choose another folder") from None
 
 
-def write_peft(folder: Path, unet: UNet2DConditionModel, base_name: str, precision: str = "float") -> None:
-    """Write PEFT's two files into an existing folder."""
-    state = {PEFT_PREFIX + name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(unet).items()}
-    write_tensors(folder / PEFT_WEIGHTS, state, {"format": "pt"})
-    write_json(folder / PEFT_CONFIG, {**config_dict(unet), "base_model_name_or_path": base_name})
+def write_peft(
+    folder: Path,
+    unet: UNet2DConditionModel,
+    base_name: str,
+    precision: str = "float",
+    text_encoder: CLIPTextModel | None = None,
+) -> None:
+    """Write PEFT's two files into an existing folder, and a text encoder's LoRA into text_encoder/ in it."""
+    for part, model in _models(unet, text_encoder).items():
+        place = folder if part == "unet" else folder / part
+        place.mkdir(exist_ok=True)
+        state = {PEFT_PREFIX + name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(model).items()}
+        write_tensors(place / PEFT_WEIGHTS, state, {"format": "pt"})
+        write_json(place / PEFT_CONFIG, {**config_dict(model), "base_model_name_or_path": base_name})
 
 
 def save_lora(
@@ -70,78 +83,47 @@ def save_lora(
     notes: Mapping[str, str],
     precision: str = "float",
     others: Mapping[str, bytes] = MappingProxyType({}),
+    text_encoder: CLIPTextModel | None = None,
 ) -> None:
     """Write lora_weights/: all three layouts, the folder replaced in one step.
 
     notes are strings for the kohya file's header, such as ss_steps; precision is a key of PRECISIONS; others are the
-    names and contents of further files, such as the model card.
+    names and contents of further files, such as the model card; text_encoder is given where it has a LoRA too.
     """
-    state = {name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(unet).items()}
+    models = _models(unet, text_encoder)
+    states = {
+        part: {name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(model).items()}
+        for part, model in models.items()
+    }
     with replacing_folder(folder) as aside:
-        write_peft(aside, unet, base_name, precision)
-        # diffusers loads dropout in training mode and would then draw with it
-        metadata = {f"unet.{key}": value for key, value in {**config_dict(unet), "lora_dropout": 0.0}.items()}
+        write_peft(aside, unet, base_name, precision, text_encoder)
+        metadata = {
+            f"{part}.{key}": value
+            for part, model in models.items()
+            # diffusers loads dropout in training mode and would then draw with it
+            for key, value in {**config_dict(model), "lora_dropout": 0.0}.items()
+        }
         write_tensors(
             aside / DIFFUSERS_WEIGHTS,
-            {f"unet.{name}": tensor for name, tensor in state.items()},
+            {DIFFUSERS_PREFIXES[part] + name: tensor for part in states for name, tensor in states[part].items()},
             {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
         )
-        tensors = kohya_state(state, unet)
-        header = {**kohya_header(unet, base_name), **notes, **hashes(tensors)}
-        write_tensors(aside / KOHYA_WEIGHTS, tensors, header)
+        tensors = kohya.renamed(states, models)
+        header = {**kohya.header(unet, tensors, base_name), **notes, **kohya.hashes(tensors)}
+        write_tensors(aside / kohya.WEIGHTS, tensors, header)
         for name, content in others.items():
             (aside / name).write_bytes(content)
 
 
-def config_dict(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """PEFT's configuration as JSON holds it: sets become sorted lists."""
-    content = describe(unet).to_dict()
+def _models(unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None) -> dict[str, nn.Module]:
+    return {"unet": unet} | ({TEXT_ENCODER: text_encoder} if text_encoder else {})
+
+
+def config_dict(model: nn.Module) -> dict[str, Any]:
+    """PEFT's configuration as JSON holds it: sets become sorted lists. transformers notes where it found its model,
+    which is a path on this machine and nobody's business."""
+    content = {**describe(model).to_dict(), "base_model_name_or_path": None}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
-
-
-def kohya_state(state: dict[str, torch.Tensor], unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    """kohya's names for PEFT's tensors, with an .alpha for each module so that alpha / rank is the trained scale.
-
-    Alpha stays in float32 whatever the rest is in: with rsLoRA it is no round number.
-    """
-    renamed = {}
-    for name, tensor in state.items():
-        module, side = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()
-        stem = "lora_unet_" + module.replace(".", "_")
-        renamed[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
-        if side == "A":
-            renamed[f"{stem}.alpha"] = torch.tensor(float(unet.get_submodule(module).scaling[ADAPTER] * len(tensor)))
-    return renamed
-
-
-def kohya_header(unet: UNet2DConditionModel, base_name: str) -> dict[str, str]:
-    """What A1111 needs to list the file as a LoRA for Stable Diffusion 1.x."""
-    config = describe(unet)
-    alpha = config.lora_alpha * config.r**0.5 if config.use_rslora else config.lora_alpha  # kohya divides by the rank
-    convolutions = any(tensor.ndim == 4 for tensor in adapter_state(unet).values())
-    arguments = {"conv_dim": str(config.r), "conv_alpha": f"{alpha:g}"} if convolutions else {}
-    return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.r),
-        "ss_network_alpha": f"{alpha:g}",
-        "ss_network_args": json.dumps(arguments),
-        "ss_network_dropout": str(config.lora_dropout or None),
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": "False",
-        "ss_sd_model_name": Path(base_name).name,
-        "ss_output_name": Path(KOHYA_WEIGHTS).stem,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": Path(KOHYA_WEIGHTS).stem,
-    }
-
-
-def hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """SHA-256 of all that follows the file's header: A1111 knows a LoRA by it, whatever the header says."""
-    content = save(tensors)
-    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
-    return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -159,9 +141,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def short_name(path: Path) -> str:
-    """What A1111 would call the LoRA: the file's name, and for a folder of ours that of its kohya file."""
-    return path.stem if path.is_file() else Path(KOHYA_WEIGHTS).stem
+def short_hash(path: Path) -> str:
+    """The twelve digits by which A1111 knows a LoRA: of all that follows the header of its file, in a folder of the
+    kohya file."""
+    found = adapter_config.find(path)
+    own = [found / name for name in (kohya.WEIGHTS, PEFT_WEIGHTS)] if found.is_dir() else [found]
+    with open(next(filter(Path.is_file, own), own[-1]), "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -179,7 +166,7 @@ def load_lora(
     it. Raises UserError where that is no LoRA, or one for another base.
     """
     found = adapter_config.find(path)
-    models = {"unet": unet} | ({"text_encoder": text_encoder} if text_encoder else {})
+    models = _models(unet, text_encoder)
     if found.is_file():
         tensors, metadata = read_tensors(found), read_metadata(found)
         lora_formats.refuse_foreign(path, metadata, tensors)
@@ -192,31 +179,35 @@ def load_lora(
         if not parts:
             raise UserError(f"{found} holds no tensor", "Name another LoRA in --lora_path")
     else:
-        content = adapter_config.read(found)
-        tensors = read_tensors(found / PEFT_WEIGHTS)
-        lora_formats.refuse_foreign(path, {}, tensors)
-        state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-        ranks = _check_shapes(found, state, unet)
-        parts = {"unet": (adapter_config.checked(found, content, ranks), state)}
+        parts = {"unet": _read_peft(found, unet)}
+        if text_encoder and (found / TEXT_ENCODER).is_dir():
+            parts[TEXT_ENCODER] = _read_peft(found / TEXT_ENCODER, text_encoder)
     configs = [
         _put_in(path, models[part], LoraConfig(**known), state, adapter) for part, (known, state) in parts.items()
     ]
     return configs[0]
 
 
+def _read_peft(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What LoraConfig is to be told and the tensors under their bare names, both found to fit the model."""
+    content = adapter_config.read(folder)
+    tensors = read_tensors(folder / PEFT_WEIGHTS)
+    lora_formats.refuse_foreign(folder, {}, tensors)
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    return adapter_config.checked(folder, content, _check_shapes(folder, state, model)), state
+
+
 def load_loras(
     loras: Sequence[tuple[Path, float]], unet: UNet2DConditionModel, text_encoder: CLIPTextModel
 ) -> list[LoraConfig]:
     """The same with several LoRAs, all at work together, each at its strength: 1 is the trained one."""
-    adapters = [adapter_name(number) for number in range(len(loras))]
-    configs = [load_lora(path, unet, text_encoder, adapter) for adapter, (path, _) in zip(adapters, loras, strict=True)]
-    strengths = {adapter: strength for adapter, (_, strength) in zip(adapters, loras, strict=True)}
-    set_strengths([unet, text_encoder], strengths)
+    configs = [load_lora(path, unet, text_encoder, adapter_name(number)) for number, (path, _) in enumerate(loras)]
+    set_strengths([unet, text_encoder], {number: strength for number, (_, strength) in enumerate(loras)})
     return configs
 
 
 def _put_in(
-    path: Path, model: torch.nn.Module, config: LoraConfig, state: dict[str, torch.Tensor], adapter: str
+    path: Path, model: nn.Module, config: LoraConfig, state: dict[str, torch.Tensor], adapter: str
 ) -> LoraConfig:
     try:
         with warnings.catch_warnings():  # PEFT remarks on a second LoRA, which is meant
@@ -231,7 +222,7 @@ def _put_in(
     return config
 
 
-def restore(model: torch.nn.Module, state: dict[str, torch.Tensor], adapter: str = ADAPTER) -> None:
+def restore(model: nn.Module, state: dict[str, torch.Tensor], adapter: str = ADAPTER) -> None:
     """Set the tensors of the LoRA already in the model; PEFT's names, bare or with their prefix."""
     bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
     try:
@@ -248,7 +239,7 @@ def restore(model: torch.nn.Module, state: dict[str, torch.Tensor], adapter: str
         )
 
 
-def _check_shapes(folder: Path, state: dict[str, torch.Tensor], model: torch.nn.Module) -> set[int]:
+def _check_shapes(folder: Path, state: dict[str, torch.Tensor], model: nn.Module) -> set[int]:
     """Compare each pair A, B with the layer it is for, before anything is changed; returns their ranks."""
     layers = dict(model.named_modules())
     ranks = set()

@@ -75,7 +75,7 @@ def run_notes(
         "ss_gradient_checkpointing": settings["gradient_checkpointing"],
         "ss_learning_rate": f"{settings['learning_rate']:g}",
         "ss_unet_lr": f"{settings['learning_rate']:g}",
-        "ss_text_encoder_lr": None,
+        "ss_text_encoder_lr": f"{settings['text_encoder_lr']:g}" if settings["train_text_encoder"] else None,
         "ss_lr_scheduler": settings["lr_scheduler"],
         "ss_lr_warmup_steps": config["warmup_steps"],
         "ss_optimizer": "torch.optim.adamw.AdamW",

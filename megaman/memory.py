@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,6 +13,7 @@ from megaman.errors import UserError, out_of_memory
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
 
 Result = TypeVar("Result")
 
@@ -53,14 +54,25 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def make_room(unet: UNet2DConditionModel, split: Split, size: int) -> str:
+def checkpoint_gradients(models: Sequence[UNet2DConditionModel | CLIPTextModel]) -> None:
+    """Have the models in training compute their activations anew in the backward pass instead of keeping them (Chen et
+    al. 2016, arXiv 1604.06174); diffusers and transformers call it differently."""
+    for model in models:
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.enable_gradient_checkpointing()
+
+
+def make_room(models: Sequence[UNet2DConditionModel | CLIPTextModel], split: Split, size: int) -> str:
     """Take the next measure against too little memory in training and return it in words.
 
     First gradient checkpointing, then smaller micro-batches of which more are accumulated: neither changes what a step
-    computes. Raises UserError where both are used up; size is the pictures' side in pixels.
+    computes. Raises UserError where both are used up; models are those in training, the UNet first; size is the
+    pictures' side in pixels.
     """
-    if not unet.is_gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    if not models[0].is_gradient_checkpointing:
+        checkpoint_gradients(models)
         return "gradient checkpointing is on from here"
     if split.shrink():
         return f"from here {split.count} micro-batches of {split.size} make a step, with the same effective batch"

@@ -29,9 +29,9 @@ LICENCES = {
     "CompVis/stable-diffusion-v1-1": OPENRAIL,
     "demo/base": CC_BY,
 }
-SETTINGS = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "learning_rate", "lr_scheduler",
-            "train_batch_size", "gradient_accumulation_steps", "resolution", "center_crop", "random_flip", "snr_gamma",
-            "noise_offset", "max_grad_norm")  # fmt: skip
+SETTINGS = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "learning_rate",
+            "train_text_encoder", "text_encoder_lr", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps",
+            "resolution", "center_crop", "random_flip", "snr_gamma", "noise_offset", "max_grad_norm")  # fmt: skip
 
 
 def write_card(config: Mapping[str, Any], captions: Sequence[str], found: int, samples: Path) -> dict[str, bytes]:
@@ -49,7 +49,8 @@ def write_card(config: Mapping[str, Any], captions: Sequence[str], found: int, s
 
 def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, samples: list[str]) -> str:
     settings, base = config["settings"], config["base"]
-    on_hub = HUB_NAME.fullmatch(base) and not base.startswith("demo/")
+    one_file = base.lower().endswith(".safetensors")
+    on_hub = HUB_NAME.fullmatch(base) and not base.startswith("demo/") and not one_file
     name = base if on_hub else tidy(Path(base).name) or "base"  # a folder's whole path is nobody's business
     shown = f"[{name}](https://huggingface.co/{name})" if on_hub else code(name)
     if base == "demo/base":
@@ -71,7 +72,9 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
     rows += [("precision", config["dtype"]), ("seed", settings["seed"])]
     table = "\n".join("| {} | {} |".format(flag, code(value).replace("|", "\\|")) for flag, value in rows)
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
-    source = json.dumps(name, ensure_ascii=False)
+    source, text_too = json.dumps(name, ensure_ascii=False), settings["train_text_encoder"]
+    subfolder = "" if one_file else ', subfolder="unet"'
+    loaded = f"from_{'single_file' if one_file else 'pretrained'}({source}"
     terms = (
         f"The base is under [{licence}]({address}), whose terms hold for what is made with it too."
         if address
@@ -80,17 +83,23 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
     parts = [
         f"---\n{yaml}\n---",
         f"# A LoRA for {code(name)}",
-        f"A LoRA for Stable Diffusion 1.x, trained on {len(captions)} pictures with the base {shown}.",
+        f"A LoRA for Stable Diffusion 1.x, trained on {len(captions)} pictures with the base {shown}."
+        + (" It changes the UNet and the text encoder." if text_too else ""),
         f"Use {code(trigger)} in the prompt: most of the captions begin with it." if trigger else "",
         f"## Samples\n\n{images}\n\nPrompt: {code(prompt)}, strength 1, 25 steps, guidance 7.5, seeds from "
         f"{settings['seed']} on, drawn after the last step." if samples else "",
         "## How to load it\n\nThis folder holds the same LoRA in three layouts, with its strength in each.",
         f"diffusers, from this folder:\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f"pipe = StableDiffusionPipeline.from_pretrained({source})\n"
+        f"pipe = StableDiffusionPipeline.{loaded})\n"
         f'pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")\n```',
         f"PEFT:\n\n```python\nfrom diffusers import UNet2DConditionModel\nfrom peft import PeftModel\n\n"
-        f'unet = UNet2DConditionModel.from_pretrained({source}, subfolder="unet")\n'
+        f"unet = UNet2DConditionModel.{loaded}{subfolder})\n"
         f'unet = PeftModel.from_pretrained(unet, ".")\n```',
+        f"and its part for the text encoder:\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import CLIPTextModel\n\n"
+        f'text_encoder = CLIPTextModel.from_pretrained({source}, subfolder="text_encoder")\n'
+        f'text_encoder = PeftModel.from_pretrained(text_encoder, "text_encoder")\n```'
+        if text_too and not one_file else "",
         "A1111: copy `megaman_lora.safetensors` to `models/Lora` and write `<lora:megaman_lora:1>` in the prompt.",
         "ComfyUI: copy `megaman_lora.safetensors` to `models/loras` and choose it in the Load LoRA node.",
         "Mega Man LoRA: `python generate_megaman.py --lora_path THIS_FOLDER`.",

@@ -32,6 +32,11 @@ def _is_device(name: str) -> bool:
     return name.split(".")[0].rstrip(" ").lower() in DEVICES
 
 
+def is_network(path: str) -> bool:
+    """Whether a path lies on another machine: Windows would log in there, whoever's machine that is."""
+    return path[:2].replace("\\", "/") == "//"
+
+
 def split_strength(word: str) -> tuple[str, float]:
     """NAME:STRENGTH taken apart; the strength is 1 where none stands there, or where a file has the whole word's name.
 

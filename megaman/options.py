@@ -1,4 +1,4 @@
-"""Both command lines: flags, defaults, presets. Contradictions fail here, before anything heavy is imported."""
+"""megaman_lora.py's command line: flags, defaults, presets. Contradictions fail here, before a heavy import."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaman.commandline import Parser, choice, folder, lora, name, number, side, strengths, text
+from megaman.commandline import (
+    SEED,
+    Parser,
+    choice,
+    folder,
+    name,
+    number,
+    side,
+    text,
+)
 from megaman.names import below
 
 DEFAULT_BASE = "runwayml/stable-diffusion-v1-5"
 DEFAULT_PROMPT = "mega man, blue robot, helmet, game character, high quality"
-DEFAULT_NEGATIVE_PROMPT = "blurry, low quality, distorted, deformed, ugly, bad anatomy"
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 REPLACED = r"((checkpoint|samples)-\d+|lora_weights)(?![^/\\])"  # the folders in --output_dir that a run replaces
@@ -50,22 +58,12 @@ DEMO_TRAINING: dict[str, Any] = {
     "mixed_precision": "no",
     "seed": 0,
 }
-DEMO_GENERATION: dict[str, Any] = {
-    "lora_path": ["./megaman_demo_output/lora_weights"],
-    "output_dir": "./generated_demo",
-    "prompts_file": str(DEMO / "prompts.txt"),
-    "negative_prompt": "",  # the small base never saw the words of the usual one
-    "guidance_scale": 5.0,
-    "num_inference_steps": 20,
-    "compare": "base",
-}
-
 
 MANY = 10**9  # more steps than any run has; "never" for what happens every so many steps
 COUNT = number(int, 1, MANY)
 COUNT_OR_ZERO = number(int, 0, MANY)
 SHARE = number(float, 0, 0.999999)
-SEED = number(int, 0, 2**63 - 1)
+RATE = number(float, 0, 1, exclusive=True)
 
 
 def training_parser() -> Parser:
@@ -74,7 +72,10 @@ def training_parser() -> Parser:
     add("--preset", **choice(*PRESETS), help="a recipe; flags given beside it win")
     add("--demo", action="store_true", help="the embedded base and pictures: a whole run on a CPU in minutes")
     add(
-        "--pretrained_model_name", type=name, default=DEFAULT_BASE, help="the base: a name on the hub or a local folder"
+        "--pretrained_model_name",
+        type=name,
+        default=DEFAULT_BASE,
+        help="the base: a name on the hub, a local folder or a .safetensors file",
     )
     add(
         "--data_dir",
@@ -96,7 +97,9 @@ def training_parser() -> Parser:
     add("--gradient_accumulation_steps", type=number(int, 1, 65536), default=1, help="forward passes an optimizer step")
     add("--num_train_epochs", type=number(int, 1, 10**6), default=100, help="times every picture is seen")
     add("--max_train_steps", type=COUNT, help="optimizer steps; wins over --num_train_epochs")
-    add("--learning_rate", type=number(float, 0, 1, exclusive=True), default=1e-4, help="peak learning rate")
+    add("--learning_rate", type=RATE, default=1e-4, help="peak learning rate")
+    add("--train_text_encoder", action="store_true", help="a LoRA for the text encoder too")
+    add("--text_encoder_lr", type=RATE, help="the text encoder's peak learning rate (default: as --learning_rate)")
     add("--lr_scheduler", **choice(*SCHEDULERS), default="constant", help="how the rate changes")
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="steps over which the rate rises")
     add("--lora_rank", type=number(int, 1, 1024), default=4, help="rank of the LoRA's matrices")
@@ -137,45 +140,6 @@ def training_parser() -> Parser:
     return parser
 
 
-def generation_parser() -> Parser:
-    parser = Parser(prog="generate_megaman.py", description="Draw pictures with a trained LoRA and put them on a page.")
-    add = parser.add_argument
-    add("--demo", action="store_true", help="the embedded base with the LoRA that megaman_lora.py --demo trained")
-    add(
-        "--base_model",
-        type=name,
-        help="the base: a name on the hub or a local folder (default: what the LoRA was trained on)",
-    )
-    add(
-        "--lora_path",
-        type=lora,
-        nargs="+",
-        default=["./megaman_lora_output/lora_weights"],
-        metavar="NAME[:STRENGTH]",
-        help="LoRAs, folders or .safetensors files, each with a strength behind a colon if not 1",
-    )
-    add(
-        "--output_dir",
-        type=folder,
-        default="./generated_megaman",
-        help="images and index.html go here; existing ones stay",
-    )
-    add("--prompts", type=text, nargs="+", metavar="PROMPT", help="one or more prompts (default: ten about Mega Man)")
-    add("--prompts_file", type=name, help="a file with one prompt a line; # begins a comment")
-    add("--negative_prompt", type=text, default=DEFAULT_NEGATIVE_PROMPT, help="what the images should not show")
-    add("--num_images_per_prompt", type=number(int, 1, 10000), default=1, help="images of each prompt")
-    add("--num_inference_steps", type=number(int, 1, 999), default=25, help="sampling steps")
-    add("--guidance_scale", type=number(float, 0, 100), default=7.5, help="how closely the prompt is followed")
-    add("--height", type=side, help="image height in pixels (default: 512; the base's own size where it is smaller)")
-    add("--width", type=side, help="image width in pixels (default: as for --height)")
-    add("--seed", type=SEED, default=42, help="image j of a prompt uses seed + j")
-    add("--device", **choice("cuda", "mps", "cpu"), help="where to compute (default: the best there is)")
-    add("--compare", **choice("base"), help="draw each image without the LoRA too and show both side by side")
-    add("--lora_scales", type=strengths, metavar="S,S,...", help="draw at each of these strengths; 0 is the base alone")
-    add("--checkpoints", type=name, metavar="FOLDER", help="draw with every checkpoint of this training output")
-    return parser
-
-
 def training_options(argv: Sequence[str]) -> Namespace:
     """Parse megaman_lora.py's command line: plain defaults, then --demo's, then --preset's, then the flags given.
 
@@ -190,6 +154,8 @@ def training_options(argv: Sequence[str]) -> Namespace:
     options = Namespace(**{**vars(parser.parse_args([])), **demo, **preset, **given}, given=set(given))
     if mistakes := [*mistakes, *training_contradictions(options)]:
         parser.refuse(mistakes)
+    if options.train_text_encoder and options.text_encoder_lr is None:
+        options.text_encoder_lr = options.learning_rate
     return options
 
 
@@ -199,8 +165,11 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
         yield "--strict belongs to --check_data: add that or leave it out"
     if options.resume_from_checkpoint and options.overwrite_output:
         yield "--resume_from_checkpoint and --overwrite_output contradict each other: leave one out"
-    if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
-        yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: give a higher --learning_rate"
+    if options.text_encoder_lr is not None and not options.train_text_encoder:
+        yield "--text_encoder_lr has no effect without --train_text_encoder: add that, or leave this out"
+    for flag in ("learning_rate", "text_encoder_lr"):
+        if options.lr_scheduler == "polynomial" and (getattr(options, flag) or 1) <= POLYNOMIAL_END:
+            yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: give a higher --{flag}"
     if (
         "lr_warmup_steps" in options.given
         and options.lr_scheduler != "constant"
@@ -221,30 +190,6 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
         place = getattr(options, flag)
         if re.match(REPLACED, below(place, options.output_dir) or ""):
             yield f"--{flag} {place} is where the run in --output_dir puts its own: name another"
-
-
-def generation_options(argv: Sequence[str]) -> Namespace:
-    """Parse generate_megaman.py's command line: plain defaults, then --demo's, then the flags given.
-
-    All mistakes are told together, with exit code 2.
-    """
-    parser = generation_parser()
-    given, mistakes = parser.read(argv)
-    demo = DEMO_GENERATION if given.get("demo") else {}
-    if "prompts" in given:
-        demo = {**demo, "prompts_file": None}
-    if {"lora_scales", "checkpoints"} & set(given):
-        demo = {**demo, "compare": None}
-    options = Namespace(**{**vars(parser.parse_args([])), **demo, **given})
-    if options.prompts and options.prompts_file:
-        mistakes.append("--prompts and --prompts_file contradict each other: leave one out")
-    if options.compare and (options.lora_scales or options.checkpoints):
-        mistakes.append("--compare base is for one LoRA at one strength: write --lora_scales 0,1 instead")
-    if options.checkpoints and "lora_path" in given:
-        mistakes.append("--checkpoints and --lora_path contradict each other: leave one out")
-    if mistakes:
-        parser.refuse(mistakes)
-    return options
 
 
 def resuming(argv: list[str]) -> list[str]:

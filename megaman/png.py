@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -38,9 +40,10 @@ def save_thumbnail(path: Path, image: Image.Image) -> None:
             small.save(aside, format="WEBP", quality=85)
 
 
-def save_png(path: Path, image: Image.Image, parameters: str) -> None:
-    """Write the image with its parameters text, whole or not at all."""
+def save_png(path: Path, image: Image.Image, parameters: str, others: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write the image with its parameters text and other texts by their keys, whole or not at all."""
     info = PngInfo()
-    info.add_itxt("parameters", parameters)
+    for key, text in {"parameters": parameters, **others}.items():
+        info.add_itxt(key, text)
     with replacing(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)

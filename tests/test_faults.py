@@ -66,25 +66,26 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def adapted(base_folder):
-    """The base's UNet with a LoRA in it, and an optimizer that took a step."""
+    """The base's UNet and text encoder with a LoRA in each, and an optimizer that took a step."""
     base = load_base(str(base_folder), torch.float32)
-    trainable = lora.inject(base.unet, 2, 4, ["to_q"])
+    trainable = lora.inject(base.unet, 2, 4, ["to_q"]) + lora.inject(base.text_encoder, 2, 4, ["q_proj"])
     optimizer = torch.optim.AdamW(trainable, fused=True)
     for parameter in trainable:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    return base.unet, optimizer
+    return base.unet, base.text_encoder, optimizer
 
 
 def test_every_call_of_a_save_fails_once(adapted, tmp_path):
     """The second checkpoint over the limit of one, and lora_weights/ over an earlier one: each write, flush and rename
     fails once; the earlier state still loads, there is no half file, and the same save works afterwards."""
-    unet, optimizer = adapted
+    unet, text_encoder, optimizer = adapted
     out = tmp_path / "out"
 
     def save(step: int) -> None:
-        checkpoint.save(out, unet, optimizer, None, checkpoint.Progress(step, 0, "logs", 1.0, {}), "base", 1)
-        lora_files.save_lora(out / "lora_weights", unet, "base", {"ss_steps": str(step)})
+        progress = checkpoint.Progress(step, 0, "logs", 1.0, {})
+        checkpoint.save(out, unet, optimizer, None, progress, "base", 1, text_encoder)
+        lora_files.save_lora(out / "lora_weights", unet, "base", {"ss_steps": str(step)}, text_encoder=text_encoder)
 
     save(1)
     shutil.copytree(out, tmp_path / "earlier")
@@ -100,7 +101,11 @@ def test_every_call_of_a_save_fails_once(adapted, tmp_path):
             with contextlib.suppress(OSError, UserError):
                 save(2)
         assert whole_checkpoints(out), number
-        for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "megaman_lora.safetensors"):
+        for path in (out / "checkpoint-1", out / "checkpoint-2"):
+            if path.is_dir():
+                load_file(path / "text_encoder" / "adapter_model.safetensors")
+        for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "megaman_lora.safetensors",
+                     "text_encoder/adapter_model.safetensors"):  # fmt: skip
             load_file(out / "lora_weights" / name)
         assert {path.name for path in out.iterdir()} <= {"checkpoint-1", "checkpoint-2", "lora_weights"}, number
         save(3)

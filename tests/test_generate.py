@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -284,9 +287,181 @@ def test_the_text_encoders_part_counts_and_compare_leaves_it_out(generate, base_
     )
 
 
-def test_a_long_prompt_is_said_to_be_cut(generate):
-    generate("--prompts", "robot " * 120)
-    assert re.search(r"1 prompts are longer than \d+ tokens", generate.said)
+def test_a_long_prompt_is_used_whole_and_weights_count(generate):
+    """What stands beyond the text encoder's length changes the image, and so does a weight."""
+    long = "robot " * 100
+    prompts = [long + "blue", long + "red", "a (blue:1.5) robot", "a (blue:0.5) robot", "a blue robot"]
+    drawn = [generate("--prompts", prompt, output=str(n))["megaman_000_00.png"] for n, prompt in enumerate(prompts)]
+    assert not any(equal(one, other) for n, one in enumerate(drawn) for other in drawn[n + 1 :])
+
+
+def test_a_prompt_draws_the_same_whatever_stands_beside_it(generate, tmp_path):
+    """A long neighbour or another size does not touch it, only the batch may round a bit otherwise."""
+    (tmp_path / "mixed.txt").write_text("a blue robot\n" + "robot, " * 100 + "red\na red robot --w 96 --h 64 --s 2\n")
+    mixed = generate("--prompts_file", "mixed.txt", prompts=(), output="mixed")
+    assert mixed["megaman_002_00.png"].size == (96, 64)
+    assert equal(mixed["megaman_000_00.png"], generate(output="alone")["megaman_000_00.png"])
+
+
+def test_prompts_with_settings_of_their_own(generate, tmp_path):
+    """Each line's settings are those of the flags; a bad line is named and the rest is drawn."""
+    lines = [
+        "a blue robot --n dark, red --w 72 --h 80 --d 9 --l 3 --s 2",
+        "a blue robot --w 513",
+        '--prompt "a blue robot" --negative_prompt "dark, red" --width 72 --height 80 --seed 9 --cfg_scale 3 --steps 2',
+        "a blue robot",
+    ]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    drawn = generate("--prompts_file", "lines.txt", prompts=(), output="lines")
+    assert "lines.txt line 2" in generate.said and "--w" in generate.said and "513" in generate.said
+    flags = ["--negative_prompt", "dark, red", "--width", 72, "--height", 80, "--seed", 9, "--guidance_scale", 3]
+    alone = generate(*flags, "--num_inference_steps", 2, output="flags")["megaman_000_00.png"]
+    assert len(drawn) == 3 and drawn["megaman_002_00.png"].size == (64, 64)
+    assert alike(drawn["megaman_000_00.png"], alone) and alike(drawn["megaman_001_00.png"], alone)
+    page = (tmp_path / "lines" / "index.html").read_text(encoding="utf-8")
+    assert "dark, red" in page and "72x80" in page
+
+
+def test_strength_sampler_and_clip_skip(generate, lora_path, tmp_path):
+    plain = generate(output="plain")["megaman_000_00.png"]
+    half = generate("--lora_scale", 0.5, output="half")["megaman_000_00.png"]
+    behind_colon = generate("--lora_path", f"{lora_path}:0.5", output="colon")["megaman_000_00.png"]
+    assert equal(half, behind_colon) and not alike(half, plain)
+    euler = generate("--scheduler", "Euler a", "--clip_skip", 2, output="euler")["megaman_000_00.png"]
+    text = Image.open(tmp_path / "euler" / "megaman_000_00.png").text["parameters"]
+    assert "Sampler: Euler a" in text and "Clip skip: 2" in text
+    assert not alike(euler, generate("--scheduler", "k_euler_a", output="last")["megaman_000_00.png"])
+    with pytest.raises(UserError, match="--clip_skip"):
+        generate("--clip_skip", 30, output="deep")
+
+
+def test_the_fused_lora_draws_what_the_unfused_draws(generate, tmp_path):
+    """Beside the base it is not fused, otherwise it is; the pixels agree."""
+    fused = generate(output="fused")["megaman_000_00.png"]
+    unfused = generate("--compare", "base", output="unfused")["megaman_000_00.png"]
+    assert alike(fused, unfused)
+    records = [
+        json.loads(Image.open(tmp_path / name / "megaman_000_00.png").text["megaman"]) for name in ("fused", "unfused")
+    ]
+    assert [record["fused"] for record in records] == [True, False]
+
+
+@pytest.fixture
+def again(generate, tmp_path):
+    """again(png) draws an image by its own record and returns it."""
+
+    def run(image, *flags, output="again"):
+        shutil.rmtree(tmp_path / output, ignore_errors=True)
+        assert generate_megaman.main(["--from_image", str(image), "--output_dir", output, *map(str, flags)]) == 0
+        (path,) = (tmp_path / output).glob("megaman_*.png")
+        return Image.open(path).convert("RGB")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--num_images_per_prompt", 3, "--batch_size", 2],
+        ["--compare", "base", "--clip_skip", 2, "--guidance_scale", 3],
+        ["--lora_scales", "0,0.5", "--scheduler", "dpm++_2m_sde"],
+        ["--prompts", "(a:1.2) robot, " * 60, "--negative_prompt", '洛克人 🤖, "dark"', "--lora_scale", 0.7],
+    ],
+    ids=lambda flags: " ".join(map(str, flags))[:60],
+)
+def test_from_image_gives_equal_pixels(generate, again, tmp_path, flags, capsys):
+    """Every image of a run, the base's too, out of a batch, fused or not."""
+    drawn = {name: image for name, image in generate(*flags).items() if not name.startswith("grid")}
+    for name, image in drawn.items():
+        assert equal(again(tmp_path / "out" / name), image), name
+    assert "may differ" not in capsys.readouterr().out
+
+
+def test_from_image_says_what_is_not_as_it_was(generate, again, lora_path, tmp_path, capsys):
+    """A LoRA that moved is named by the flag; one that was trained anew is told of."""
+    shutil.copytree(lora_path, tmp_path / "mine")
+    drawn = generate("--lora_path", "mine:0.5")["megaman_000_00.png"]
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="mine"):
+        again(tmp_path / "out" / "megaman_000_00.png")
+    assert equal(again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved"), drawn)
+    capsys.readouterr()
+    for name in ("adapter_model.safetensors", "megaman_lora.safetensors"):
+        tensors = lora_files.read_tensors(tmp_path / "moved" / name)
+        lora_files.write_tensors(tmp_path / "moved" / name, {key: tensor * 2 for key, tensor in tensors.items()})
+    assert not equal(again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved"), drawn)
+    assert "LoRA moved was" in capsys.readouterr().out
+    with pytest.raises(UserError, match="drawn with 1 LoRAs"):
+        again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved", "moved")
+
+
+FORTY = ["--num_inference_steps", 8, "--num_images_per_prompt", 20, "--batch_size", 4]
+
+
+def forty(lora_path, *flags):
+    prompts = ["--prompts", "a blue robot", "a red cat"]
+    return ["generate_megaman.py", "--lora_path", lora_path, "--output_dir", "g", *prompts, *FORTY, *flags]
+
+
+def test_a_killed_batch_of_forty_goes_on(lora_path, run_script, tmp_path):
+    """SIGKILL in the middle, an image without a place on the page, half a pair: then 40 images, none made twice."""
+    words = [sys.executable, str(ROOT / "generate_megaman.py"), *map(str, forty(lora_path, "--compare", "base")[1:])]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "g"
+    while len(list(folder.glob("*[0-9].png"))) < 9:
+        assert process.poll() is None, "it was over before it could be killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    pngs = sorted(folder.glob("megaman_*.png"))
+    assert 9 <= len([path for path in pngs if "_base" not in path.name]) < 40
+    kept = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in pngs}
+    done = run_script(forty(lora_path, "--compare", "base", "--resume"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"resuming +(\d+) of 40 are there", done.stdout)
+    images = sorted(path.name for path in folder.glob("*.png") if "_base" not in path.name)
+    assert images == [f"megaman_{i:03d}_{j:02d}.png" for i in (0, 1) for j in range(20)]
+    assert len(list(folder.glob("*_base.png"))) == 40
+    for path, (written, content) in kept.items():
+        assert (path.stat().st_mtime_ns, path.read_bytes()) == (written, content) or path.name.endswith("_base.png")
+    recorded = json.loads((folder / "images.json").read_text(encoding="utf-8"))["images"]
+    assert sorted(image["file"] for image in recorded) == images
+    assert all(image["base_file"] == image["file"].replace(".png", "_base.png") for image in recorded)
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert all(name in page for name in images)
+
+
+def test_resume_draws_what_the_undisturbed_run_draws(generate, tmp_path):
+    """Also where it stopped within a batch; a finished run has nothing left, another run's names are kept."""
+    flags = ["--num_images_per_prompt", 6, "--batch_size", 4]
+    whole = generate(*flags, output="whole")
+    generate(*flags, output="part")
+    for j in (1, 4):
+        (tmp_path / "part" / f"megaman_000_0{j}.png").unlink()
+    again = generate(*flags, "--resume", output="part")
+    assert "4 of 6 are there" in generate.said
+    assert set(again) == set(whole) and all(equal(again[name], whole[name]) for name in whole)
+    generate(*flags, "--resume", output="part")
+    assert "6 of 6 are there" in generate.said
+    generate("--prompts", "a red cat", "--resume", output="part")
+    assert "nothing of this run is there" in generate.said
+    assert len(list((tmp_path / "part").glob("*.png"))) == 7
+    with pytest.raises(UserError, match="another image"):
+        (tmp_path / "part" / "megaman_000_03.png").write_bytes((tmp_path / "part" / "megaman_001_00.png").read_bytes())
+        generate(*flags, "--resume", output="part")
+
+
+def test_too_little_memory_while_drawing(generate, again, monkeypatch, tmp_path):
+    """Fewer at once, then the VAE in tiles: the run goes on, and each image's record tells how it was drawn."""
+    from test_memory import fail_on
+
+    fail_on(monkeypatch, UNet2DConditionModel, "forward", {2, 3})
+    drawn = generate("--num_images_per_prompt", 4, "--batch_size", 4)
+    record = json.loads(Image.open(tmp_path / "out" / "megaman_000_03.png").text["megaman"])
+    assert len(drawn) == 4 and len(record["batch"]) == 1 and not record["vae_tiling"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert equal(again(tmp_path / "out" / "megaman_000_03.png"), drawn["megaman_000_03.png"])
 
 
 @pytest.mark.parametrize(
@@ -299,6 +474,11 @@ def test_a_long_prompt_is_said_to_be_cut(generate):
         (["--prompts", "a", "--prompts_file", "empty.txt"], 2, "--prompts"),
         (["--checkpoints", "a", "--lora_path", "b"], 2, "--checkpoints"),
         (["--compare", "base", "--lora_scales", "0,1"], 2, "--lora_scales"),
+        (["--lora_scale", "1", "--lora_scales", "0,1"], 2, "--lora_scale"),
+        (["--from_image", "a.png", "--seed", "1"], 2, "--seed"),
+        (["--from_image", "none.png"], 1, "none.png"),
+        (["--from_image", "empty.txt"], 1, "empty.txt"),
+        (["--scheduler", "eulr"], 2, "did you mean euler"),
         (["--demo", "--checkpoints", "nothing"], 1, "nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -307,7 +487,7 @@ def test_mistakes_end_in_one_line(run_script, tmp_path, flags, code, named):
     (tmp_path / "empty.txt").write_text("# nothing\n")
     done = run_script(["generate_megaman.py", *flags], tmp_path)
     assert done.returncode == code
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.count("\n") == 1, done.stderr
     assert named in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -316,12 +496,13 @@ def test_validation_and_generation_draw_the_same(generate, base_folder, lora_pat
     """One sampling loop serves both scripts: called directly it gives the gallery's picture."""
     drawn = generate("--seed", 5, "--guidance_scale", 6)
     base = load_base(str(base_folder), torch.float32)
-    lora_files.load_lora(lora_path, base.unet)
+    lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
+    lora.Fused([base.unet, base.text_encoder], changing=False).set_strengths({0: 1.0})
     from megaman.cache import encode_captions
-    from megaman.options import DEFAULT_NEGATIVE_PROMPT
+    from megaman.generation_options import DEFAULT_NEGATIVE_PROMPT
 
-    states = encode_captions(base.text_encoder, base.tokenizer, ["a blue robot", DEFAULT_NEGATIVE_PROMPT])
-    text, negative = (states[prompt][None] for prompt in ("a blue robot", DEFAULT_NEGATIVE_PROMPT))
+    text, negative = (encode_captions(base.text_encoder, base.tokenizer, [prompt])[prompt][None]
+                      for prompt in ("a blue robot", DEFAULT_NEGATIVE_PROMPT))  # fmt: skip
     sampler = sample.make_sampler(base.scheduler)
     (image,) = sample.draw_images(base.unet, base.vae, sampler, text, negative, [5], 64, 64, 3, 6.0)
     assert equal(image, drawn["megaman_000_00.png"])

@@ -13,16 +13,19 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["megaman_lora", "generate_megaman"]
 # Every module may import those before it and none after it. A new module has to find its place here.
 ORDER = [
-    "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "commandline", "options",
-    "prompts", "images", "captions", "dataset", "problems", "schedule", "diffusion", "finite", "memory", "base", "lora",
-    "lora_formats", "png", "grid", "lora_metadata", "model_card", "cache", "sample", "lora_files", "checkpoint",
-    "evaluate", "page", "gallery", "appearance", "duplicates", "findings", "wording", "doctor", "report",
+    "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "samplers", "commandline",
+    "options", "generation_options", "prompts", "prompt_weights", "jobs", "images", "captions", "dataset", "problems",
+    "schedule", "diffusion", "finite", "memory", "room", "lora_formats", "single_file", "base", "lora", "kohya", "png",
+    "grid", "lora_metadata", "model_card", "cache", "text_states", "sample", "validation", "lora_files", "checkpoint",
+    "evaluate", "page", "gallery", "records", "drawn", "drawing", "appearance", "duplicates", "findings", "wording",
+    "doctor", "report",
 ]  # fmt: skip
 STANDARD_ONLY = [
-    "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "commandline", "options",
-    "prompts",
+    "errors", "files", "names", "safety", "adapter_config", "stops", "output", "tracking", "samplers", "commandline",
+    "options", "generation_options", "prompts", "prompt_weights", "jobs",
 ]  # fmt: skip
-NEVER_TORCH = [*STANDARD_ONLY, "png", "grid", "lora_metadata", "model_card", "page", "gallery"]  # not in a function
+# Not even in a function.
+NEVER_TORCH = [*STANDARD_ONLY, "png", "grid", "lora_metadata", "model_card", "page", "gallery", "records", "drawn"]
 DOCTOR = ["appearance", "duplicates", "findings", "wording", "doctor", "report"]  # numpy yes, torch never
 NO_TORCH = [*NEVER_TORCH, "problems", "images", "captions", "dataset"]  # not until it is needed
 MAY_PRINT = {"errors": "sys.stderr", "commandline": "sys.stderr"}  # and the scripts
@@ -132,8 +135,8 @@ def test_the_accelerator_and_tensorboard_stay_in_the_scripts(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_know_no_parsed_options(name):
     """Modules take plain values; a Namespace stays in the script."""
-    if name not in ("commandline", "options"):
-        assert not {"argparse", "megaman.options"} & set(imports(tree(name)))
+    if name not in ("commandline", "options", "generation_options"):
+        assert not {"argparse", "megaman.options", "megaman.generation_options"} & set(imports(tree(name)))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

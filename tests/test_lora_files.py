@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megaman import adapter_config, lora, lora_files
+from megaman import adapter_config, kohya, lora, lora_files
 from megaman.errors import UserError
 
 CONVOLUTIONS = ["conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
@@ -261,8 +261,9 @@ def test_comfyui_knows_every_name_of_a_stable_diffusion_15_lora():
         unet = UNet2DConditionModel(**SD_15)
         everything = [*TARGETS, "linear_1", "linear_2"]
         lora.inject(unet, RANK, ALPHA, everything)
-        tensors = lora_files.kohya_state(
-            {name: torch.empty_like(tensor) for name, tensor in get_peft_model_state_dict(unet).items()}, unet
+        tensors = kohya.renamed(
+            {"unet": {name: torch.empty_like(tensor) for name, tensor in get_peft_model_state_dict(unet).items()}},
+            {"unet": unet},
         )
     carriers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     known = comfyui_names()

@@ -15,14 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaman.commandline import side
-from megaman.options import (
-    DEMO_GENERATION,
-    DEMO_TRAINING,
-    generation_options,
-    generation_parser,
-    training_options,
-    training_parser,
-)
+from megaman.generation_options import DEMO_GENERATION, generation_options, generation_parser
+from megaman.options import DEMO_TRAINING, training_options, training_parser
 
 TRAINING_DEFAULTS = {
     "preset": None,
@@ -33,6 +27,8 @@ TRAINING_DEFAULTS = {
     "overwrite_output": False,
     "logging_dir": "./logs",
     "resolution": 512,
+    "check_data": False,
+    "strict": False,
     "skip_bad_images": False,
     "center_crop": False,
     "crop_variants": 4,
@@ -42,6 +38,8 @@ TRAINING_DEFAULTS = {
     "num_train_epochs": 100,
     "max_train_steps": None,
     "learning_rate": 1e-4,
+    "train_text_encoder": False,
+    "text_encoder_lr": None,
     "lr_scheduler": "constant",
     "lr_warmup_steps": 500,
     "lora_rank": 4,
@@ -82,10 +80,16 @@ GENERATION_DEFAULTS = {
     "height": None,  # 512, or the base's own size where that is smaller
     "width": None,
     "seed": 42,
+    "scheduler": "dpm++_2m",
+    "clip_skip": 1,
+    "batch_size": None,  # what is fast and fits
     "device": None,  # the best there is
     "compare": None,
     "lora_scales": None,
     "checkpoints": None,
+    "lora_scale": None,  # 1
+    "resume": False,
+    "from_image": None,
 }
 RECIPES = {
     "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
@@ -220,6 +224,7 @@ WRONG_TRAINING = {
     "--num_train_epochs": TOO_SMALL_COUNTS,
     "--max_train_steps": TOO_SMALL_COUNTS,
     "--learning_rate": [*NO_RATE, "1.5"],
+    "--text_encoder_lr": [*NO_RATE, "1.5"],
     "--lr_scheduler": ["", "piecewise_constant", "cosin"],
     "--lr_warmup_steps": ["-1", "0.1", "nan"],
     "--lora_rank": ["0", "-4", "2.5", "1025"],
@@ -455,6 +460,16 @@ def test_a_polynomial_rate_has_to_begin_above_its_end():
     assert "--lr_scheduler polynomial" in line and "--learning_rate" in line
     assert training_options(["--lr_scheduler", "polynomial", "--learning_rate", "1.1e-7"]).learning_rate == 1.1e-7
     assert training_options(["--learning_rate", "1e-8"]).learning_rate == 1e-8
+    text = ["--train_text_encoder", "--text_encoder_lr", "1e-7"]
+    assert "give a higher --text_encoder_lr" in refusal(training_options, ["--lr_scheduler", "polynomial", *text])
+
+
+def test_the_text_encoders_rate_is_the_other_one_unless_it_is_given():
+    assert training_options(["--learning_rate", "3e-5"]).text_encoder_lr is None
+    assert training_options(["--train_text_encoder", "--learning_rate", "3e-5"]).text_encoder_lr == 3e-5
+    assert training_options(["--train_text_encoder", "--preset", "quality"]).text_encoder_lr == 5e-5
+    assert training_options(["--train_text_encoder", "--text_encoder_lr", "1e-6"]).text_encoder_lr == 1e-6
+    assert "without --train_text_encoder" in refusal(training_options, ["--text_encoder_lr", "1e-6"])
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,9 @@ from pathlib import Path
 import pytest
 
 import megaman_lora
-from megaman.options import (
-    PRESETS,
-    generation_options,
-    generation_parser,
-    training_options,
-    training_parser,
-)
+from megaman import prompts
+from megaman.generation_options import generation_options, generation_parser
+from megaman.options import PRESETS, training_options, training_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-TW.md"
@@ -111,8 +107,23 @@ def test_the_set_up_lines_stand_at_the_top(readme):
 @in_both
 def test_every_option_named_in_the_text_exists(readme):
     known = {text for parser, _ in SCRIPTS.values() for action in parser()._actions for text in action.option_strings}
+    known |= {f"--{name}" for name in [*prompts.OPTIONS, *prompts.WITHOUT_MEANING]}
     named = set(re.findall(r"`(--\w+)", prose(readme))) | set(re.findall(r"(?<=[ `])--\w+_\w+", prose(readme)))
     assert named <= known
+
+
+@in_both
+def test_the_example_of_a_prompts_file_is_one(readme, tmp_path):
+    (example,) = [
+        content for language, content in blocks(readme) if language == "text" and "--negative_prompt" in content
+    ]
+    (tmp_path / "prompts.txt").write_text(example, encoding="utf-8")
+    listed, remarks = prompts.read_prompts(tmp_path / "prompts.txt")
+    assert remarks == []
+    assert listed[1:] == [
+        prompts.Prompt("mega man, side view, jumping", "blurry, low quality", 512, 768, 1, 7.5, 28),
+        prompts.Prompt("mega man, portrait", "blurry", 512, 768, 1, 7.0, 20),
+    ]
 
 
 @in_both

@@ -1,0 +1,142 @@
+"""Stable Diffusion 1.5 as one .safetensors file in the layout of its authors' code, as A1111 and ComfyUI take it.
+
+model.diffusion_model.…                          UNet
+first_stage_model.…                              VAE
+cond_stage_model.transformer.text_model.…        text encoder; some programs leave text_model. out
+model_ema.…, betas and whatever else there is    not used, as A1111 and diffusers do not use it
+
+Such a file says nothing of its configuration and has no vocabulary: both are in sd15/. Nothing is asked of the hub.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from safetensors import safe_open
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from megaman.errors import UserError
+from megaman.files import read_json
+from megaman.lora_formats import KEY, RELATIVES, WIDTHS, foreign_base
+from megaman.safety import check_safetensors
+
+SUFFIX = ".safetensors"
+SD15 = Path(__file__).resolve().parent / "sd15"
+UNET, VAE, TEXT_ENCODER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+PARTS = {UNET: "UNet", VAE: "VAE", TEXT_ENCODER: "text encoder"}
+MOST_TENSORS = 2000  # of one part; the UNet has 686, and diffusers compares each name with each block
+# Other files, by how a name in them begins.
+KINDS = {"conditioner.": "SDXL", "cond_stage_model.model.": "Stable Diffusion 2.x", "control_model.": "a ControlNet"}
+FOLDER_PARTS = ("conv_in.", "down_blocks.", "encoder.down_blocks.", "text_model.", "embeddings.")
+ANOTHER = "Name a checkpoint of Stable Diffusion 1.x, or a folder in diffusers' layout"
+
+
+def named(path: str | Path) -> bool:
+    """Whether a path is named like such a file; it need not be there."""
+    return str(path).lower().endswith(SUFFIX)
+
+
+def load_parts(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Tokenizer, text encoder, VAE, UNet and scheduler on the CPU: UNet and text encoder in dtype, the VAE in float32.
+
+    The file may be in fp32, fp16, bf16 or fp8. Raises UserError where its header lies, where it is not Stable Diffusion
+    1.x, named as what it is, and where a tensor is missing or of another shape.
+    """
+    check_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - mapped, not read, until used
+        metadata = file.metadata() or {}
+    refuse_others(path, metadata, tensors)
+    configs = {part: read_json(SD15 / f"{part}.json") for part in ("unet", "vae", "text_encoder", "scheduler")}
+    with torch.device("meta"):  # shapes alone: drawing random numbers for them takes longer than all the rest
+        unet = UNet2DConditionModel.from_config(configs["unet"])
+        vae = AutoencoderKL.from_config(configs["vae"])
+        text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
+    state = convert_ldm_unet_checkpoint(_part(path, tensors, UNET), configs["unet"])
+    unet.load_state_dict(_fitting(path, unet, state, dtype), assign=True)
+    state = convert_ldm_vae_checkpoint(_part(path, tensors, VAE), configs["vae"])
+    vae.load_state_dict(_fitting(path, vae, state, torch.float32), assign=True)
+    words = _part(path, tensors, TEXT_ENCODER).items()
+    state = {key.removeprefix(TEXT_ENCODER).removeprefix("text_model."): tensor for key, tensor in words}
+    text_encoder = CLIPTextModel.from_pretrained(
+        None, config=text_encoder.config, state_dict=_fitting(path, text_encoder, state, dtype), dtype=dtype
+    )
+    told = {"prediction_type": "v_prediction"} if metadata.get("modelspec.prediction_type") == "v" else {}
+    return {"tokenizer": tokenizer(), "text_encoder": text_encoder, "vae": vae, "unet": unet,
+            "scheduler": DDPMScheduler.from_config(configs["scheduler"], **told)}  # fmt: skip
+
+
+def _part(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of one part, by their whole names, as diffusers' conversion takes them."""
+    part = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    if not part:  # some were stored without their VAE
+        raise UserError(f"{path} is not complete: it has no {PARTS[prefix]} ({prefix}*)", ANOTHER)
+    if len(part) > MOST_TENSORS:
+        raise UserError(f"{path} is no Stable Diffusion 1.x: {len(part)} tensors {prefix}*", ANOTHER)
+    return part
+
+
+def _fitting(
+    path: Path, model: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """A copy of all that the model asks for, in dtype; raises UserError for what is missing or of another shape."""
+    fitting = {}
+    for name, wanted in model.state_dict().items():
+        tensor = state.get(name)
+        if tensor is None:
+            raise UserError(f"{path} is not complete: {type(model).__name__} lacks {name}", ANOTHER)
+        if tensor.shape != wanted.shape or not tensor.is_floating_point():
+            sides, own = ("x".join(map(str, shape)) or "one number" for shape in (tensor.shape, wanted.shape))
+            kind = "" if tensor.is_floating_point() else " of whole numbers"
+            raise UserError(
+                f"{path} is no Stable Diffusion 1.x: {type(model).__name__}'s {name} is {sides}{kind} instead of {own}",
+                ANOTHER,
+            )
+        fitting[name] = tensor.to(dtype, copy=True)  # a copy: the file may go while the model is at work
+    return fitting
+
+
+def tokenizer() -> CLIPTokenizer:
+    """CLIP's, from its merges alone: OpenAI's rule makes the vocabulary of 49,408 words out of them."""
+    lines = gzip.decompress((SD15 / "merges.txt.gz").read_bytes()).decode("utf-8").splitlines()
+    merges = [tuple(line.split()) for line in lines]
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that show; the other 68 get marks beyond them
+    marks = list(map(chr, [*shown, *range(256, 512 - len(shown))]))
+    words = [*marks, *(f"{mark}</w>" for mark in marks), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({word: number for number, word in enumerate(words)}, merges, model_max_length=77)
+
+
+def refuse_others(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError where a file is something else than a Stable Diffusion 1.x checkpoint, named as what it is."""
+    whole = any(key.startswith(UNET) for key in tensors)
+    kind = foreign_base(metadata, tensors) or next(filter(None, map(_kind_of, tensors, tensors.values())), None)
+    if not whole and any(KEY.fullmatch(key) or any(part in key for part in RELATIVES) for key in tensors):
+        raise UserError(
+            f"{path} is a LoRA{f' for {kind}' if kind else ''}, no base", "Name it in --lora_path, and here its base"
+        )
+    if kind:
+        raise UserError(f"{path} is {kind}, not Stable Diffusion 1.x", ANOTHER)
+    if whole:
+        first = tensors.get(f"{UNET}input_blocks.0.0.weight")
+        if first is not None and first.shape[:1] == (320,) and first.shape[1:2] not in ((4,), ()):
+            raise UserError(f"{path} is for inpainting or editing ({first.shape[1]} input channels)", ANOTHER)
+    elif any(key.startswith(FOLDER_PARTS) for key in tensors):
+        raise UserError(f"{path} is one part of a base in diffusers' layout", "Name the folder with model_index.json")
+    elif any(key.startswith((VAE, "encoder.", "decoder.")) for key in tensors):
+        raise UserError(f"{path} is a VAE alone, no base", ANOTHER)
+    else:
+        holds = f"holds {min(tensors)[:200]!r}" if tensors else "is empty"
+        raise UserError(f"{path} is no Stable Diffusion 1.x: it {holds}", ANOTHER)
+
+
+def _kind_of(key: str, tensor: torch.Tensor) -> str | None:
+    """Another model, by one of its names or by the width of the text states that it reads."""
+    width = tensor.shape[1] if key.endswith("attn2.to_k.weight") and tensor.ndim == 2 else None
+    return WIDTHS.get(width) or next((kind for start, kind in KINDS.items() if key.startswith(start)), None)

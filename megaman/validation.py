@@ -1,0 +1,98 @@
+"""Sample images while training: the same prompt with the same seeds, drawn with the model in hand, in samples-N/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from megaman import memory, sample
+from megaman.cache import encode_captions
+from megaman.errors import UserError, brief
+from megaman.files import replacing_folder
+from megaman.room import images_at_once
+from megaman.stops import StoppedError
+
+if TYPE_CHECKING:
+    from megaman.base import Base
+
+STEPS, GUIDANCE = 25, 7.5  # generate_megaman.py's defaults
+
+
+class Validation:
+    """Draws the prompt with each of the seeds, size pixels a side, on the device that the UNet is on.
+
+    text_states holds the states [positions, width] of the prompt and of "", or is None where the text encoder is in
+    training and has to be asked each time; autocast makes the context in which the models compute; say takes a line;
+    on_step is called after each sampling step and may raise StoppedError.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        text_states: Mapping[str, torch.Tensor] | None,
+        prompt: str,
+        seeds: Sequence[int],
+        size: int,
+        autocast: Callable[[], AbstractContextManager],
+        say: Callable[[str], None],
+        on_step: Callable[[], None],
+    ):
+        self.base, self.text_states, self.prompt, self.seeds, self.size = base, text_states, prompt, seeds, size
+        self.autocast, self.say, self.on_step = autocast, say, on_step
+        self.at_once = images_at_once(size, size)
+
+    def draw(self, step: int, folder: Path) -> list[Image.Image]:
+        """Draw after this step and write folder/00.png and so on; whatever fails here is said, and nothing is raised.
+
+        Returns the images, those too that could not be written; none where there are no seeds.
+        """
+        images: list[Image.Image] = []
+        if not self.seeds:
+            return images
+        unet, vae = self.base.unet, self.base.vae
+        in_training = [unet] if self.text_states else [unet, self.base.text_encoder]
+        try:
+            vae.to(unet.device)
+            for model in in_training:
+                model.eval()
+            images = memory.until_it_fits(self._draw_all, self._one_at_a_time)
+            with replacing_folder(folder) as aside:
+                for j, image in enumerate(images):
+                    image.save(aside / f"{j:02d}.png")
+            if not all(image.getbbox() for image in images):
+                self.say(
+                    f"step {step}: a sample image is black all over; if more are, try --mixed_precision bf16 or no"
+                )
+        except StoppedError:
+            pass
+        except Exception as error:
+            self.say(f"step {step}: no sample images ({brief(error)}); training goes on")
+        finally:
+            for model in in_training:
+                model.train()
+            vae.to("cpu")
+        return images
+
+    def _draw_all(self) -> list[Image.Image]:
+        words, images = [self.prompt, ""], []
+        with self.autocast():
+            states = self.text_states or encode_captions(self.base.text_encoder, self.base.tokenizer, words)
+        for first in range(0, len(self.seeds), self.at_once):
+            seeds = self.seeds[first : first + self.at_once]
+            text, empty = (states[text].expand(len(seeds), -1, -1) for text in words)
+            with self.autocast():
+                images += sample.draw_images(
+                    self.base.unet, self.base.vae, sample.make_sampler(self.base.scheduler), text, empty, seeds,
+                    self.size, self.size, STEPS, GUIDANCE, self.on_step,
+                )  # fmt: skip
+        return images
+
+    def _one_at_a_time(self) -> None:
+        if self.at_once == 1:
+            raise UserError("one at a time they need more memory than there is")
+        self.at_once = 1

@@ -1,0 +1,96 @@
+"""A sampler is found under every name that people know it by, and draws what diffusers' own pipeline draws with it."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megaman import sample, samplers
+from megaman.base import load_base
+from megaman.samplers import SAMPLERS, find
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("DPM++ 2M", "dpm++_2m"),
+        ("dpm++_2m", "dpm++_2m"),
+        ("dpmsolver++", "dpm++_2m"),
+        ("DPMSolverMultistepScheduler", "dpm++_2m"),
+        ("DPM++ 2M Karras", "dpm++_2m_karras"),
+        ("Euler a", "euler_a"),
+        ("k_euler_a", "euler_a"),
+        ("EulerAncestralDiscreteScheduler", "euler_a"),
+        ("k_dpm_2", "dpm2"),
+        ("dpm_2_a", "dpm2_a"),
+        ("PLMS", "pndm"),
+        ("DDIM", "ddim"),
+        ("UniPC", "unipc"),
+        ("LCM", "lcm"),
+    ],
+)
+def test_the_usual_names(word, name):
+    assert find(word).name == name
+
+
+def test_each_name_means_one_sampler_and_each_class_exists():
+    names = [word for each in SAMPLERS for word in (each.name, *each.others)]
+    assert len(names) == len(set(names))
+    for each in SAMPLERS:
+        words = {each.name, each.title, *each.others, each.name.upper()}
+        assert all(find(word) is each for word in words)
+        assert hasattr(diffusers, each.scheduler)
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_a_sampler_or_none(text):
+    found = find(text)
+    assert found is None or found in SAMPLERS
+
+
+@pytest.fixture(scope="module")
+def side_by_side(base_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(base_folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return load_base(str(base_folder), torch.float32), pipe
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.name)
+def test_it_draws_what_the_pipeline_draws(side_by_side, sampler):
+    """The same noise, the added one too: two images at once, each with its own seed."""
+    base, pipe = side_by_side
+    prompts = {"prompt": ["a blue robot"] * 2, "negative_prompt": ["blurry"] * 2}
+    text, negative = pipe.encode_prompt(
+        device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, **prompts
+    )
+    pipe.scheduler = sample.make_sampler(base.scheduler, sampler)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    wanted = pipe(
+        **prompts, generator=generators, num_inference_steps=5, guidance_scale=5.0, output_type="np"
+    ).images  # fmt: skip
+    passes = []
+    drawn = sample.draw_images(
+        base.unet, base.vae, sample.make_sampler(base.scheduler, sampler), text, negative, [3, 4], 64, 64, 5, 5.0,
+        on_step=lambda: passes.append(1),
+    )  # fmt: skip
+    assert len(passes) == sample.count_passes(base.scheduler, sampler, 5) >= 5
+    for image, want in zip(drawn, wanted, strict=True):
+        assert np.abs(np.asarray(image) / 255 - want).max() < 1 / 255
+
+
+def test_the_samplers_differ(side_by_side):
+    """The settings count, such as Karras' spacing: no two of them draw the same."""
+    base, pipe = side_by_side
+    text, negative = pipe.encode_prompt("a blue robot", "cpu", 1, True, "blurry")
+    drawn = {
+        sampler.name: sample.draw_images(
+            base.unet, base.vae, sample.make_sampler(base.scheduler, sampler), text, negative, [3], 64, 64, 4, 5.0
+        )[0].tobytes()
+        for sampler in samplers.SAMPLERS
+    }
+    assert len(set(drawn.values())) == len(drawn)
