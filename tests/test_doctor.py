@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from megaman.doctor import BLURRED, Report, examine, shape
 from megaman.duplicates import near_duplicates
 from megaman.errors import UserError
 from megaman.findings import Finding
-from megaman.report import DATA, MARK, PAGE, lines, write_report
+from megaman.report import DATA, MARK, NAMES, PAGE, lines, write_report
 from megaman.wording import estimated_tokens, likely_slips, terms, twice_in_one
 
 DEMO = ROOT / "demo" / "images"
@@ -230,6 +232,14 @@ def test_shapes_are_the_usual_ratios(size, name):
     assert shape(*size) == name
 
 
+def test_a_repeated_picture_is_no_duplicate_of_itself(folder):
+    dataset = MegaManDataset(folder, None, 64)
+    for part in (dataset.pictures, dataset.captions, dataset.found, dataset.remarks):
+        part += part
+    report = examine(dataset, 64)
+    assert len(report.pictures) == 6 and not report.wrong
+
+
 # Captions.
 
 
@@ -377,6 +387,11 @@ def test_names_and_captions_are_text_and_never_markup(nasty, tmp_path):
     assert data["trigger_word"] == NASTY and data["wrong"]
 
 
+def test_every_kind_has_a_short_name():
+    sources = [(ROOT / "megaman" / f"{name}.py").read_text(encoding="utf-8") for name in ("doctor", "wording")]
+    assert {kind for source in sources for kind in re.findall(r'Finding\(\s*"(\w+)"', source)} == set(NAMES)
+
+
 def test_json_holds_it_all(nasty, tmp_path):
     report = look_at(nasty)
     write_report(tmp_path / "out", report)
@@ -460,10 +475,25 @@ def test_a_browser_shows_the_page_from_the_disk(the_browser, nasty, tmp_path, wi
         finding.kind for finding in report.findings
     ]
     links = visit.do("[...document.querySelectorAll('.sheet a.picture')].map((link) => link.href)")
-    from urllib.parse import unquote, urlsplit
-
     assert {Path(unquote(urlsplit(link).path)) for link in links} == {p.file for p in report.readable}
     assert visit.complaints() == [] and visit.requests() <= {"file", "data"}
+    visit.close()
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_accessibility(the_browser, nasty, tmp_path, axe, dark):
+    write_report(tmp_path / "out", look_at(nasty, 256))
+    visit = Visit(the_browser, tmp_path / "out" / PAGE, dark=dark)
+    visit.do("for (const card of document.querySelectorAll('.sheet figure')) card.style.contentVisibility = 'visible'")
+    visit.do(axe + "; 0")
+    assert visit.do("axe.run().then(({passes}) => passes.length)") > 20, "something was looked at"
+    assert (
+        visit.do("""axe.run().then(({violations}) => violations
+        .filter(({impact}) => ["serious", "critical"].includes(impact))
+        .map(({id, nodes}) => [id, nodes.map((node) => node.html.slice(0, 200) + node.failureSummary)]))""")
+        == []
+    )
     visit.close()
 
 

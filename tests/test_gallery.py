@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import tempfile
 import time
@@ -566,19 +565,6 @@ def test_a_browser_refuses_what_the_policy_does_not_name(the_browser, tmp_path, 
     complaints = page.complaints()
     assert len(complaints) == 1 and "Content Security Policy" in complaints[0]
     page.close()
-
-
-@pytest.fixture(scope="session")
-def axe(tmp_path_factory) -> str:
-    """axe-core's source, from npm."""
-    if not shutil.which("npm"):
-        pytest.skip("accessibility not checked: no npm")
-    folder = tmp_path_factory.mktemp("axe")
-    command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "axe-core@4.11.0"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        pytest.skip("accessibility not checked: axe-core could not be installed")
-    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
 
 
 @needs_browser
