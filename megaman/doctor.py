@@ -125,9 +125,9 @@ def sizes(pictures: Sequence[Picture], resolution: int) -> Iterator[Finding]:
     tiny = [path for path, side in short.items() if side * TINY <= resolution]
     small = [path for path, side in short.items() if side < resolution < side * TINY]
     if tiny:
-        title = f"{several(len(tiny), 'picture')} less than half as large as --resolution {resolution}"
+        title = f"{several(len(tiny), 'picture')} at most half as large as --resolution {resolution}"
         if len(tiny) == len(pictures):
-            title = f"all {len(tiny)} pictures are at most half as large as --resolution {resolution}"
+            title = f"all {title}"
         yield Finding(
             "tiny",
             True,

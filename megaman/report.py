@@ -20,7 +20,7 @@ from megaman.problems import printable
 PAGE, DATA = "dataset_report.html", "dataset_report.json"
 MARK = "Mega Man LoRA: dataset doctor"  # in both files, by which the next report knows that it may replace them
 WIDTH = 116  # of a line for the console
-SHOWN, SHOWN_OF_NOTES = 24, 8  # pictures of a finding that are shown; the rest is named
+SHOWN, SHOWN_OF_NOTES = 24, 6  # pictures of a finding that are shown; the rest is named
 SHEET = 1000  # pictures on the contact sheet: more make the page slow to open
 TERMS = 40  # of the most frequent tags
 

@@ -137,10 +137,10 @@ def test_a_large_picture_is_judged_at_the_training_size(tmp_path):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> tuple[dict, dict[str, str]]:
-    """A small round of the benchmark: 240 pictures of its kinds, a tenth with a near-duplicate, two blurred."""
+    """A small round of the benchmark: 120 pictures of its kinds, a third with a near-duplicate, two blurred."""
     folder = tmp_path_factory.mktemp("planted")
     made = {}
-    for number in range(240):
+    for number in range(120):
         made |= benchmark.make(number, folder, copies=40, blurred=2)
     write_report(folder.parent / "out", look_at(folder, 512))
     return json.loads((folder.parent / "out" / DATA).read_text(encoding="utf-8")), made
