@@ -471,6 +471,8 @@ def test_pictures_far_away_are_let_go_and_come_back(visit, each):
     page.do(f"{to}(399)")
     page.wait_for(f"{WHOLE}(399) && {LET_GO}(100)")
     assert page.do("[...document.images].filter((i) => i.naturalWidth).length") < 200
+    page.do(f"{to}(0)")
+    page.wait_for(f"{WHOLE}(0)")  # and heights that were guesses are settled
     page.click("[data-number='0'] img")
     assert page.do(STAGE) == ["./0.png"]
     page.key("ArrowLeft")
