@@ -479,6 +479,7 @@ def test_pictures_far_away_are_let_go_and_come_back(visit, each):
     assert page.do(STAGE) == ["./399.png"]
     page.key("Escape")
     page.wait_for("document.activeElement.closest('.card')?.dataset.number === '399'")
+    page.wait_for(f"{WHOLE}(394)")
     page.do("scrollTo({top: 0, behavior: 'instant'})")
     page.wait_for(f"{WHOLE}(0) && {LET_GO}(394)")  # the last one has the focus and is kept
     type_words(page, "robot 0" if each > 1 else "robot 399")
