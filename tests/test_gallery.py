@@ -475,12 +475,15 @@ def test_pictures_far_away_are_let_go_and_come_back(visit, each):
     page.do(f"{to}(399)")
     page.wait_for(f"{WHOLE}(399) && {LET_GO}(100)")
     assert page.do("[...document.images].filter((i) => i.naturalWidth).length") < 200
+    page.do(f"{to}(0)")
+    page.wait_for(f"{WHOLE}(0)")  # and heights that were guesses are settled
     page.click("[data-number='0'] img")
     assert page.do(STAGE) == ["./0.png"]
     page.key("ArrowLeft")
     assert page.do(STAGE) == ["./399.png"]
     page.key("Escape")
     page.wait_for("document.activeElement.closest('.card')?.dataset.number === '399'")
+    page.wait_for(f"{WHOLE}(394)")
     page.do("scrollTo({top: 0, behavior: 'instant'})")
     page.wait_for(f"{WHOLE}(0) && {LET_GO}(394)")  # the last one has the focus and is kept
     type_words(page, "robot 0" if each > 1 else "robot 399")
