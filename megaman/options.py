@@ -10,6 +10,7 @@ from megaman.commandline import (
     SEED,
     Parser,
     choice,
+    extension,
     folder,
     name,
     number,
@@ -52,6 +53,8 @@ def training_parser() -> Parser:
         default="./megaman_images",
         help="the pictures, each with an optional caption in NAME.txt",
     )
+    add("--caption_extension", type=extension, help="of the caption files (default: .txt, where missing .caption)")
+    add("--dataset_repeats", type=number(int, 1, 10**5), default=1, help="times that an epoch sees every picture")
     add("--output_dir", type=folder, default="./megaman_lora_output", help="checkpoints, samples and the LoRA go here")
     add("--overwrite_output", action="store_true", help="delete what an earlier run left in --output_dir")
     add("--logging_dir", type=folder, default="./logs", help="TensorBoard's folder")

@@ -31,6 +31,8 @@ ORDER = [
     "jobs",
     "images",
     "captions",
+    "imagefolder",
+    "layouts",
     "dataset",
     "problems",
     "schedule",
@@ -87,7 +89,15 @@ STANDARD_ONLY = [
 # Not even in a function.
 NEVER_TORCH = [*STANDARD_ONLY, "png", "grid", "lora_metadata", "model_card", "page", "gallery", "records", "drawn"]
 DOCTOR = ["appearance", "duplicates", "findings", "wording", "doctor", "report"]  # numpy yes, torch never
-NO_TORCH = [*NEVER_TORCH, "problems", "images", "captions", "dataset"]  # not until it is needed
+NO_TORCH = [
+    *NEVER_TORCH,
+    "problems",
+    "images",
+    "captions",
+    "imagefolder",
+    "layouts",
+    "dataset",
+]  # not until it is needed
 MAY_PRINT = {"errors": "sys.stderr", "commandline": "sys.stderr"}  # and the scripts
 
 MODULES = sorted(path.stem for path in (ROOT / "megaman").glob("*.py") if path.stem != "__init__")
