@@ -83,6 +83,12 @@ def training_parser() -> Parser:
         default="./megaman_images",
         help="the pictures, each with an optional caption in NAME.txt",
     )
+    add(
+        "--auto_caption",
+        type=name,
+        metavar="MODEL",
+        help="BLIP (a name on the hub or a folder) writes missing captions",
+    )
     add("--output_dir", type=folder, default="./megaman_lora_output", help="checkpoints, samples and the LoRA go here")
     add("--overwrite_output", action="store_true", help="delete what an earlier run left in --output_dir")
     add("--logging_dir", type=folder, default="./logs", help="TensorBoard's folder")
