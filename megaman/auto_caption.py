@@ -153,7 +153,7 @@ def without_file(pictures: Iterable[Path]) -> list[Path]:
         if not os.path.lexists(target := picture.with_suffix(".txt")):
             lacking.setdefault(target, picture)
     for folder in {target.parent for target in lacking}:
-        if not os.access(folder, os.W_OK):
+        if not os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
             raise _cannot_write(folder, "not permitted")
     return list(lacking.values())
 
