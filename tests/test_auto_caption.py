@@ -25,7 +25,7 @@ from megaman.auto_caption import caption_missing, load_captioner, without_file, 
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *"a red blue robot cat on white with helmet".split(" ")]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "red", "blue", "robot", "cat", "on", "with"]
 CPU = torch.device("cpu")
 
 
