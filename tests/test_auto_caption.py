@@ -25,7 +25,8 @@ from megaman.auto_caption import caption_missing, load_captioner, without_file, 
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "red", "blue", "robot", "cat", "on", "with"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "red", "blue", "robot", "cat", "on", "white",
+         "background", "with", "helmet"]  # fmt: skip
 CPU = torch.device("cpu")
 
 

@@ -24,6 +24,7 @@ TRAINING_DEFAULTS = {
     "demo": False,
     "pretrained_model_name": "runwayml/stable-diffusion-v1-5",
     "data_dir": "./megaman_images",
+    "auto_caption": None,
     "output_dir": "./megaman_lora_output",
     "overwrite_output": False,
     "logging_dir": "./logs",
