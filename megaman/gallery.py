@@ -119,9 +119,10 @@ def _page(folder: Path, images: list[GalleryImage], title: str, gallery: str) ->
         sections[places[image.prompt]].add(image.seed, labels[number], number)
     shown = [_shown(image, label, places[image.prompt]) for image, label in zip(images, labels, strict=True)]
     return environment.get_template("gallery.html").render(
-        title=title, images=images, labels=labels, sections=sections, common=_common(shown),
+        title=title, images=images, labels=labels, sections=sections, runs=_runs(sections),
+        common=_common(shown),
         compared=any(image.base_file for image in images), tiny=all(image.width < 256 for image in images),
-        data={"gallery": gallery, "prompts": prompts, "images": shown},
+        data={"gallery": gallery, "prompts": prompts, "images": shown, "longest": LONGEST},
         policy=content_security_policy(source))  # fmt: skip
 
 
@@ -148,6 +149,20 @@ class Section:
     def rows(self) -> list[tuple[int, list[list[int]]]]:
         """The seeds in the order of drawing, each with its images under each column."""
         return [(seed, [row.get(label, []) for label in self.columns]) for seed, row in self._cells.items()]
+
+
+LONGEST = 60  # sections; full rows with 1 to 6 side by side
+
+
+def _runs(sections: list[Section]) -> list[list[Section]]:
+    """The sections in their order: those of one image and others apart, at most LONGEST together."""
+    runs: list[list[Section]] = []
+    for section in sections:
+        single = len(section.numbers) == 1
+        if not runs or len(runs[-1]) == LONGEST or single != (len(runs[-1][0].numbers) == 1):
+            runs.append([])
+        runs[-1].append(section)
+    return runs
 
 
 def variant_labels(images: list[GalleryImage]) -> list[str]:
