@@ -20,6 +20,7 @@ import secrets
 import shlex
 import shutil
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def main(argv: list[str]) -> int:
 
     # Pictures: found and looked at before anything heavy is imported.
     given = options.demo or "data_dir" in options.given
-    dataset = find_pictures(options.data_dir, given, options.resolution, options.center_crop,
-                            options.caption_extension, options.dataset_repeats)  # fmt: skip
+    find = partial(find_pictures, options.data_dir, given, options.resolution, options.center_crop,
+                   options.caption_extension, options.dataset_repeats)  # fmt: skip
+    dataset = find()
     if dataset is None:
         return int(options.strict)  # no pictures is what a check should find
     output_dir = Path(options.output_dir)
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> int:
     import numpy as np
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
     from torch.utils.tensorboard import SummaryWriter
 
     from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
@@ -76,9 +78,21 @@ def main(argv: list[str]) -> int:
     # Device and precision.
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
     placement = place(options.mixed_precision, choose_device())
-    accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu")
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process writes captions
+    accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu",
+                              kwargs_handlers=[patience])  # fmt: skip
     device, world, process = accelerator.device, accelerator.num_processes, accelerator.process_index
     say = accelerator.print
+
+    # Captions that are missing, before anything is made of them: one process writes, the others wait.
+    if options.auto_caption:
+        from megaman import auto_caption
+
+        if accelerator.is_main_process:
+            bar = partial(tqdm, desc="captioning", unit="picture")
+            auto_caption.caption_missing(options.auto_caption, dataset, device, say, bar)
+        accelerator.wait_for_everyone()
+        dataset = find()
 
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
     saved = checkpoints.read_progress(checkpoint) if checkpoint else None

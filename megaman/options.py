@@ -55,6 +55,12 @@ def training_parser() -> Parser:
     )
     add("--caption_extension", type=extension, help="of the caption files (default: .txt, where missing .caption)")
     add("--dataset_repeats", type=number(int, 1, 10**5), default=1, help="times that an epoch sees every picture")
+    add(
+        "--auto_caption",
+        type=name,
+        metavar="MODEL",
+        help="BLIP (a name on the hub or a folder) writes missing captions",
+    )
     add("--output_dir", type=folder, default="./megaman_lora_output", help="checkpoints, samples and the LoRA go here")
     add("--overwrite_output", action="store_true", help="delete what an earlier run left in --output_dir")
     add("--logging_dir", type=folder, default="./logs", help="TensorBoard's folder")

@@ -24,6 +24,7 @@ TRAINING_DEFAULTS = {
     "demo": False,
     "pretrained_model_name": "runwayml/stable-diffusion-v1-5",
     "data_dir": "./megaman_images",
+    "auto_caption": None,
     "output_dir": "./megaman_lora_output",
     "overwrite_output": False,
     "logging_dir": "./logs",
@@ -411,7 +412,7 @@ def test_a_mistyped_word_proposes_the_nearest(argv, meant):
     ("options", "flag"),
     [
         *[(training_options, f"--{name}") for name in ("pretrained_model_name", "data_dir", "output_dir", "logging_dir",
-                                                       "resume_from_checkpoint", "target_modules")],
+                                                       "auto_caption", "resume_from_checkpoint", "target_modules")],
         *[(generation_options, f"--{name}") for name in ("base_model", "lora_path", "output_dir", "prompts_file")],
     ],
     ids=shown,
