@@ -26,8 +26,8 @@ from megaman.gallery import read_images, variant_labels, write_gallery
 from megaman.generation_options import generation_options
 from megaman.jobs import Job, Way, base_file_of, file_of, in_batches, make_jobs, make_ways
 from megaman.names import split_strength
-from megaman.options import DEFAULT_BASE
 from megaman.output import find_all
+from megaman.presets import DEFAULT_BASE
 from megaman.prompts import BUILT_IN, Prompt, read_prompts
 
 PACKAGES = ["torch", "diffusers", "transformers", "peft"]

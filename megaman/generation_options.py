@@ -22,7 +22,7 @@ from megaman.commandline import (
     strengths,
     text,
 )
-from megaman.options import DEMO
+from megaman.presets import DEMO
 
 DEFAULT_NEGATIVE_PROMPT = "blurry, low quality, distorted, deformed, ugly, bad anatomy"
 DEMO_GENERATION: dict[str, Any] = {

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from megaman.commandline import side
 from megaman.generation_options import DEMO_GENERATION, generation_options, generation_parser
-from megaman.options import DEMO_TRAINING, training_options, training_parser
+from megaman.options import training_options, training_parser
+from megaman.presets import DEMO_TRAINING
 
 TRAINING_DEFAULTS = {
     "preset": None,

@@ -12,7 +12,8 @@ import pytest
 import megaman_lora
 from megaman import prompts
 from megaman.generation_options import generation_options, generation_parser
-from megaman.options import PRESETS, training_options, training_parser
+from megaman.options import training_options, training_parser
+from megaman.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-TW.md"

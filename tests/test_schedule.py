@@ -8,7 +8,7 @@ from diffusers.optimization import get_scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.options import POLYNOMIAL_END, SCHEDULERS
+from megaman.presets import POLYNOMIAL_END, SCHEDULERS
 from megaman.schedule import epoch_order, picture_at, random_for, rate_at, seed_dropout, total_steps
 
 SEED = st.integers(0, 2**63 - 1)

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from megaman.base import load_base
 from megaman.cache import encode_captions
 from megaman.errors import UserError
-from megaman.options import DEFAULT_NEGATIVE_PROMPT
+from megaman.generation_options import DEFAULT_NEGATIVE_PROMPT
 from megaman.prompt_weights import parse
 from megaman.text_states import count_chunks, encode_prompt, pad_chunks, weigh
 
