@@ -1,11 +1,13 @@
 """Aspect-ratio buckets: the sizes in which pictures of any shape are trained on, about as many pixels in each.
 
-The idea is NovelAI's ("Improvements on Stable Diffusion", 2022); names, sizes and defaults are those of kohya's scripts.
+The idea is NovelAI's ("Improvements on Stable Diffusion", 2022); names, sizes and defaults are those of kohya's
+scripts.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -65,15 +67,14 @@ def make_buckets(
     which are kohya's 256, 1024 and 64 for Stable Diffusion 1.5. The square is always there. Raises UserError where the
     limits leave no room for it.
     """
+    if mistake := contradiction(resolution, smallest, largest, step):
+        raise UserError(*mistake)
     step = step or max(GRAIN, min(native // 8, resolution) // GRAIN * GRAIN)
     smallest = smallest or max(step, min(native, resolution) // 2 // step * step)
     largest = largest or max(2 * native, resolution)
-    if mistake := contradiction(resolution, smallest, largest, step):
-        raise UserError(*mistake)
     area, square = resolution**2, resolution // step * step
     sides = range(math.ceil(smallest / step) * step, largest + 1, step)
     tall = {(side, min(largest, area // side) // step * step) for side in sides if side <= square}
-    tall = {(width, height) for width, height in tall if height >= width}
     sizes = tall | {(height, width) for width, height in tall} | {(square, square)}
     return Buckets(tuple(sorted(sizes)), area, step, largest, upscale)
 
@@ -83,15 +84,14 @@ def contradiction(
 ) -> tuple[str, str] | None:
     """What is wrong with these limits, and the remedy; None where nothing is, or not as far as they are known."""
     if smallest and smallest > resolution:
-        return f"--min_bucket_reso {smallest} is above --resolution {resolution}", "Lower it"
+        return f"--min_bucket_reso {smallest} is above --resolution {resolution}", "lower it"
     if largest and largest < resolution:
-        return f"--max_bucket_reso {largest} is below --resolution {resolution}", "Raise it"
+        return f"--max_bucket_reso {largest} is below --resolution {resolution}", "raise it"
     if step and step > resolution:
-        return f"--bucket_reso_steps {step} is above --resolution {resolution}: no side would fit", "Lower it"
+        return f"--bucket_reso_steps {step} is above --resolution {resolution}: no side would fit", "lower it"
     return None
 
 
 def count(sizes: Iterable[Size]) -> dict[Size, int]:
     """How many pictures each bucket has, the narrowest first."""
-    sizes = sorted(sizes)
-    return {size: sizes.count(size) for size in dict.fromkeys(sizes)}
+    return dict(sorted(Counter(sizes).items()))

@@ -49,7 +49,6 @@ def test_every_side_is_on_the_step_and_every_area_within_the_limit(buckets, size
 
 @given(bucket_settings(), SIDE, SIDE)
 def test_the_bucket_is_the_one_that_loses_least(buckets, width, height):
-    """By the shares kept, counted in whole pixels of the largest crop."""
     chosen = buckets.size_for(width, height)
     if chosen not in buckets.sizes:
         assert not buckets.upscale
@@ -140,7 +139,7 @@ def test_every_picture_exactly_once_an_epoch(sizes, size, processes, accumulated
                                     for number in each.numbers})  # fmt: skip
         assert sum(weights.values()) == pytest.approx(1)
         assert max(weights.values()) == pytest.approx(min(weights.values())), "every picture of a step counts the same"
-    assert seen == Counter({picture: epochs for picture in range(len(shapes))})
+    assert seen == Counter(dict.fromkeys(range(len(shapes)), epochs))
     first = epoch * epochs * len(shapes)
     assert numbers == Counter(range(first, first + epochs * len(shapes))), "each with random numbers of its own"
 
