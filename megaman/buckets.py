@@ -10,10 +10,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from megaman.errors import UserError
 
 GRAIN = 8  # pixels: what a side of latents stands for in every Stable Diffusion 1.x
+MOST_TOLD = 12  # buckets in a line
 Size = tuple[int, int]  # width, height in pixels
 
 
@@ -21,13 +23,14 @@ Size = tuple[int, int]  # width, height in pixels
 class Buckets:
     """The sizes there are, and which of them a picture goes to.
 
-    area is the most pixels of any bucket; step what every side is a multiple of, largest the longest side; upscale
-    whether a picture may be enlarged.
+    area is the most pixels of any bucket; step what every side is a multiple of; smallest and largest are the limits
+    of a side; upscale tells whether a picture may be enlarged.
     """
 
     sizes: tuple[Size, ...]
     area: int
     step: int
+    smallest: int
     largest: int
     upscale: bool = True
 
@@ -38,7 +41,7 @@ class Buckets:
         Without upscale a picture that its bucket would enlarge gets its own size, sides rounded down to the step, as
         in kohya's; only sides below one step are enlarged to it.
         """
-        chosen = max(self.sizes, key=lambda size: (_kept(width, height, size), size[0] * size[1]))
+        chosen = max(self.sizes, key=lambda size: (_kept(width, height, size), size[0] * size[1], -max(size)))
         if self.upscale or (chosen[0] <= width and chosen[1] <= height):
             return chosen
         return self._own_size(width, height)
@@ -76,7 +79,7 @@ def make_buckets(
     sides = range(math.ceil(smallest / step) * step, largest + 1, step)
     tall = {(side, min(largest, area // side) // step * step) for side in sides if side <= square}
     sizes = tall | {(height, width) for width, height in tall} | {(square, square)}
-    return Buckets(tuple(sorted(sizes)), area, step, largest, upscale)
+    return Buckets(tuple(sorted(sizes)), area, step, smallest, largest, upscale)
 
 
 def contradiction(
@@ -92,6 +95,15 @@ def contradiction(
     return None
 
 
-def count(sizes: Iterable[Size]) -> dict[Size, int]:
-    """How many pictures each bucket has, the narrowest first."""
-    return dict(sorted(Counter(sizes).items()))
+def record(buckets: Buckets, sizes: Iterable[Size]) -> dict[str, Any]:
+    """The limits that were taken and how many pictures each bucket has, for training_config.json."""
+    counted = {f"{width}x{height}": count for (width, height), count in sorted(Counter(sizes).items())}
+    return {"min_bucket_reso": buckets.smallest, "max_bucket_reso": buckets.largest,
+            "bucket_reso_steps": buckets.step, "pictures": counted}  # fmt: skip
+
+
+def in_words(sizes: Iterable[Size]) -> str:
+    """How many pictures each bucket has, as a line; the fullest first, and not each of very many."""
+    counted = Counter(sizes).most_common()
+    told = [f"{width}x{height}: {count}" for (width, height), count in counted[:MOST_TOLD]]
+    return ", ".join(told) + (f" and {len(counted) - MOST_TOLD} more" if counted[MOST_TOLD:] else "")

@@ -34,6 +34,7 @@ COUNT = number(int, 1, MANY)
 COUNT_OR_ZERO = number(int, 0, MANY)
 SHARE = number(float, 0, 0.999999)
 RATE = number(float, 0, 1, exclusive=True)
+BUCKET_FLAGS = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
 
 
 def training_parser() -> Parser:
@@ -64,7 +65,9 @@ def training_parser() -> Parser:
     add("--enable_bucket", action="store_true", help="train on pictures in their own shape, in aspect-ratio buckets")
     add("--min_bucket_reso", type=side, help="shortest side of a bucket (default: half of the base's size)")
     add("--max_bucket_reso", type=side, help="longest side of a bucket (default: twice the base's size)")
-    add("--bucket_reso_steps", type=side, help="what the sides are multiples of (default: an eighth of the base's size)")
+    add(
+        "--bucket_reso_steps", type=side, help="what the sides are multiples of (default: an eighth of the base's size)"
+    )
     add("--bucket_no_upscale", action="store_true", help="small pictures get buckets of their own instead of enlarging")
     add("--train_batch_size", type=number(int, 1, 4096), default=1, help="pictures a forward pass and device")
     add("--gradient_accumulation_steps", type=number(int, 1, 65536), default=1, help="forward passes an optimizer step")
@@ -152,7 +155,7 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
         )
     if options.center_crop and options.crop_variants > 1 and "crop_variants" in options.given:
         yield "--center_crop and --crop_variants contradict each other: leave one out"
-    for flag in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"):
+    for flag in BUCKET_FLAGS:
         if getattr(options, flag) and not options.enable_bucket:
             yield f"--{flag} has no effect without --enable_bucket: add that, or leave this out"
     if options.enable_bucket and (mistake := buckets.contradiction(options.resolution, **bucket_limits(options))):
