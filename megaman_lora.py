@@ -20,15 +20,18 @@ import secrets
 import shlex
 import shutil
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from megaman.captions import Variation
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json, write_text
 from megaman.names import is_inside, safe_name
-from megaman.options import resuming, training_options
+from megaman.options import MUST_MATCH, bucket_limits, resuming, training_options
 from megaman.output import find_all, new_log_dir, open_output, save_somewhere, step_of
 from megaman.problems import too_bad, write_problems
 from megaman.stops import StopSignal
@@ -43,13 +46,19 @@ def main(argv: list[str]) -> int:
 
     # Pictures: found and looked at before anything heavy is imported.
     given = options.demo or "data_dir" in options.given
-    dataset = find_pictures(options.data_dir, given, options.resolution, options.center_crop,
-                            options.caption_extension, options.dataset_repeats)  # fmt: skip
+    find = partial(find_pictures, options.data_dir, given, options.resolution, options.center_crop,
+                   options.caption_extension, options.dataset_repeats)  # fmt: skip
+    dataset = find()
     if dataset is None:
-        return 0
+        return int(options.strict)  # no pictures is what a check should find
     output_dir = Path(options.output_dir)
-    dataset.dress(options.trigger_word, options.caption_prefix, options.caption_suffix)
-    variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
+    if options.check_data:
+        from megaman import doctor, report
+
+        bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
+        found = doctor.examine(dataset, options.resolution, options.trigger_word or None, bar)
+        print(*report.write_report(output_dir, found), sep="\n")
+        return int(options.strict and found.wrong)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
     if error := too_bad(dataset, options.skip_bad_images):
         report_problems(dataset, output_dir)
@@ -58,22 +67,36 @@ def main(argv: list[str]) -> int:
     import numpy as np
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
     from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm
 
-    from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
+    from megaman import buckets, cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
+    from megaman.batches import Batches, Part
     from megaman.tracking import TrainingLog
     from megaman.validation import Validation
 
     # Device and precision.
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
     placement = place(options.mixed_precision, choose_device())
-    accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu")
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process writes captions
+    accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu",
+                              kwargs_handlers=[patience])  # fmt: skip
     device, world, process = accelerator.device, accelerator.num_processes, accelerator.process_index
     say = accelerator.print
+
+    # Captions that are missing, before anything is made of them: one process writes, the others wait.
+    if options.auto_caption:
+        from megaman import auto_caption
+
+        if accelerator.is_main_process:
+            bar = partial(tqdm, desc="captioning", unit="picture")
+            auto_caption.caption_missing(options.auto_caption, dataset, device, say, bar)
+        accelerator.wait_for_everyone()
+        dataset = find()
+    dataset.dress(options.trigger_word, options.caption_prefix, options.caption_suffix)
+    variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
 
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
     saved = checkpoints.read_progress(checkpoint) if checkpoint else None
@@ -82,12 +105,9 @@ def main(argv: list[str]) -> int:
     name = actual_name(options.pretrained_model_name)
     split = memory.Split(options.train_batch_size, options.gradient_accumulation_steps)
     effective = split.size * split.count * world
-    must_match = {"pretrained_model_name": name, "lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha,
-                  "use_rslora": options.use_rslora, "target_modules": options.target_modules, "seed": seed,
-                  "train_text_encoder": options.train_text_encoder, "data": dataset.fingerprint(),
-                  "resolution": options.resolution, "center_crop": options.center_crop,
-                  "crop_variants": options.crop_variants, "random_flip": options.random_flip,
-                  **variation._asdict(), "pictures a step": effective}  # fmt: skip
+    must_match = {"pretrained_model_name": name, "seed": seed, "data": dataset.fingerprint(),
+                  **{flag: getattr(options, flag) for flag in MUST_MATCH}, "pictures a step": effective,
+                  "pictures of one bucket": split.size * world if options.enable_bucket else None}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
         raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
     start = saved.step if saved else 0
@@ -97,6 +117,9 @@ def main(argv: list[str]) -> int:
     if remark := moved(options.pretrained_model_name):
         say(f"  {remark}")
     base = load_base(name, placement.dtype)
+    if options.enable_bucket:
+        dataset.buckets = buckets.make_buckets(options.resolution, base.native_size, **bucket_limits(options),
+                                               upscale=not options.bucket_no_upscale)  # fmt: skip
     torch.manual_seed(seed)  # for the LoRA's random half
     add_lora = partial(lora.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
                        dropout=options.lora_dropout)  # fmt: skip
@@ -130,7 +153,12 @@ def main(argv: list[str]) -> int:
 
     # Steps, rate, optimizer.
     epoch = dataset.epoch()
-    total = schedule.total_steps(len(epoch), effective, options.num_train_epochs, options.max_train_steps)
+    sizes = [tuple(base.vae_factor * side for side in reversed(each.shape[2:])) for each in moments]  # width, height
+    batches = Batches(len(epoch), [sizes[i] for i in epoch] if options.enable_bucket else None,
+                      split.size, split.count, world, seed)  # fmt: skip
+    total = schedule.total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
+                                 options.max_train_steps)  # fmt: skip
+    epochs = total * batches.step_length / batches.epoch_length
     if start > total:
         raise UserError(f"{checkpoint} is at step {start}, beyond the {total} of this run", "Raise --max_train_steps")
     warmup_given = "lr_warmup_steps" in options.given
@@ -150,12 +178,12 @@ def main(argv: list[str]) -> int:
             checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    mirrored = " with their mirror images" if options.random_flip else ""
-    pictures, *more = dataset.describe()
-    say(f"{pictures}, {sum(map(len, moments))} crops{mirrored}", *more, sep="\n")
-    say(f"steps      {total} of {effective} pictures ({options.train_batch_size} x "
+    say(*dataset.describe(sum(map(len, moments)), options.random_flip), sep="\n")
+    if options.enable_bucket:
+        say(f"buckets    {buckets.in_words(sizes)}; {batches.epoch_length} batches an epoch")
+    say(f"steps      {total} of {'up to ' * options.enable_bucket}{effective} pictures ({options.train_batch_size} x "
         f"{options.gradient_accumulation_steps} accumulated x {world} process{'es' * (world > 1)}), "
-        f"{total * effective / len(epoch):.1f} epochs, {options.lr_scheduler} rate up to "
+        f"{epochs:.1f} epochs, {options.lr_scheduler} rate up to "
         f"{options.learning_rate:g}{f' and {options.text_encoder_lr:g} (text encoder)' if text_encoder else ''}, "
         f"{warmup} warm-up")  # fmt: skip
     say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}{' (rsLoRA)' * options.use_rslora}, "
@@ -180,8 +208,9 @@ def main(argv: list[str]) -> int:
         for path in leftovers:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-        config = {"settings": settings, "base": name, "total_steps": total, "warmup_steps": warmup,
-                  "device": str(device), "dtype": str(placement.dtype).removeprefix("torch."), "versions": versions,
+        config = {"settings": settings, "base": name, "total_steps": total, "warmup_steps": warmup, "epochs": epochs,
+                  "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes), "device": str(device),
+                  "dtype": str(placement.dtype).removeprefix("torch."), "versions": versions,
                   "python": sys.version.split()[0], "log_dir": str(log_dir)}  # fmt: skip
         write_json(output_dir / "training_config.json", config)
         curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
@@ -219,17 +248,16 @@ def main(argv: list[str]) -> int:
         noise = diffusion.draw_noise(latents.shape, options.noise_offset, generator)
         return latents, noise, diffusion.draw_timesteps(1, base.scheduler.config.num_train_timesteps, generator)
 
-    def micro_batch(number: int) -> torch.Tensor:
+    def micro_batch(part: Part, number: int) -> torch.Tensor:
         """The loss of micro-batch number ... of the run; what is random in it is drawn on the CPU, a picture each."""
-        rows = range(number * split.size, (number + 1) * split.size)
-        indices = [epoch[schedule.picture_at(row, len(epoch), seed)] for row in rows]
-        drawn = [draw(index, schedule.random_for(seed, row)) for index, row in zip(indices, rows, strict=True)]
+        indices = [epoch[place] for place in part.pictures]
+        drawn = [draw(index, schedule.random_for(seed, row)) for index, row in zip(indices, part.numbers, strict=True)]
         latents, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
         captions = [variation.of(dataset.captions[i], schedule.caption_random_for(seed, row))
-                    for i, row in zip(indices, rows, strict=True)]  # fmt: skip
+                    for i, row in zip(indices, part.numbers, strict=True)]  # fmt: skip
         if options.lora_dropout:
             schedule.seed_dropout(seed, number)
         if reads_on:
@@ -244,12 +272,13 @@ def main(argv: list[str]) -> int:
     def accumulate(step: int) -> torch.Tensor:
         """The gradients of one optimizer step; returns its loss."""
         step_loss = torch.zeros((), device=device)
-        for micro in range(split.count):
-            last = micro == split.count - 1
+        parts = batches.parts(step, process, split.size)
+        for micro, part in enumerate(parts):
+            last = micro == len(parts) - 1
             with contextlib.ExitStack() as alone:  # the processes exchange gradients in the last one only
                 for model in [] if last else prepared:
                     alone.enter_context(accelerator.no_sync(model))
-                loss = micro_batch(((step - 1) * split.count + micro) * world + process) / split.count
+                loss = micro_batch(part, ((step - 1) * split.count + micro) * world + process) / part.divisor
                 accelerator.backward(loss)
                 step_loss += loss.detach()
         return step_loss

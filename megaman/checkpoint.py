@@ -137,7 +137,8 @@ def restore(
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Settings in which a checkpoint and this run disagree, as words."""
-    saved = {"train_text_encoder": False, **Variation()._asdict(), **saved}  # what earlier checkpoints do not tell
+    earlier = {"train_text_encoder": False, "enable_bucket": False, **Variation()._asdict()}  # what they do not tell
+    saved = {**earlier, **saved}
     return [
         f"{key} was {saved[key]} and is now {wanted[key]}"
         for key in wanted

@@ -6,6 +6,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
+from megaman import buckets
 from megaman.commandline import (
     SEED,
     Parser,
@@ -35,6 +36,13 @@ COUNT_OR_ZERO = number(int, 0, MANY)
 SHARE = number(float, 0, 0.999999)
 PROBABILITY = number(float, 0, 1)
 RATE = number(float, 0, 1, exclusive=True)
+BUCKET_FLAGS = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+# What a resumed run has to share, beside base, seed, pictures and their number a step.
+MUST_MATCH = (
+    "lora_rank", "lora_alpha", "use_rslora", "target_modules", "train_text_encoder", "resolution", "center_crop",
+    "crop_variants", "random_flip", *BUCKET_FLAGS, "shuffle_caption", "keep_tokens", "caption_dropout_rate",
+    "caption_tag_dropout_rate",
+)  # fmt: skip
 
 
 def training_parser() -> Parser:
@@ -63,14 +71,29 @@ def training_parser() -> Parser:
     add("--caption_dropout_rate", type=PROBABILITY, default=0.0, help="probability that a caption is left out")
     add("--caption_tag_dropout_rate", type=PROBABILITY, default=0.0, help="probability that a tag is left out")
     add("--dataset_repeats", type=number(int, 1, 10**5), default=1, help="times that an epoch sees every picture")
+    add(
+        "--auto_caption",
+        type=name,
+        metavar="MODEL",
+        help="BLIP (a name on the hub or a folder) writes missing captions",
+    )
     add("--output_dir", type=folder, default="./megaman_lora_output", help="checkpoints, samples and the LoRA go here")
     add("--overwrite_output", action="store_true", help="delete what an earlier run left in --output_dir")
     add("--logging_dir", type=folder, default="./logs", help="TensorBoard's folder")
     add("--resolution", type=side, default=512, help="side of the square pictures in pixels, a multiple of 8")
+    add("--check_data", action="store_true", help="look at the pictures and captions, write a report, train nothing")
+    add("--strict", action="store_true", help="with --check_data: exit 1 where something is wrong")
     add("--skip_bad_images", action="store_true", help="train even where most of the pictures cannot be used")
     add("--center_crop", action="store_true", help="crop the middle; otherwise at random")
     add("--crop_variants", type=number(int, 1, 64), default=4, help="random crops kept of a picture that is not square")
-    add("--random_flip", action="store_true", help="mirror pictures at random")
+    add("--random_flip", action="store_true", help="mirror pictures at random, unless the caption says left or right")
+    add("--enable_bucket", action="store_true", help="train on pictures in their own shape, in aspect-ratio buckets")
+    add("--min_bucket_reso", type=side, help="shortest side of a bucket (default: half of the base's size)")
+    add("--max_bucket_reso", type=side, help="longest side of a bucket (default: twice the base's size)")
+    add(
+        "--bucket_reso_steps", type=side, help="what the sides are multiples of (default: an eighth of the base's size)"
+    )
+    add("--bucket_no_upscale", action="store_true", help="small pictures get buckets of their own instead of enlarging")
     add("--train_batch_size", type=number(int, 1, 4096), default=1, help="pictures a forward pass and device")
     add("--gradient_accumulation_steps", type=number(int, 1, 65536), default=1, help="forward passes an optimizer step")
     add("--num_train_epochs", type=number(int, 1, 10**6), default=100, help="times every picture is seen")
@@ -145,6 +168,8 @@ def training_options(argv: Sequence[str]) -> Namespace:
 
 def training_contradictions(options: Namespace) -> Iterator[str]:
     """What cannot be meant together. What is merely without effect, such as more steps than epochs, is no mistake."""
+    if options.strict and not options.check_data:
+        yield "--strict belongs to --check_data: add that or leave it out"
     if options.resume_from_checkpoint and options.overwrite_output:
         yield "--resume_from_checkpoint and --overwrite_output contradict each other: leave one out"
     if options.text_encoder_lr is not None and not options.train_text_encoder:
@@ -163,6 +188,11 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
         )
     if options.center_crop and options.crop_variants > 1 and "crop_variants" in options.given:
         yield "--center_crop and --crop_variants contradict each other: leave one out"
+    for flag in BUCKET_FLAGS:
+        if getattr(options, flag) and not options.enable_bucket:
+            yield f"--{flag} has no effect without --enable_bucket: add that, or leave this out"
+    if options.enable_bucket and (mistake := buckets.contradiction(options.resolution, **bucket_limits(options))):
+        yield ": ".join(mistake)
     if options.num_validation_images == 0:
         for flag in sorted({"validation_steps", "validation_prompt"} & options.given):
             yield f"--{flag} and --num_validation_images 0 contradict each other: leave one out"
@@ -172,6 +202,11 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
         place = getattr(options, flag)
         if re.match(REPLACED, below(place, options.output_dir) or ""):
             yield f"--{flag} {place} is where the run in --output_dir puts its own: name another"
+
+
+def bucket_limits(options: Namespace) -> dict[str, int | None]:
+    """The sides given for the buckets, under the names of make_buckets."""
+    return {"smallest": options.min_bucket_reso, "largest": options.max_bucket_reso, "step": options.bucket_reso_steps}
 
 
 def resuming(argv: list[str]) -> list[str]:
