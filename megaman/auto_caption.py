@@ -149,7 +149,8 @@ def caption_missing(
 
 def without_file(pictures: Iterable[Path], extension: str = ".txt") -> list[Path]:
     """Those of the pictures that have no file of that extension beside them, not even an empty one; of two that
-    would share one the first. Raises UserError where a folder among theirs cannot be written, before anybody waits for a model."""
+    would share one the first. Raises UserError where a folder among theirs cannot be written, before anybody waits for
+    a model."""
     lacking: dict[Path, Path] = {}
     for picture in pictures:
         if not os.path.lexists(target := picture.with_suffix(extension)):

@@ -104,6 +104,16 @@ def test_what_is_there_stays_as_it_is(blip, bare):
     assert set(texts(bare / "more")) == {"3", "4"}
 
 
+def test_the_file_has_the_extension_that_is_read(blip, bare):
+    (bare / "0.txt").write_text("not read", encoding="utf-8")
+    (bare / "1.caption").touch()
+    dataset = MegaManDataset(bare, None, caption_extension=".caption")
+    caption_missing(str(blip), dataset, CPU, [].append)
+    found = MegaManDataset(bare, None, caption_extension=".caption")
+    assert found.sources.count("from .caption files") == len(found) - 1, "all but the empty one"
+    assert [path.name for path in bare.rglob("*.txt")] == ["0.txt"]
+
+
 def test_a_file_that_comes_while_it_works_stays_too(blip, bare):
     pictures = without_file(sorted(bare.rglob("*.png")))
 
@@ -288,7 +298,7 @@ def test_the_script_captions_before_it_trains(blip, bare, base_folder, run_scrip
     words = ["--pretrained_model_name", base_folder, "--data_dir", bare, "--auto_caption", blip, *flags.split()]
     done = run_script(["megaman_lora.py", *words], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "captions   4 are missing" in done.stdout and "captions: 5 found, 0 made" in done.stdout
+    assert "captions   4 are missing" in done.stdout and "captions   5 from .txt files" in done.stdout
     bars = {line.split(":")[0] for line in re.split(r"[\r\n]+", done.stderr) if line.strip()}
     assert bars == {"captioning", "encoding", "training"}, "nothing but the bars, and no library's word"
     tags = (tmp_path / "megaman_lora_output" / "lora_weights" / "README.md").read_text(encoding="utf-8")
