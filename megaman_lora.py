@@ -26,11 +26,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megaman.captions import Variation
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json, write_text
 from megaman.names import is_inside, safe_name
-from megaman.options import BUCKET_FLAGS, bucket_limits, resuming, training_options
+from megaman.options import MUST_MATCH, bucket_limits, resuming, training_options
 from megaman.output import find_all, new_log_dir, open_output, save_somewhere, step_of
 from megaman.problems import too_bad, write_problems
 from megaman.stops import StopSignal
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
         from megaman import doctor, report
 
         bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
-        found = doctor.examine(dataset, options.resolution, progress=bar)
+        found = doctor.examine(dataset, options.resolution, options.trigger_word or None, bar)
         print(*report.write_report(output_dir, found), sep="\n")
         return int(options.strict and found.wrong)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
@@ -94,6 +95,8 @@ def main(argv: list[str]) -> int:
             auto_caption.caption_missing(options.auto_caption, dataset, device, say, bar)
         accelerator.wait_for_everyone()
         dataset = find()
+    dataset.dress(options.trigger_word, options.caption_prefix, options.caption_suffix)
+    variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
 
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
     saved = checkpoints.read_progress(checkpoint) if checkpoint else None
@@ -102,12 +105,8 @@ def main(argv: list[str]) -> int:
     name = actual_name(options.pretrained_model_name)
     split = memory.Split(options.train_batch_size, options.gradient_accumulation_steps)
     effective = split.size * split.count * world
-    must_match = {"pretrained_model_name": name, "lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha,
-                  "use_rslora": options.use_rslora, "target_modules": options.target_modules, "seed": seed,
-                  "train_text_encoder": options.train_text_encoder, "data": dataset.fingerprint(),
-                  "resolution": options.resolution, "center_crop": options.center_crop,
-                  "crop_variants": options.crop_variants, "random_flip": options.random_flip,
-                  "pictures a step": effective, **{flag: getattr(options, flag) for flag in BUCKET_FLAGS},
+    must_match = {"pretrained_model_name": name, "seed": seed, "data": dataset.fingerprint(),
+                  **{flag: getattr(options, flag) for flag in MUST_MATCH}, "pictures a step": effective,
                   "pictures of one bucket": split.size * world if options.enable_bucket else None}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
         raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
@@ -138,13 +137,15 @@ def main(argv: list[str]) -> int:
     # The frozen parts run once, for every caption and every variant of every picture, and leave the device.
     texts = [*dataset.captions, options.validation_prompt, ""]
     text_states = None if text_encoder else cache.encode_captions(base.text_encoder.to(device), base.tokenizer, texts)
-    base.text_encoder.to(device if text_encoder else "cpu")  # in training it reads the captions at every step
+    reads_on = bool(text_encoder or variation.makes_new)  # the text encoder, at every step
+    base.text_encoder.to(device if reads_on else "cpu")
     base.vae.to(device)
     moments, _ = cache.encode_pictures(
         base.vae, dataset, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
         lambda pictures: tqdm(pictures, desc="encoding", unit="picture", total=len(dataset), disable=process != 0),
     )  # fmt: skip
     base.vae.to("cpu")
+    dataset.cut = cache.cut_off(base.tokenizer, dataset.captions)
     if process == 0:
         report_problems(dataset, output_dir)
     if error := too_bad(dataset, options.skip_bad_images):
@@ -177,15 +178,9 @@ def main(argv: list[str]) -> int:
             checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    mirrored = " with their mirror images" if options.random_flip else ""
-    pictures, *more = dataset.describe()
-    say(f"{pictures}, {sum(map(len, moments))} crops{mirrored}", *more, sep="\n")
-    if options.random_flip and (sided := sum(map(dataset.keeps_sides, range(len(dataset))))):
-        say(f"           {sided} are not mirrored: their captions say left or right")
+    say(*dataset.describe(sum(map(len, moments)), options.random_flip), sep="\n")
     if options.enable_bucket:
         say(f"buckets    {buckets.in_words(sizes)}; {batches.epoch_length} batches an epoch")
-    if cut := cache.count_cut(base.tokenizer, dataset.captions):
-        say(f"           {cut} captions are longer than {base.tokenizer.model_max_length - 2} tokens and are cut there")
     say(f"steps      {total} of {'up to ' * options.enable_bucket}{effective} pictures ({options.train_batch_size} x "
         f"{options.gradient_accumulation_steps} accumulated x {world} process{'es' * (world > 1)}), "
         f"{epochs:.1f} epochs, {options.lr_scheduler} rate up to "
@@ -261,11 +256,13 @@ def main(argv: list[str]) -> int:
         weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
-        captions = [dataset.captions[i] for i in indices]
+        captions = [variation.of(dataset.captions[i], schedule.caption_random_for(seed, row))
+                    for i, row in zip(indices, part.numbers, strict=True)]  # fmt: skip
         if options.lora_dropout:
             schedule.seed_dropout(seed, number)
-        if text_encoder:
-            states = trained_text_encoder(cache.token_ids(base.tokenizer, captions).to(device))[0]
+        if reads_on:
+            reader = trained_text_encoder if text_encoder else base.text_encoder
+            states = reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
         else:
             states = torch.stack([text_states[caption] for caption in captions])
         states = states.to(device, placement.dtype)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaman.captions import JOINERS
+from megaman.captions import JOINERS, MOST_TOKENS
 from megaman.errors import UserError
 from megaman.files import write_json
 
 if TYPE_CHECKING:
     from megaman.dataset import MegaManDataset
+
+MOST_CUT = 3  # captions whose end is printed
 
 
 def too_bad(dataset: MegaManDataset, skip_bad: bool) -> UserError | None:
@@ -25,22 +28,29 @@ def too_bad(dataset: MegaManDataset, skip_bad: bool) -> UserError | None:
 
 
 def write_problems(path: Path, dataset: MegaManDataset) -> list[str]:
-    """Write every file that was left out, every caption to look at and every one that was made into a JSON file;
-    returns the same as lines, made captions counted.
+    """Write every file that was left out, every caption to look at, and every one that was made or is too long into a
+    JSON file; returns the same as lines, but made captions and most of the long ones only counted.
 
     Where there is nothing to tell, an earlier run's file goes, and there is no line.
     """
     remarks = list(dict.fromkeys([*filter(None, dataset.remarks), *dataset.notes]))  # two pictures may share a file
     made = [index for index, found in enumerate(dataset.found) if not found]
-    if not dataset.problems and not remarks and not made:
+    long = [index for index, words in enumerate(dataset.cut) if words]
+    if not dataset.problems and not remarks and not made and not long:
         path.unlink(missing_ok=True)
         return []
     left_out = [{"path": _text(file), "reason": _text(reason)} for file, reason in dataset.problems.items()]
     captions = [{"path": _text(file), "remark": _text(remark)} for file, remark in remarks]
     without = [{"path": _text(dataset.pictures[i]), "caption": _text(dataset.captions[i])} for i in made]
-    write_json(path, {"left_out": left_out, "captions": captions, "made_captions": without})
+    cut = [{"path": _text(dataset.pictures[i]), "cut": _text(dataset.cut[i])} for i in long]
+    write_json(path, {"left_out": left_out, "captions": captions, "made_captions": without, "cut_captions": cut})
     lines = [f"left out: {entry['path']}: {entry['reason']}" for entry in left_out]
     lines += [f"captions   {entry['path']} {entry['remark']}" for entry in captions]
+    for entry in cut[:MOST_CUT]:
+        words = textwrap.shorten(entry["cut"], 100, placeholder=" ...")
+        lines.append(f"captions   {entry['path']} has more than {MOST_TOKENS} tokens; cut off: {words}")
+    if len(cut) > MOST_CUT:
+        lines.append(f"captions   {len(cut) - MOST_CUT} more have over {MOST_TOKENS} tokens and are cut off there")
     counts = f"{len(left_out)} of {len(dataset) + len(left_out)} files left out, {len(captions)} captions to look at"
     counts += f", {len(made)} made from names" * bool(made)
     lines.append(f"           {counts}; listed in {path}")

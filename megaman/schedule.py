@@ -42,6 +42,11 @@ def random_for(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(_digest(f"{seed} {number}"))
 
 
+def caption_random_for(seed: int, number: int) -> random.Random:
+    """What is random about the caption of picture number ... of the row; apart from the rest, which it leaves as is."""
+    return random.Random(f"caption {seed} {number}")
+
+
 def seed_dropout(seed: int, number: int) -> None:
     """Set torch's own random state, from which dropout draws, for micro-batch number ... of the run.
 

@@ -39,7 +39,7 @@ def test_a_run_leaves_its_card(train_here, tmp_path):
         assert f"]({file})" in card.text
         assert (folder / file).read_bytes() == (tmp_path / "out" / "samples-1" / f"{number:02d}.png").read_bytes()
     assert "trained on 6 pictures" in card.text
-    assert "6 captions were written, 0 made from file names" in card.text
+    assert "6 captions were written, 0 made from names of files or folders" in card.text
     rows = dict(re.findall(r"^\| (\S+) \| `(.+)` \|$", card.text, flags=re.MULTILINE))
     assert (rows["lora_rank"], rows["lora_dropout"], rows["steps"], rows["seed"]) == ("4", "0.25", "1", "0")
     assert str(tmp_path) not in card.content and str(ROOT) not in card.content
