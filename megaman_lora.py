@@ -20,8 +20,11 @@ import secrets
 import shlex
 import shutil
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
@@ -42,10 +45,19 @@ def main(argv: list[str]) -> int:
 
     # Pictures: found and looked at before anything heavy is imported.
     given = options.demo or "data_dir" in options.given
-    dataset = find_pictures(options.data_dir, given, options.resolution, options.center_crop)
+    find = partial(find_pictures, options.data_dir, given, options.resolution, options.center_crop,
+                   options.caption_extension, options.dataset_repeats)  # fmt: skip
+    dataset = find()
     if dataset is None:
-        return 0
+        return int(options.strict)  # no pictures is what a check should find
     output_dir = Path(options.output_dir)
+    if options.check_data:
+        from megaman import doctor, report
+
+        bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
+        found = doctor.examine(dataset, options.resolution, progress=bar)
+        print(*report.write_report(output_dir, found), sep="\n")
+        return int(options.strict and found.wrong)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
     if error := too_bad(dataset, options.skip_bad_images):
         report_problems(dataset, output_dir)
@@ -54,9 +66,8 @@ def main(argv: list[str]) -> int:
     import numpy as np
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
     from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm
 
     from megaman import buckets, cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
@@ -68,9 +79,21 @@ def main(argv: list[str]) -> int:
     # Device and precision.
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
     placement = place(options.mixed_precision, choose_device())
-    accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu")
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process writes captions
+    accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu",
+                              kwargs_handlers=[patience])  # fmt: skip
     device, world, process = accelerator.device, accelerator.num_processes, accelerator.process_index
     say = accelerator.print
+
+    # Captions that are missing, before anything is made of them: one process writes, the others wait.
+    if options.auto_caption:
+        from megaman import auto_caption
+
+        if accelerator.is_main_process:
+            bar = partial(tqdm, desc="captioning", unit="picture")
+            auto_caption.caption_missing(options.auto_caption, dataset, device, say, bar)
+        accelerator.wait_for_everyone()
+        dataset = find()
 
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
     saved = checkpoints.read_progress(checkpoint) if checkpoint else None
@@ -128,8 +151,9 @@ def main(argv: list[str]) -> int:
         raise error
 
     # Steps, rate, optimizer.
-    sizes = [tuple(base.vae_factor * side for side in reversed(each.shape[2:])) for each in moments]  # width, height
-    batches = Batches(len(moments), sizes if options.enable_bucket else None, split.size, split.count, world, seed)
+    epoch = dataset.epoch()
+    sizes = [tuple(base.vae_factor * side for side in reversed(moments[i].shape[2:])) for i in epoch]  # width, height
+    batches = Batches(len(epoch), sizes if options.enable_bucket else None, split.size, split.count, world, seed)
     total = schedule.total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
                                  options.max_train_steps)  # fmt: skip
     epochs = total * batches.step_length / batches.epoch_length
@@ -152,10 +176,9 @@ def main(argv: list[str]) -> int:
             checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    made = len(dataset) - sum(dataset.found)
     mirrored = " with their mirror images" if options.random_flip else ""
-    say(f"pictures   {len(dataset)} in {options.data_dir}, {sum(map(len, moments))} crops{mirrored}; "
-        f"captions: {sum(dataset.found)} found, {made} made from file names")  # fmt: skip
+    pictures, *more = dataset.describe()
+    say(f"{pictures}, {sum(map(len, moments))} crops{mirrored}", *more, sep="\n")
     if options.random_flip and (sided := sum(map(dataset.keeps_sides, range(len(dataset))))):
         say(f"           {sided} are not mirrored: their captions say left or right")
     if options.enable_bucket:
@@ -231,13 +254,13 @@ def main(argv: list[str]) -> int:
 
     def micro_batch(part: Part, number: int) -> torch.Tensor:
         """The loss of micro-batch number ... of the run; what is random in it is drawn on the CPU, a picture each."""
-        drawn = [draw(index, schedule.random_for(seed, row))
-                 for index, row in zip(part.pictures, part.numbers, strict=True)]  # fmt: skip
+        indices = [epoch[place] for place in part.pictures]
+        drawn = [draw(index, schedule.random_for(seed, row)) for index, row in zip(indices, part.numbers, strict=True)]
         latents, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
-        captions = [dataset.captions[i] for i in part.pictures]
+        captions = [dataset.captions[i] for i in indices]
         if options.lora_dropout:
             schedule.seed_dropout(seed, number)
         if text_encoder:
@@ -318,7 +341,7 @@ def main(argv: list[str]) -> int:
     reason = ""
     if accelerator.is_main_process:
         seconds, samples = elapsed + time.monotonic() - began, output_dir / f"samples-{total}"
-        notes = lora_metadata.run_notes(config, dataset.captions, base.scheduler.config.prediction_type,
+        notes = lora_metadata.run_notes(config, dataset.by_folder(), base.scheduler.config.prediction_type,
                                         samples / "00.png", time.time() - seconds, time.time())  # fmt: skip
         card = model_card.write_card(config, dataset.captions, sum(dataset.found), samples)
         curves.close()
@@ -337,12 +360,12 @@ def main(argv: list[str]) -> int:
     return 1 if reason else 0
 
 
-def find_pictures(data_dir: str, given: bool, size: int, center_crop: bool) -> MegaManDataset | None:
+def find_pictures(data_dir: str, given: bool, *settings: object) -> MegaManDataset | None:
     """The dataset, what cannot be used left out; None where the default folder has no picture yet."""
     folder = Path(data_dir)
     if not given and not folder.is_dir():
         folder.mkdir(parents=True)
-    dataset = MegaManDataset(folder, None, size, center_crop)
+    dataset = MegaManDataset(folder, None, *settings)
     dataset.check()
     if len(dataset) or dataset.problems:
         return dataset

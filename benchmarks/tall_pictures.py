@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
             draw(out / "lora_weights", size, options.folder / f"{name}_{size[0]}x{size[1]}") for size in (TALL, SQUARE)
         )
         rows.append([as_seen(next(data.glob("*standing_front*.png")), TALL if flags else SQUARE), *tall, *square])
-    paste(rows).save(options.folder / "side_by_side.png", optimize=True)
+    paste(rows).quantize(128).save(options.folder / "side_by_side.png", optimize=True)
     print(options.folder / "side_by_side.png")
     return 0
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from megaman import single_file
+from megaman import hub, single_file
 from megaman.errors import UserError, brief
 from megaman.files import read_json
 from megaman.safety import check_part, refuse_pickle
@@ -37,7 +37,6 @@ WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", 
 # What the libraries raise over a configuration that says something impossible.
 ODD_CONFIGURATION = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
                      StrictDataclassError)  # fmt: skip
-HUB_PATIENCE = 20  # seconds that the hub has to begin its answer
 UNUSED_CARD = "there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
 CONVERSION = (
     "Convert it to safetensors in diffusers' layout first, with --to_safetensors of its "
@@ -143,57 +142,18 @@ def find_base(name: str, half: bool) -> Path:
     refuse_pickle(name, CONVERSION)
     if single_file.named(name):
         raise UserError(f"There is no file {name}", WAYS_ON)
-    if Path(name).is_absolute() or name.count("/") != 1 or name.startswith("."):
-        raise UserError(f"The base {name} is not a folder on this machine nor a name on the hub", WAYS_ON)
     return _download(actual_name(name), half)
 
 
 def _download(name: str, half: bool) -> Path:
-    from httpx2 import HTTPError  # what the hub's client lets through where a connection breaks
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        IncompleteSnapshotError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        XetDownloadError,
-    )
-
     common = ["model_index.json", "scheduler/*.json", "tokenizer/*", "*/config.json"]
-    full = [f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()]
-    lean = [f"{part}/{stem}.fp16.safetensors" for part, stem in WEIGHTS.items()]
-    first, second = (lean, full) if half else (full, lean)
-    try:
-        cached = not _hub_answers(name)
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=common + first, local_files_only=cached))
-            if all(list((folder / part).glob("*.safetensors")) for part in WEIGHTS):
-                return folder
-        except (IncompleteSnapshotError, LocalEntryNotFoundError):
-            pass  # no network, and only the other files were fetched before: they serve as well
-        return Path(snapshot_download(name, allow_patterns=common + second, local_files_only=cached))
-    except HFValidationError:
-        raise UserError(f"The base {name} is not a folder on this machine nor a name on the hub", WAYS_ON) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"The hub has no model {name}, or it asks for a login", WAYS_ON) from None
-    except (HTTPError, XetDownloadError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"The base {name} is not on this machine and did not come from the hub ({brief(error)})", WAYS_ON
-        ) from None
+    full = [*common, *(f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items())]
+    lean = [*common, *(f"{part}/{stem}.fp16.safetensors" for part, stem in WEIGHTS.items())]
 
+    def is_complete(folder: Path) -> bool:
+        return all(list((folder / part).glob("*.safetensors")) for part in WEIGHTS)
 
-def _hub_answers(name: str) -> bool:
-    """False where the hub keeps silent, as behind some firewalls: snapshot_download would wait for it for ever."""
-    from httpx2 import TimeoutException
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info(name, timeout=HUB_PATIENCE)
-    except TimeoutException:
-        return False
-    except Exception:
-        return True  # whatever it is, snapshot_download meets it too, and looks into the cache
-    return True
+    return hub.download("base", name, (lean, full) if half else (full, lean), is_complete, WAYS_ON)
 
 
 def load_base(name: str, dtype: torch.dtype) -> Base:

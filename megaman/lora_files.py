@@ -143,12 +143,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def short_hash(path: Path) -> str:
     """The twelve digits by which A1111 knows a LoRA: of all that follows the header of its file, in a folder of the
-    kohya file."""
+    kohya file. A checkpoint has none; there they stand for PEFT's files."""
     found = adapter_config.find(path)
-    own = [found / name for name in (kohya.WEIGHTS, PEFT_WEIGHTS)] if found.is_dir() else [found]
-    with open(next(filter(Path.is_file, own), own[-1]), "rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    files = [found / kohya.WEIGHTS] if found.is_dir() else [found]
+    if not files[0].is_file():
+        files = list(filter(Path.is_file, (found / PEFT_WEIGHTS, found / TEXT_ENCODER / PEFT_WEIGHTS)))
+    digest = hashlib.sha256()
+    for content in map(Path.read_bytes, files):
+        digest.update(content[8 + int.from_bytes(content[:8], "little") :])
+    return digest.hexdigest()[:12]
 
 
 def read_metadata(path: Path) -> dict[str, str]:

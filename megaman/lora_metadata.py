@@ -65,22 +65,30 @@ def _buckets(record: Mapping[str, Any] | None, settings: Mapping[str, Any], coun
 
 
 def run_notes(
-    config: Mapping[str, Any], captions: Sequence[str], prediction_type: str, sample: Path, started: float, ended: float
+    config: Mapping[str, Any],
+    folders: Mapping[str, tuple[int, Sequence[str]]],
+    prediction_type: str,
+    sample: Path,
+    started: float,
+    ended: float,
 ) -> dict[str, str]:
     """The header's part that tells of the run.
 
-    config is the content of training_config.json, captions those trained on, prediction_type the scheduler's word,
-    sample an image drawn with the LoRA (it need not exist), started and ended are in seconds since 1970.
+    config is the content of training_config.json, folders the repeats and captions of each folder by its name,
+    prediction_type the scheduler's word, sample an image drawn with the LoRA (it need not exist), started and ended are
+    in seconds since 1970.
     """
     settings = config["settings"]
-    size, count, steps = settings["resolution"], len(captions), config["total_steps"]
-    folder, trigger = Path(settings["data_dir"]).resolve().name, trigger_words(captions)
-    frequency = tags(captions)
+    captions = [caption for _, own in folders.values() for caption in own]
+    count = sum(repeats * len(own) for repeats, own in folders.values())
+    size, steps = settings["resolution"], config["total_steps"]
+    dirs = {name: {"n_repeats": repeats, "img_count": len(own)} for name, (repeats, own) in folders.items()}
+    trigger, frequency = trigger_words(captions), {name: tags(own) for name, (_, own) in folders.items()}
     notes = {
         "ss_num_train_images": count,
         "ss_num_reg_images": 0,
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": count}}),
-        "ss_tag_frequency": json.dumps({folder: frequency}),
+        "ss_dataset_dirs": json.dumps(dirs),
+        "ss_tag_frequency": json.dumps(frequency),
         **_buckets(config["buckets"], settings, count),
         "ss_resolution": f"({size}, {size})",
         "ss_steps": steps,
@@ -109,8 +117,8 @@ def run_notes(
         "modelspec.date": datetime.fromtimestamp(int(ended), UTC).isoformat(),
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction_type, prediction_type),
-        "modelspec.description": f"A LoRA trained on {count} pictures in {steps} steps.",
-        "modelspec.tags": ", ".join(list(frequency)[:20]),
+        "modelspec.description": f"A LoRA trained on {len(captions)} pictures in {steps} steps.",
+        "modelspec.tags": ", ".join(list(tags(captions))[:20]),
     }
     if trigger:
         notes["modelspec.trigger_phrase"] = trigger

@@ -90,8 +90,10 @@ class Visit:
         self.browser, self.address = browser, page.resolve().as_uri()
         self.target = browser.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = browser.send("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
+        for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
+        # Only what is asked for, not what came: else the renderer keeps up to 200 MB of files for whoever may ask.
+        self.send("Network.enable", maxTotalBufferSize=0, maxResourceBufferSize=0)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)

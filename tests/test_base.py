@@ -364,9 +364,10 @@ def hub():
 ASK_FOR_BASES = """
 import json, sys, torch
 import megaman.base
+import megaman.hub
 from megaman.errors import UserError
 
-megaman.base.HUB_PATIENCE = 1
+megaman.hub.PATIENCE = 1
 results = []
 for how, name in json.loads(sys.argv[1]):
     try:

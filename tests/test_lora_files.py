@@ -273,3 +273,20 @@ def test_comfyui_knows_every_name_of_a_stable_diffusion_15_lora():
     assert stems <= set(known)
     assert all(name.endswith("conv_shortcut") for name in set(known) - stems)  # not every residual part has one
     assert len({known[stem] for stem in stems}) == len(stems), "no two LoRAs for one layer"
+
+
+def test_the_short_hash_is_that_of_the_kohya_file_and_tells_every_part(base_folder, tmp_path):
+    """A1111's digits of a whole LoRA; a checkpoint's change with each of its files."""
+    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
+    lora.inject(unet, 2, 2, ["to_v"])
+    lora_files.save_lora(tmp_path / "lora", unet, "base", {})
+    kohya_file = tmp_path / "lora" / "megaman_lora.safetensors"
+    with safe_open(kohya_file, "pt") as file:
+        known = file.metadata()["sshs_model_hash"][:12]
+    assert lora_files.short_hash(tmp_path / "lora") == lora_files.short_hash(kohya_file) == known
+    kohya_file.unlink()
+    alone = lora_files.short_hash(tmp_path / "lora")
+    part = tmp_path / "lora" / "text_encoder"
+    part.mkdir()
+    lora_files.write_tensors(part / "adapter_model.safetensors", {"x": torch.ones(3)})
+    assert len({known, alone, lora_files.short_hash(tmp_path / "lora")}) == 3

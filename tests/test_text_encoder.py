@@ -206,7 +206,7 @@ def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_fo
     def drawn(with_text: bool):
         base = load_base(str(base_folder), torch.float32)
         lora_files.load_loras([(tmp_path / "out" / "checkpoint-4", 1.0)], base.unet, base.text_encoder)
-        lora.set_strengths([base.text_encoder], {lora.ADAPTER: float(with_text)})
+        lora.set_strengths([base.text_encoder], {0: float(with_text)})
         said = encode_captions(base.text_encoder, base.tokenizer, ["volto, robot", ""])
         text, empty = (said[words][None] for words in ("volto, robot", ""))
         sampler = sample.make_sampler(base.scheduler)
