@@ -180,7 +180,7 @@ def main(argv: list[str]) -> int:
     pictures, *more = dataset.describe()
     say(f"{pictures}, {sum(map(len, moments))} crops{mirrored}", *more, sep="\n")
     if options.random_flip and (sided := sum(map(dataset.keeps_sides, range(len(dataset))))):
-        say(f"           {sided} are not mirrored: their captions say left or right")
+        say(f"           not mirrored: {sided}, whose captions say left or right")
     if options.enable_bucket:
         say(f"buckets    {buckets.in_words(sizes)}; {batches.epoch_length} batches an epoch")
     if cut := cache.count_cut(base.tokenizer, dataset.captions):
