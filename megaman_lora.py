@@ -153,9 +153,8 @@ def main(argv: list[str]) -> int:
 
     # Steps, rate, optimizer.
     epoch = dataset.epoch()
-    sizes = [tuple(base.vae_factor * side for side in reversed(each.shape[2:])) for each in moments]  # width, height
-    batches = Batches(len(epoch), [sizes[i] for i in epoch] if options.enable_bucket else None,
-                      split.size, split.count, world, seed)  # fmt: skip
+    sizes = [tuple(base.vae_factor * side for side in reversed(moments[i].shape[2:])) for i in epoch]  # width, height
+    batches = Batches(len(epoch), sizes if options.enable_bucket else None, split.size, split.count, world, seed)
     total = schedule.total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
                                  options.max_train_steps)  # fmt: skip
     epochs = total * batches.step_length / batches.epoch_length
