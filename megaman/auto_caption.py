@@ -115,8 +115,8 @@ def _check_kind(name: str, folder: Path) -> None:
         found = f"a {kind!s:.40} ({classes!s:.80})"
         raise UserError(f"--auto_caption {name} is no BLIP that writes captions but {found}", WAYS_ON)
     if not list(folder.glob("*.safetensors")):
-        pickles = "only pickles (.bin), which can run code" if list(folder.glob("*.bin")) else "no .safetensors file"
-        raise UserError(f"--auto_caption {name} holds {pickles}", WAYS_ON)
+        held = "only pickles (.bin), which can run code" if list(folder.glob("*.bin")) else "no .safetensors file"
+        raise UserError(f"--auto_caption {name} holds {held}, and nothing but safetensors is loaded", WAYS_ON)
     wanted = [("tokenizer.json", "vocab.txt"), ("preprocessor_config.json", "processor_config.json")]
     for names in wanted:  # the library would go on with a vocabulary of five words, or with its own numbers
         if not any((folder / file).is_file() for file in names):
