@@ -24,6 +24,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json, write_text
@@ -43,11 +45,19 @@ def main(argv: list[str]) -> int:
 
     # Pictures: found and looked at before anything heavy is imported.
     given = options.demo or "data_dir" in options.given
-    find = partial(find_pictures, options.data_dir, given, options.resolution, options.center_crop)
+    find = partial(find_pictures, options.data_dir, given, options.resolution, options.center_crop,
+                   options.caption_extension, options.dataset_repeats)  # fmt: skip
     dataset = find()
     if dataset is None:
-        return 0
+        return int(options.strict)  # no pictures is what a check should find
     output_dir = Path(options.output_dir)
+    if options.check_data:
+        from megaman import doctor, report
+
+        bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
+        found = doctor.examine(dataset, options.resolution, progress=bar)
+        print(*report.write_report(output_dir, found), sep="\n")
+        return int(options.strict and found.wrong)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
     if error := too_bad(dataset, options.skip_bad_images):
         report_problems(dataset, output_dir)
@@ -58,7 +68,6 @@ def main(argv: list[str]) -> int:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
     from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm
 
     from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
@@ -137,7 +146,8 @@ def main(argv: list[str]) -> int:
         raise error
 
     # Steps, rate, optimizer.
-    total = schedule.total_steps(len(moments), effective, options.num_train_epochs, options.max_train_steps)
+    epoch = dataset.epoch()
+    total = schedule.total_steps(len(epoch), effective, options.num_train_epochs, options.max_train_steps)
     if start > total:
         raise UserError(f"{checkpoint} is at step {start}, beyond the {total} of this run", "Raise --max_train_steps")
     warmup_given = "lr_warmup_steps" in options.given
@@ -157,15 +167,14 @@ def main(argv: list[str]) -> int:
             checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    made = len(dataset) - sum(dataset.found)
     mirrored = " with their mirror images" if options.random_flip else ""
-    say(f"pictures   {len(dataset)} in {options.data_dir}, {sum(map(len, moments))} crops{mirrored}; "
-        f"captions: {sum(dataset.found)} found, {made} made from file names")  # fmt: skip
+    pictures, *more = dataset.describe()
+    say(f"{pictures}, {sum(map(len, moments))} crops{mirrored}", *more, sep="\n")
     if cut := cache.count_cut(base.tokenizer, dataset.captions):
         say(f"           {cut} captions are longer than {base.tokenizer.model_max_length - 2} tokens and are cut there")
     say(f"steps      {total} of {effective} pictures ({options.train_batch_size} x "
         f"{options.gradient_accumulation_steps} accumulated x {world} process{'es' * (world > 1)}), "
-        f"{total * effective / len(dataset):.1f} epochs, {options.lr_scheduler} rate up to "
+        f"{total * effective / len(epoch):.1f} epochs, {options.lr_scheduler} rate up to "
         f"{options.learning_rate:g}{f' and {options.text_encoder_lr:g} (text encoder)' if text_encoder else ''}, "
         f"{warmup} warm-up")  # fmt: skip
     say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}{' (rsLoRA)' * options.use_rslora}, "
@@ -232,7 +241,7 @@ def main(argv: list[str]) -> int:
     def micro_batch(number: int) -> torch.Tensor:
         """The loss of micro-batch number ... of the run; what is random in it is drawn on the CPU, a picture each."""
         rows = range(number * split.size, (number + 1) * split.size)
-        indices = [schedule.picture_at(row, len(moments), seed) for row in rows]
+        indices = [epoch[schedule.picture_at(row, len(epoch), seed)] for row in rows]
         drawn = [draw(index, schedule.random_for(seed, row)) for index, row in zip(indices, rows, strict=True)]
         latents, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
@@ -318,7 +327,7 @@ def main(argv: list[str]) -> int:
     reason = ""
     if accelerator.is_main_process:
         seconds, samples = elapsed + time.monotonic() - began, output_dir / f"samples-{total}"
-        notes = lora_metadata.run_notes(config, dataset.captions, base.scheduler.config.prediction_type,
+        notes = lora_metadata.run_notes(config, dataset.by_folder(), base.scheduler.config.prediction_type,
                                         samples / "00.png", time.time() - seconds, time.time())  # fmt: skip
         card = model_card.write_card(config, dataset.captions, sum(dataset.found), samples)
         curves.close()
@@ -337,12 +346,12 @@ def main(argv: list[str]) -> int:
     return 1 if reason else 0
 
 
-def find_pictures(data_dir: str, given: bool, size: int, center_crop: bool) -> MegaManDataset | None:
+def find_pictures(data_dir: str, given: bool, *settings: object) -> MegaManDataset | None:
     """The dataset, what cannot be used left out; None where the default folder has no picture yet."""
     folder = Path(data_dir)
     if not given and not folder.is_dir():
         folder.mkdir(parents=True)
-    dataset = MegaManDataset(folder, None, size, center_crop)
+    dataset = MegaManDataset(folder, None, *settings)
     dataset.check()
     if len(dataset) or dataset.problems:
         return dataset

@@ -1,4 +1,4 @@
-"""Captions: the text file beside a picture, or, where there is none, words from the picture's name."""
+"""Captions: the text file beside a picture, or words from the picture's name; what is done to them in training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import NamedTuple
 COMMON_ENDING = "video game character, high quality"
 # File names run words together that captions keep apart.
 SPELLINGS = {"megaman": "mega man", "protoman": "proto man", "rockman": "rock man", "robotmaster": "robot master"}
+EXTENSIONS = (".txt", ".caption")  # the first that is there counts
 LARGEST_FILE = 2**20  # bytes; 10,000 words are a tenth of it
 JOINERS = "\u200c\u200d\u200e\u200f\u061c"  # invisible, but emoji and right-to-left text need them
 INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode's controls, format marks and lone surrogates
@@ -30,14 +31,15 @@ class Caption(NamedTuple):
     remark: tuple[Path, str] | None = None
 
 
-def caption_for(picture: Path) -> Caption:
-    """The text in the .txt of the same stem, on one line; made from the picture's name where nothing stands there."""
+def caption_for(picture: Path, extension: str | None = None) -> Caption:
+    """The text in the file of the same stem (caption_file), on one line; made from the picture's name where nothing
+    stands there."""
     made = Caption(caption_from_name(picture), False)
-    path = _caption_file(picture)
+    path = caption_file(picture, extension)
     if path is None:
         return made
     try:
-        text, guess = decode(_content(path))
+        text, guess = decode(content_of(path, LARGEST_FILE))
     except OSError as error:
         reason = f"cannot be read ({error.strerror or error}): the caption was made from the picture's name"
         return made._replace(remark=(path, reason))
@@ -47,16 +49,20 @@ def caption_for(picture: Path) -> Caption:
     return Caption(text, True, (path, remark) if guess else None)
 
 
-def _caption_file(picture: Path) -> Path | None:
-    candidates = (picture.with_suffix(suffix) for suffix in (".txt", ".TXT"))
+def caption_file(picture: Path, extension: str | None = None) -> Path | None:
+    """The file of a picture's stem with that extension, .txt or .caption where none is given; None where there is
+    none."""
+    extensions = [extension] if extension else EXTENSIONS
+    candidates = (picture.with_suffix(form) for suffix in extensions for form in (suffix, suffix.upper()))
     return next((path for path in candidates if os.path.lexists(path) and not os.path.isdir(path)), None)
 
 
-def _content(path: Path) -> bytes:
+def content_of(path: Path, largest: int) -> bytes:
+    """A text file's bytes; raises OSError where it is no file, or one of more bytes than the largest."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
         raise OSError("not a file")
-    if status.st_size > LARGEST_FILE:
+    if status.st_size > largest:
         raise OSError(f"{status.st_size:,} bytes are no caption")
     return path.read_bytes()
 

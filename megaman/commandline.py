@@ -166,6 +166,13 @@ def folder(value: str) -> str:
     return name(value)
 
 
+def extension(value: str) -> str:
+    """How caption files' names end, with the dot or without."""
+    if not re.fullmatch(r"\.?\w[\w.-]{0,30}", value, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{_short(value)} is no extension such as .txt")
+    return f".{value.removeprefix('.')}"
+
+
 def strengths(value: str) -> list[float]:
     """How strongly to apply a LoRA, one number or several with commas between them, in the order given."""
     return list(dict.fromkeys(number(float, -10, 10)(part) for part in value.split(",")))

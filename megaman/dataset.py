@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaman.captions import caption_for
 from megaman.errors import UserError
-from megaman.images import BadImageError, Box, crop_boxes, find_images, fit, image_size, open_image
+from megaman.images import BadImageError, Box, crop_boxes, fit, image_size, open_image
+from megaman.layouts import describe, read_layout
 
 if TYPE_CHECKING:  # torch is imported where an item is read: counting a folder must not wait for it
     import torch
@@ -25,17 +25,28 @@ class MegaManDataset:
         tokenizer: a CLIPTokenizer, or None for captions as text.
         size: side of the square items in pixels.
         center_crop: cut out the middle square; otherwise a random one at every reading.
+        caption_extension: of the files beside the pictures that hold their captions; None for .txt, then .caption.
+        repeats: how often every picture counts in an epoch, times the number of its folder where that is kohya's
+            10_name.
 
     An item is a dict with "pixel_values", float32 [3, size, size] in -1 ... 1, and "input_ids", int64
     [tokenizer.model_max_length] (or "caption", a str, without a tokenizer). Reading a damaged picture raises
     BadImageError.
 
     problems has every file that was left out, with the reason; remarks has, for each picture, the path of its caption
-    file and what a person should know about it, or None.
+    file and what a person should know about it, or None; notes has the like about files with many captions. found says
+    whether a caption was written or made from a name, sources in words where it comes from. repeats has how often each
+    picture is seen in an epoch.
     """
 
     def __init__(
-        self, data_dir: str | Path, tokenizer: CLIPTokenizer | None, size: int = 512, center_crop: bool = True
+        self,
+        data_dir: str | Path,
+        tokenizer: CLIPTokenizer | None,
+        size: int = 512,
+        center_crop: bool = True,
+        caption_extension: str | None = None,
+        repeats: int = 1,
     ):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
@@ -43,12 +54,14 @@ class MegaManDataset:
         self.tokenizer = tokenizer
         self.size = size
         self.center_crop = center_crop
-        self.problems: dict[Path, str]
-        self.pictures, self.problems = find_images(self.data_dir)
-        captions = [caption_for(picture) for picture in self.pictures]
-        self.captions = [caption.text for caption in captions]
-        self.found = [caption.found for caption in captions]  # whether it stood beside the picture or was made
-        self.remarks = [caption.remark for caption in captions]
+        entries, self.problems, self.notes = read_layout(self.data_dir, caption_extension, repeats)
+        self.pictures = [entry.picture for entry in entries]
+        self.captions = [entry.caption.text for entry in entries]
+        self.found = [entry.caption.found for entry in entries]
+        self.remarks = [entry.caption.remark for entry in entries]
+        self.sources = [entry.source for entry in entries]
+        self.repeats = [entry.repeats for entry in entries]
+        self.folders = [entry.folder for entry in entries]  # the one that the repeats come from
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -77,20 +90,45 @@ class MegaManDataset:
         self.drop(problems)
 
     def fingerprint(self) -> str:
-        """Count and digest of the pictures' names, sizes in bytes and captions: whether a resumed run sees the same."""
+        """Count and digest of the pictures' names, sizes in bytes, captions and repeats, for a resumed run."""
         digest = hashlib.sha256()
-        for picture, caption in zip(self.pictures, self.captions, strict=True):
+        for picture, caption, repeats in zip(self.pictures, self.captions, self.repeats, strict=True):
             name = picture.relative_to(self.data_dir).as_posix()
-            digest.update(f"{name}\n{picture.stat().st_size}\n{caption}\n".encode("utf-8", "surrogatepass"))
+            often = f"x {repeats}\n" if repeats != 1 else ""
+            digest.update(f"{name}\n{picture.stat().st_size}\n{caption}\n{often}".encode("utf-8", "surrogatepass"))
         return f"{len(self)} pictures ({digest.hexdigest()[:8]})"
 
     def drop(self, problems: dict[Path, str]) -> None:
         """Leave these pictures out, for the reasons given."""
         self.problems |= problems
         kept = [i for i, picture in enumerate(self.pictures) if picture not in problems]
-        self.pictures, self.captions, self.found, self.remarks = (
-            [part[i] for i in kept] for part in (self.pictures, self.captions, self.found, self.remarks)
-        )
+        for name in ("pictures", "captions", "found", "remarks", "sources", "repeats", "folders"):
+            setattr(self, name, [getattr(self, name)[i] for i in kept])
+
+    def epoch(self) -> list[int]:
+        """The pictures' numbers as one epoch has them: each as often as it is repeated."""
+        return [index for index, count in enumerate(self.repeats) for _ in range(count)]
+
+    def by_folder(self) -> dict[str, tuple[int, list[str]]]:
+        """Repeats and captions of each folder that has its own number (kohya's 10_name), and of all others together
+        under the name of data_dir."""
+        groups: dict[str, tuple[int, list[str]]] = {}
+        for folder, repeats, caption in zip(self.folders, self.repeats, self.captions, strict=True):
+            own = folder != self.data_dir
+            name = folder.relative_to(self.data_dir).as_posix() if own else self.data_dir.resolve().name
+            groups.setdefault(name, (repeats, []))[1].append(caption)
+        return groups
+
+    def describe(self) -> list[str]:
+        """What was found and how it was read, in three lines at most."""
+        folders = len({picture.parent for picture in self.pictures})
+        lines = [f"pictures   {len(self)} in {f'{folders} folders of ' if folders > 1 else ''}{self.data_dir}"]
+        lines.append(f"captions   {describe(self.sources)}")
+        repeated = [f"{name} x {count}" for name, (count, _) in self.by_folder().items() if count > 1]
+        if repeated:
+            more = f" and {len(repeated) - 8} more" if len(repeated) > 8 else ""
+            lines.append(f"repeats    {', '.join(repeated[:8])}{more}: {sum(self.repeats)} pictures an epoch")
+        return lines
 
     def variants(self, index: int, crops: int, flip: bool, seed: int) -> list[torch.Tensor]:
         """Every form in which a picture is trained on: its crops (one in the middle, or drawn from the seed), and with

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import re
@@ -13,14 +11,11 @@ import unicodedata
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megaman.errors import UserError
 from megaman.files import read_json, write_json, write_text
+from megaman.page import href, render
 
-TEMPLATES = Path(__file__).parent / "templates"
 IMAGES, PAGE = "images.json", "index.html"
 THUMBNAILS = "thumbnails"
 
@@ -103,14 +98,6 @@ def write_gallery(folder: Path, images: list[GalleryImage], title: str) -> Path:
 
 
 def _page(folder: Path, images: list[GalleryImage], title: str, gallery: str) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True)  # fmt: skip
-    environment.filters["href"] = _href
-    environment.filters["small"] = lambda file: (
-        thumbnail_of(file) if os.path.isfile(folder / thumbnail_of(file)) else file
-    )
-    source = (TEMPLATES / "gallery.html").read_text(encoding="utf-8")
     labels = variant_labels(images)
     prompts = list(dict.fromkeys(image.prompt for image in images))
     places = {prompt: place for place, prompt in enumerate(prompts)}
@@ -118,12 +105,15 @@ def _page(folder: Path, images: list[GalleryImage], title: str, gallery: str) ->
     for number, image in enumerate(images):
         sections[places[image.prompt]].add(image.seed, labels[number], number)
     shown = [_shown(image, label, places[image.prompt]) for image, label in zip(images, labels, strict=True)]
-    return environment.get_template("gallery.html").render(
-        title=title, images=images, labels=labels, sections=sections, runs=_runs(sections),
-        common=_common(shown),
+
+    def small(file: str) -> str:
+        return thumbnail_of(file) if os.path.isfile(folder / thumbnail_of(file)) else file
+
+    return render(
+        "gallery.html", {"href": href, "small": small}, title=title, images=images, labels=labels,
+        sections=sections, runs=_runs(sections), common=_common(shown),
         compared=any(image.base_file for image in images), tiny=all(image.width < 256 for image in images),
-        data={"gallery": gallery, "prompts": prompts, "images": shown, "longest": LONGEST},
-        policy=content_security_policy(source))  # fmt: skip
+        data={"gallery": gallery, "prompts": prompts, "images": shown, "longest": LONGEST})  # fmt: skip
 
 
 class Section:
@@ -180,15 +170,10 @@ def variant_labels(images: list[GalleryImage]) -> list[str]:
     return labels
 
 
-def _href(file: str) -> str:
-    """A file name is always a path below the page: "./" keeps "//host/x" from meaning anything else."""
-    return "./" + quote(file)
-
-
 def _shown(image: GalleryImage, label: str, prompt: int) -> dict[str, Any]:
     """What the page's script knows of an image; numbers as text, since a browser would round a long seed."""
     return {
-        "name": image.file, "file": _href(image.file), "base": image.base_file and _href(image.base_file),
+        "name": image.file, "file": href(image.file), "base": image.base_file and href(image.base_file),
         "prompt": prompt, "seed": str(image.seed), "label": label, "size": [image.width, image.height],
         "small": image.width < 256, "settings": _settings(image), "command": command(image)}  # fmt: skip
 
@@ -236,19 +221,3 @@ def _quoted(text: str) -> str:
     if os.name == "nt":
         return "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'"
     return shlex.quote(text)
-
-
-def content_security_policy(source: str) -> str:
-    """The policy of a template: its own style and script by the hash of their text, pictures from the disk.
-
-    The hash is taken from the template and not from the finished page, so that markup which got in through a
-    prompt could never be allowed by its own hash. The blocks therefore hold no jinja.
-    """
-    style, script = (_hash(source, tag) for tag in ("style", "script"))
-    return (f"default-src 'none'; img-src 'self' file: data:; style-src '{style}'; script-src '{script}'; "
-            "base-uri 'none'; form-action 'none'")  # fmt: skip
-
-
-def _hash(source: str, tag: str) -> str:
-    (block,) = re.findall(rf"<{tag}>(.*?)</{tag}>", source, flags=re.DOTALL)
-    return "sha256-" + base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()

@@ -101,15 +101,18 @@ def _lies_on_its_side(image: Image.Image) -> bool:
         return False
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, enough: int | None = None) -> Image.Image:
     """Decode a picture: upright by EXIF, transparency flattened on white, RGB whatever its mode was; of an animated one
-    the first frame.
+    the first frame. Where that many pixels a side are enough, a larger JPEG is decoded at a half, a quarter or an
+    eighth of its size, which takes a fraction of the time.
 
     Raises BadImageError where it cannot be read.
     """
     with _opened(path) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
+            if enough:
+                image.draft(None, (enough, enough))
             return _flatten(ImageOps.exif_transpose(image))
         except DAMAGE as error:
             raise BadImageError(_reason(error)) from None

@@ -48,23 +48,31 @@ def thumbnail(picture: Path) -> str | None:
 
 
 def run_notes(
-    config: Mapping[str, Any], captions: Sequence[str], prediction_type: str, sample: Path, started: float, ended: float
+    config: Mapping[str, Any],
+    folders: Mapping[str, tuple[int, Sequence[str]]],
+    prediction_type: str,
+    sample: Path,
+    started: float,
+    ended: float,
 ) -> dict[str, str]:
     """The header's part that tells of the run.
 
-    config is the content of training_config.json, captions those trained on, prediction_type the scheduler's word,
-    sample an image drawn with the LoRA (it need not exist), started and ended are in seconds since 1970.
+    config is the content of training_config.json, folders the repeats and captions of each folder by its name,
+    prediction_type the scheduler's word, sample an image drawn with the LoRA (it need not exist), started and ended are
+    in seconds since 1970.
     """
     settings = config["settings"]
-    size, count, steps = settings["resolution"], len(captions), config["total_steps"]
+    captions = [caption for _, own in folders.values() for caption in own]
+    count = sum(repeats * len(own) for repeats, own in folders.values())
+    size, steps = settings["resolution"], config["total_steps"]
     pictures_a_step = settings["train_batch_size"] * settings["gradient_accumulation_steps"]
-    folder, trigger = Path(settings["data_dir"]).resolve().name, trigger_words(captions)
-    frequency = tags(captions)
+    dirs = {name: {"n_repeats": repeats, "img_count": len(own)} for name, (repeats, own) in folders.items()}
+    trigger, frequency = trigger_words(captions), {name: tags(own) for name, (_, own) in folders.items()}
     notes = {
         "ss_num_train_images": count,
         "ss_num_reg_images": 0,
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": count}}),
-        "ss_tag_frequency": json.dumps({folder: frequency}),
+        "ss_dataset_dirs": json.dumps(dirs),
+        "ss_tag_frequency": json.dumps(frequency),
         "ss_bucket_info": json.dumps({"buckets": {"0": {"resolution": [size, size], "count": count}}}),
         "ss_resolution": f"({size}, {size})",
         "ss_steps": steps,
@@ -93,8 +101,8 @@ def run_notes(
         "modelspec.date": datetime.fromtimestamp(int(ended), UTC).isoformat(),
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction_type, prediction_type),
-        "modelspec.description": f"A LoRA trained on {count} pictures in {steps} steps.",
-        "modelspec.tags": ", ".join(list(frequency)[:20]),
+        "modelspec.description": f"A LoRA trained on {len(captions)} pictures in {steps} steps.",
+        "modelspec.tags": ", ".join(list(tags(captions))[:20]),
     }
     if trigger:
         notes["modelspec.trigger_phrase"] = trigger

@@ -10,6 +10,7 @@ from megaman.commandline import (
     SEED,
     Parser,
     choice,
+    extension,
     folder,
     name,
     number,
@@ -52,6 +53,8 @@ def training_parser() -> Parser:
         default="./megaman_images",
         help="the pictures, each with an optional caption in NAME.txt",
     )
+    add("--caption_extension", type=extension, help="of the caption files (default: .txt, where missing .caption)")
+    add("--dataset_repeats", type=number(int, 1, 10**5), default=1, help="times that an epoch sees every picture")
     add(
         "--auto_caption",
         type=name,
@@ -62,6 +65,8 @@ def training_parser() -> Parser:
     add("--overwrite_output", action="store_true", help="delete what an earlier run left in --output_dir")
     add("--logging_dir", type=folder, default="./logs", help="TensorBoard's folder")
     add("--resolution", type=side, default=512, help="side of the square pictures in pixels, a multiple of 8")
+    add("--check_data", action="store_true", help="look at the pictures and captions, write a report, train nothing")
+    add("--strict", action="store_true", help="with --check_data: exit 1 where something is wrong")
     add("--skip_bad_images", action="store_true", help="train even where most of the pictures cannot be used")
     add("--center_crop", action="store_true", help="crop the middle; otherwise at random")
     add("--crop_variants", type=number(int, 1, 64), default=4, help="random crops kept of a picture that is not square")
@@ -134,6 +139,8 @@ def training_options(argv: Sequence[str]) -> Namespace:
 
 def training_contradictions(options: Namespace) -> Iterator[str]:
     """What cannot be meant together. What is merely without effect, such as more steps than epochs, is no mistake."""
+    if options.strict and not options.check_data:
+        yield "--strict belongs to --check_data: add that or leave it out"
     if options.resume_from_checkpoint and options.overwrite_output:
         yield "--resume_from_checkpoint and --overwrite_output contradict each other: leave one out"
     if options.text_encoder_lr is not None and not options.train_text_encoder:

@@ -25,20 +25,24 @@ def too_bad(dataset: MegaManDataset, skip_bad: bool) -> UserError | None:
 
 
 def write_problems(path: Path, dataset: MegaManDataset) -> list[str]:
-    """Write every file that was left out and every caption to look at into a JSON file; returns the same as lines.
+    """Write every file that was left out, every caption to look at and every one that was made into a JSON file;
+    returns the same as lines, made captions counted.
 
     Where there is nothing to tell, an earlier run's file goes, and there is no line.
     """
-    remarks = dict(remark for remark in dataset.remarks if remark)  # two pictures may share a caption file
-    if not dataset.problems and not remarks:
+    remarks = list(dict.fromkeys([*filter(None, dataset.remarks), *dataset.notes]))  # two pictures may share a file
+    made = [index for index, found in enumerate(dataset.found) if not found]
+    if not dataset.problems and not remarks and not made:
         path.unlink(missing_ok=True)
         return []
     left_out = [{"path": _text(file), "reason": _text(reason)} for file, reason in dataset.problems.items()]
-    captions = [{"path": _text(file), "remark": _text(remark)} for file, remark in remarks.items()]
-    write_json(path, {"left_out": left_out, "captions": captions})
+    captions = [{"path": _text(file), "remark": _text(remark)} for file, remark in remarks]
+    without = [{"path": _text(dataset.pictures[i]), "caption": _text(dataset.captions[i])} for i in made]
+    write_json(path, {"left_out": left_out, "captions": captions, "made_captions": without})
     lines = [f"left out: {entry['path']}: {entry['reason']}" for entry in left_out]
     lines += [f"captions   {entry['path']} {entry['remark']}" for entry in captions]
     counts = f"{len(left_out)} of {len(dataset) + len(left_out)} files left out, {len(captions)} captions to look at"
+    counts += f", {len(made)} made from names" * bool(made)
     lines.append(f"           {counts}; listed in {path}")
     return [printable(line) for line in lines]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -94,3 +95,16 @@ def train_here(base_folder) -> Callable:
             return load_file(Path(output_dir) / "lora_weights" / "adapter_model.safetensors")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory) -> str:
+    """axe-core's source, from npm."""
+    if not shutil.which("npm"):
+        pytest.skip("accessibility not checked: no npm")
+    folder = tmp_path_factory.mktemp("axe")
+    command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "axe-core@4.11.0"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        pytest.skip("accessibility not checked: axe-core could not be installed")
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")

@@ -29,6 +29,8 @@ TRAINING_DEFAULTS = {
     "overwrite_output": False,
     "logging_dir": "./logs",
     "resolution": 512,
+    "check_data": False,
+    "strict": False,
     "skip_bad_images": False,
     "center_crop": False,
     "crop_variants": 4,

@@ -246,7 +246,11 @@ def test_a_caption_of_a_picture_that_is_left_out_is_no_matter(pictures, tmp_path
     assert caption_for(pictures / "megaman_01.png").remark
     dataset.drop({pictures / "megaman_01.png": "gone"})
     write_problems(tmp_path / "dataset_problems.json", dataset)
-    assert listed(tmp_path) == {"left_out": {str(pictures / "megaman_01.png"): "gone"}, "captions": {}}
+    assert listed(tmp_path) == {
+        "left_out": {str(pictures / "megaman_01.png"): "gone"},
+        "captions": {},
+        "made_captions": {},
+    }
 
 
 @given(st.text(max_size=40) | st.text("a\n\r\x1b\x9b\u202e\ud800\u200d🤖 ", max_size=20))

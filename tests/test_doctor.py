@@ -1,0 +1,510 @@
+"""The dataset doctor: planted faults are found, good pictures are left in peace, what people write stays text."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import doctor as benchmark
+
+from megaman.appearance import SMALL, Appearance, appearance, appearances, sharpness
+from megaman.dataset import MegaManDataset
+from megaman.doctor import BLURRED, Report, examine, shape
+from megaman.duplicates import near_duplicates
+from megaman.errors import UserError
+from megaman.findings import Finding
+from megaman.report import DATA, MARK, NAMES, PAGE, lines, write_report
+from megaman.wording import estimated_tokens, likely_slips, terms, twice_in_one
+
+DEMO = ROOT / "demo" / "images"
+
+
+def look_at(folder: Path, resolution: int = 64, trigger: str | None = None) -> Report:
+    dataset = MegaManDataset(folder, None, resolution)
+    dataset.check()
+    return examine(dataset, resolution, trigger)
+
+
+def kinds(report: Report) -> dict[str, Finding]:
+    return {finding.kind: finding for finding in report.findings}
+
+
+def write(folder: Path, name: str, image: Image.Image, caption: str | None = None, **how) -> None:
+    image.save(folder / name, **how)
+    if caption is not None:
+        (folder / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+def scene(number: int, side: int = 256) -> Image.Image:
+    """A drawing unlike that of any other number."""
+    return benchmark.drawing(number, np.random.default_rng(number)).resize((side, side), Image.Resampling.BOX)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Six good pictures with captions that differ."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    poses = ["standing, city", "running, snow", "jumping, sunset", "waving, hills", "kneeling, brick", "sitting, sea"]
+    for number, pose in enumerate(poses):
+        write(place, f"hero_{number}.png", scene(number), f"volto, blue robot, {pose}")
+    return place
+
+
+# Blur.
+
+
+def blurred(image: Image.Image, radius: float) -> np.ndarray:
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)).convert("L"))
+
+
+def photo(chance: np.random.Generator, side: int = 512) -> Image.Image:
+    """Noise whose amplitude falls as 1/f, as that of photographs does."""
+    f = np.fft.fftfreq(side)
+    radius = np.hypot(f[:, None], f[None])
+    radius[0, 0] = 1
+    waves = np.fft.ifft2(np.exp(2j * np.pi * chance.random((side, side))) / radius).real
+    return Image.fromarray((128 + 50 * waves / waves.std()).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+SHARP = {
+    **{path.stem: path for path in sorted(DEMO.glob("*.png"))[::7]},
+    "drawing": scene(3, 512),
+    "leaves": benchmark.leaves(0, np.random.default_rng(5)),
+    "photo-like": photo(np.random.default_rng(1)),
+    "text": ImageOps.invert(Image.new("RGB", (512, 512))),
+}
+ImageDraw.Draw(SHARP["text"]).text((100, 100), "hello", fill="black")
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_blurred_copies_are_told_from_the_sharp_original(name):
+    image = SHARP[name] if isinstance(SHARP[name], Image.Image) else Image.open(SHARP[name]).convert("RGB")
+    assert sharpness(np.asarray(image.convert("L"))) > 2 * BLURRED
+    radius = 8 if name == "text" else 4  # thin strokes are sharper than edges at the same blur
+    for size in (radius, 3 * radius):
+        soft = sharpness(blurred(image, size))
+        assert soft is None if name == "text" and size > 8 else soft < BLURRED
+
+
+@pytest.mark.parametrize("name", ["flat", "gradient", "radial", "soft shading", "dark"])
+def test_flat_and_smooth_pictures_are_not_called_blurred(name):
+    rows, columns = np.mgrid[:512, :512]
+    gray = {
+        "flat": np.full((512, 512), 90),
+        "gradient": columns // 2,
+        "radial": 255 - np.hypot(rows - 256, columns - 256).clip(0, 255),
+        "soft shading": 128 + 100 * np.sin(columns / 90) * (np.hypot(rows - 256, columns - 256) < 180),
+        "dark": np.asarray(scene(3, 512).convert("L")) // 8,
+    }[name]
+    value = sharpness(gray.astype(np.uint8))
+    assert value is None or value > BLURRED
+
+
+def test_a_sharp_figure_before_a_soft_background_is_sharp():
+    leaves = benchmark.leaves(0, np.random.default_rng(5))
+    mask = Image.new("L", leaves.size)
+    ImageDraw.Draw(mask).ellipse((150, 150, 330, 330), fill=255)
+    portrait = Image.composite(leaves, leaves.filter(ImageFilter.GaussianBlur(8)), mask)
+    assert sharpness(np.asarray(portrait.convert("L"))) > BLURRED > sharpness(blurred(leaves, 8))
+
+
+def test_a_large_picture_is_judged_at_the_training_size(tmp_path):
+    write(tmp_path, "large.png", scene(2, 1024).filter(ImageFilter.GaussianBlur(6)))
+    assert (
+        appearance(tmp_path / "large.png", 1024).sharpness < BLURRED < appearance(tmp_path / "large.png", 128).sharpness
+    )
+
+
+# Near-duplicates.
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[dict, dict[str, str]]:
+    """A small round of the benchmark: 120 pictures of its kinds, a third with a near-duplicate, two blurred."""
+    folder = tmp_path_factory.mktemp("planted")
+    made = {}
+    for number in range(120):
+        made |= benchmark.make(number, folder, copies=40, blurred=2)
+    write_report(folder.parent / "out", look_at(folder, 512))
+    return json.loads((folder.parent / "out" / DATA).read_text(encoding="utf-8")), made
+
+
+def test_planted_near_duplicates_are_found_and_no_others(planted):
+    result = benchmark.judge(*planted)
+    assert Counter(planted[1].values()).keys() == {change.__name__ for change in benchmark.COPIES} | {"blurred"}
+    assert (result["found_pairs"], result["missed_files"]) == (40, [])
+    assert result["false_examples"] == []
+    assert (result["blurred_found"], result["blurred_false"]) == (2, 0)
+
+
+def test_the_report_says_how_two_differ(tmp_path):
+    original = scene(7)
+    write(tmp_path, "a.png", original)
+    write(tmp_path, "b_mirrored.png", ImageOps.mirror(original))
+    write(tmp_path, "c_cropped.png", original.crop((16, 12, 256, 248)))
+    write(tmp_path, "d_resized.jpg", original.resize((170, 170)), quality=50)
+    pairs = {tuple(sorted((a[0], b[0]))): how for a, b, how in kinds(look_at(tmp_path))["duplicates"].pairs}
+    assert (pairs["a", "b"], pairs["a", "c"], pairs["a", "d"]) == ("mirrored", "cropped", "resized")
+    (group,) = kinds(look_at(tmp_path))["duplicates"].groups()
+    assert len(group) == 4
+
+
+def test_one_background_with_other_figures_is_no_duplicate(tmp_path):
+    for number in range(12):
+        image = scene(1)
+        ImageDraw.Draw(image).ellipse(
+            (100, 60, 150, 110 + 3 * number), fill=benchmark.colour(np.random.default_rng(number))
+        )
+        write(tmp_path, f"{number}.png", image)
+    assert "duplicates" not in kinds(look_at(tmp_path))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_equal_pictures_are_paired_however_many_and_flat(count):
+    pairs = near_duplicates(np.full((count, SMALL, SMALL, 3), 90, np.uint8))
+    assert all(pair.first < pair.second and not pair.mirrored and not pair.cropped for pair in pairs)
+    assert {number for pair in pairs for number in pair[:2]} == set(range(count if count > 1 else 0))
+
+
+def test_plain_grounds_of_other_colours_are_no_duplicates():
+    flat = np.array([[90, 90, 90], [90, 110, 90], [110, 90, 90], [255, 255, 255]], np.uint8)
+    assert near_duplicates(np.tile(flat[:, None, None], (1, SMALL, SMALL, 1))) == []
+
+
+# Pictures and sizes.
+
+
+def test_processes_see_what_one_sees(folder):
+    files = sorted(folder.glob("*.png"))
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    files.append(folder / "broken.jpg")
+    one, several = (list(appearances(files, 64, processes)) for processes in (1, 2))
+    assert [look.problem for look in several] == [None] * 6 + [one[-1].problem]
+    for a, b in zip(one[:-1], several[:-1], strict=True):
+        assert a._replace(small=None) == b._replace(small=None) and (a.small == b.small).all()
+
+
+def test_a_jpeg_is_decoded_no_larger_than_needed(tmp_path):
+    write(tmp_path, "a.jpg", scene(1, 2048), quality=90)
+    look = appearance(tmp_path / "a.jpg", 128)
+    assert (look.width, look.height) == (2048, 2048)
+    assert isinstance(look, Appearance) and Image.open(io.BytesIO(look.preview)).size == (144, 144)
+
+
+def test_every_kind_of_bad_picture_is_named_once(folder):
+    (folder / "broken.png").write_bytes((folder / "hero_0.png").read_bytes()[:500])
+    (folder / "text.jpg").write_text("hello")
+    (folder / "photo.heic").write_bytes(b"x")
+    write(folder, "icon.png", scene(20, 24), "volto, icon")
+    write(folder, "smaller.png", scene(21, 200), "volto, smaller")
+    write(folder, "banner.png", scene(22, 512).crop((0, 0, 512, 280)), "volto, banner")
+    write(folder, "soft.png", scene(23).filter(ImageFilter.GaussianBlur(6)), "volto, soft")
+    found = kinds(look_at(folder, 256))
+    assert set(found["unreadable"].files) == {"broken.png", "text.jpg", "photo.heic"}
+    assert "damaged" in found["unreadable"].details["broken.png"]
+    assert (found["tiny"].files, found["small"].files) == (["icon.png"], ["smaller.png"])
+    assert (found["long"].files, found["blurred"].files) == (["banner.png"], ["soft.png"])
+    assert found["tiny"].wrong and not found["small"].wrong and not found["long"].wrong
+    for finding in found.values():
+        assert finding.remedy and not finding.title.endswith(".")
+
+
+@pytest.mark.parametrize(("size", "name"), [((512, 512), "1:1"), ((512, 768), "2:3"), ((1920, 1080), "16:9"),
+                                            ((100, 400), "1:3"), ((1000, 990), "1:1")])  # fmt: skip
+def test_shapes_are_the_usual_ratios(size, name):
+    assert shape(*size) == name
+
+
+def test_a_repeated_picture_is_no_duplicate_of_itself(folder):
+    dataset = MegaManDataset(folder, None, 64)
+    for part in (dataset.pictures, dataset.captions, dataset.found, dataset.remarks):
+        part += part
+    report = examine(dataset, 64)
+    assert len(report.pictures) == 6 and not report.wrong
+
+
+# Captions.
+
+
+def test_good_data_has_nothing_wrong(folder):
+    report = look_at(folder)
+    assert not report.wrong and report.trigger == "volto"
+    assert set(kinds(report)) <= {"in_every", "in_one"}
+    assert "nothing wrong" in lines(report)[-1]
+
+
+def test_the_demo_has_few_findings_and_nothing_wrong():
+    report = look_at(DEMO)
+    assert (report.wrong, set(kinds(report))) == (False, {"no_trigger", "in_one"})
+    assert len(lines(report)) < 12
+
+
+def test_every_fault_of_a_caption_is_found(folder):
+    spoil_captions(folder)
+    found = kinds(look_at(folder))
+    assert found["no_caption"].files == ["hero_0.png"]
+    assert found["empty_caption"].files == ["hero_1.png"] and "no text" in found["empty_caption"].details["hero_1.png"]
+    assert found["doubled_caption"].files == ["hero_2.png", "hero_3.png"]
+    assert found["long_caption"].files == ["hero_4.png"]
+    assert found["encoding"].files == found["tag_twice"].files == ["hero_5.png"]
+    assert found["tag_twice"].details == {"hero_5.png": "café"}
+
+
+def spoil_captions(folder: Path) -> None:
+    def caption(number: int, text: str | bytes) -> None:
+        (folder / f"hero_{number}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    (folder / "hero_0.txt").unlink()
+    caption(1, " \n")
+    caption(2, "volto, blue robot, waving, hills")  # as the next one
+    caption(4, "volto, blue robot, " + ", ".join(f"tag number {i}" for i in range(30)))
+    caption(5, "volto, café, café, blue robot".encode("cp1252"))
+
+
+def test_one_caption_for_all_may_be_meant(folder):
+    for path in folder.glob("*.txt"):
+        path.write_text("photo of sks dog")
+    found = kinds(look_at(folder))
+    assert not found["doubled_caption"].wrong and len(found["doubled_caption"].files) == 6
+
+
+def test_a_forgotten_trigger_word_is_wrong_and_many_without_it_may_be_meant(folder):
+    for number in range(6, 20):
+        write(folder, f"hero_{number}.png", scene(number), f"volto, blue robot, pose {number}")
+    (folder / "hero_2.txt").write_text("blue robot, jumping")
+    assert kinds(look_at(folder))["no_trigger"].files == ["hero_2.png"]
+    assert kinds(look_at(folder))["no_trigger"].wrong
+    for number in range(6):
+        (folder / f"hero_{number}.txt").write_text(f"red robot, pose {number}")
+    assert not kinds(look_at(folder))["no_trigger"].wrong
+    assert kinds(look_at(folder, trigger="Volto"))["no_trigger"].wrong
+    assert len(kinds(look_at(folder, trigger="nemo"))["no_trigger"].files) == 20
+
+
+def test_no_agreement_is_said(folder):
+    for number, path in enumerate(sorted(folder.glob("*.txt"))):
+        path.write_text(f"{'abcdef'[number]} thing, robot")
+    assert "no_agreement" in kinds(look_at(folder))
+
+
+def test_words_are_counted_where_captions_are_sentences():
+    captions = ["a blue robot stands before the gates of a large city", "the blue robot runs over a hill in the rain"]
+    term, found = terms(captions)
+    assert term == "words" and set(found[0]) & set(found[1]) == {"blue", "robot"}
+    assert terms(["volto, blue robot", "volto, red robot, snow"])[0] == "tags"
+
+
+def test_likely_slips_are_letters_too_many_too_few_or_swapped():
+    often = ["antenna, portrait, tower, robot"] * 5
+    assert likely_slips([*often, "antena, protrait", "robots, power, towel"]) == {
+        "antena": "antenna",
+        "protrait": "portrait",
+    }
+
+
+@given(st.text(max_size=200))
+def test_any_caption_can_be_measured(text):
+    assert estimated_tokens(text) >= 0
+    twice_in_one(terms([text])[1][0])
+    likely_slips([text])
+
+
+@pytest.mark.parametrize(("caption", "tokens"), [
+    ("pixel art, yellow robot, shooting, arm cannon, facing right, green hills background", 17),
+    ("mega man, blue robot, helmet, game character, detailed armor, arm cannon, full body, 2d, pixel art, capcom, "
+     "1987, nes, 8-bit, white background", 41),
+    ("洛克人, 藍色機器人, 頭盔, 遊戲角色", 41), ("photo of sks dog in a bucket", 7),
+])  # fmt: skip
+def test_estimates_are_near_clips_own_count(caption, tokens):
+    assert abs(estimated_tokens(caption) - tokens) <= 0.2 * tokens
+
+
+# The report.
+
+
+def test_the_console_page_stays_short_with_every_finding_there_is(folder):
+    test_every_kind_of_bad_picture_is_named_once(folder)
+    spoil_captions(folder)
+    report = look_at(folder, 256)
+    assert len(report.findings) >= 12
+    told = lines(report)
+    assert len(told) <= 39 and max(map(len, told)) <= 128
+
+
+def test_a_strangers_file_is_never_overwritten(folder, tmp_path):
+    report, out = look_at(folder), tmp_path / "out"
+    for name in (PAGE, DATA):
+        out.mkdir(exist_ok=True)
+        (out / name).write_text("mine", encoding="utf-8")
+        with pytest.raises(UserError, match=name):
+            write_report(out, report)
+        assert (out / name).read_text(encoding="utf-8") == "mine" and len(list(out.iterdir())) == 1
+        (out / name).unlink()
+    write_report(out, report)
+    write_report(out, report)  # its own is replaced
+    assert {path.name for path in out.iterdir()} == {PAGE, DATA}
+    assert MARK in (out / PAGE).read_text(encoding="utf-8")
+
+
+NASTY = "<img src=x onerror=alert(1)>\"'&amp;{{ 7 * 7 }}</style><script>parent.x = 1"
+
+
+@pytest.fixture
+def nasty(folder) -> Path:
+    """Markup wherever a person can put it: in a name, a caption, the trigger word, a tag."""
+    name = NASTY.replace("/", "") if os.name == "posix" else "a & b"
+    write(folder, f"{name}.png", scene(30), f"{NASTY}, robot, {NASTY}")
+    write(folder, "#1 100% 洛克人.png", scene(31), f"volto, {NASTY}")
+    write(folder, "soft.png", scene(32).filter(ImageFilter.GaussianBlur(6)))
+    write(folder, "twin.png", ImageOps.mirror(scene(1)))
+    (folder / "bad <b>.png").write_text("no picture") if os.name == "posix" else None
+    return folder
+
+
+def test_names_and_captions_are_text_and_never_markup(nasty, tmp_path):
+    write_report(tmp_path / "out", look_at(nasty, trigger=NASTY))
+    page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    assert "<script" not in page and "<img src=x" not in page and page.count("<style>") == page.count("</style>") == 1
+    assert "49" not in page.split("</style>")[1].split("{{")[0][:2000] and "{{ 7 * 7 }}" in page
+    data = json.loads((tmp_path / "out" / DATA).read_text(encoding="utf-8"))
+    assert data["trigger_word"] == NASTY and data["wrong"]
+
+
+def test_every_kind_has_a_short_name():
+    sources = [(ROOT / "megaman" / f"{name}.py").read_text(encoding="utf-8") for name in ("doctor", "wording")]
+    assert {kind for source in sources for kind in re.findall(r'Finding\(\s*"(\w+)"', source)} == set(NAMES)
+
+
+def test_json_holds_it_all(nasty, tmp_path):
+    report = look_at(nasty)
+    write_report(tmp_path / "out", report)
+    data = json.loads((tmp_path / "out" / DATA).read_text(encoding="utf-8"))
+    assert [finding["kind"] for finding in data["findings"]] == [finding.kind for finding in report.findings]
+    assert len(data["pictures"]) == len(report.pictures)
+    by_path = {picture["path"]: picture for picture in data["pictures"]}
+    for finding in data["findings"]:
+        assert all(finding["kind"] in by_path[path]["findings"] for path in finding["files"])
+    assert sum(data["shapes"].values()) == sum(picture["width"] > 0 for picture in data["pictures"])
+
+
+# The script.
+
+
+def test_check_data_needs_no_torch_and_says_by_its_exit_code_what_it_found(run_script, folder, tmp_path):
+    code = (
+        "import json, sys, megaman_lora; code = megaman_lora.main(sys.argv[1:]); "
+        "print(json.dumps([code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules))]))"
+    )
+
+    def check(*flags: str) -> list:
+        done = run_script(["-c", code, "--check_data", "--data_dir", folder, "--resolution", 64, *flags], tmp_path)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    assert check() == check("--strict") == [0, []]
+    (folder / "broken.png").write_bytes(b"no")
+    assert check() == [0, []]
+    assert check("--strict", "--output_dir", "elsewhere") == [1, []]
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {PAGE, DATA}
+    assert {path.name for path in (tmp_path / "megaman_lora_output").iterdir()} == {PAGE, DATA}
+
+
+def test_a_folder_of_nothing_but_bad_files_is_reported(run_script, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no")
+    done = run_script(["megaman_lora.py", "--check_data", "--strict", "--data_dir", "bad"], tmp_path)
+    assert (done.returncode, done.stderr) == (1, "") and "a.png" in done.stdout
+
+
+def test_strict_without_pictures_is_no_success(run_script, tmp_path):
+    done = run_script(["megaman_lora.py", "--check_data", "--strict"], tmp_path)
+    assert done.returncode == 1 and "no pictures yet" in done.stdout
+
+
+def test_a_report_does_not_stand_in_the_way_of_a_training(folder, tmp_path):
+    from megaman.output import open_output
+
+    write_report(tmp_path / "out", look_at(folder))
+    assert open_output(tmp_path / "out", None, False) == (None, [])
+
+
+# In a real browser, from the disk.
+
+if os.name == "posix":
+    from browser import CHROMIUM, Visit, chromium
+else:
+    CHROMIUM = None
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="page not opened: no chromium or google-chrome")
+
+
+@pytest.fixture(scope="module")
+def the_browser():
+    with chromium() as running:
+        yield running
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(360, True), (1280, False)])
+def test_a_browser_shows_the_page_from_the_disk(the_browser, nasty, tmp_path, width, dark):
+    report = look_at(nasty, 256)
+    write_report(tmp_path / "out", report)
+    visit = Visit(the_browser, tmp_path / "out" / PAGE, width, dark=dark)
+    visit.do("document.querySelectorAll('img').forEach((image) => { image.loading = 'eager'; })")
+    visit.wait_for("[...document.images].every((image) => image.naturalWidth > 0)")
+    assert visit.do("document.documentElement.scrollWidth") <= width
+    shown = visit.do("[...document.querySelectorAll('.sheet .name')].map((name) => name.textContent)")
+    assert sorted(shown) == sorted(picture.path for picture in report.pictures)
+    assert visit.do("[...document.querySelectorAll('.finding')].map((finding) => finding.id)") == [
+        finding.kind for finding in report.findings
+    ]
+    links = visit.do("[...document.querySelectorAll('.sheet a.picture')].map((link) => link.href)")
+    assert {Path(unquote(urlsplit(link).path)) for link in links} == {p.file for p in report.readable}
+    assert visit.complaints() == [] and visit.requests() <= {"file", "data"}
+    visit.close()
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_accessibility(the_browser, nasty, tmp_path, axe, dark):
+    write_report(tmp_path / "out", look_at(nasty, 256))
+    visit = Visit(the_browser, tmp_path / "out" / PAGE, dark=dark)
+    visit.do("for (const card of document.querySelectorAll('.sheet figure')) card.style.contentVisibility = 'visible'")
+    visit.do(axe + "; 0")
+    assert visit.do("axe.run().then(({passes}) => passes.length)") > 20, "something was looked at"
+    assert (
+        visit.do("""axe.run().then(({violations}) => violations
+        .filter(({impact}) => ["serious", "critical"].includes(impact))
+        .map(({id, nodes}) => [id, nodes.map((node) => node.html.slice(0, 200) + node.failureSummary)]))""")
+        == []
+    )
+    visit.close()
+
+
+def test_a_shared_policy_allows_the_page_no_script(folder, tmp_path):
+    write_report(tmp_path / "out", look_at(folder))
+    page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    assert "default-src &#39;none&#39;" in page and "script-src &#39;none&#39;" in page and "/* page.css */" not in page
+
+
+def test_the_folder_itself_is_left_as_it_was(folder, tmp_path):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    shutil.copytree(folder, tmp_path / "copy")
+    write_report(tmp_path / "out", look_at(folder))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -1,0 +1,394 @@
+"""Layouts: however the same pictures and captions lie in a folder, the same pairs come out, and what is off is said."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from megaman import imagefolder
+from megaman.captions import caption_from_name
+from megaman.dataset import MegaManDataset
+from megaman.imagefolder import Row, inner_path, parse_csv, parse_jsonl, read_metadata
+from megaman.layouts import MOST_REMARKS
+from megaman.problems import write_problems
+
+PICTURES = sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:24]
+PAIRS = {(path.read_bytes(), path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in PICTURES}
+
+
+def caption_of(picture: Path) -> str:
+    return picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
+
+
+def place(folder: Path, where=lambda number: "", suffix: str = "") -> dict[str, str]:
+    """Copy the 24 pictures into subfolders, with captions beside them where a suffix is given; {path: caption}."""
+    placed = {}
+    for number, picture in enumerate(PICTURES):
+        target = folder / where(number) / picture.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, target)
+        if suffix:
+            target.with_suffix(suffix).write_text(caption_of(picture), encoding="utf-8")
+        placed[target.relative_to(folder).as_posix()] = caption_of(picture)
+    return placed
+
+
+def write_jsonl(path: Path, placed: dict[str, str], key: str = "text", **more) -> None:
+    lines = [json.dumps({"file_name": name, key: caption, **more}) for name, caption in placed.items()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, placed: dict[str, str], key: str = "text", delimiter: str = ",", encoding="utf-8") -> None:
+    with open(path, "w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=delimiter).writerows(
+            [["file_name", "size", key], *([n, 64, c] for n, c in placed.items())]
+        )
+
+
+def flat(folder):
+    place(folder, suffix=".txt")
+
+
+def dot_caption(folder):
+    place(folder, suffix=".caption")
+
+
+def capitals(folder):
+    place(folder, suffix=".TXT")
+
+
+def subfolders(folder):
+    place(folder, lambda number: ("", "poses", "poses/running", "2024_summer")[number % 4], ".txt")
+
+
+def kohya(folder):
+    place(folder, lambda number: ("10_volto", "3_volto robot")[number % 2], ".txt")
+
+
+def jsonl(folder):
+    write_jsonl(folder / "metadata.jsonl", place(folder))
+
+
+def jsonl_caption(folder):
+    write_jsonl(folder / "metadata.jsonl", place(folder), "caption", additional_feature=[1, {"a": None}], text=None)
+
+
+def jsonl_above(folder):
+    write_jsonl(folder / "metadata.jsonl", place(folder, lambda number: f"train/{number % 3}"))
+
+
+def jsonl_backslashes(folder):
+    placed = place(folder, lambda number: f"train/{number % 3}")
+    write_jsonl(folder / "metadata.jsonl", {".\\" + name.replace("/", "\\"): said for name, said in placed.items()})
+
+
+def jsonl_in_each(folder):
+    placed = place(folder, lambda number: ("a", "b")[number % 2])
+    for part in "ab":
+        own = {Path(name).name: said for name, said in placed.items() if name.startswith(part)}
+        write_jsonl(folder / part / "metadata.jsonl", own)
+
+
+def csv_comma(folder):
+    write_csv(folder / "metadata.csv", place(folder))
+
+
+def csv_spreadsheet(folder):
+    write_csv(folder / "metadata.csv", place(folder, lambda number: "train"), "caption", ";", "utf-8-sig")
+
+
+def jsonl_utf_16(folder):
+    jsonl(folder)
+    path = folder / "metadata.jsonl"
+    path.write_bytes(path.read_text(encoding="utf-8").encode("utf-16"))
+
+
+def mixed(folder):
+    """Eight by a metadata file, eight with .txt, eight with .caption."""
+    placed = place(folder)
+    for number, (name, said) in enumerate(placed.items()):
+        if number >= 8:
+            (folder / name).with_suffix((".txt", ".caption")[number % 2]).write_text(said, encoding="utf-8")
+    write_jsonl(folder / "metadata.jsonl", dict(list(placed.items())[:8]))
+
+
+LAYOUTS = [flat, dot_caption, capitals, subfolders, kohya, jsonl, jsonl_caption, jsonl_above, jsonl_backslashes,
+           jsonl_in_each, csv_comma, csv_spreadsheet, jsonl_utf_16, mixed]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_every_layout_gives_the_same_pairs(tmp_path, layout):
+    assert len(PAIRS) == 24
+    layout(tmp_path)
+    dataset = MegaManDataset(tmp_path, None)
+    pairs = [(path.read_bytes(), said) for path, said in zip(dataset.pictures, dataset.captions, strict=True)]
+    assert len(pairs) == 24 and set(pairs) == PAIRS
+    assert all(dataset.found) and dataset.problems == {} and dataset.notes == [] and dataset.remarks == [None] * 24
+
+
+def test_what_was_found_is_said(tmp_path):
+    mixed(tmp_path)
+    dataset = MegaManDataset(tmp_path, None, repeats=2)
+    assert dataset.describe() == [
+        f"pictures   24 in {tmp_path}",
+        "captions   8 from metadata.jsonl, 8 from .txt files, 8 from .caption files",
+        f"repeats    {tmp_path.name} x 2: 48 pictures an epoch",
+    ]
+
+
+def test_kohyas_folders_have_repeats(tmp_path):
+    kohya(tmp_path)
+    dataset = MegaManDataset(tmp_path, None)
+    of = {path.parent.name: repeats for path, repeats in zip(dataset.pictures, dataset.repeats, strict=True)}
+    assert of == {"10_volto": 10, "3_volto robot": 3}
+    assert MegaManDataset(tmp_path, None, repeats=2).repeats == [2 * count for count in dataset.repeats]
+    epoch = dataset.epoch()
+    assert [epoch.count(index) for index in range(24)] == dataset.repeats and len(epoch) == 12 * 13
+    assert dataset.describe()[2] == "repeats    3_volto robot x 3, 10_volto x 10: 156 pictures an epoch"
+    dataset.drop({dataset.pictures[0]: "gone"})
+    assert len(dataset.repeats) == len(dataset.sources) == len(dataset.folders) == 23
+    assert sum(len(captions) for _, captions in dataset.by_folder().values()) == 23
+
+
+def test_without_a_caption_file_the_name_of_kohyas_folder_is_the_caption(tmp_path):
+    place(tmp_path, lambda number: ("10_volto, blue_robot", "5_", "0_away", "9999_volto", "plain")[min(number, 4)])
+    nested = tmp_path / "10_volto, blue_robot" / "running"
+    nested.mkdir()
+    shutil.copy(PICTURES[0], nested / "again.png")
+    (nested / "again.txt").touch()
+    dataset = MegaManDataset(tmp_path, None)
+    said = {path.relative_to(tmp_path).parts[0]: (caption, count, source)
+            for path, caption, count, source in zip(dataset.pictures, dataset.captions, dataset.repeats,
+                                                    dataset.sources, strict=True)}  # fmt: skip
+    assert said == {
+        "10_volto, blue_robot": ("volto, blue_robot", 10, "made from folder names"),
+        "5_": (caption_from_name(PICTURES[1]), 5, "made from file names"),
+        "9999_volto": (caption_from_name(PICTURES[3]), 1, "made from file names"),
+        "plain": (caption_from_name(PICTURES[-1]), 1, "made from file names"),
+    }
+    assert not any(dataset.found), "no caption was written"
+    (reason,) = dataset.problems.values()
+    assert "0_away" in reason
+    (remark,) = filter(None, dataset.remarks)
+    assert remark == (nested / "again.txt", "holds no text: the caption was made from the folder's name")
+
+
+def test_the_folder_that_is_named_itself_has_no_number(tmp_path):
+    folder = tmp_path / "10_volto"
+    flat(folder)
+    assert set(MegaManDataset(folder, None).repeats) == {1}
+
+
+def test_one_extension_alone(tmp_path):
+    place(tmp_path, suffix=".txt")
+    first = tmp_path / PICTURES[0].name
+    first.with_suffix(".caption").write_text("the other", encoding="utf-8")
+    assert MegaManDataset(tmp_path, None).captions[0] == caption_of(PICTURES[0])
+    dataset = MegaManDataset(tmp_path, None, caption_extension=".caption")
+    assert dataset.captions[0] == "the other" and sum(dataset.found) == 1
+    assert dataset.describe()[1] == "captions   23 made from file names, 1 from .caption files"
+
+
+def test_pictures_without_a_caption_are_counted_and_named(tmp_path):
+    place(tmp_path, suffix=".txt")
+    (tmp_path / PICTURES[3].name).with_suffix(".txt").unlink()
+    dataset = MegaManDataset(tmp_path, None)
+    lines = write_problems(tmp_path / "out.json", dataset)
+    assert len(lines) == 1 and "1 made from names" in lines[0]
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    picture = tmp_path / PICTURES[3].name
+    assert content["made_captions"] == [{"path": str(picture), "caption": caption_from_name(picture)}]
+
+
+def test_what_a_metadata_file_names_wrongly_is_told_by_line(tmp_path):
+    outside = tmp_path / "outside.png"
+    shutil.copy(PICTURES[0], outside)
+    folder = tmp_path / "data"
+    place(folder, lambda number: ("", "sub")[number % 2])
+    a, b, c, d = (picture.name for picture in PICTURES[:4])
+    (folder / "sub" / "loop.png").symlink_to(outside)
+    (folder / "notes.txt").write_text("no picture")
+    rows = [
+        {"file_name": a, "text": "one"},
+        "no json",
+        {"file_name": "../outside.png", "text": "two"},
+        {"file_name": str(outside), "text": "three"},
+        {"file_name": "C:\\pictures\\a.png", "text": "four"},
+        {"file_name": "sub/loop.png", "text": "five"},
+        {"file_name": "gone.png", "text": "six"},
+        {"file_name": a, "text": "seven"},
+        {"file_name": "notes.txt", "text": "eight"},
+        ["a list"],
+        {"text": "nine"},
+        {"file_name": f"sub/{b}", "text": " "},
+        {"file_name": c, "caption": "ten"},
+    ]
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "sub" / d).with_suffix(".txt").write_text("a file of its own", encoding="utf-8")
+    dataset = MegaManDataset(folder, None)
+    used = {path.name: caption for path, caption in zip(dataset.pictures, dataset.captions, strict=True)}
+    assert used == {a: "one", b: caption_from_name(PICTURES[1]), c: "ten", d: "a file of its own"}
+    told = {int(remark.split(":")[0].removeprefix("line ")) for path, remark in dataset.notes}
+    assert told == {2, 3, 4, 5, 6, 8, 9, 10, 11, 12} and {path.name for path, _ in dataset.notes} == {"metadata.jsonl"}
+    assert dataset.problems[folder / "gone.png"] == "is not there: metadata.jsonl names it in line 7"
+    assert "may not name (line 6)" in dataset.problems[folder / "sub" / "loop.png"]
+    others = {path for path, reason in dataset.problems.items() if "does not name it" in reason}
+    assert len(others) == 20 and len(dataset.problems) == 22
+
+
+def test_metadata_counts_before_a_caption_file_and_the_difference_is_said(tmp_path):
+    placed = place(tmp_path, suffix=".txt")
+    write_jsonl(tmp_path / "metadata.jsonl", {name: f"{caption}!" for name, caption in placed.items()})
+    dataset = MegaManDataset(tmp_path, None)
+    assert dataset.captions == [f"{caption_of(path)}!" for path in PICTURES]
+    remark = "says something else than metadata.jsonl, which counts"
+    assert dataset.remarks == [((tmp_path / path.name).with_suffix(".txt"), remark) for path in PICTURES]
+
+
+def test_a_table_that_is_not_imagefolders_changes_nothing(tmp_path):
+    place(tmp_path, suffix=".txt")
+    (tmp_path / "metadata.csv").write_text("id,url\n1,somewhere\n", encoding="utf-8")
+    dataset = MegaManDataset(tmp_path, None)
+    assert dataset.captions == [caption_of(path) for path in PICTURES]
+    (note,) = dataset.notes
+    assert "no column file_name" in note[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipes_and_giants_are_not_opened(tmp_path):
+    place(tmp_path, suffix=".txt")
+    os.mkfifo(tmp_path / "metadata.csv")
+    with open(tmp_path / "metadata.jsonl", "wb") as file:
+        file.truncate(imagefolder.LARGEST + 1)
+    dataset = MegaManDataset(tmp_path, None)
+    assert len(dataset) == 24 and all("cannot be read" in remark for _, remark in dataset.notes)
+    assert len(dataset.notes) == 2
+
+
+def test_many_remarks_are_counted(tmp_path):
+    place(tmp_path, suffix=".txt")
+    (tmp_path / "metadata.jsonl").write_text("nonsense\n" * 50, encoding="utf-8")
+    remarks = [remark for _, remark in MegaManDataset(tmp_path, None).notes]
+    assert len(remarks) == MOST_REMARKS + 1 and remarks[-1] == f"and {50 - MOST_REMARKS} lines more"
+
+
+def test_the_digest_tells_other_repeats_and_captions_apart(tmp_path):
+    flat(tmp_path)
+    first = MegaManDataset(tmp_path, None).fingerprint()
+    assert (
+        MegaManDataset(tmp_path, None).fingerprint() == first != MegaManDataset(tmp_path, None, repeats=2).fingerprint()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("a.png", "a.png"), ("sub/a.png", "sub/a.png"), ("sub\\a.png", "sub/a.png"), ("./a.png", "a.png"),
+        ("sub//./a.png", "sub/a.png"), ("..a/a..png", "..a/a..png"), ("../a.png", None), ("sub/../a.png", None),
+        ("sub\\..\\..\\a.png", None), ("/etc/a.png", None), ("\\\\server\\a.png", None), ("C:\\a.png", None),
+        ("c:a.png", None), (".", None),
+    ],
+)  # fmt: skip
+def test_paths_stay_inside(name, path):
+    inner = inner_path(name)
+    assert (inner and inner.as_posix()) == path
+
+
+@given(st.text(max_size=30))
+def test_no_path_leaves_the_folder(name):
+    inner = inner_path(name)
+    assert inner is None or not (inner.is_absolute() or ".." in inner.parts)
+
+
+NAME = st.text("ab1 _-.é洛/", min_size=1, max_size=12).filter(str.strip)
+WORDS = st.text("ab,;\" '\tö洛\u2028", max_size=20)
+
+
+@given(st.lists(st.tuples(NAME, WORDS), min_size=1, max_size=6), st.sampled_from(["text", "caption"]))
+def test_jsonl_comes_back(rows, key):
+    lines = [json.dumps({"n": 1, "file_name": name, key: said}, ensure_ascii=False) for name, said in rows]
+    found = parse_jsonl("\r\n".join(lines))
+    assert found.remarks == []
+    wanted = [(name.strip(), " ".join(said.split())) for name, said in rows]
+    assert [(row.file_name, row.caption) for row in found.rows] == wanted
+    assert [row.line for row in found.rows] == list(range(1, len(rows) + 1))
+
+
+@given(st.lists(st.tuples(NAME, WORDS), min_size=1, max_size=6), st.sampled_from(",;\t"))
+def test_csv_comes_back(rows, delimiter):
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows([["file_name", "n", "text"], *([n, 1, said] for n, said in rows)])
+    found = parse_csv(file.getvalue())
+    assert found.remarks == []
+    assert [(row.file_name, row.caption) for row in found.rows] == [(n.strip(), " ".join(s.split())) for n, s in rows]
+
+
+LINES = ['{"file_name": "a.png", "text": "b"}', '{"file_name": "a.png"', "[]", "x", '{"a": 1}']
+
+
+@given(st.lists(st.sampled_from(LINES), max_size=8))
+def test_a_bad_line_costs_only_itself(lines):
+    found = parse_jsonl("\n".join(lines))
+    good = [number for number, line in enumerate(lines, start=1) if line.endswith('"b"}')]
+    assert [row.line for row in found.rows or []] == good
+    bad = [number for number, line in enumerate(lines, start=1) if number not in good]
+    assert [remark.split(":")[0] for remark in found.remarks] == [f"line {number}" for number in bad]
+
+
+def test_a_quotation_mark_too_few_costs_only_its_line():
+    found = parse_csv('file_name,text\na.png,one\nb.png,"two\nc.png,three\nd.png,"fo"ur\ne.png,"five, ""5"""\n')
+    assert found.rows == [Row(2, "a.png", "one"), Row(4, "c.png", "three"), Row(6, "e.png", 'five, "5"')]
+    assert [remark.split(":")[0] for remark in found.remarks] == ["line 3", "line 5"]
+
+
+@given(st.binary(max_size=200) | st.text('file_name,text"\n;{}[]:a\0', max_size=120).map(str.encode))
+def test_any_bytes_are_read(tmp_path_factory, content):
+    for name in imagefolder.NAMES:
+        path = tmp_path_factory.getbasetemp() / name
+        path.write_bytes(b"file_name,text\n" * name.endswith("csv") + content)
+        found = read_metadata(path)
+        lines = content.count(b"\n") + content.count(b"\r") + 2
+        assert all(1 <= row.line <= lines and row.file_name.strip() for row in found.rows or [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", 'file_name,text\n' + 'a","b\n' * 200_000),
+        ("metadata.csv", 'file_name,text\n' + 'a,"b"c\n' * 200_000),
+        ("metadata.csv", 'file_name,text\n"' + "x" * 2_000_000),
+        ("metadata.jsonl", "[" * 500_000),
+        ("metadata.jsonl", '{"file_name": ' + "9" * 500_000 + "}"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "' + "é" * 600_000 + '"}'),
+        ("metadata.jsonl", "x\n" * 500_000),
+    ],
+    ids=["rows without an end", "bad rows", "one quotation mark", "brackets", "figures", "a long caption", "bad lines"],
+)  # fmt: skip
+def test_hostile_files_end(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content.encode("cp1252"))
+    found = read_metadata(path)
+    assert len(found.remarks) <= imagefolder.MOST_BAD + 2
+
+
+def test_names_that_are_no_unicode_and_names_of_controls(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    rows = ['{"file_name": "a.png", "text": "\\ud800 one\\u0000 \\u001b[2J"}', '{"file_name": "\\ud800.png"}',
+            '{"file_name": "a\\u0000b.png"}', '{"file_name": "\\u001b[2J.png"}',
+            json.dumps({"file_name": "a/" * 4000})]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    dataset = MegaManDataset(tmp_path, None)
+    assert dataset.captions == ["one [2J"]
+    lines = write_problems(tmp_path / "out.json", dataset)
+    assert len(dataset.problems) == 4 and all(line.isprintable() for line in lines)
