@@ -30,7 +30,7 @@ from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json, write_text
 from megaman.names import is_inside, safe_name
-from megaman.options import resuming, training_options
+from megaman.options import BUCKET_FLAGS, bucket_limits, resuming, training_options
 from megaman.output import find_all, new_log_dir, open_output, save_somewhere, step_of
 from megaman.problems import too_bad, write_problems
 from megaman.stops import StopSignal
@@ -69,9 +69,10 @@ def main(argv: list[str]) -> int:
     from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
     from torch.utils.tensorboard import SummaryWriter
 
-    from megaman import cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
+    from megaman import buckets, cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
+    from megaman.batches import Batches, Part
     from megaman.tracking import TrainingLog
     from megaman.validation import Validation
 
@@ -106,7 +107,8 @@ def main(argv: list[str]) -> int:
                   "train_text_encoder": options.train_text_encoder, "data": dataset.fingerprint(),
                   "resolution": options.resolution, "center_crop": options.center_crop,
                   "crop_variants": options.crop_variants, "random_flip": options.random_flip,
-                  "pictures a step": effective}  # fmt: skip
+                  "pictures a step": effective, **{flag: getattr(options, flag) for flag in BUCKET_FLAGS},
+                  "pictures of one bucket": split.size * world if options.enable_bucket else None}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
         raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
     start = saved.step if saved else 0
@@ -116,6 +118,9 @@ def main(argv: list[str]) -> int:
     if remark := moved(options.pretrained_model_name):
         say(f"  {remark}")
     base = load_base(name, placement.dtype)
+    if options.enable_bucket:
+        dataset.buckets = buckets.make_buckets(options.resolution, base.native_size, **bucket_limits(options),
+                                               upscale=not options.bucket_no_upscale)  # fmt: skip
     torch.manual_seed(seed)  # for the LoRA's random half
     add_lora = partial(lora.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
                        dropout=options.lora_dropout)  # fmt: skip
@@ -147,7 +152,12 @@ def main(argv: list[str]) -> int:
 
     # Steps, rate, optimizer.
     epoch = dataset.epoch()
-    total = schedule.total_steps(len(epoch), effective, options.num_train_epochs, options.max_train_steps)
+    sizes = [tuple(base.vae_factor * side for side in reversed(each.shape[2:])) for each in moments]  # width, height
+    batches = Batches(len(epoch), [sizes[i] for i in epoch] if options.enable_bucket else None,
+                      split.size, split.count, world, seed)  # fmt: skip
+    total = schedule.total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
+                                 options.max_train_steps)  # fmt: skip
+    epochs = total * batches.step_length / batches.epoch_length
     if start > total:
         raise UserError(f"{checkpoint} is at step {start}, beyond the {total} of this run", "Raise --max_train_steps")
     warmup_given = "lr_warmup_steps" in options.given
@@ -170,11 +180,15 @@ def main(argv: list[str]) -> int:
     mirrored = " with their mirror images" if options.random_flip else ""
     pictures, *more = dataset.describe()
     say(f"{pictures}, {sum(map(len, moments))} crops{mirrored}", *more, sep="\n")
+    if options.random_flip and (sided := sum(map(dataset.keeps_sides, range(len(dataset))))):
+        say(f"           {sided} are not mirrored: their captions say left or right")
+    if options.enable_bucket:
+        say(f"buckets    {buckets.in_words(sizes)}; {batches.epoch_length} batches an epoch")
     if cut := cache.count_cut(base.tokenizer, dataset.captions):
         say(f"           {cut} captions are longer than {base.tokenizer.model_max_length - 2} tokens and are cut there")
-    say(f"steps      {total} of {effective} pictures ({options.train_batch_size} x "
+    say(f"steps      {total} of {'up to ' * options.enable_bucket}{effective} pictures ({options.train_batch_size} x "
         f"{options.gradient_accumulation_steps} accumulated x {world} process{'es' * (world > 1)}), "
-        f"{total * effective / len(epoch):.1f} epochs, {options.lr_scheduler} rate up to "
+        f"{epochs:.1f} epochs, {options.lr_scheduler} rate up to "
         f"{options.learning_rate:g}{f' and {options.text_encoder_lr:g} (text encoder)' if text_encoder else ''}, "
         f"{warmup} warm-up")  # fmt: skip
     say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}{' (rsLoRA)' * options.use_rslora}, "
@@ -199,8 +213,9 @@ def main(argv: list[str]) -> int:
         for path in leftovers:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-        config = {"settings": settings, "base": name, "total_steps": total, "warmup_steps": warmup,
-                  "device": str(device), "dtype": str(placement.dtype).removeprefix("torch."), "versions": versions,
+        config = {"settings": settings, "base": name, "total_steps": total, "warmup_steps": warmup, "epochs": epochs,
+                  "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes), "device": str(device),
+                  "dtype": str(placement.dtype).removeprefix("torch."), "versions": versions,
                   "python": sys.version.split()[0], "log_dir": str(log_dir)}  # fmt: skip
         write_json(output_dir / "training_config.json", config)
         curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
@@ -238,11 +253,10 @@ def main(argv: list[str]) -> int:
         noise = diffusion.draw_noise(latents.shape, options.noise_offset, generator)
         return latents, noise, diffusion.draw_timesteps(1, base.scheduler.config.num_train_timesteps, generator)
 
-    def micro_batch(number: int) -> torch.Tensor:
+    def micro_batch(part: Part, number: int) -> torch.Tensor:
         """The loss of micro-batch number ... of the run; what is random in it is drawn on the CPU, a picture each."""
-        rows = range(number * split.size, (number + 1) * split.size)
-        indices = [epoch[schedule.picture_at(row, len(epoch), seed)] for row in rows]
-        drawn = [draw(index, schedule.random_for(seed, row)) for index, row in zip(indices, rows, strict=True)]
+        indices = [epoch[place] for place in part.pictures]
+        drawn = [draw(index, schedule.random_for(seed, row)) for index, row in zip(indices, part.numbers, strict=True)]
         latents, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
@@ -261,12 +275,13 @@ def main(argv: list[str]) -> int:
     def accumulate(step: int) -> torch.Tensor:
         """The gradients of one optimizer step; returns its loss."""
         step_loss = torch.zeros((), device=device)
-        for micro in range(split.count):
-            last = micro == split.count - 1
+        parts = batches.parts(step, process, split.size)
+        for micro, part in enumerate(parts):
+            last = micro == len(parts) - 1
             with contextlib.ExitStack() as alone:  # the processes exchange gradients in the last one only
                 for model in [] if last else prepared:
                     alone.enter_context(accelerator.no_sync(model))
-                loss = micro_batch(((step - 1) * split.count + micro) * world + process) / split.count
+                loss = micro_batch(part, ((step - 1) * split.count + micro) * world + process) / part.divisor
                 accelerator.backward(loss)
                 step_loss += loss.detach()
         return step_loss

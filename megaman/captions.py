@@ -19,6 +19,8 @@ INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode's controls, format marks and lone surr
 # Encodings that a text which is not Unicode may be in, by Python's name and the usual one. At a tie the first wins.
 LEGACY = {"cp1252": "Windows-1252", "cp932": "Shift-JIS", "cp950": "Big5"}
 
+# Words that a mirrored picture would belie. "right_arm" and "left-handed" are among them, "bright" is not.
+SIDES = re.compile(r"(?<![a-z])(left|right)(?![a-z])|[左右]", re.IGNORECASE)
 WESTERN = "’‘“”„…–—«»¿¡©®°€™½"  # marks that stand in Western text
 
 
@@ -47,6 +49,11 @@ def caption_for(picture: Path, extension: str | None = None) -> Caption:
         return made._replace(remark=(path, "holds no text: the caption was made from the picture's name"))
     remark = f"is not UTF-8 and was read as {guess}: save it as UTF-8 if that is wrong"
     return Caption(text, True, (path, remark) if guess else None)
+
+
+def tells_a_side(caption: str) -> bool:
+    """Whether the caption says left or right, in English, Chinese or Japanese."""
+    return SIDES.search(caption) is not None
 
 
 def caption_file(picture: Path, extension: str | None = None) -> Path | None:

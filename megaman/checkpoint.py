@@ -136,7 +136,7 @@ def restore(
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Settings in which a checkpoint and this run disagree, as words."""
-    saved = {"train_text_encoder": False, **saved}  # what earlier checkpoints do not tell
+    saved = {"train_text_encoder": False, "enable_bucket": False, **saved}  # what earlier checkpoints do not tell
     return [
         f"{key} was {saved[key]} and is now {wanted[key]}"
         for key in wanted

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaman.buckets import Buckets, Size
+from megaman.captions import tells_a_side
 from megaman.errors import UserError
 from megaman.images import BadImageError, Box, crop_boxes, fit, image_size, open_image
 from megaman.layouts import describe, read_layout
@@ -19,6 +21,8 @@ if TYPE_CHECKING:  # torch is imported where an item is read: counting a folder 
 
 class MegaManDataset:
     """A map-style dataset of the pictures in data_dir and its subfolders, in natural order.
+
+    Items are squares; where buckets is set, each has the size of its picture's bucket.
 
     Args:
         data_dir: the folder.
@@ -54,6 +58,7 @@ class MegaManDataset:
         self.tokenizer = tokenizer
         self.size = size
         self.center_crop = center_crop
+        self.buckets: Buckets | None = None
         entries, self.problems, self.notes = read_layout(self.data_dir, caption_extension, repeats)
         self.pictures = [entry.picture for entry in entries]
         self.captions = [entry.caption.text for entry in entries]
@@ -69,8 +74,9 @@ class MegaManDataset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = open_image(self.pictures[index])
         rng = None if self.center_crop else random.Random()
-        box = crop_boxes(*image.size, count=1, rng=rng)[0]
-        item: dict[str, Any] = {"pixel_values": pixel_values(fit(image, box, self.size))}
+        size = self._size_for(image)
+        box = crop_boxes(*image.size, count=1, rng=rng, shape=size)[0]
+        item: dict[str, Any] = {"pixel_values": pixel_values(fit(image, box, size))}
         if self.tokenizer is None:
             item["caption"] = self.captions[index]
         else:
@@ -130,16 +136,25 @@ class MegaManDataset:
             lines.append(f"repeats    {', '.join(repeated[:8])}{more}: {sum(self.repeats)} pictures an epoch")
         return lines
 
+    def keeps_sides(self, index: int) -> bool:
+        """Whether the picture must not be mirrored, because its caption would be wrong then."""
+        return tells_a_side(self.captions[index])
+
     def variants(self, index: int, crops: int, flip: bool, seed: int) -> list[torch.Tensor]:
         """Every form in which a picture is trained on: its crops (one in the middle, or drawn from the seed), and with
-        flip the mirror image of each; a list of float32 [3, size, size]."""
+        flip the mirror image of each, unless it keeps its sides; a list of float32 [3, H, W] of one size."""
         image = open_image(self.pictures[index])
         name = self.pictures[index].relative_to(self.data_dir).as_posix()
         own = f"{seed} {name}".encode("utf-8", "surrogatepass")  # a name on Linux need not be Unicode
         rng = None if self.center_crop else random.Random(own)
-        boxes: list[Box] = crop_boxes(*image.size, count=crops, rng=rng)
-        upright = [pixel_values(fit(image, box, self.size)) for box in boxes]
-        return upright + ([picture.flip(-1) for picture in upright] if flip else [])
+        size = self._size_for(image)
+        boxes: list[Box] = crop_boxes(*image.size, count=crops, rng=rng, shape=size)
+        upright = [pixel_values(fit(image, box, size)) for box in boxes]
+        mirrored = flip and not self.keeps_sides(index)
+        return upright + ([picture.flip(-1) for picture in upright] if mirrored else [])
+
+    def _size_for(self, image: Image.Image) -> Size:
+        return self.buckets.size_for(*image.size) if self.buckets else (self.size, self.size)
 
 
 def pixel_values(image: Image.Image) -> torch.Tensor:

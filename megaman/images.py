@@ -168,21 +168,29 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop_boxes(width: int, height: int, count: int, rng: random.Random | None) -> list[Box]:
-    """Squares as large as the picture allows: the middle one without rng, else up to count drawn from it.
+def crop_boxes(
+    width: int, height: int, count: int, rng: random.Random | None, shape: tuple[int, int] = (1, 1)
+) -> list[Box]:
+    """Boxes of the shape (width : height) as large as the picture allows: the middle one without rng, else up to count
+    drawn from it.
 
-    A square picture has just one.
+    A picture that has the shape itself has just one.
     """
-    side = min(width, height)
-    slack_x, slack_y = width - side, height - side
+    across, down = shape
+    if width * down >= height * across:
+        box_width, box_height = max(1, (height * across + down // 2) // down), height
+    else:
+        box_width, box_height = width, max(1, (width * down + across // 2) // across)
+    slack_x, slack_y = width - box_width, height - box_height
     if rng is None or not (slack_x or slack_y):
         corners = [(slack_x // 2, slack_y // 2)]
     else:
         corners = [(rng.randint(0, slack_x), rng.randint(0, slack_y)) for _ in range(count)]
-    return [(left, top, left + side, top + side) for left, top in dict.fromkeys(corners)]
+    return [(left, top, left + box_width, top + box_height) for left, top in dict.fromkeys(corners)]
 
 
-def fit(image: Image.Image, box: Box, size: int) -> Image.Image:
-    """Cut out the box and bring it to size x size: area averages to shrink, Lanczos to enlarge, as kohya does."""
-    shrinks = box[2] - box[0] >= size
-    return image.resize((size, size), Image.Resampling.BOX if shrinks else Image.Resampling.LANCZOS, box=box)
+def fit(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """Cut out the box and bring it to size (width, height): area averages to shrink, Lanczos to enlarge, as kohya
+    does."""
+    shrinks = box[2] - box[0] >= size[0] and box[3] - box[1] >= size[1]
+    return image.resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.LANCZOS, box=box)

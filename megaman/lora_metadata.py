@@ -47,6 +47,23 @@ def thumbnail(picture: Path) -> str | None:
     return f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 
+def _buckets(record: Mapping[str, Any] | None, settings: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """What kohya's header tells of buckets; a run without has one, of squares."""
+    square = f"{settings['resolution']}x{settings['resolution']}"
+    pictures = record["pictures"] if record else {square: count}
+    buckets = {
+        str(place): {"resolution": [int(side) for side in size.split("x")], "count": count}
+        for place, (size, count) in enumerate(pictures.items())
+    }
+    return {
+        "ss_enable_bucket": settings["enable_bucket"],
+        "ss_bucket_no_upscale": settings["bucket_no_upscale"],
+        "ss_min_bucket_reso": record["min_bucket_reso"] if record else None,
+        "ss_max_bucket_reso": record["max_bucket_reso"] if record else None,
+        "ss_bucket_info": json.dumps({"buckets": buckets}),
+    }
+
+
 def run_notes(
     config: Mapping[str, Any],
     folders: Mapping[str, tuple[int, Sequence[str]]],
@@ -65,7 +82,6 @@ def run_notes(
     captions = [caption for _, own in folders.values() for caption in own]
     count = sum(repeats * len(own) for repeats, own in folders.values())
     size, steps = settings["resolution"], config["total_steps"]
-    pictures_a_step = settings["train_batch_size"] * settings["gradient_accumulation_steps"]
     dirs = {name: {"n_repeats": repeats, "img_count": len(own)} for name, (repeats, own) in folders.items()}
     trigger, frequency = trigger_words(captions), {name: tags(own) for name, (_, own) in folders.items()}
     notes = {
@@ -73,11 +89,11 @@ def run_notes(
         "ss_num_reg_images": 0,
         "ss_dataset_dirs": json.dumps(dirs),
         "ss_tag_frequency": json.dumps(frequency),
-        "ss_bucket_info": json.dumps({"buckets": {"0": {"resolution": [size, size], "count": count}}}),
+        **_buckets(config["buckets"], settings, count),
         "ss_resolution": f"({size}, {size})",
         "ss_steps": steps,
         "ss_max_train_steps": steps,
-        "ss_epoch": max(1, round(steps * pictures_a_step / max(count, 1))),
+        "ss_epoch": max(1, round(config["epochs"])),
         "ss_batch_size_per_device": settings["train_batch_size"],
         "ss_gradient_accumulation_steps": settings["gradient_accumulation_steps"],
         "ss_gradient_checkpointing": settings["gradient_checkpointing"],

@@ -31,7 +31,8 @@ LICENCES = {
 }
 SETTINGS = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "learning_rate",
             "train_text_encoder", "text_encoder_lr", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps",
-            "resolution", "center_crop", "random_flip", "snr_gamma", "noise_offset", "max_grad_norm")  # fmt: skip
+            "resolution", "enable_bucket", "bucket_no_upscale", "center_crop", "random_flip", "snr_gamma",
+            "noise_offset", "max_grad_norm")  # fmt: skip
 
 
 def write_card(config: Mapping[str, Any], captions: Sequence[str], found: int, samples: Path) -> dict[str, bytes]:
@@ -69,6 +70,8 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
     images = "\n".join(f"![Sample {number}]({file})" for number, file in enumerate(samples, start=1))
     rows = [(flag, settings[flag]) for flag in SETTINGS if settings.get(flag) not in (None, False, 0)]
     rows += [("steps", config["total_steps"]), ("warm-up steps", config["warmup_steps"])]
+    if config["buckets"]:
+        rows.append(("buckets", ", ".join(f"{size}: {count}" for size, count in config["buckets"]["pictures"].items())))
     rows += [("precision", config["dtype"]), ("seed", settings["seed"])]
     table = "\n".join("| {} | {} |".format(flag, code(value).replace("|", "\\|")) for flag, value in rows)
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())

@@ -6,6 +6,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
+from megaman import buckets
 from megaman.commandline import (
     SEED,
     Parser,
@@ -34,6 +35,7 @@ COUNT = number(int, 1, MANY)
 COUNT_OR_ZERO = number(int, 0, MANY)
 SHARE = number(float, 0, 0.999999)
 RATE = number(float, 0, 1, exclusive=True)
+BUCKET_FLAGS = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
 
 
 def training_parser() -> Parser:
@@ -70,7 +72,14 @@ def training_parser() -> Parser:
     add("--skip_bad_images", action="store_true", help="train even where most of the pictures cannot be used")
     add("--center_crop", action="store_true", help="crop the middle; otherwise at random")
     add("--crop_variants", type=number(int, 1, 64), default=4, help="random crops kept of a picture that is not square")
-    add("--random_flip", action="store_true", help="mirror pictures at random")
+    add("--random_flip", action="store_true", help="mirror pictures at random, unless the caption says left or right")
+    add("--enable_bucket", action="store_true", help="train on pictures in their own shape, in aspect-ratio buckets")
+    add("--min_bucket_reso", type=side, help="shortest side of a bucket (default: half of the base's size)")
+    add("--max_bucket_reso", type=side, help="longest side of a bucket (default: twice the base's size)")
+    add(
+        "--bucket_reso_steps", type=side, help="what the sides are multiples of (default: an eighth of the base's size)"
+    )
+    add("--bucket_no_upscale", action="store_true", help="small pictures get buckets of their own instead of enlarging")
     add("--train_batch_size", type=number(int, 1, 4096), default=1, help="pictures a forward pass and device")
     add("--gradient_accumulation_steps", type=number(int, 1, 65536), default=1, help="forward passes an optimizer step")
     add("--num_train_epochs", type=number(int, 1, 10**6), default=100, help="times every picture is seen")
@@ -159,6 +168,11 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
         )
     if options.center_crop and options.crop_variants > 1 and "crop_variants" in options.given:
         yield "--center_crop and --crop_variants contradict each other: leave one out"
+    for flag in BUCKET_FLAGS:
+        if getattr(options, flag) and not options.enable_bucket:
+            yield f"--{flag} has no effect without --enable_bucket: add that, or leave this out"
+    if options.enable_bucket and (mistake := buckets.contradiction(options.resolution, **bucket_limits(options))):
+        yield ": ".join(mistake)
     if options.num_validation_images == 0:
         for flag in sorted({"validation_steps", "validation_prompt"} & options.given):
             yield f"--{flag} and --num_validation_images 0 contradict each other: leave one out"
@@ -168,6 +182,11 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
         place = getattr(options, flag)
         if re.match(REPLACED, below(place, options.output_dir) or ""):
             yield f"--{flag} {place} is where the run in --output_dir puts its own: name another"
+
+
+def bucket_limits(options: Namespace) -> dict[str, int | None]:
+    """The sides given for the buckets, under the names of make_buckets."""
+    return {"smallest": options.min_bucket_reso, "largest": options.max_bucket_reso, "step": options.bucket_reso_steps}
 
 
 def resuming(argv: list[str]) -> list[str]:

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.captions import COMMON_ENDING, JOINERS, LARGEST_FILE, caption_for, caption_from_name, decode, tidy
+from megaman.captions import (
+    COMMON_ENDING,
+    JOINERS,
+    LARGEST_FILE,
+    caption_for,
+    caption_from_name,
+    decode,
+    tells_a_side,
+    tidy,
+)
 
 
 def read_caption(picture: Path) -> str | None:
@@ -216,3 +225,21 @@ def test_a_file_that_cannot_be_read_gives_the_names_caption_and_is_told_of(tmp_p
 def test_the_largest_caption_is_taken_whole(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a" * LARGEST_FILE)
     assert len(read_caption(tmp_path / "a.png")) == LARGEST_FILE
+
+
+@pytest.mark.parametrize(
+    ("caption", "told"),
+    [
+        ("mega man, arm cannon on his left arm", True),
+        ("Right hand up", True),
+        ("facing LEFT", True),
+        ("left-handed, right_arm", True),
+        ("洛克人, 左手砲", True),
+        ("ロックマン、右向き", True),
+        ("bright background, upright, all rights reserved", False),
+        ("leftover, copyright", False),
+        ("", False),
+    ],
+)
+def test_captions_that_tell_a_side(caption, told):
+    assert tells_a_side(caption) == told

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from megaman.buckets import make_buckets
 from megaman.captions import COMMON_ENDING
 from megaman.dataset import MegaManDataset, pixel_values
 from megaman.errors import UserError
@@ -159,6 +160,31 @@ def test_variants_belong_to_the_seed_and_the_picture_wherever_the_folder_lies(ra
     assert not torch.equal(first, crops(ramps, index=0)), "each picture has its own"
     moved = ramps.rename(tmp_path / "elsewhere")
     assert torch.equal(first, crops(moved, index=1))
+
+
+def test_a_picture_whose_caption_tells_a_side_is_not_mirrored(ramps):
+    (ramps / "1_wide.txt").write_text("robot, cannon on the Left arm")
+    dataset = MegaManDataset(ramps, None, size=32)
+    variants = [dataset.variants(index, 1, True, seed=0) for index in range(3)]
+    assert [len(each) for each in variants] == [1, 2, 2]
+    assert torch.equal(variants[0][0], dataset.variants(0, 1, False, seed=0)[0]), "it stays as it was"
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_in_buckets_a_picture_keeps_its_shape(ramps, center_crop):
+    """Each is trained on in its bucket's size, whole where the shapes are the same, without being stretched."""
+    dataset = MegaManDataset(ramps, None, size=64, center_crop=center_crop)
+    dataset.buckets = make_buckets(64, 64, None, None, None, True)
+    shapes = [(3, 40, 96), (3, 96, 40), (3, 64, 64)]  # 3 : 1, and what is nearest among the multiples of 8
+    for index, shape in enumerate(shapes):
+        variants = dataset.variants(index, 4, False, seed=0)
+        assert {tuple(variant.shape) for variant in variants} == {shape}
+        assert dataset[index]["pixel_values"].shape == shape
+        assert (len(variants) == 1) == (center_crop or index == 2)
+    tall = dataset.variants(1, 1, False, seed=0)[0]
+    assert tall[1, 0].max() < -0.7 or not center_crop, "the top of the picture is there"
+    spans = [float(tall[channel].max() - tall[channel].min()) for channel in (0, 1)]
+    assert spans[0] == pytest.approx(2, abs=0.05) and spans[1] == pytest.approx(2 * 96 / 40 / 3, abs=0.1)
 
 
 def test_captions_are_found_or_made(pictures):

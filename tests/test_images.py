@@ -402,6 +402,17 @@ def test_crops_are_the_largest_squares_within_the_picture(width, height, count, 
         assert boxes == [(0, 0, width, height)]
 
 
+@given(SIDE, SIDE, st.integers(1, 4), st.none() | st.integers(), st.integers(1, 64), st.integers(1, 64))
+def test_crops_of_any_shape_are_as_large_as_the_picture_allows(width, height, count, seed, across, down):
+    boxes = crop_boxes(width, height, count, None if seed is None else random.Random(seed), (across, down))
+    assert 1 <= len(boxes) <= count and len(set(boxes)) == len(boxes)
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        assert right - left == width or bottom - top == height
+        off = abs((right - left) * down - (bottom - top) * across)
+        assert off <= max(across, down) or 1 in (right - left, bottom - top), "off the shape by less than a pixel"
+
+
 def test_random_crops_reach_both_ends_and_differ():
     boxes = [box for seed in range(200) for box in crop_boxes(20, 16, 4, random.Random(seed))]
     assert {left for left, *_ in boxes} == {0, 1, 2, 3, 4}
@@ -412,24 +423,24 @@ def test_random_crops_reach_both_ends_and_differ():
 def test_fit_brings_any_crop_to_the_size(width, height, size):
     image = quarters(width, height)
     for box in crop_boxes(width, height, 2, random.Random(0)):
-        assert fit(image, box, size).size == (size, size)
+        assert fit(image, box, (size, size)).size == (size, size)
 
 
 def test_fit_cuts_out_the_box_and_no_more():
     image = Image.new("RGB", (60, 20), RED)
     image.paste(BLUE, (20, 0, 40, 20))
     for size in (5, 8, 20):
-        assert fit(image, (20, 0, 40, 20), size).getcolors() == [(size * size, BLUE)]
-    inner = fit(image, (20, 0, 40, 20), 80).crop((12, 12, 68, 68))  # enlarged, its edges know their neighbours
+        assert fit(image, (20, 0, 40, 20), (size, size)).getcolors() == [(size * size, BLUE)]
+    inner = fit(image, (20, 0, 40, 20), (80, 80)).crop((12, 12, 68, 68))  # enlarged, its edges know their neighbours
     assert inner.getcolors() == [(56 * 56, BLUE)]
 
 
 def test_fit_at_the_same_size_changes_no_pixel():
     image = quarters(32, 32)
-    assert fit(image, (0, 0, 32, 32), 32).tobytes() == image.tobytes()
+    assert fit(image, (0, 0, 32, 32), (32, 32)).tobytes() == image.tobytes()
 
 
 def test_shrinking_averages():
     board = Image.new("L", (32, 32))
     board.putdata([255 * ((x + y) % 2) for y in range(32) for x in range(32)])
-    assert near(fit(board.convert("RGB"), (0, 0, 32, 32), 16).getpixel((7, 7)), (128, 128, 128), 1)
+    assert near(fit(board.convert("RGB"), (0, 0, 32, 32), (16, 16)).getpixel((7, 7)), (128, 128, 128), 1)

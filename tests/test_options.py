@@ -35,6 +35,11 @@ TRAINING_DEFAULTS = {
     "center_crop": False,
     "crop_variants": 4,
     "random_flip": False,
+    "enable_bucket": False,
+    "min_bucket_reso": None,
+    "max_bucket_reso": None,
+    "bucket_reso_steps": None,
+    "bucket_no_upscale": False,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 100,
@@ -497,6 +502,11 @@ def test_more_contradictions():
     assert "--lr_warmup_steps 10 is not below" in refusal(training_options, [*warmup, "--max_train_steps", "10"])
     assert "--lr_warmup_steps 1000" in refusal(training_options, ["--demo", "--lr_warmup_steps", "1000"])
     assert "--center_crop and" in refusal(training_options, ["--center_crop", "--crop_variants", "4"])
+    for flags in (["--min_bucket_reso", "256"], ["--bucket_no_upscale"]):
+        assert "without --enable_bucket" in refusal(training_options, flags)
+    for flags in (["--min_bucket_reso", "520"], ["--max_bucket_reso", "504"], ["--bucket_reso_steps", "520"]):
+        assert f"{flags[0]} {flags[1]} is " in refusal(training_options, ["--enable_bucket", *flags])
+    assert "not a multiple of 8" in refusal(training_options, ["--enable_bucket", "--bucket_reso_steps", "20"])
     for flag in ("--validation_steps", "--validation_prompt"):
         assert flag in refusal(training_options, ["--num_validation_images", "0", flag, "5"])
 
@@ -509,6 +519,16 @@ def test_more_contradictions():
         ["--lr_scheduler", "cosine", "--lr_warmup_steps", "9", "--max_train_steps", "10"],
         ["--demo", "--max_train_steps", "10"],
         ["--demo", "--num_validation_images", "0"],
+        [
+            "--demo",
+            "--enable_bucket",
+            "--min_bucket_reso",
+            "32",
+            "--max_bucket_reso",
+            "64",
+            "--bucket_reso_steps",
+            "24",
+        ],
         ["--demo", "--preset", "starter", "--data_dir", "x", "--pretrained_model_name", "y"],
         ["--center_crop", "--crop_variants", "1"],
         ["--save_steps", "1000", "--validation_steps", "999", "--max_train_steps", "10"],

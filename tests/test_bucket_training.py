@@ -1,0 +1,183 @@
+"""Training in buckets on the embedded base: what is said and noted, resumed, shared among processes, out of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_memory import fail_on
+
+from megaman import schedule
+from megaman.base import load_base
+from megaman.dataset import MegaManDataset
+from megaman.errors import UserError
+
+FLAGS = ["--enable_bucket", "--train_batch_size", 4, "--learning_rate", 1e-3, "--adam_epsilon", 1e-2, "--center_crop"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight pictures of the demo: four as they are, three tall, one wide."""
+    folder = tmp_path_factory.mktemp("shapes")
+    sources = sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:8]
+    for number, source in enumerate(sources):
+        image = Image.open(source).convert("RGB")
+        width, height = [(64, 64), (48, 120), (150, 64)][(number >= 4) + (number >= 7)]
+        canvas = Image.new("RGB", (width, height), image.getpixel((0, 0)))
+        canvas.paste(image.resize((width, width)) if number >= 4 and number < 7 else image, (0, 0))
+        canvas.save(folder / source.name)
+        shutil.copy(source.with_suffix(".txt"), folder)
+    return folder
+
+
+def losses(folder) -> list[float]:
+    (run,) = folder.iterdir()
+    return [event.value for event in EventAccumulator(str(run)).Reload().Scalars("train/loss")]
+
+
+@pytest.fixture(scope="module")
+def whole(data, train_here, tmp_path_factory):
+    """The undisturbed run: two epochs and a half of 3 batches, one of each bucket; its folder and its LoRA."""
+    cwd = tmp_path_factory.mktemp("whole")
+    return cwd, train_here(cwd, "out", "--data_dir", data, "--max_train_steps", 8, "--save_steps", 4, *FLAGS)
+
+
+def test_what_is_said_and_noted(data, train_here, tmp_path, capsys):
+    flags = ["--num_train_epochs", 5, "--gradient_accumulation_steps", 2, "--bucket_no_upscale"]
+    train_here(tmp_path, "out", "--data_dir", data, *FLAGS, *flags)
+    said = capsys.readouterr().out
+    assert "buckets    64x64: 4, 40x96: 3, 96x40: 1; 3 batches an epoch" in said
+    assert "steps      8 of up to 8 pictures (4 x 2 accumulated x 1 process), 5.3 epochs" in said
+    config = json.loads((tmp_path / "out" / "training_config.json").read_text(encoding="utf-8"))
+    assert config["buckets"] == {
+        "min_bucket_reso": 32,
+        "max_bucket_reso": 128,
+        "bucket_reso_steps": 8,
+        "pictures": {"40x96": 3, "64x64": 4, "96x40": 1},
+    }
+    with safe_open(tmp_path / "out" / "lora_weights" / "megaman_lora.safetensors", "pt") as file:
+        header = file.metadata()
+    told = {"ss_enable_bucket": "True", "ss_bucket_no_upscale": "True", "ss_min_bucket_reso": "32",
+            "ss_max_bucket_reso": "128", "ss_epoch": "5"}  # fmt: skip
+    assert {key: header[key] for key in told} == told
+    assert json.loads(header["ss_bucket_info"])["buckets"] == {
+        "0": {"resolution": [40, 96], "count": 3},
+        "1": {"resolution": [64, 64], "count": 4},
+        "2": {"resolution": [96, 40], "count": 1},
+    }
+    card = (tmp_path / "out" / "lora_weights" / "README.md").read_text(encoding="utf-8")
+    assert "| buckets | `40x96: 3, 64x64: 4, 96x40: 1` |" in card
+
+
+def test_resumed_equals_undisturbed(whole, data, train_here, tmp_path):
+    """From the middle of an epoch, bit for bit."""
+    shutil.copytree(whole[0] / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
+    flags = ["--data_dir", data, "--max_train_steps", 8, "--resume_from_checkpoint", "latest"]
+    resumed = train_here(tmp_path, "out", *flags, *FLAGS)
+    assert all(torch.equal(whole[1][key], resumed[key]) for key in resumed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--bucket_reso_steps", 16], "bucket_reso_steps was None and is now 16"),
+        (["--bucket_no_upscale"], "bucket_no_upscale was False and is now True"),
+        (["--train_batch_size", 2, "--gradient_accumulation_steps", 2], "pictures of one bucket was 4 and is now 2"),
+    ],
+)
+def test_other_buckets_are_not_resumed(whole, data, train_here, tmp_path, flags, difference):
+    shutil.copytree(whole[0] / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
+    with pytest.raises(UserError, match=difference):
+        train_here(tmp_path, "out", "--data_dir", data, "--resume_from_checkpoint", "latest", *FLAGS, *flags)
+
+
+def test_squares_are_not_resumed_in_buckets(data, train_here, tmp_path):
+    train_here(tmp_path, "out", "--data_dir", data, "--max_train_steps", 1, "--train_batch_size", 4)
+    with pytest.raises(UserError, match="enable_bucket was False and is now True"):
+        train_here(tmp_path, "out", "--data_dir", data, "--resume_from_checkpoint", "latest", *FLAGS)
+
+
+def test_two_processes_come_to_the_same(whole, data, base_folder, tmp_path):
+    """Two at two pictures each and one at four: the same batches, leftovers included, so the same LoRA but for
+    rounding. The bucket of three is shared unequally, and for that of one picture a process has none of its own."""
+    words = ["--pretrained_model_name", base_folder, "--data_dir", data, "--output_dir", "out", "--resolution", 64,
+             "--num_validation_images", 0, "--seed", 0, "--max_train_steps", 8, *FLAGS,
+             "--train_batch_size", 2]  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "megaman_lora.py"]
+    done = subprocess.run(
+        [sys.executable, *map(str, [*launch, *words])], cwd=tmp_path, capture_output=True, text=True, timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "x 2 processes" in done.stdout
+    state = load_file(tmp_path / "out" / "lora_weights" / "adapter_model.safetensors")
+    assert all(torch.allclose(whole[1][key], state[key], atol=1e-4) for key in state)
+    assert losses(tmp_path / "logs") == pytest.approx(losses(whole[0] / "logs-out"), rel=1e-4)
+
+
+def test_too_little_memory_changes_no_batch(whole, data, train_here, tmp_path, monkeypatch, capsys):
+    """Micro-batches of two and then of one make the steps that four would have made."""
+    fail_on(monkeypatch, UNet2DConditionModel, "forward", {2, 3, 6})
+    train_here(tmp_path, "out", "--data_dir", data, "--max_train_steps", 8, *FLAGS)
+    said = capsys.readouterr().out
+    assert "2 micro-batches of 2" in said and "4 micro-batches of 1" in said
+    assert losses(tmp_path / "logs-out") == pytest.approx(losses(whole[0] / "logs-out"), rel=1e-4)
+
+
+def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tmp_path, capsys):
+    """The loss of the first step, where the LoRA changes nothing yet, by hand: of a picture and its mirror image one is
+    drawn at each visit, of a picture whose caption says left there is none to draw."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, source in enumerate(sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:4]):
+        shutil.copy(source, folder)
+        side = ", looking left" if number == 0 else ""
+        (folder / f"{source.stem}.txt").write_text(source.with_suffix(".txt").read_text(encoding="utf-8") + side)
+    flags = ["--data_dir", folder, "--max_train_steps", 1, "--train_batch_size", 8, "--center_crop"]
+    train_here(tmp_path, "plain", *flags)
+    train_here(tmp_path, "flipped", *flags, "--random_flip")
+    assert "1 are not mirrored: their captions say left or right" in capsys.readouterr().out
+
+    base = load_base(str(base_folder), torch.float32)
+    dataset = MegaManDataset(folder, None, 64)
+    pictures = [each["pixel_values"] for each in dataset]
+
+    @torch.no_grad()
+    def loss(forms: list[list[torch.Tensor]]) -> float:
+        errors = []
+        for number in range(8):
+            index, generator = schedule.picture_at(number, 4, 0), schedule.random_for(0, number)
+            pick = int(torch.randint(len(forms[index]), (1,), generator=generator))
+            posterior = base.vae.encode(forms[index][pick][None]).latent_dist
+            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+            latents = latents * base.vae.config.scaling_factor
+            noise = torch.randn(latents.shape, generator=generator)
+            timestep = torch.randint(0, 1000, (1,), generator=generator)
+            signal = base.scheduler.alphas_cumprod[timestep]
+            words = base.tokenizer(dataset.captions[index], padding="max_length", truncation=True, return_tensors="pt")
+            states = base.text_encoder(words.input_ids)[0]
+            noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+            predicted = base.unet(noisy, timestep, encoder_hidden_states=states).sample
+            wanted = (
+                noise
+                if base.scheduler.config.prediction_type == "epsilon"
+                else (signal.sqrt() * noise - (1 - signal).sqrt() * latents)
+            )
+            errors.append((predicted - wanted).pow(2).mean())
+        return float(torch.stack(errors).mean())
+
+    mirrored = [[each] if index == 0 else [each, each.flip(-1)] for index, each in enumerate(pictures)]
+    assert losses(tmp_path / "logs-plain") == pytest.approx([loss([[each] for each in pictures])], rel=1e-4)
+    assert losses(tmp_path / "logs-flipped") == pytest.approx([loss(mirrored)], rel=1e-4)
+    assert losses(tmp_path / "logs-flipped") != pytest.approx(losses(tmp_path / "logs-plain"), rel=1e-3)
