@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
 from megaman import hub
-from megaman.base import ODD_CONFIGURATION
+from megaman.base import ODD_CONFIGURATION, choose_device
 from megaman.captions import tidy
 from megaman.errors import UserError, brief
 from megaman.files import read_json, write_text
@@ -71,14 +71,15 @@ class Captioner:
         self.at_once //= 2
 
 
-def load_captioner(name: str, device: torch.device) -> Captioner:
-    """BLIP from a local folder or the hub, in fp16 on CUDA and in float32 elsewhere.
+def load_captioner(name: str) -> Captioner:
+    """BLIP from a local folder or the hub on the best device there is, in fp16 on CUDA and in float32 elsewhere.
 
     Raises UserError where it is missing, incomplete, damaged, a pickle or no BLIP for captions.
     """
     folder = _find(name)
     _check_kind(name, folder)
     check_part(folder)
+    device = choose_device()
     try:
         model, report = BlipForConditionalGeneration.from_pretrained(
             folder,
@@ -126,31 +127,32 @@ def _check_kind(name: str, folder: Path) -> None:
 def caption_missing(
     name: str,
     dataset: MegaManDataset,
-    device: torch.device,
     say: Callable[[str], None],
     progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+    extension: str = ".txt",
 ) -> None:
     """Have the model of that name write a caption for every picture of the dataset that lacks one.
 
     The dataset itself stays as it is: read the folder again. say takes a line. Where nothing is missing, no model is
     loaded. Raises UserError as load_captioner and write_captions do.
     """
-    lacking = without_file(path for path, found in zip(dataset.pictures, dataset.found, strict=True) if not found)
+    bare = [path for path, found in zip(dataset.pictures, dataset.found, strict=True) if not found]
+    lacking = without_file(bare, extension)
     if not lacking:
         say("captions   none is missing: --auto_caption has nothing to do")
         return
     say(f"captions   {len(lacking)} are missing: {name} writes them")
-    written = write_captions(load_captioner(name, device), lacking, progress)
-    say(f"           {written} written as .txt beside the pictures, for you to read and edit")
+    written = write_captions(load_captioner(name), lacking, progress, extension)
+    say(f"           {written} written as {extension} beside the pictures, for you to read and edit")
     free()
 
 
-def without_file(pictures: Iterable[Path]) -> list[Path]:
+def without_file(pictures: Iterable[Path], extension: str = ".txt") -> list[Path]:
     """Those of the pictures that have no text file beside them, not even an empty one; of two that would share one the
     first. Raises UserError where a folder among theirs cannot be written, before anybody waits for a model."""
     lacking: dict[Path, Path] = {}
     for picture in pictures:
-        if not os.path.lexists(target := picture.with_suffix(".txt")):
+        if not os.path.lexists(target := picture.with_suffix(extension)):
             lacking.setdefault(target, picture)
     for folder in {target.parent for target in lacking}:
         if not os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
@@ -159,9 +161,12 @@ def without_file(pictures: Iterable[Path]) -> list[Path]:
 
 
 def write_captions(
-    captioner: Captioner, pictures: Sequence[Path], progress: Callable[[Sequence[Path]], Iterable[Path]] = iter
+    captioner: Captioner,
+    pictures: Sequence[Path],
+    progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+    extension: str = ".txt",
 ) -> int:
-    """Write a caption beside each of the pictures, in a .txt of the same stem, and return how many were written.
+    """Write a caption beside each of the pictures, in a text file of its stem, and return how many were written.
 
     A file that is there stays as it is. Pictures that cannot be read get none. What is written stays when the rest is
     stopped. Raises UserError where a folder cannot be written.
@@ -171,7 +176,7 @@ def write_captions(
 
     def write() -> int:
         texts = captioner.describe(torch.stack(list(waiting.values()))) if waiting else []
-        return sum(_write(picture, text) for picture, text in zip(waiting, texts, strict=True))
+        return sum(_write(picture.with_suffix(extension), text) for picture, text in zip(waiting, texts, strict=True))
 
     for picture in progress(pictures):
         with contextlib.suppress(BadImageError):  # reported with the other problems of the folder
@@ -182,8 +187,7 @@ def write_captions(
     return written + write()
 
 
-def _write(picture: Path, text: str) -> bool:
-    path = picture.with_suffix(".txt")
+def _write(path: Path, text: str) -> bool:
     if not text or os.path.lexists(path):  # somebody may have written one in the meantime
         return False
     try:

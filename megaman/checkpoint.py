@@ -136,7 +136,8 @@ def restore(
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Settings in which a checkpoint and this run disagree, as words."""
-    saved = {"train_text_encoder": False, "enable_bucket": False, **saved}  # what earlier checkpoints do not tell
+    earlier = {"train_text_encoder": False, "enable_bucket": False, "class data": "none"}  # did not tell these
+    saved = {**earlier, **saved}
     return [
         f"{key} was {saved[key]} and is now {wanted[key]}"
         for key in wanted

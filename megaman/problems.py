@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaman.captions import JOINERS
 from megaman.errors import UserError
-from megaman.files import write_json
+from megaman.files import write_json, write_text
 
 if TYPE_CHECKING:
     from megaman.dataset import MegaManDataset
 
+INSTRUCTIONS = Path(__file__).parent / "templates" / "instructions.txt"
+
 
 def too_bad(dataset: MegaManDataset, skip_bad: bool) -> UserError | None:
     """What to say where nothing is left to train on, or, unless skip_bad, less than half of what a person put there."""
-    good, bad, place = len(dataset), len(dataset.problems), f"--data_dir {dataset.data_dir}"
+    good, bad, place = len(dataset), len(dataset.problems), f"{dataset.flag} {dataset.data_dir}"
     if not good:
         return UserError(f"{place} holds no picture that can be used", "Put JPG, PNG, BMP or WebP there")
     if bad <= good or skip_bad:
@@ -24,24 +27,40 @@ def too_bad(dataset: MegaManDataset, skip_bad: bool) -> UserError | None:
     return UserError(f"{bad} of the {good + bad} files in {place} cannot be used", remedy)
 
 
-def write_problems(path: Path, dataset: MegaManDataset) -> list[str]:
-    """Write every file that was left out, every caption to look at and every one that was made into a JSON file;
-    returns the same as lines, made captions counted.
+def first_too_bad(datasets: Iterable[MegaManDataset], skip_bad: bool) -> UserError | None:
+    """The same for several: the first error there is."""
+    return next((error for dataset in datasets if (error := too_bad(dataset, skip_bad))), None)
+
+
+def write_instructions(folder: Path) -> Path:
+    """Put into a folder without pictures what a person should know who fills it, and return the file."""
+    guide = folder / "README.md"
+    if not guide.exists():
+        write_text(guide, INSTRUCTIONS.read_text(encoding="utf-8"))
+    return guide
+
+
+def write_problems(path: Path, *datasets: MegaManDataset) -> list[str]:
+    """Write every file of these folders that was left out, every caption to look at and every one that was made into a
+    JSON file; returns the same as lines, made captions counted.
 
     Where there is nothing to tell, an earlier run's file goes, and there is no line.
     """
-    remarks = list(dict.fromkeys([*filter(None, dataset.remarks), *dataset.notes]))  # two pictures may share a file
-    made = [index for index, found in enumerate(dataset.found) if not found]
-    if not dataset.problems and not remarks and not made:
+    bad = {file: reason for dataset in datasets for file, reason in dataset.problems.items()}
+    remarks = [remark for dataset in datasets for remark in (*filter(None, dataset.remarks), *dataset.notes)]
+    remarks = list(dict.fromkeys(remarks))  # two pictures may share a file
+    made = [(dataset, i) for dataset in datasets for i, found in enumerate(dataset.found) if not found]
+    if not bad and not remarks and not made:
         path.unlink(missing_ok=True)
         return []
-    left_out = [{"path": _text(file), "reason": _text(reason)} for file, reason in dataset.problems.items()]
+    left_out = [{"path": _text(file), "reason": _text(reason)} for file, reason in bad.items()]
     captions = [{"path": _text(file), "remark": _text(remark)} for file, remark in remarks]
-    without = [{"path": _text(dataset.pictures[i]), "caption": _text(dataset.captions[i])} for i in made]
+    without = [{"path": _text(dataset.pictures[i]), "caption": _text(dataset.captions[i])} for dataset, i in made]
     write_json(path, {"left_out": left_out, "captions": captions, "made_captions": without})
     lines = [f"left out: {entry['path']}: {entry['reason']}" for entry in left_out]
     lines += [f"captions   {entry['path']} {entry['remark']}" for entry in captions]
-    counts = f"{len(left_out)} of {len(dataset) + len(left_out)} files left out, {len(captions)} captions to look at"
+    count = sum(map(len, datasets)) + len(left_out)
+    counts = f"{len(left_out)} of {count} files left out, {len(captions)} captions to look at"
     counts += f", {len(made)} made from names" * bool(made)
     lines.append(f"           {counts}; listed in {path}")
     return [printable(line) for line in lines]

@@ -25,6 +25,8 @@ TRAINING_DEFAULTS = {
     "pretrained_model_name": "runwayml/stable-diffusion-v1-5",
     "data_dir": "./megaman_images",
     "auto_caption": None,
+    "class_data_dir": None,
+    "prior_loss_weight": 1.0,
     "output_dir": "./megaman_lora_output",
     "overwrite_output": False,
     "logging_dir": "./logs",
