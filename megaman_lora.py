@@ -25,11 +25,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megaman.captions import Variation
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json
 from megaman.names import is_inside, safe_name
-from megaman.options import SAME_ON_RESUME, bucket_limits, resuming, training_options
+from megaman.options import MUST_MATCH, bucket_limits, resuming, training_options
 from megaman.output import find_all, new_log_dir, open_output, remove, save_somewhere, step_of
 from megaman.problems import first_too_bad, too_bad, write_instructions, write_problems
 from megaman.stops import StopSignal
@@ -53,10 +54,10 @@ def main(argv: list[str]) -> int:
         from megaman import doctor, report
 
         if options.auto_caption:
-            add_captions(options.auto_caption, dataset, options.caption_extension)
+            add_captions(options.auto_caption, dataset)
             dataset = find()
         bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
-        found = doctor.examine(dataset, options.resolution, progress=bar)
+        found = doctor.examine(dataset, options.resolution, options.trigger_word or None, bar)
         print(*report.write_report(output_dir, found), sep="\n")
         return int(options.strict and found.wrong)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
@@ -94,9 +95,11 @@ def main(argv: list[str]) -> int:
     # Captions that are missing, before anything is made of them: one process writes, the others wait.
     if options.auto_caption:
         if accelerator.is_main_process:
-            add_captions(options.auto_caption, dataset, options.caption_extension)
+            add_captions(options.auto_caption, dataset)
         accelerator.wait_for_everyone()
         dataset = datasets[0] = find()
+    dataset.dress(options.trigger_word, options.caption_prefix, options.caption_suffix)
+    variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
 
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
     saved = checkpoints.read_progress(checkpoint) if checkpoint else None
@@ -107,7 +110,7 @@ def main(argv: list[str]) -> int:
     effective = split.size * split.count * world
     must_match = {"pretrained_model_name": name, "seed": seed, "data": dataset.fingerprint(),
                   "class data": datasets[1].fingerprint() if options.class_data_dir else "none",
-                  **{flag: getattr(options, flag) for flag in SAME_ON_RESUME}, "pictures a step": effective,
+                  **{flag: getattr(options, flag) for flag in MUST_MATCH}, "pictures a step": effective,
                   "pictures of one bucket": split.size * world if options.enable_bucket else None}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
         raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
@@ -138,22 +141,25 @@ def main(argv: list[str]) -> int:
     # The frozen parts run once, for every caption and every variant of every picture, and leave the device.
     texts = [*(caption for each in datasets for caption in each.captions), options.validation_prompt, ""]
     text_states = None if text_encoder else cache.encode_captions(base.text_encoder.to(device), base.tokenizer, texts)
-    base.text_encoder.to(device if text_encoder else "cpu")  # in training it reads the captions at every step
+    reads_on = bool(text_encoder or variation.makes_new)  # the text encoder, at every step
+    base.text_encoder.to(device if reads_on else "cpu")
     base.vae.to(device)
     moments = [cache.encode_pictures(
         base.vae, each, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
         partial(tqdm, desc="encoding", unit="picture", total=len(each), disable=process != 0),
     )[0] for each in datasets]  # fmt: skip
     base.vae.to("cpu")
+    for each in datasets:
+        each.cut = cache.cut_off(base.tokenizer, each.captions)
     if process == 0:
         report_problems(datasets, output_dir)
     if error := first_too_bad(datasets, options.skip_bad_images):
         raise error
 
     # Steps, rate, optimizer.
-    seeds, weights = (seed, schedule.class_seed(seed)), (1.0, options.prior_loss_weight)
-    encoded = [Encoded(*each, base.vae_factor, options.enable_bucket, split.size, split.count, world, *own)
-               for *each, own in zip(datasets, moments, zip(seeds, weights, strict=True), strict=False)]  # fmt: skip
+    kinds = [(variation, seed, 1.0), (Variation(), schedule.class_seed(seed), options.prior_loss_weight)]
+    encoded = [Encoded(*each, base.vae_factor, options.enable_bucket, split.size, split.count, world, *kind)
+               for *each, kind in zip(datasets, moments, kinds, strict=False)]  # fmt: skip
     batches, sizes = encoded[0].batches, encoded[0].sizes
     total = schedule.total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
                                  options.max_train_steps)  # fmt: skip
@@ -177,18 +183,13 @@ def main(argv: list[str]) -> int:
             checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    mirrored = " with their mirror images" if options.random_flip else ""
-    pictures, *more = dataset.describe()
-    say(f"{pictures}, {sum(map(len, moments[0]))} crops{mirrored}", *more, sep="\n")
-    if options.random_flip and (sided := sum(map(dataset.keeps_sides, range(len(dataset))))):
-        say(f"           {sided} are not mirrored: their captions say left or right")
+    say(*dataset.describe(sum(map(len, moments[0])), options.random_flip), sep="\n")
     if options.class_data_dir:
-        say(f"class      {len(datasets[1])} in {options.class_data_dir}, as many a step as pictures, their loss times "
-            f"{options.prior_loss_weight:g}")  # fmt: skip
+        say(
+            f"class      {len(datasets[1])} in {options.class_data_dir}; their loss counts {options.prior_loss_weight:g}"
+        )
     if options.enable_bucket:
         say(f"buckets    {buckets.in_words(sizes)}; {batches.epoch_length} batches an epoch")
-    if cut := cache.count_cut(base.tokenizer, dataset.captions):
-        say(f"           {cut} captions are longer than {base.tokenizer.model_max_length - 2} tokens and are cut there")
     say(f"steps      {total} of {'up to ' * options.enable_bucket}{effective} pictures ({options.train_batch_size} x "
         f"{options.gradient_accumulation_steps} accumulated x {world} process{'es' * (world > 1)}), "
         f"{epochs:.1f} epochs, {options.lr_scheduler} rate up to "
@@ -258,8 +259,9 @@ def main(argv: list[str]) -> int:
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
         if options.lora_dropout:
             schedule.seed_dropout(these.seed, number)
-        if text_encoder:
-            states = trained_text_encoder(cache.token_ids(base.tokenizer, captions).to(device))[0]
+        if reads_on:
+            reader = trained_text_encoder if text_encoder else base.text_encoder
+            states = reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
         else:
             states = torch.stack([text_states[caption] for caption in captions])
         states = states.to(device, placement.dtype)
@@ -372,12 +374,12 @@ def find_pictures(data_dir: str, given: bool, *settings: object) -> MegaManDatas
     return None
 
 
-def add_captions(model: str, dataset: MegaManDataset, extension: str | None) -> None:
+def add_captions(model: str, dataset: MegaManDataset) -> None:
     """Have a model write captions beside the pictures that lack one."""
     from megaman import auto_caption
 
     bar = partial(tqdm, desc="captioning", unit="picture")
-    auto_caption.caption_missing(model, dataset, print, bar, extension or ".txt")
+    auto_caption.caption_missing(model, dataset, print, bar)
 
 
 def report_problems(datasets: list[MegaManDataset], output_dir: Path) -> None:

@@ -129,13 +129,13 @@ def caption_missing(
     dataset: MegaManDataset,
     say: Callable[[str], None],
     progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
-    extension: str = ".txt",
 ) -> None:
     """Have the model of that name write a caption for every picture of the dataset that lacks one.
 
     The dataset itself stays as it is: read the folder again. say takes a line. Where nothing is missing, no model is
     loaded. Raises UserError as load_captioner and write_captions do.
     """
+    extension = dataset.caption_extension or ".txt"
     bare = [path for path, found in zip(dataset.pictures, dataset.found, strict=True) if not found]
     lacking = without_file(bare, extension)
     if not lacking:
@@ -148,8 +148,9 @@ def caption_missing(
 
 
 def without_file(pictures: Iterable[Path], extension: str = ".txt") -> list[Path]:
-    """Those of the pictures that have no text file beside them, not even an empty one; of two that would share one the
-    first. Raises UserError where a folder among theirs cannot be written, before anybody waits for a model."""
+    """Those of the pictures that have no file of that extension beside them, not even an empty one; of two that would
+    share one the first. Raises UserError where a folder among theirs cannot be written, before anybody waits for a
+    model."""
     lacking: dict[Path, Path] = {}
     for picture in pictures:
         if not os.path.lexists(target := picture.with_suffix(extension)):

@@ -115,7 +115,13 @@ def encode_captions(
     return states
 
 
-def count_cut(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> int:
-    """How many of the captions are longer than the text encoder can read."""
-    lengths = [len(ids) for ids in tokenizer(list(captions)).input_ids] if captions else []
-    return sum(length > tokenizer.model_max_length for length in lengths)
+def cut_off(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
+    """For each caption what falls away because the text encoder has no position for it, "" where nothing does."""
+    room = tokenizer.model_max_length - 2  # without the marks at either end
+    if not captions:
+        return []
+    read = tokenizer(list(captions), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [
+        caption[spans[room][0] :].strip(" ,") if len(spans) > room else ""
+        for caption, spans in zip(captions, read["offset_mapping"], strict=True)
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import stat
 import unicodedata
@@ -12,6 +13,7 @@ from typing import NamedTuple
 COMMON_ENDING = "video game character, high quality"
 # File names run words together that captions keep apart.
 SPELLINGS = {"megaman": "mega man", "protoman": "proto man", "rockman": "rock man", "robotmaster": "robot master"}
+MOST_TOKENS = 75  # of a caption that CLIP reads
 EXTENSIONS = (".txt", ".caption")  # the first that is there counts
 LARGEST_FILE = 2**20  # bytes; 10,000 words are a tenth of it
 JOINERS = "\u200c\u200d\u200e\u200f\u061c"  # invisible, but emoji and right-to-left text need them
@@ -154,3 +156,48 @@ def caption_from_name(picture: Path) -> str:
     words = re.sub(r"[\W\d_]+", " ", words).lower().split()
     name = " ".join(SPELLINGS.get(word, word) for word in words)
     return f"{name}, {COMMON_ENDING}" if name else COMMON_ENDING
+
+
+def contains(caption: str, words: str) -> bool:
+    """Whether the words stand in the caption as words of their own, in whatever case."""
+    return bool(re.search(rf"(?<!\w){re.escape(words.casefold())}(?!\w)", caption.casefold()))
+
+
+def dressed(caption: str, trigger: str = "", prefix: str = "", suffix: str = "") -> str:
+    """The caption between prefix and suffix, each with a space as in kohya's scripts; the trigger words and a comma in
+    front of that where it does not contain them."""
+    caption = " ".join(part for part in (prefix, caption, suffix) if part)
+    return f"{trigger}, {caption}" if trigger and not contains(caption, trigger) else caption
+
+
+class Variation(NamedTuple):
+    """How captions differ from one visit to the next, under the names of kohya's flags."""
+
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    caption_dropout_rate: float = 0.0
+
+    @property
+    def makes_new(self) -> bool:
+        """Whether it makes captions that cannot be told beforehand."""
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+
+    def of(self, caption: str, rng: random.Random) -> str:
+        """The caption as it is read this time, as kohya's scripts vary it.
+
+        With caption_dropout_rate as the probability it is empty. Else the tags, which are the parts between commas, are
+        shuffled, and each is left out with caption_tag_dropout_rate as the probability; the first keep_tokens tags stay
+        where they are.
+        """
+        if self.caption_dropout_rate and rng.random() < self.caption_dropout_rate:
+            return ""
+        if not self.makes_new:
+            return caption
+        tags = [tag.strip() for tag in caption.split(",")]
+        kept, others = tags[: self.keep_tokens], tags[self.keep_tokens :]
+        if self.shuffle_caption:
+            rng.shuffle(others)
+        if self.caption_tag_dropout_rate:
+            others = [tag for tag in others if rng.random() >= self.caption_tag_dropout_rate]
+        return ", ".join([*kept, *others])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megaman import lora, lora_files
+from megaman.captions import Variation
 from megaman.errors import UserError
 from megaman.files import read_json, remove_folder, replacing_folder, write_json
 from megaman.output import STATE, find_all, step_of
@@ -136,7 +137,8 @@ def restore(
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Settings in which a checkpoint and this run disagree, as words."""
-    earlier = {"train_text_encoder": False, "enable_bucket": False, "class data": "none"}  # did not tell these
+    # What earlier checkpoints do not tell.
+    earlier = {"train_text_encoder": False, "enable_bucket": False, "class data": "none", **Variation()._asdict()}
     saved = {**earlier, **saved}
     return [
         f"{key} was {saved[key]} and is now {wanted[key]}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaman.buckets import Buckets, Size
-from megaman.captions import tells_a_side
+from megaman.captions import dressed, tells_a_side
 from megaman.errors import UserError
 from megaman.images import BadImageError, Box, crop_boxes, fit, image_size, open_image
 from megaman.layouts import describe, read_layout
@@ -61,6 +61,7 @@ class MegaManDataset:
         self.tokenizer = tokenizer
         self.size = size
         self.center_crop = center_crop
+        self.caption_extension = caption_extension
         self.buckets: Buckets | None = None
         entries, self.problems, self.notes = read_layout(self.data_dir, caption_extension, repeats)
         self.pictures = [entry.picture for entry in entries]
@@ -69,6 +70,7 @@ class MegaManDataset:
         self.remarks = [entry.caption.remark for entry in entries]
         self.sources = [entry.source for entry in entries]
         self.repeats = [entry.repeats for entry in entries]
+        self.cut = [""] * len(entries)  # of each caption what falls away, once a tokenizer has been asked
         self.folders = [entry.folder for entry in entries]  # the one that the repeats come from
 
     def __len__(self) -> int:
@@ -98,6 +100,10 @@ class MegaManDataset:
                 problems[picture] = str(error)
         self.drop(problems)
 
+    def dress(self, trigger: str = "", prefix: str = "", suffix: str = "") -> None:
+        """Put prefix, suffix and trigger words to every caption (captions.dressed)."""
+        self.captions = [dressed(caption, trigger, prefix, suffix) for caption in self.captions]
+
     def fingerprint(self) -> str:
         """Count and digest of the pictures' names, sizes in bytes, captions and repeats, for a resumed run."""
         digest = hashlib.sha256()
@@ -111,7 +117,7 @@ class MegaManDataset:
         """Leave these pictures out, for the reasons given."""
         self.problems |= problems
         kept = [i for i, picture in enumerate(self.pictures) if picture not in problems]
-        for name in ("pictures", "captions", "found", "remarks", "sources", "repeats", "folders"):
+        for name in ("pictures", "captions", "found", "remarks", "sources", "repeats", "folders", "cut"):
             setattr(self, name, [getattr(self, name)[i] for i in kept])
 
     def epoch(self) -> list[int]:
@@ -128,10 +134,13 @@ class MegaManDataset:
             groups.setdefault(name, (repeats, []))[1].append(caption)
         return groups
 
-    def describe(self) -> list[str]:
-        """What was found and how it was read, in three lines at most."""
+    def describe(self, crops: int, flip: bool) -> list[str]:
+        """What was found and how it is read, in about three lines; crops counts those of all the pictures."""
         folders = len({picture.parent for picture in self.pictures})
-        lines = [f"pictures   {len(self)} in {f'{folders} folders of ' if folders > 1 else ''}{self.data_dir}"]
+        place = f"{f'{folders} folders of ' if folders > 1 else ''}{self.data_dir}"
+        lines = [f"pictures   {len(self)} in {place}, {crops} crops{' with their mirror images' * flip}"]
+        if flip and (sided := sum(map(self.keeps_sides, range(len(self))))):
+            lines.append(f"           {sided} are not mirrored: their captions say left or right")
         lines.append(f"captions   {describe(self.sources)}")
         repeated = [f"{name} x {count}" for name, (count, _) in self.by_folder().items() if count > 1]
         if repeated:

@@ -8,25 +8,27 @@ import torch
 
 from megaman import diffusion
 from megaman.batches import Batches, Part
-from megaman.schedule import random_for
+from megaman.schedule import caption_random_for, random_for
 
 if TYPE_CHECKING:
+    from megaman.captions import Variation
     from megaman.dataset import MegaManDataset
 
 
 class Encoded:
     """A dataset with the VAE's moments of its pictures, in the order of the run.
 
-    A run has one of the pictures to learn and, where there are class pictures, one of those: the second has an order
-    and random numbers of its own, since its seed is another, and its losses count weight times. As many of them are
-    seen in a step as of the first, so that a step's loss is mean(first) + weight * mean(second): DreamBooth's prior
-    preservation (Ruiz et al. 2022, arXiv 2208.12242), with the names of diffusers' example.
+    A run has one of the pictures to learn and, where there are class pictures, one of those. Its seed is another, which
+    gives it an order and random numbers of its own, and a step sees as many of its pictures as of the first: the loss
+    is mean(first) + weight * mean(second), DreamBooth's prior preservation (Ruiz et al. 2022, arXiv 2208.12242) as in
+    diffusers' example.
 
     Args:
         moments: one tensor [variants, 8, h, w] a picture.
         vae_factor: pixels a side of one latent cell.
         in_buckets: whether the pictures may differ in size, so that batches have to be of one.
         at_once, accumulated, processes: pictures of a batch and process, batches of a step, processes.
+        variation: how the captions differ from one visit to the next.
     """
 
     def __init__(
@@ -38,10 +40,12 @@ class Encoded:
         at_once: int,
         accumulated: int,
         processes: int,
+        variation: Variation,
         seed: int,
         weight: float = 1.0,
     ):
-        self.dataset, self.moments, self.seed, self.weight = dataset, moments, seed, weight
+        self.dataset, self.moments, self.variation = dataset, moments, variation
+        self.seed, self.weight = seed, weight
         self.sizes = [
             tuple(vae_factor * side for side in reversed(each.shape[2:])) for each in moments
         ]  # width, height
@@ -65,4 +69,6 @@ class Encoded:
             noise = diffusion.draw_noise(latents.shape, noise_offset, generator)
             drawn.append((latents, noise, diffusion.draw_timesteps(1, num_train_timesteps, generator)))
         latents, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        return latents, noise, timesteps, [self.dataset.captions[i] for i in indices]
+        captions = [self.variation.of(self.dataset.captions[index], caption_random_for(self.seed, number))
+                    for index, number in zip(indices, part.numbers, strict=True)]  # fmt: skip
+        return latents, noise, timesteps, captions

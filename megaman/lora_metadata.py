@@ -95,7 +95,8 @@ def run_notes(
     count = sum(repeats * len(own) for repeats, own in folders.values())
     size, steps = settings["resolution"], config["total_steps"]
     dirs = {name: {"n_repeats": repeats, "img_count": len(own)} for name, (repeats, own) in folders.items()}
-    trigger, frequency = trigger_words(captions), {name: tags(own) for name, (_, own) in folders.items()}
+    trigger = settings["trigger_word"] or trigger_words(captions)
+    frequency = {name: tags(own) for name, (_, own) in folders.items()}
     notes = {
         "ss_num_train_images": count,
         "ss_dataset_dirs": json.dumps(dirs),
@@ -120,6 +121,10 @@ def run_notes(
         "ss_noise_offset": settings["noise_offset"] or None,
         "ss_flip_aug": settings["random_flip"],
         "ss_random_crop": not settings["center_crop"],
+        "ss_shuffle_caption": settings["shuffle_caption"],
+        "ss_keep_tokens": settings["keep_tokens"],
+        "ss_caption_dropout_rate": settings["caption_dropout_rate"],
+        "ss_caption_tag_dropout_rate": settings["caption_tag_dropout_rate"],
         "ss_mixed_precision": {"float16": "fp16", "bfloat16": "bf16"}.get(config["dtype"], "no"),
         "ss_seed": settings["seed"],
         "ss_clip_skip": None,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megaman.adapter_config import HUB_NAME
-from megaman.captions import tidy
+from megaman.captions import Variation, tidy
 from megaman.lora_metadata import trigger_words
 
 MOST_SAMPLES = 4
@@ -31,8 +31,8 @@ LICENCES = {
 }
 SETTINGS = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "learning_rate",
             "train_text_encoder", "text_encoder_lr", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps",
-            "resolution", "enable_bucket", "bucket_no_upscale", "center_crop", "random_flip", "snr_gamma",
-            "noise_offset", "max_grad_norm")  # fmt: skip
+            "resolution", "enable_bucket", "bucket_no_upscale", "center_crop", "random_flip", *Variation._fields,
+            "snr_gamma", "noise_offset", "max_grad_norm")  # fmt: skip
 
 
 def write_card(config: Mapping[str, Any], captions: Sequence[str], found: int, samples: Path) -> dict[str, bytes]:
@@ -57,7 +57,7 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
     if base == "demo/base":
         shown = "the small base that comes with the project (`demo/base`)"
     licence, address = LICENCES.get(base, ("other", ""))
-    trigger, prompt = tidy(trigger_words(captions)), tidy(settings["validation_prompt"])
+    trigger, prompt = tidy(settings["trigger_word"] or trigger_words(captions)), tidy(settings["validation_prompt"])
     head = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "license": licence,
             "tags": ["lora", "stable-diffusion", "text-to-image", "diffusers", "peft"]}  # fmt: skip
     if on_hub:
@@ -113,9 +113,9 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
         "ComfyUI: copy `megaman_lora.safetensors` to `models/loras` and choose it in the Load LoRA node.",
         "Mega Man LoRA: `python generate_megaman.py --lora_path THIS_FOLDER`.",
         f"## How it was trained\n\n| Setting | Value |\n| --- | --- |\n{table}\n\nWith {versions}.",
-        f"## Data\n\n{len(captions)} pictures; {found} captions were written, {len(captions) - found} made from file "
-        f"names.{regular} Nothing is said here of where the pictures come from and who owns them: whoever publishes "
-        "this should.",
+        f"## Data\n\n{len(captions)} pictures; {found} captions were written, {len(captions) - found} made from names "
+        f"of files or folders.{regular} Nothing is said here of where the pictures come from and who owns them: "
+        "whoever publishes this should.",
         f"## Base and licence\n\nBase: {shown}. {terms}",
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"

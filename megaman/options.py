@@ -34,12 +34,14 @@ MANY = 10**9  # more steps than any run has; "never" for what happens every so m
 COUNT = number(int, 1, MANY)
 COUNT_OR_ZERO = number(int, 0, MANY)
 SHARE = number(float, 0, 0.999999)
+PROBABILITY = number(float, 0, 1)
 RATE = number(float, 0, 1, exclusive=True)
 BUCKET_FLAGS = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
-# What a resumed run has to share with the stopped one, beside base, seed, data and the pictures of a step.
-SAME_ON_RESUME = (
+# What a resumed run has to share, beside base, seed, pictures and their number a step.
+MUST_MATCH = (
     "lora_rank", "lora_alpha", "use_rslora", "target_modules", "train_text_encoder", "resolution", "center_crop",
-    "crop_variants", "random_flip", *BUCKET_FLAGS,
+    "crop_variants", "random_flip", *BUCKET_FLAGS, "shuffle_caption", "keep_tokens", "caption_dropout_rate",
+    "caption_tag_dropout_rate",
 )  # fmt: skip
 
 
@@ -61,6 +63,13 @@ def training_parser() -> Parser:
         help="the pictures, each with an optional caption in NAME.txt",
     )
     add("--caption_extension", type=extension, help="of the caption files (default: .txt, where missing .caption)")
+    add("--trigger_word", type=text, help="put in front of every caption that does not contain it")
+    add("--caption_prefix", type=text, help="put in front of every caption, with a space")
+    add("--caption_suffix", type=text, help="put behind every caption, with a space")
+    add("--shuffle_caption", action="store_true", help="the tags between commas in another order at every visit")
+    add("--keep_tokens", type=number(int, 0, 1000), help="first tags that stay (default: the trigger word's, or 0)")
+    add("--caption_dropout_rate", type=PROBABILITY, default=0.0, help="probability that a caption is left out")
+    add("--caption_tag_dropout_rate", type=PROBABILITY, default=0.0, help="probability that a tag is left out")
     add("--dataset_repeats", type=number(int, 1, 10**5), default=1, help="times that an epoch sees every picture")
     add(
         "--auto_caption",
@@ -150,6 +159,12 @@ def training_options(argv: Sequence[str]) -> Namespace:
         parser.refuse(mistakes)
     if options.train_text_encoder and options.text_encoder_lr is None:
         options.text_encoder_lr = options.learning_rate
+    options.trigger_word, options.caption_prefix, options.caption_suffix = (
+        " ".join((words or "").split())
+        for words in (options.trigger_word, options.caption_prefix, options.caption_suffix)
+    )
+    if options.keep_tokens is None:  # what calls the character must not be lost by accident
+        options.keep_tokens = options.trigger_word.count(",") + 1 if options.trigger_word else 0
     return options
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaman.captions import JOINERS
+from megaman.captions import JOINERS, MOST_TOKENS
 from megaman.errors import UserError
 from megaman.files import write_json, write_text
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from megaman.dataset import MegaManDataset
 
 INSTRUCTIONS = Path(__file__).parent / "templates" / "instructions.txt"
+MOST_CUT = 3  # captions whose end is printed
 
 
 def too_bad(dataset: MegaManDataset, skip_bad: bool) -> UserError | None:
@@ -41,8 +43,8 @@ def write_instructions(folder: Path) -> Path:
 
 
 def write_problems(path: Path, *datasets: MegaManDataset) -> list[str]:
-    """Write every file of these folders that was left out, every caption to look at and every one that was made into a
-    JSON file; returns the same as lines, made captions counted.
+    """Write every file of these folders that was left out, every caption to look at, and every one that was made or is
+    too long into a JSON file; returns the same as lines, but made captions and most of the long ones only counted.
 
     Where there is nothing to tell, an earlier run's file goes, and there is no line.
     """
@@ -50,15 +52,22 @@ def write_problems(path: Path, *datasets: MegaManDataset) -> list[str]:
     remarks = [remark for dataset in datasets for remark in (*filter(None, dataset.remarks), *dataset.notes)]
     remarks = list(dict.fromkeys(remarks))  # two pictures may share a file
     made = [(dataset, i) for dataset in datasets for i, found in enumerate(dataset.found) if not found]
-    if not bad and not remarks and not made:
+    long = [(dataset, i) for dataset in datasets for i, words in enumerate(dataset.cut) if words]
+    if not bad and not remarks and not made and not long:
         path.unlink(missing_ok=True)
         return []
     left_out = [{"path": _text(file), "reason": _text(reason)} for file, reason in bad.items()]
     captions = [{"path": _text(file), "remark": _text(remark)} for file, remark in remarks]
     without = [{"path": _text(dataset.pictures[i]), "caption": _text(dataset.captions[i])} for dataset, i in made]
-    write_json(path, {"left_out": left_out, "captions": captions, "made_captions": without})
+    cut = [{"path": _text(dataset.pictures[i]), "cut": _text(dataset.cut[i])} for dataset, i in long]
+    write_json(path, {"left_out": left_out, "captions": captions, "made_captions": without, "cut_captions": cut})
     lines = [f"left out: {entry['path']}: {entry['reason']}" for entry in left_out]
     lines += [f"captions   {entry['path']} {entry['remark']}" for entry in captions]
+    for entry in cut[:MOST_CUT]:
+        words = textwrap.shorten(entry["cut"], 100, placeholder=" ...")
+        lines.append(f"captions   {entry['path']} has more than {MOST_TOKENS} tokens; cut off: {words}")
+    if len(cut) > MOST_CUT:
+        lines.append(f"captions   {len(cut) - MOST_CUT} more have over {MOST_TOKENS} tokens and are cut off there")
     count = sum(map(len, datasets)) + len(left_out)
     counts = f"{len(left_out)} of {count} files left out, {len(captions)} captions to look at"
     counts += f", {len(made)} made from names" * bool(made)

@@ -42,6 +42,11 @@ def random_for(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(_digest(f"{seed} {number}"))
 
 
+def caption_random_for(seed: int, number: int) -> random.Random:
+    """What is random about the caption of picture number ... of the row; apart from the rest, which it leaves as is."""
+    return random.Random(f"caption {seed} {number}")
+
+
 def class_seed(seed: int) -> int:
     """The seed of a run's class pictures, so that they come in an order and with noise of their own."""
     return _digest(f"class pictures {seed}")

@@ -97,7 +97,6 @@ def test_what_is_there_stays_as_it_is(blip, bare):
     (bare / "1.txt").write_bytes(b"")
     (bare / "2.txt").symlink_to(bare / "nowhere") if os.name == "posix" else (bare / "2.txt").mkdir()
 
-
     def states() -> list[tuple]:
         found = [os.lstat(bare / name) for name in ("0.txt", "1.txt", "2.txt")]
         return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]

@@ -139,8 +139,8 @@ def test_every_layout_gives_the_same_pairs(tmp_path, layout):
 def test_what_was_found_is_said(tmp_path):
     mixed(tmp_path)
     dataset = MegaManDataset(tmp_path, None, repeats=2)
-    assert dataset.describe() == [
-        f"pictures   24 in {tmp_path}",
+    assert dataset.describe(30, False) == [
+        f"pictures   24 in {tmp_path}, 30 crops",
         "captions   8 from metadata.jsonl, 8 from .txt files, 8 from .caption files",
         f"repeats    {tmp_path.name} x 2: 48 pictures an epoch",
     ]
@@ -154,7 +154,7 @@ def test_kohyas_folders_have_repeats(tmp_path):
     assert MegaManDataset(tmp_path, None, repeats=2).repeats == [2 * count for count in dataset.repeats]
     epoch = dataset.epoch()
     assert [epoch.count(index) for index in range(24)] == dataset.repeats and len(epoch) == 12 * 13
-    assert dataset.describe()[2] == "repeats    3_volto robot x 3, 10_volto x 10: 156 pictures an epoch"
+    assert dataset.describe(24, False)[2] == "repeats    3_volto robot x 3, 10_volto x 10: 156 pictures an epoch"
     dataset.drop({dataset.pictures[0]: "gone"})
     assert len(dataset.repeats) == len(dataset.sources) == len(dataset.folders) == 23
     assert sum(len(captions) for _, captions in dataset.by_folder().values()) == 23
@@ -196,7 +196,7 @@ def test_one_extension_alone(tmp_path):
     assert MegaManDataset(tmp_path, None).captions[0] == caption_of(PICTURES[0])
     dataset = MegaManDataset(tmp_path, None, caption_extension=".caption")
     assert dataset.captions[0] == "the other" and sum(dataset.found) == 1
-    assert dataset.describe()[1] == "captions   23 made from file names, 1 from .caption files"
+    assert dataset.describe(24, False)[1] == "captions   23 made from file names, 1 from .caption files"
 
 
 def test_pictures_without_a_caption_are_counted_and_named(tmp_path):

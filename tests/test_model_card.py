@@ -16,7 +16,7 @@ from megaman.options import training_options
 
 SETTINGS = {key: value for key, value in vars(training_options([])).items() if key != "given"}
 CONFIG = {"settings": {**SETTINGS, "seed": 7}, "base": "stable-diffusion-v1-5/stable-diffusion-v1-5", "total_steps": 12,
-          "warmup_steps": 1, "buckets": None, "dtype": "float32", "versions": {"torch": "2", "peft": "0"}}  # fmt: skip
+          "warmup_steps": 1, "buckets": None, "class_pictures": 0, "dtype": "float32", "versions": {"torch": "2", "peft": "0"}}  # fmt: skip
 CAPTIONS = ["volto, blue", "volto, red", "a cat"]
 
 
@@ -39,7 +39,7 @@ def test_a_run_leaves_its_card(train_here, tmp_path):
         assert f"]({file})" in card.text
         assert (folder / file).read_bytes() == (tmp_path / "out" / "samples-1" / f"{number:02d}.png").read_bytes()
     assert "trained on 6 pictures" in card.text
-    assert "6 captions were written, 0 made from file names" in card.text
+    assert "6 captions were written, 0 made from names of files or folders" in card.text
     rows = dict(re.findall(r"^\| (\S+) \| `(.+)` \|$", card.text, flags=re.MULTILINE))
     assert (rows["lora_rank"], rows["lora_dropout"], rows["steps"], rows["seed"]) == ("4", "0.25", "1", "0")
     assert str(tmp_path) not in card.content and str(ROOT) not in card.content

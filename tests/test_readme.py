@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 from megaman import problems, prompts
 from megaman.generation_options import generation_options, generation_parser
 from megaman.options import training_options, training_parser
