@@ -14,7 +14,7 @@ from megaman.appearance import SMALL, Appearance, appearances
 from megaman.duplicates import Pair, near_duplicates
 from megaman.findings import Finding, Picture, relative, several
 from megaman.lora_metadata import trigger_words
-from megaman.wording import captions, counted, tags, terms, triggers
+from megaman.wording import captions, counted, metadata, tags, terms, triggers
 
 if TYPE_CHECKING:
     from megaman.buckets import Buckets
@@ -89,6 +89,7 @@ def examine(
         *blurred(pictures),
         *duplicates(pictures, np.stack(small) if small else np.empty((0, SMALL, SMALL, 3), np.uint8)),
         *captions(pictures, remarks, dataset.data_dir),
+        *metadata(dataset.notes, dataset.data_dir),
         *triggers(pictures, trigger, inferred),
         *tags(pictures, term, of_each, trigger),
     ]

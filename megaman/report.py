@@ -163,9 +163,10 @@ def as_page(report: Report, folder: Path) -> str:
 NAMES = {
     "unreadable": "cannot be used", "tiny": "tiny", "small": "small", "long": "far from square", "blurred": "blurred",
     "duplicates": "near-duplicate", "no_caption": "no caption", "empty_caption": "empty caption",
-    "encoding": "caption's encoding", "doubled_caption": "doubled caption", "long_caption": "long caption",
-    "no_trigger": "no trigger word", "no_agreement": "no common beginning", "tag_twice": "a tag twice",
-    "slips": "likely slip", "in_every": "in every caption", "in_one": "in one only"}  # fmt: skip
+    "encoding": "caption's encoding", "metadata": "metadata lines", "doubled_caption": "doubled caption",
+    "long_caption": "long caption", "no_trigger": "no trigger word", "no_agreement": "no common beginning",
+    "tag_twice": "a tag twice", "slips": "likely slip", "in_every": "in every caption",
+    "in_one": "in one only"}  # fmt: skip
 
 
 def _facts(report: Report) -> dict[str, str]:
