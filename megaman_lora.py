@@ -185,7 +185,7 @@ def main(argv: list[str]) -> int:
     # Say what will happen before it happens.
     say(*dataset.describe(sum(map(len, moments[0])), options.random_flip), sep="\n")
     if options.class_data_dir:
-        say(f"class      {len(datasets[1])} in {options.class_data_dir}, loss weight {options.prior_loss_weight:g}")
+        say(f"class      {len(datasets[1])} in {options.class_data_dir}, loss times {options.prior_loss_weight:g}")
     if options.enable_bucket:
         say(f"buckets    {buckets.in_words(sizes)}; {batches.epoch_length} batches an epoch")
     say(f"steps      {total} of {'up to ' * options.enable_bucket}{effective} pictures ({options.train_batch_size} x "

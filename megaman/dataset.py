@@ -140,7 +140,7 @@ class MegaManDataset:
         place = f"{f'{folders} folders of ' if folders > 1 else ''}{self.data_dir}"
         lines = [f"pictures   {len(self)} in {place}, {crops} crops{' with their mirror images' * flip}"]
         if flip and (sided := sum(map(self.keeps_sides, range(len(self))))):
-            lines.append(f"           {sided} are not mirrored: their captions say left or right")
+            lines.append(f"           not mirrored: {sided}, whose captions say left or right")
         lines.append(f"captions   {describe(self.sources)}")
         repeated = [f"{name} x {count}" for name, (count, _) in self.by_folder().items() if count > 1]
         if repeated:

@@ -46,11 +46,10 @@ class Encoded:
     ):
         self.dataset, self.moments, self.variation = dataset, moments, variation
         self.seed, self.weight = seed, weight
-        self.sizes = [
-            tuple(vae_factor * side for side in reversed(each.shape[2:])) for each in moments
-        ]  # width, height
         self._epoch = dataset.epoch()
-        buckets = [self.sizes[i] for i in self._epoch] if in_buckets else None
+        # Width and height of each picture that an epoch sees.
+        self.sizes = [tuple(vae_factor * side for side in reversed(moments[i].shape[2:])) for i in self._epoch]
+        buckets = self.sizes if in_buckets else None
         self.batches = Batches(len(self._epoch), buckets, at_once, accumulated, processes, seed)
 
     def draw(

@@ -108,6 +108,16 @@ def test_what_is_there_stays_as_it_is(blip, bare):
     assert set(texts(bare / "more")) == {"3", "4"}
 
 
+def test_the_file_has_the_extension_that_is_read(blip, bare):
+    (bare / "0.txt").write_text("not read", encoding="utf-8")
+    (bare / "1.caption").touch()
+    dataset = MegaManDataset(bare, None, caption_extension=".caption")
+    caption_missing(str(blip), dataset, [].append)
+    found = MegaManDataset(bare, None, caption_extension=".caption")
+    assert found.sources.count("from .caption files") == len(found) - 1, "all but the empty one"
+    assert [path.name for path in bare.rglob("*.txt")] == ["0.txt"]
+
+
 def test_a_file_that_comes_while_it_works_stays_too(blip, bare):
     pictures = without_file(sorted(bare.rglob("*.png")))
 
