@@ -242,15 +242,15 @@ def main(argv: list[str]) -> int:
             return False
         return True
 
-    def micro_batch(these: Encoded, part: Part, number: int) -> torch.Tensor:
-        """The loss of micro-batch number ... of the run; what is random in it is drawn on the CPU, a picture each."""
+    def micro_batch(these: Encoded, part: Part) -> torch.Tensor:
+        """The mean loss of some pictures; what is random in it is drawn on the CPU, a picture each."""
         latents, noise, timesteps, captions = these.draw(part, base.vae.config.scaling_factor, options.noise_offset,
                                                          base.scheduler.config.num_train_timesteps)  # fmt: skip
         weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
         if options.lora_dropout:
-            schedule.seed_dropout(these.seed, number)
+            schedule.seed_dropout(these.seed, part.numbers[0])
         if reads_on:
             reader = trained_text_encoder if text_encoder else base.text_encoder
             states = reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
@@ -263,14 +263,12 @@ def main(argv: list[str]) -> int:
     def accumulate(step: int) -> torch.Tensor:
         """The gradients of one optimizer step; returns its loss."""
         step_loss = torch.zeros((), device=device)
-        parts = [(these, micro, part) for these in encoded
-                 for micro, part in enumerate(these.batches.parts(step, process, split.size))]  # fmt: skip
-        for these, micro, part in parts:
+        parts = [(these, part) for these in encoded for part in these.batches.parts(step, process, split.size)]
+        for these, part in parts:
             with contextlib.ExitStack() as alone:  # the processes exchange gradients in the last one only
-                for model in prepared if part is not parts[-1][2] else []:
+                for model in prepared if part is not parts[-1][1] else []:
                     alone.enter_context(accelerator.no_sync(model))
-                number = ((step - 1) * split.count + micro) * world + process
-                loss = these.weight * micro_batch(these, part, number) / part.divisor
+                loss = these.weight * micro_batch(these, part) / part.divisor
                 accelerator.backward(loss)
                 step_loss += loss.detach()
         return step_loss
