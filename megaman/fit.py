@@ -1,0 +1,145 @@
+"""How training fits into the memory at hand: what is chosen before step 1, or refused in a line; --plan's table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from megaman import memory, room
+from megaman.base import DTYPES, Placement, actual_name, choose_device, place
+from megaman.errors import UserError, brief
+from megaman.plan import GB, Plan, gigabytes, read_configs
+
+BATCHES = (1, 2, 4)  # of the table
+
+
+@dataclass
+class Fit:
+    """What a run does so that it fits: the side of the VAE's tiles while it draws, 0 for none; gradient checkpointing;
+    and what to say of it."""
+
+    checkpointing: bool
+    tile: int = 0
+    lines: Sequence[str] = ()
+
+    def tile_vae(self, vae: AutoencoderKL) -> None:
+        """Have the VAE work in tiles where that was chosen. After encoding: the pictures' latents stay as they are."""
+        if self.tile:
+            vae.enable_tiling()
+            vae.tile_latent_min_size = self.tile * vae.tile_latent_min_size // vae.tile_sample_min_size
+            vae.tile_sample_min_size = self.tile
+
+
+def fit(plan: Plan, split: memory.Split, checkpointing: bool, limit: int, can_shrink: bool) -> Fit:
+    """Make a run fit into limit bytes without changing what it computes.
+
+    VAE tiling for sample images first, then gradient checkpointing, then smaller micro-batches of which more are
+    accumulated (split is changed; only with can_shrink). Sample images that do not fit all the same are no reason
+    against the run: Validation leaves them out. Raises UserError where training does not fit, with what would.
+    """
+    usable, before, done = limit * room.USABLE, split.size, []
+    if tiled := plan.drawing(False) > max(usable, plan.drawing(True)):
+        done.append("VAE tiling for sample images")
+    if not checkpointing and plan.training(split.size, False) > usable:
+        checkpointing = True
+        done.append("gradient checkpointing")
+    while can_shrink and plan.training(split.size, checkpointing) > usable and split.shrink():
+        pass
+    if split.size < before:
+        done.append(f"{split.count} micro-batches of {split.size} a step, with the same effective batch")
+    needed = plan.training(split.size, checkpointing)
+    if needed > limit:
+        raise _refusal(plan, split.size, needed, limit)
+    lines = [f"memory     needs about {gigabytes(max(needed, plan.drawing(tiled)))} GB of {gigabytes(limit)} GB "
+             f"({plan.in_words(split.size, checkpointing, tiled)})"]  # fmt: skip
+    if done:
+        lines.append(f"           so that it fits: {', '.join(done)}")
+    if plan.drawing(tiled) > limit:
+        lines.append("           sample images will probably not fit; they are left out then")
+    return Fit(checkpointing, plan.tile * tiled, lines)
+
+
+def _refusal(plan: Plan, batch: int, needed: int, limit: int) -> UserError:
+    pictures = "one picture" if batch == 1 else f"{batch} pictures"
+    message = (
+        f"Training on {pictures} of {plan.size} px at a time needs about {gigabytes(needed)} GB "
+        f"even with gradient checkpointing, and there are {gigabytes(limit)} GB"
+    )
+    usable = limit * room.USABLE
+    if batch > 1 and (fewer := max((b for b in range(1, batch) if plan.training(b, True) <= usable), default=0)):
+        return UserError(message, f"--train_batch_size {fewer} would fit")
+    step = 64 if plan.size > 64 else plan.factor
+    sizes = range(plan.size // step * step, 0, -step)
+    if smaller := next((size for size in sizes if plan.training(1, True, size) <= usable), 0):
+        return UserError(message, f"--resolution {smaller} would fit" + " with --train_batch_size 1" * (batch > 1))
+    half = "--mixed_precision fp16 takes half of that; or close" if plan.dtype == torch.float32 else "Close"
+    return UserError(f"{message}; the weights alone take {gigabytes(plan.weights)}", f"{half} other programs")
+
+
+def memory_limit(device: torch.device, vram_limit: float | None) -> int:
+    """Bytes that a run may take on the device: what is free, or vram_limit GB where that is less.
+
+    On CUDA torch is held to vram_limit, too; the CUDA context comes on top. On a CPU it serves the plan alone.
+    """
+    if vram_limit is None:
+        return room.free_memory(device)
+    asked = int(vram_limit * GB)
+    if device.type != "cuda":
+        return asked
+    free, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, asked / total), device)
+    return min(asked, free)
+
+
+def settle(
+    name: str,
+    placement: Placement,
+    limit: int,
+    split: memory.Split,
+    checkpointing: bool,
+    can_shrink: bool,
+    **shape: Any,
+) -> Fit:
+    """Plan a run on the base of this name and make it fit (see fit; shape is Plan's keywords).
+
+    A plan that cannot be made is said and is no reason against the run; one that does not fit is: raises UserError.
+    """
+    try:
+        configs, remark = read_configs(name)
+        plan = Plan(configs, placement.dtype, placement.device.type != "cpu", **shape)
+        plan.training(split.size, checkpointing), plan.drawing(False)
+    except Exception as error:  # whatever it is, loading the base tells it better
+        return Fit(checkpointing, lines=[f"memory     cannot be told beforehand ({brief(error)})"])
+    found = fit(plan, split, checkpointing, limit, can_shrink)
+    return Fit(found.checkpointing, found.tile, [*found.lines, *([f"           {remark}"] if remark else [])])
+
+
+def table(name: str, mixed_precision: str, vram_limit: float | None, **shape: Any) -> list[str]:
+    """What runs on the base of this name would need on a card, as lines (shape is Plan's keywords)."""
+    configs, remark = read_configs(name)
+    plan = Plan(configs, DTYPES[mixed_precision], True, **shape)
+    device = choose_device()
+    limit = memory_limit(device, vram_limit) if vram_limit or device.type == "cuda" else None
+
+    def cell(size: int) -> str:
+        fits = "" if limit is None else " fits" if size <= limit * room.USABLE else " tight" if size <= limit else " no"
+        return f"{gigabytes(size)} GB{fits}"
+
+    lines = [f"base       {actual_name(name)}", *([f"           {remark}"] if remark else [])]
+    lines += [f"plan       {plan.size} px, {mixed_precision.replace('no', 'float32')}, rank {shape['rank']}: "
+              f"{plan.in_words(1, False, False)} GB"]  # fmt: skip
+    if limit is not None:
+        lines.append(f"limit      {gigabytes(limit)} GB")
+    lines += ["", f"{'pictures at once':18}{'plain':>16}{'--gradient_checkpointing':>28}"]
+    for batch in BATCHES:
+        lines.append(f"{batch:<18}{cell(plan.training(batch, False)):>16}{cell(plan.training(batch, True)):>28}")
+    if plan.images:
+        lines += ["", f"sample images  {cell(plan.drawing(False))}, with VAE tiling {cell(plan.drawing(True))}"]
+    lines += ["", "GB are 2**30 bytes. Tensors are counted; CUDA's context and workspaces come on top."]
+    if device.type != "cuda":
+        lines.append(f"For an NVIDIA card. On this machine: {place(mixed_precision, device).why}.")
+    return lines
