@@ -18,7 +18,6 @@ import logging
 import math
 import secrets
 import shlex
-import shutil
 import time
 from datetime import timedelta
 from functools import partial
@@ -29,16 +28,15 @@ from tqdm import tqdm
 from megaman.captions import Variation
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
-from megaman.files import write_json, write_text
+from megaman.files import write_json
 from megaman.names import is_inside, safe_name
 from megaman.options import MUST_MATCH, bucket_limits, resuming, training_options
-from megaman.output import find_all, new_log_dir, open_output, save_somewhere, step_of
-from megaman.problems import too_bad, write_problems
+from megaman.output import find_all, new_log_dir, open_output, remove, save_somewhere, step_of
+from megaman.problems import first_too_bad, too_bad, write_instructions, write_problems
 from megaman.stops import StopSignal
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
-INSTRUCTIONS = Path(__file__).parent / "megaman" / "templates" / "instructions.txt"
 
 
 def main(argv: list[str]) -> int:
@@ -55,13 +53,20 @@ def main(argv: list[str]) -> int:
     if options.check_data:
         from megaman import doctor, report
 
+        if options.auto_caption:
+            add_captions(options.auto_caption, dataset)
+            dataset = find()
         bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
         found = doctor.examine(dataset, options.resolution, options.trigger_word or None, bar)
         print(*report.write_report(output_dir, found), sep="\n")
         return int(options.strict and found.wrong)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
-    if error := too_bad(dataset, options.skip_bad_images):
-        report_problems(dataset, output_dir)
+    datasets = [dataset]  # and, where there are any, the class pictures
+    if options.class_data_dir:
+        datasets.append(find_pictures(options.class_data_dir, True, options.resolution, options.center_crop,
+                                      options.caption_extension, 1, "--class_data_dir"))  # fmt: skip
+    if error := first_too_bad(datasets, options.skip_bad_images):
+        report_problems(datasets, output_dir)
         raise error
 
     import numpy as np
@@ -73,7 +78,8 @@ def main(argv: list[str]) -> int:
     from megaman import buckets, cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
-    from megaman.batches import Batches, Part
+    from megaman.batches import Part
+    from megaman.encoded import Encoded
     from megaman.tracking import TrainingLog
     from megaman.validation import Validation
 
@@ -88,13 +94,10 @@ def main(argv: list[str]) -> int:
 
     # Captions that are missing, before anything is made of them: one process writes, the others wait.
     if options.auto_caption:
-        from megaman import auto_caption
-
         if accelerator.is_main_process:
-            bar = partial(tqdm, desc="captioning", unit="picture")
-            auto_caption.caption_missing(options.auto_caption, dataset, device, say, bar)
+            add_captions(options.auto_caption, dataset)
         accelerator.wait_for_everyone()
-        dataset = find()
+        dataset = datasets[0] = find()
     dataset.dress(options.trigger_word, options.caption_prefix, options.caption_suffix)
     variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
 
@@ -106,6 +109,7 @@ def main(argv: list[str]) -> int:
     split = memory.Split(options.train_batch_size, options.gradient_accumulation_steps)
     effective = split.size * split.count * world
     must_match = {"pretrained_model_name": name, "seed": seed, "data": dataset.fingerprint(),
+                  "class data": datasets[1].fingerprint() if options.class_data_dir else "none",
                   **{flag: getattr(options, flag) for flag in MUST_MATCH}, "pictures a step": effective,
                   "pictures of one bucket": split.size * world if options.enable_bucket else None}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
@@ -117,9 +121,9 @@ def main(argv: list[str]) -> int:
     if remark := moved(options.pretrained_model_name):
         say(f"  {remark}")
     base = load_base(name, placement.dtype)
-    if options.enable_bucket:
-        dataset.buckets = buckets.make_buckets(options.resolution, base.native_size, **bucket_limits(options),
-                                               upscale=not options.bucket_no_upscale)  # fmt: skip
+    for each in datasets if options.enable_bucket else []:
+        each.buckets = buckets.make_buckets(options.resolution, base.native_size, **bucket_limits(options),
+                                            upscale=not options.bucket_no_upscale)  # fmt: skip
     torch.manual_seed(seed)  # for the LoRA's random half
     add_lora = partial(lora.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
                        dropout=options.lora_dropout)  # fmt: skip
@@ -135,27 +139,28 @@ def main(argv: list[str]) -> int:
     base.unet.to(device)
 
     # The frozen parts run once, for every caption and every variant of every picture, and leave the device.
-    texts = [*dataset.captions, options.validation_prompt, ""]
+    texts = [*(caption for each in datasets for caption in each.captions), options.validation_prompt, ""]
     text_states = None if text_encoder else cache.encode_captions(base.text_encoder.to(device), base.tokenizer, texts)
     reads_on = bool(text_encoder or variation.makes_new)  # the text encoder, at every step
     base.text_encoder.to(device if reads_on else "cpu")
     base.vae.to(device)
-    moments, _ = cache.encode_pictures(
-        base.vae, dataset, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
-        lambda pictures: tqdm(pictures, desc="encoding", unit="picture", total=len(dataset), disable=process != 0),
-    )  # fmt: skip
+    moments = [cache.encode_pictures(
+        base.vae, each, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
+        partial(tqdm, desc="encoding", unit="picture", total=len(each), disable=process != 0),
+    )[0] for each in datasets]  # fmt: skip
     base.vae.to("cpu")
-    dataset.cut = cache.cut_off(base.tokenizer, dataset.captions)
+    for each in datasets:
+        each.cut = cache.cut_off(base.tokenizer, each.captions)
     if process == 0:
-        report_problems(dataset, output_dir)
-    if error := too_bad(dataset, options.skip_bad_images):
+        report_problems(datasets, output_dir)
+    if error := first_too_bad(datasets, options.skip_bad_images):
         raise error
 
     # Steps, rate, optimizer.
-    epoch = dataset.epoch()
-    sizes = [tuple(base.vae_factor * side for side in reversed(each.shape[2:])) for each in moments]  # width, height
-    batches = Batches(len(epoch), [sizes[i] for i in epoch] if options.enable_bucket else None,
-                      split.size, split.count, world, seed)  # fmt: skip
+    kinds = [(variation, seed, 1.0), (Variation(), schedule.class_seed(seed), options.prior_loss_weight)]
+    encoded = [Encoded(*each, base.vae_factor, options.enable_bucket, split.size, split.count, world, *kind)
+               for *each, kind in zip(datasets, moments, kinds, strict=False)]  # fmt: skip
+    batches, sizes = encoded[0].batches, encoded[0].sizes
     total = schedule.total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
                                  options.max_train_steps)  # fmt: skip
     epochs = total * batches.step_length / batches.epoch_length
@@ -178,7 +183,9 @@ def main(argv: list[str]) -> int:
             checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    say(*dataset.describe(sum(map(len, moments)), options.random_flip), sep="\n")
+    say(*dataset.describe(sum(map(len, moments[0])), options.random_flip), sep="\n")
+    if options.class_data_dir:
+        say(f"class      {len(datasets[1])} in {options.class_data_dir}, loss times {options.prior_loss_weight:g}")
     if options.enable_bucket:
         say(f"buckets    {buckets.in_words(sizes)}; {batches.epoch_length} batches an epoch")
     say(f"steps      {total} of {'up to ' * options.enable_bucket}{effective} pictures ({options.train_batch_size} x "
@@ -205,13 +212,13 @@ def main(argv: list[str]) -> int:
     settings = {**{key: value for key, value in vars(options).items() if key != "given"}, "seed": seed}
     curves = TrainingLog(partial(SummaryWriter, str(log_dir), ""), start + 1 if saved else None, say)
     if accelerator.is_main_process:
-        for path in leftovers:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(leftovers)
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}
         config = {"settings": settings, "base": name, "total_steps": total, "warmup_steps": warmup, "epochs": epochs,
                   "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes), "device": str(device),
                   "dtype": str(placement.dtype).removeprefix("torch."), "versions": versions,
-                  "python": sys.version.split()[0], "log_dir": str(log_dir)}  # fmt: skip
+                  "class_pictures": sum(map(len, datasets[1:])), "python": sys.version.split()[0],
+                  "log_dir": str(log_dir)}  # fmt: skip
         write_json(output_dir / "training_config.json", config)
         curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
 
@@ -241,25 +248,15 @@ def main(argv: list[str]) -> int:
             return False
         return True
 
-    def draw(index: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents, noise and timestep of one picture, from one of its crops."""
-        pick = int(torch.randint(len(moments[index]), (1,), generator=generator))
-        latents = diffusion.draw_latents(moments[index][pick][None], base.vae.config.scaling_factor, generator)
-        noise = diffusion.draw_noise(latents.shape, options.noise_offset, generator)
-        return latents, noise, diffusion.draw_timesteps(1, base.scheduler.config.num_train_timesteps, generator)
-
-    def micro_batch(part: Part, number: int) -> torch.Tensor:
+    def micro_batch(these: Encoded, part: Part, number: int) -> torch.Tensor:
         """The loss of micro-batch number ... of the run; what is random in it is drawn on the CPU, a picture each."""
-        indices = [epoch[place] for place in part.pictures]
-        drawn = [draw(index, schedule.random_for(seed, row)) for index, row in zip(indices, part.numbers, strict=True)]
-        latents, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        latents, noise, timesteps, captions = these.draw(part, base.vae.config.scaling_factor, options.noise_offset,
+                                                         base.scheduler.config.num_train_timesteps)  # fmt: skip
         weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
-        captions = [variation.of(dataset.captions[i], schedule.caption_random_for(seed, row))
-                    for i, row in zip(indices, part.numbers, strict=True)]  # fmt: skip
         if options.lora_dropout:
-            schedule.seed_dropout(seed, number)
+            schedule.seed_dropout(these.seed, number)
         if reads_on:
             reader = trained_text_encoder if text_encoder else base.text_encoder
             states = reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
@@ -272,13 +269,14 @@ def main(argv: list[str]) -> int:
     def accumulate(step: int) -> torch.Tensor:
         """The gradients of one optimizer step; returns its loss."""
         step_loss = torch.zeros((), device=device)
-        parts = batches.parts(step, process, split.size)
-        for micro, part in enumerate(parts):
-            last = micro == len(parts) - 1
+        parts = [(these, micro, part) for these in encoded
+                 for micro, part in enumerate(these.batches.parts(step, process, split.size))]  # fmt: skip
+        for these, micro, part in parts:
             with contextlib.ExitStack() as alone:  # the processes exchange gradients in the last one only
-                for model in [] if last else prepared:
+                for model in prepared if part is not parts[-1][2] else []:
                     alone.enter_context(accelerator.no_sync(model))
-                loss = micro_batch(part, ((step - 1) * split.count + micro) * world + process) / part.divisor
+                number = ((step - 1) * split.count + micro) * world + process
+                loss = these.weight * micro_batch(these, part, number) / part.divisor
                 accelerator.backward(loss)
                 step_loss += loss.detach()
         return step_loss
@@ -369,17 +367,22 @@ def find_pictures(data_dir: str, given: bool, *settings: object) -> MegaManDatas
         return dataset
     if given:
         raise too_bad(dataset, skip_bad=False)
-    guide = folder / "README.md"
-    if not guide.exists():
-        write_text(guide, INSTRUCTIONS.read_text(encoding="utf-8"))
     print(f"There are no pictures yet. Put 20 to 100 of them into {data_dir} and run the same command again.")
-    print(f"How, with captions: {guide}. To see a whole run first: python megaman_lora.py --demo")
+    print(f"How, with captions: {write_instructions(folder)}. To see a whole run first: python megaman_lora.py --demo")
     return None
 
 
-def report_problems(dataset: MegaManDataset, output_dir: Path) -> None:
+def add_captions(model: str, dataset: MegaManDataset) -> None:
+    """Have a model write captions beside the pictures that lack one."""
+    from megaman import auto_caption
+
+    bar = partial(tqdm, desc="captioning", unit="picture")
+    auto_caption.caption_missing(model, dataset, print, bar)
+
+
+def report_problems(datasets: list[MegaManDataset], output_dir: Path) -> None:
     """Name each file that is left out, and each doubtful caption, here and in a file."""
-    for line in write_problems(output_dir / "dataset_problems.json", dataset):
+    for line in write_problems(output_dir / "dataset_problems.json", *datasets):
         print(line)
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
 from megaman import hub
-from megaman.base import ODD_CONFIGURATION
+from megaman.base import ODD_CONFIGURATION, choose_device
 from megaman.captions import tidy
 from megaman.errors import UserError, brief
 from megaman.files import read_json, write_text
@@ -71,14 +71,15 @@ class Captioner:
         self.at_once //= 2
 
 
-def load_captioner(name: str, device: torch.device) -> Captioner:
-    """BLIP from a local folder or the hub, in fp16 on CUDA and in float32 elsewhere.
+def load_captioner(name: str) -> Captioner:
+    """BLIP from a local folder or the hub on the best device there is, in fp16 on CUDA and in float32 elsewhere.
 
     Raises UserError where it is missing, incomplete, damaged, a pickle or no BLIP for captions.
     """
     folder = _find(name)
     _check_kind(name, folder)
     check_part(folder)
+    device = choose_device()
     try:
         model, report = BlipForConditionalGeneration.from_pretrained(
             folder,
@@ -115,8 +116,8 @@ def _check_kind(name: str, folder: Path) -> None:
         found = f"a {kind!s:.40} ({classes!s:.80})"
         raise UserError(f"--auto_caption {name} is no BLIP that writes captions but {found}", WAYS_ON)
     if not list(folder.glob("*.safetensors")):
-        pickles = "only pickles (.bin), which can run code" if list(folder.glob("*.bin")) else "no .safetensors file"
-        raise UserError(f"--auto_caption {name} holds {pickles}", WAYS_ON)
+        held = "only pickles (.bin), which can run code" if list(folder.glob("*.bin")) else "no .safetensors file"
+        raise UserError(f"--auto_caption {name} holds {held}, and nothing but safetensors is loaded", WAYS_ON)
     wanted = [("tokenizer.json", "vocab.txt"), ("preprocessor_config.json", "processor_config.json")]
     for names in wanted:  # the library would go on with a vocabulary of five words, or with its own numbers
         if not any((folder / file).is_file() for file in names):
@@ -126,7 +127,6 @@ def _check_kind(name: str, folder: Path) -> None:
 def caption_missing(
     name: str,
     dataset: MegaManDataset,
-    device: torch.device,
     say: Callable[[str], None],
     progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
 ) -> None:
@@ -136,20 +136,21 @@ def caption_missing(
     loaded. Raises UserError as load_captioner and write_captions do.
     """
     extension = dataset.caption_extension or ".txt"
-    without = (path for path, found in zip(dataset.pictures, dataset.found, strict=True) if not found)
-    lacking = without_file(without, extension)
+    bare = [path for path, found in zip(dataset.pictures, dataset.found, strict=True) if not found]
+    lacking = without_file(bare, extension)
     if not lacking:
         say("captions   none is missing: --auto_caption has nothing to do")
         return
     say(f"captions   {len(lacking)} are missing: {name} writes them")
-    written = write_captions(load_captioner(name, device), lacking, progress, extension)
+    written = write_captions(load_captioner(name), lacking, progress, extension)
     say(f"           {written} written as {extension} beside the pictures, for you to read and edit")
     free()
 
 
 def without_file(pictures: Iterable[Path], extension: str = ".txt") -> list[Path]:
-    """Those of the pictures that have no file of that extension beside them, not even an empty one; of two that
-    would share one the first. Raises UserError where a folder among theirs cannot be written, before anybody waits for a model."""
+    """Those of the pictures that have no file of that extension beside them, not even an empty one; of two that would
+    share one the first. Raises UserError where a folder among theirs cannot be written, before anybody waits for a
+    model."""
     lacking: dict[Path, Path] = {}
     for picture in pictures:
         if not os.path.lexists(target := picture.with_suffix(extension)):
@@ -166,7 +167,7 @@ def write_captions(
     progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
     extension: str = ".txt",
 ) -> int:
-    """Write a caption beside each of the pictures, in a file of the same stem, and return how many were written.
+    """Write a caption beside each of the pictures, in a text file of its stem, and return how many were written.
 
     A file that is there stays as it is. Pictures that cannot be read get none. What is written stays when the rest is
     stopped. Raises UserError where a folder cannot be written.

@@ -137,7 +137,8 @@ def restore(
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Settings in which a checkpoint and this run disagree, as words."""
-    earlier = {"train_text_encoder": False, "enable_bucket": False, **Variation()._asdict()}  # what they do not tell
+    # What earlier checkpoints do not tell.
+    earlier = {"train_text_encoder": False, "enable_bucket": False, "class data": "none", **Variation()._asdict()}
     saved = {**earlier, **saved}
     return [
         f"{key} was {saved[key]} and is now {wanted[key]}"

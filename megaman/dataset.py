@@ -32,6 +32,7 @@ class MegaManDataset:
         caption_extension: of the files beside the pictures that hold their captions; None for .txt, then .caption.
         repeats: how often every picture counts in an epoch, times the number of its folder where that is kohya's
             10_name.
+        flag: of the command line that named the folder, for what is said about it.
 
     An item is a dict with "pixel_values", float32 [3, size, size] in -1 ... 1, and "input_ids", int64
     [tokenizer.model_max_length] (or "caption", a str, without a tokenizer). Reading a damaged picture raises
@@ -51,10 +52,12 @@ class MegaManDataset:
         center_crop: bool = True,
         caption_extension: str | None = None,
         repeats: int = 1,
+        flag: str = "--data_dir",
     ):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
-            raise UserError(f"{data_dir} is not a folder", "Name the folder with your pictures in --data_dir")
+            raise UserError(f"{data_dir} is not a folder", f"Name the folder with your pictures in {flag}")
+        self.flag = flag
         self.tokenizer = tokenizer
         self.size = size
         self.center_crop = center_crop
@@ -137,7 +140,7 @@ class MegaManDataset:
         place = f"{f'{folders} folders of ' if folders > 1 else ''}{self.data_dir}"
         lines = [f"pictures   {len(self)} in {place}, {crops} crops{' with their mirror images' * flip}"]
         if flip and (sided := sum(map(self.keeps_sides, range(len(self))))):
-            lines.append(f"           {sided} are not mirrored: their captions say left or right")
+            lines.append(f"           not mirrored: {sided}, whose captions say left or right")
         lines.append(f"captions   {describe(self.sources)}")
         repeated = [f"{name} x {count}" for name, (count, _) in self.by_folder().items() if count > 1]
         if repeated:

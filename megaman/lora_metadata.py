@@ -64,6 +64,18 @@ def _buckets(record: Mapping[str, Any] | None, settings: Mapping[str, Any], coun
     }
 
 
+def _class_pictures(count: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What kohya's header tells of regularisation pictures."""
+    if not count:
+        return {"ss_num_reg_images": 0}
+    name = Path(settings["class_data_dir"]).resolve().name
+    return {
+        "ss_num_reg_images": count,
+        "ss_prior_loss_weight": settings["prior_loss_weight"],
+        "ss_reg_dataset_dirs": json.dumps({name: {"n_repeats": 1, "img_count": count}}),
+    }
+
+
 def run_notes(
     config: Mapping[str, Any],
     folders: Mapping[str, tuple[int, Sequence[str]]],
@@ -87,8 +99,8 @@ def run_notes(
     frequency = {name: tags(own) for name, (_, own) in folders.items()}
     notes = {
         "ss_num_train_images": count,
-        "ss_num_reg_images": 0,
         "ss_dataset_dirs": json.dumps(dirs),
+        **_class_pictures(config["class_pictures"], settings),
         "ss_tag_frequency": json.dumps(frequency),
         **_buckets(config["buckets"], settings, count),
         "ss_resolution": f"({size}, {size})",

@@ -83,6 +83,12 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
         if address
         else "Look up the licence of the base: its terms hold for what is made with it too."
     )
+    regular = (
+        f" Beside them {config['class_pictures']} regularisation pictures, whose loss counts "
+        f"{settings['prior_loss_weight']:g} times."
+        if config["class_pictures"]
+        else ""
+    )
     parts = [
         f"---\n{yaml}\n---",
         f"# A LoRA for {code(name)}",
@@ -108,8 +114,8 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
         "Mega Man LoRA: `python generate_megaman.py --lora_path THIS_FOLDER`.",
         f"## How it was trained\n\n| Setting | Value |\n| --- | --- |\n{table}\n\nWith {versions}.",
         f"## Data\n\n{len(captions)} pictures; {found} captions were written, {len(captions) - found} made from names "
-        "of files or folders. Nothing is said here of where the pictures come from and who owns them: whoever "
-        "publishes this should.",
+        f"of files or folders.{regular} Nothing is said here of where the pictures come from and who owns them: "
+        "whoever publishes this should.",
         f"## Base and licence\n\nBase: {shown}. {terms}",
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"

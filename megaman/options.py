@@ -77,6 +77,8 @@ def training_parser() -> Parser:
         metavar="MODEL",
         help="BLIP (a name on the hub or a folder) writes missing captions",
     )
+    add("--class_data_dir", type=name, help="regularisation pictures: what the base should go on drawing as it does")
+    add("--prior_loss_weight", type=number(float, 0, 1000), default=1.0, help="what their loss counts")
     add("--output_dir", type=folder, default="./megaman_lora_output", help="checkpoints, samples and the LoRA go here")
     add("--overwrite_output", action="store_true", help="delete what an earlier run left in --output_dir")
     add("--logging_dir", type=folder, default="./logs", help="TensorBoard's folder")
@@ -205,11 +207,16 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
     if options.num_validation_images == 0:
         for flag in sorted({"validation_steps", "validation_prompt"} & options.given):
             yield f"--{flag} and --num_validation_images 0 contradict each other: leave one out"
-    if below(options.output_dir, options.data_dir):
-        yield f"--output_dir {options.output_dir} is within --data_dir: its samples would be trained on; name another"
-    for flag in ("data_dir", "logging_dir"):
+    if "prior_loss_weight" in options.given and not options.class_data_dir:
+        yield "--prior_loss_weight has no effect without --class_data_dir: add that, or leave this out"
+    for flag in ("data_dir", "class_data_dir"):
+        if (place := getattr(options, flag)) and below(options.output_dir, place):
+            yield f"--output_dir {options.output_dir} is within --{flag}: its samples would be trained on; name another"
+    if (own := options.class_data_dir) and (below(own, options.data_dir) or below(options.data_dir, own)):
+        yield f"--class_data_dir {own} and --data_dir share pictures, which would be learnt and held back: part them"
+    for flag in ("data_dir", "class_data_dir", "logging_dir"):
         place = getattr(options, flag)
-        if re.match(REPLACED, below(place, options.output_dir) or ""):
+        if place and re.match(REPLACED, below(place, options.output_dir) or ""):
             yield f"--{flag} {place} is where the run in --output_dir puts its own: name another"
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megaman.errors import UserError, brief
@@ -48,6 +48,12 @@ def tidy(output_dir: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def remove(leftovers: Iterable[Path]) -> None:
+    """Delete what open_output found of an earlier run."""
+    for path in leftovers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def find_all(output_dir: Path) -> list[Path]:

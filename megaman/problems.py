@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaman.captions import JOINERS, MOST_TOKENS
 from megaman.errors import UserError
-from megaman.files import write_json
+from megaman.files import write_json, write_text
 
 if TYPE_CHECKING:
     from megaman.dataset import MegaManDataset
 
+INSTRUCTIONS = Path(__file__).parent / "templates" / "instructions.txt"
 MOST_CUT = 3  # captions whose end is printed
 
 
 def too_bad(dataset: MegaManDataset, skip_bad: bool) -> UserError | None:
     """What to say where nothing is left to train on, or, unless skip_bad, less than half of what a person put there."""
-    good, bad, place = len(dataset), len(dataset.problems), f"--data_dir {dataset.data_dir}"
+    good, bad, place = len(dataset), len(dataset.problems), f"{dataset.flag} {dataset.data_dir}"
     if not good:
         return UserError(f"{place} holds no picture that can be used", "Put JPG, PNG, BMP or WebP there")
     if bad <= good or skip_bad:
@@ -27,22 +29,37 @@ def too_bad(dataset: MegaManDataset, skip_bad: bool) -> UserError | None:
     return UserError(f"{bad} of the {good + bad} files in {place} cannot be used", remedy)
 
 
-def write_problems(path: Path, dataset: MegaManDataset) -> list[str]:
-    """Write every file that was left out, every caption to look at, and every one that was made or is too long into a
-    JSON file; returns the same as lines, but made captions and most of the long ones only counted.
+def first_too_bad(datasets: Iterable[MegaManDataset], skip_bad: bool) -> UserError | None:
+    """The same for several: the first error there is."""
+    return next((error for dataset in datasets if (error := too_bad(dataset, skip_bad))), None)
+
+
+def write_instructions(folder: Path) -> Path:
+    """Put into a folder without pictures what a person should know who fills it, and return the file."""
+    guide = folder / "README.md"
+    if not guide.exists():
+        write_text(guide, INSTRUCTIONS.read_text(encoding="utf-8"))
+    return guide
+
+
+def write_problems(path: Path, *datasets: MegaManDataset) -> list[str]:
+    """Write every file of these folders that was left out, every caption to look at, and every one that was made or is
+    too long into a JSON file; returns the same as lines, but made captions and most of the long ones only counted.
 
     Where there is nothing to tell, an earlier run's file goes, and there is no line.
     """
-    remarks = list(dict.fromkeys([*filter(None, dataset.remarks), *dataset.notes]))  # two pictures may share a file
-    made = [index for index, found in enumerate(dataset.found) if not found]
-    long = [index for index, words in enumerate(dataset.cut) if words]
-    if not dataset.problems and not remarks and not made and not long:
+    bad = {file: reason for dataset in datasets for file, reason in dataset.problems.items()}
+    remarks = [remark for dataset in datasets for remark in (*filter(None, dataset.remarks), *dataset.notes)]
+    remarks = list(dict.fromkeys(remarks))  # two pictures may share a file
+    made = [(dataset, i) for dataset in datasets for i, found in enumerate(dataset.found) if not found]
+    long = [(dataset, i) for dataset in datasets for i, words in enumerate(dataset.cut) if words]
+    if not bad and not remarks and not made and not long:
         path.unlink(missing_ok=True)
         return []
-    left_out = [{"path": _text(file), "reason": _text(reason)} for file, reason in dataset.problems.items()]
+    left_out = [{"path": _text(file), "reason": _text(reason)} for file, reason in bad.items()]
     captions = [{"path": _text(file), "remark": _text(remark)} for file, remark in remarks]
-    without = [{"path": _text(dataset.pictures[i]), "caption": _text(dataset.captions[i])} for i in made]
-    cut = [{"path": _text(dataset.pictures[i]), "cut": _text(dataset.cut[i])} for i in long]
+    without = [{"path": _text(dataset.pictures[i]), "caption": _text(dataset.captions[i])} for dataset, i in made]
+    cut = [{"path": _text(dataset.pictures[i]), "cut": _text(dataset.cut[i])} for dataset, i in long]
     write_json(path, {"left_out": left_out, "captions": captions, "made_captions": without, "cut_captions": cut})
     lines = [f"left out: {entry['path']}: {entry['reason']}" for entry in left_out]
     lines += [f"captions   {entry['path']} {entry['remark']}" for entry in captions]
@@ -51,7 +68,8 @@ def write_problems(path: Path, dataset: MegaManDataset) -> list[str]:
         lines.append(f"captions   {entry['path']} has more than {MOST_TOKENS} tokens; cut off: {words}")
     if len(cut) > MOST_CUT:
         lines.append(f"captions   {len(cut) - MOST_CUT} more have over {MOST_TOKENS} tokens and are cut off there")
-    counts = f"{len(left_out)} of {len(dataset) + len(left_out)} files left out, {len(captions)} captions to look at"
+    count = sum(map(len, datasets)) + len(left_out)
+    counts = f"{len(left_out)} of {count} files left out, {len(captions)} captions to look at"
     counts += f", {len(made)} made from names" * bool(made)
     lines.append(f"           {counts}; listed in {path}")
     return [printable(line) for line in lines]

@@ -15,7 +15,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)  # two epochs each of the pictures and of the class pictures
 def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     """The pictures 0 ... count - 1, each once, in this epoch's order."""
     order = list(range(count))
@@ -45,6 +45,11 @@ def random_for(seed: int, number: int) -> torch.Generator:
 def caption_random_for(seed: int, number: int) -> random.Random:
     """What is random about the caption of picture number ... of the row; apart from the rest, which it leaves as is."""
     return random.Random(f"caption {seed} {number}")
+
+
+def class_seed(seed: int) -> int:
+    """The seed of a run's class pictures, so that they come in an order and with noise of their own."""
+    return _digest(f"class pictures {seed}")
 
 
 def seed_dropout(seed: int, number: int) -> None:

@@ -27,7 +27,6 @@ from megaman.errors import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "red", "blue", "robot", "cat", "on", "white",
          "background", "with", "helmet"]  # fmt: skip
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def caption(folder: Path, model, said: list | None = None) -> None:
-    caption_missing(str(model), MegaManDataset(folder, None), CPU, [].append if said is None else said.append)
+    caption_missing(str(model), MegaManDataset(folder, None), [].append if said is None else said.append)
 
 
 def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare):
@@ -97,11 +96,26 @@ def test_what_is_there_stays_as_it_is(blip, bare):
     (bare / "0.txt").write_bytes("un café".encode("cp1252"))
     (bare / "1.txt").write_bytes(b"")
     (bare / "2.txt").symlink_to(bare / "nowhere") if os.name == "posix" else (bare / "2.txt").mkdir()
-    before = {path: os.lstat(path) for path in bare.rglob("*") if path.is_file() or path.is_symlink()}
+
+    def states() -> list[tuple]:
+        found = [os.lstat(bare / name) for name in ("0.txt", "1.txt", "2.txt")]
+        return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
+
+    before = states()
     caption(bare, blip)
-    assert {path: os.lstat(path) for path in before} == before
+    assert states() == before
     assert not (bare / "nowhere").exists()
     assert set(texts(bare / "more")) == {"3", "4"}
+
+
+def test_the_file_has_the_extension_that_is_read(blip, bare):
+    (bare / "0.txt").write_text("not read", encoding="utf-8")
+    (bare / "1.caption").touch()
+    dataset = MegaManDataset(bare, None, caption_extension=".caption")
+    caption_missing(str(blip), dataset, [].append)
+    found = MegaManDataset(bare, None, caption_extension=".caption")
+    assert found.sources.count("from .caption files") == len(found) - 1, "all but the empty one"
+    assert [path.name for path in bare.rglob("*.txt")] == ["0.txt"]
 
 
 def test_a_file_that_comes_while_it_works_stays_too(blip, bare):
@@ -112,7 +126,7 @@ def test_a_file_that_comes_while_it_works_stays_too(blip, bare):
             path.with_suffix(".txt").write_text("mine", encoding="utf-8")
             yield path
 
-    assert write_captions(load_captioner(str(blip), CPU), pictures, somebody_writes) == 0
+    assert write_captions(load_captioner(str(blip)), pictures, somebody_writes) == 0
     assert set(texts(bare).values()) == {"mine"}
 
 
@@ -125,7 +139,7 @@ def test_a_second_run_loads_no_model(blip, bare):
 
 
 def test_a_stopped_captioning_goes_on_where_it_was(blip, bare):
-    captioner = load_captioner(str(blip), CPU)
+    captioner = load_captioner(str(blip))
     captioner.at_once = 2
 
     def stopped(paths):
@@ -150,7 +164,7 @@ def test_damaged_pictures_and_pictures_of_one_stem(blip, bare):
 
 
 def test_too_little_memory_halves_the_batch(blip, bare, monkeypatch):
-    captioner = load_captioner(str(blip), CPU)
+    captioner = load_captioner(str(blip))
     pixels = torch.stack([captioner.pixel_values(Image.open(path)) for path in sorted(bare.rglob("*.png"))])
     wanted, real, sizes = captioner.describe(pixels), BlipForConditionalGeneration.generate, []
 
@@ -245,7 +259,7 @@ def a_pickle_in_disguise(folder: Path) -> None:
 def test_a_model_that_cannot_be_used_ends_in_one_line(own_blip, spoil, said):
     spoil(own_blip)
     with pytest.raises(UserError) as caught:
-        load_captioner(str(own_blip), CPU)
+        load_captioner(str(own_blip))
     line = str(caught.value)
     assert said in line and "\n" not in line and str(own_blip) in line
 
@@ -262,18 +276,18 @@ def test_a_model_that_cannot_be_used_ends_in_one_line(own_blip, spoil, said):
 )
 def test_a_name_that_is_no_model_ends_in_one_line(name, said):
     with pytest.raises(UserError, match=re.escape(said)) as caught:
-        load_captioner(name, CPU)
+        load_captioner(name)
     assert "--auto_caption" in str(caught.value)
 
 
 def test_the_vocabulary_alone_is_enough(own_blip, bare):
     """The authors' own files: vocab.txt and preprocessor_config.json, as the hub has them."""
-    before = load_captioner(str(own_blip), CPU)
+    before = load_captioner(str(own_blip))
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
         (own_blip / name).unlink()
     (own_blip / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     BlipImageProcessorPil().save_pretrained(own_blip)
-    after = load_captioner(str(own_blip), CPU)
+    after = load_captioner(str(own_blip))
     pixels = torch.stack([before.pixel_values(Image.open(path)) for path in sorted(bare.rglob("*.png"))])
     assert torch.equal(pixels[0], after.pixel_values(Image.open(bare / "0.png")))
     strip = re.compile(r" ?\[DEC\]")  # no special token where nothing says so
@@ -288,7 +302,7 @@ def test_the_script_captions_before_it_trains(blip, bare, base_folder, run_scrip
     words = ["--pretrained_model_name", base_folder, "--data_dir", bare, "--auto_caption", blip, *flags.split()]
     done = run_script(["megaman_lora.py", *words], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "captions   4 are missing" in done.stdout and "captions: 5 found, 0 made" in done.stdout
+    assert "captions   4 are missing" in done.stdout and "captions   5 from .txt files" in done.stdout
     bars = {line.split(":")[0] for line in re.split(r"[\r\n]+", done.stderr) if line.strip()}
     assert bars == {"captioning", "encoding", "training"}, "nothing but the bars, and no library's word"
     tags = (tmp_path / "megaman_lora_output" / "lora_weights" / "README.md").read_text(encoding="utf-8")

@@ -39,6 +39,7 @@ ORDER = [
     "schedule",
     "batches",
     "diffusion",
+    "encoded",
     "finite",
     "memory",
     "room",

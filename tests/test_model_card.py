@@ -16,7 +16,8 @@ from megaman.options import training_options
 
 SETTINGS = {key: value for key, value in vars(training_options([])).items() if key != "given"}
 CONFIG = {"settings": {**SETTINGS, "seed": 7}, "base": "stable-diffusion-v1-5/stable-diffusion-v1-5", "total_steps": 12,
-          "warmup_steps": 1, "buckets": None, "dtype": "float32", "versions": {"torch": "2", "peft": "0"}}  # fmt: skip
+          "warmup_steps": 1, "buckets": None, "class_pictures": 0, "dtype": "float32",
+          "versions": {"torch": "2", "peft": "0"}}  # fmt: skip
 CAPTIONS = ["volto, blue", "volto, red", "a cat"]
 
 

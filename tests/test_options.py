@@ -34,6 +34,8 @@ TRAINING_DEFAULTS = {
     "caption_tag_dropout_rate": 0,
     "dataset_repeats": 1,
     "auto_caption": None,
+    "class_data_dir": None,
+    "prior_loss_weight": 1.0,
     "output_dir": "./megaman_lora_output",
     "overwrite_output": False,
     "logging_dir": "./logs",

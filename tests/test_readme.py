@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import megaman_lora
-from megaman import prompts
+from megaman import problems, prompts
 from megaman.generation_options import generation_options, generation_parser
 from megaman.options import training_options, training_parser
 from megaman.presets import PRESETS
@@ -208,7 +207,7 @@ def test_counting_the_dataset_works(run_script, pictures):
 
 def test_the_folder_for_pictures_holds_the_instructions():
     guide = ROOT / "megaman_images" / "README.md"
-    assert guide.read_text(encoding="utf-8") == megaman_lora.INSTRUCTIONS.read_text(encoding="utf-8")
+    assert guide.read_text(encoding="utf-8") == problems.INSTRUCTIONS.read_text(encoding="utf-8")
 
 
 @of_every_page
