@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class Fit:
             vae.tile_sample_min_size = self.tile
 
 
-def fit(plan: Plan, split: memory.Split, checkpointing: bool, limit: int, can_shrink: bool) -> Fit:
+def fit(plan: Plan, split: memory.Split, checkpointing: bool, limit: float, can_shrink: bool) -> Fit:
     """Make a run fit into limit bytes without changing what it computes.
 
     VAE tiling for sample images first, then gradient checkpointing, then smaller micro-batches of which more are
@@ -63,7 +64,7 @@ def fit(plan: Plan, split: memory.Split, checkpointing: bool, limit: int, can_sh
     return Fit(checkpointing, plan.tile * tiled, lines)
 
 
-def _refusal(plan: Plan, batch: int, needed: int, limit: int) -> UserError:
+def _refusal(plan: Plan, batch: int, needed: int, limit: float) -> UserError:
     pictures = "one picture" if batch == 1 else f"{batch} pictures"
     message = (
         f"Training on {pictures} of {plan.size} px at a time needs about {gigabytes(needed)} GB "
@@ -80,59 +81,68 @@ def _refusal(plan: Plan, batch: int, needed: int, limit: int) -> UserError:
     return UserError(f"{message}; the weights alone take {gigabytes(plan.weights)}", f"{half} other programs")
 
 
-def memory_limit(device: torch.device, vram_limit: float | None) -> int:
-    """Bytes that a run may take on the device: what is free, or vram_limit GB where that is less.
+def memory_limit(device: torch.device, vram_limit: float | None) -> float:
+    """Bytes that a run may take on the device: what is free on a card, or vram_limit GB where that is less; infinite
+    where nobody asks, on a CPU and on mps, which share the memory with everything else.
 
-    On CUDA torch is held to vram_limit, too; the CUDA context comes on top. On a CPU it serves the plan alone.
+    On CUDA torch is held to vram_limit, too; the CUDA context comes on top. On a CPU the limit serves the plan alone.
     """
-    if vram_limit is None:
-        return room.free_memory(device)
-    asked = int(vram_limit * GB)
+    asked = math.inf if vram_limit is None else int(vram_limit * GB)
     if device.type != "cuda":
         return asked
     free, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, asked / total), device)
+    if vram_limit is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, asked / total), device)
     return min(asked, free)
 
 
 def settle(
-    name: str,
     placement: Placement,
-    limit: int,
+    limit: float,
     split: memory.Split,
     checkpointing: bool,
     can_shrink: bool,
+    say: Callable[[str], None],
+    *,
+    name: str,
     **shape: Any,
 ) -> Fit:
-    """Plan a run on the base of this name and make it fit (see fit; shape is Plan's keywords).
+    """Plan a run on the base of this name, make it fit into limit bytes (see fit), and say so; shape is Plan's.
 
-    A plan that cannot be made is said and is no reason against the run; one that does not fit is: raises UserError.
+    Nothing is planned where limit is infinite, since a plan takes seconds. A plan that cannot be made is said and is no
+    reason against the run; one that does not fit is: raises UserError.
     """
+    if limit == math.inf:
+        return Fit(checkpointing)
     try:
         configs, remark = read_configs(name)
         plan = Plan(configs, placement.dtype, placement.device.type != "cpu", **shape)
         plan.training(split.size, checkpointing), plan.drawing(False)
     except Exception as error:  # whatever it is, loading the base tells it better
-        return Fit(checkpointing, lines=[f"memory     cannot be told beforehand ({brief(error)})"])
+        say(f"memory     cannot be told beforehand ({brief(error)})")
+        return Fit(checkpointing)
     found = fit(plan, split, checkpointing, limit, can_shrink)
-    return Fit(found.checkpointing, found.tile, [*found.lines, *([f"           {remark}"] if remark else [])])
+    for line in [*found.lines, *([f"           {remark}"] if remark else [])]:
+        say(line)
+    return found
 
 
-def table(name: str, mixed_precision: str, vram_limit: float | None, **shape: Any) -> list[str]:
-    """What runs on the base of this name would need on a card, as lines (shape is Plan's keywords)."""
+def table(mixed_precision: str, vram_limit: float | None, *, name: str, **shape: Any) -> list[str]:
+    """What runs on the base of this name would need on a card, as lines; shape is Plan's."""
     configs, remark = read_configs(name)
     plan = Plan(configs, DTYPES[mixed_precision], True, **shape)
     device = choose_device()
-    limit = memory_limit(device, vram_limit) if vram_limit or device.type == "cuda" else None
+    limit = memory_limit(device, vram_limit)
 
     def cell(size: int) -> str:
-        fits = "" if limit is None else " fits" if size <= limit * room.USABLE else " tight" if size <= limit else " no"
-        return f"{gigabytes(size)} GB{fits}"
+        answers = {"fits": size <= limit * room.USABLE, "tight": size <= limit, "no": True}
+        answer = "" if limit == math.inf else next(answer for answer, true in answers.items() if true)
+        return f"{gigabytes(size)} GB {answer}".rstrip()
 
     lines = [f"base       {actual_name(name)}", *([f"           {remark}"] if remark else [])]
     lines += [f"plan       {plan.size} px, {mixed_precision.replace('no', 'float32')}, rank {shape['rank']}: "
               f"{plan.in_words(1, False, False)} GB"]  # fmt: skip
-    if limit is not None:
+    if limit < math.inf:
         lines.append(f"limit      {gigabytes(limit)} GB")
     lines += ["", f"{'pictures at once':18}{'plain':>16}{'--gradient_checkpointing':>28}"]
     for batch in BATCHES:

@@ -225,10 +225,11 @@ def bucket_limits(options: Namespace) -> dict[str, int | None]:
     return {"smallest": options.min_bucket_reso, "largest": options.max_bucket_reso, "step": options.bucket_reso_steps}
 
 
-def plan_shape(options: Namespace) -> dict[str, object]:
-    """What the memory of a run hangs on, under the names of plan.Plan."""
-    return {"size": options.resolution, "rank": options.lora_rank, "targets": options.target_modules,
-            "dropout": options.lora_dropout, "reads": options.shuffle_caption or options.caption_tag_dropout_rate > 0,
+def plan_request(options: Namespace) -> dict[str, object]:
+    """What the memory of a run hangs on, under the names of plan.Plan, and the base's name."""
+    return {"name": options.pretrained_model_name, "size": options.resolution, "rank": options.lora_rank,
+            "targets": options.target_modules, "dropout": options.lora_dropout,
+            "reads": options.shuffle_caption or options.caption_tag_dropout_rate > 0,
             "trains_text_encoder": options.train_text_encoder, "images": options.num_validation_images}  # fmt: skip
 
 
