@@ -70,13 +70,15 @@ def _refusal(plan: Plan, batch: int, needed: int, limit: float) -> UserError:
         f"Training on {pictures} of {plan.size} px at a time needs about {gigabytes(needed)} GB "
         f"even with gradient checkpointing, and there are {gigabytes(limit)} GB"
     )
-    usable = limit * room.USABLE
-    if batch > 1 and (fewer := max((b for b in range(1, batch) if plan.training(b, True) <= usable), default=0)):
-        return UserError(message, f"--train_batch_size {fewer} would fit")
+    bounds = (limit * room.USABLE, limit)  # with something to spare, or else just so
+    fewer = [count for bound in bounds for count in range(batch - 1, 0, -1) if plan.training(count, True) <= bound]
+    if fewer:
+        return UserError(message, f"--train_batch_size {fewer[0]} would fit")
     step = 64 if plan.size > 64 else plan.factor
     sizes = range(plan.size // step * step, 0, -step)
-    if smaller := next((size for size in sizes if plan.training(1, True, size) <= usable), 0):
-        return UserError(message, f"--resolution {smaller} would fit" + " with --train_batch_size 1" * (batch > 1))
+    smaller = [size for bound in bounds for size in sizes if plan.training(1, True, size) <= bound]
+    if smaller:
+        return UserError(message, f"--resolution {smaller[0]} would fit{' with --train_batch_size 1' * (batch > 1)}")
     half = "--mixed_precision fp16 takes half of that; or close" if plan.dtype == torch.float32 else "Close"
     return UserError(f"{message}; the weights alone take {gigabytes(plan.weights)}", f"{half} other programs")
 
