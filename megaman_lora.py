@@ -28,7 +28,7 @@ from megaman.captions import Variation
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json
-from megaman.options import MUST_MATCH, bucket_settings, resuming, training_options
+from megaman.options import MUST_MATCH, bucket_settings, plan_request, resuming, training_options
 from megaman.output import find_all, log_dir_of, open_output, remove, save_somewhere, step_of
 from megaman.problems import first_too_bad, too_bad, write_instructions, write_problems
 from megaman.stops import StopSignal
@@ -39,6 +39,11 @@ LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the d
 
 def main(argv: list[str]) -> int:
     options = training_options(argv)
+    if options.plan:
+        from megaman.fit import table
+
+        print(*table(options.mixed_precision, options.vram_limit, **plan_request(options)), sep="\n")
+        return 0
 
     # Pictures: found and looked at before anything heavy is imported.
     given = options.demo or "data_dir" in options.given
@@ -72,7 +77,7 @@ def main(argv: list[str]) -> int:
     import numpy as np
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+    from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
     from torch.utils.tensorboard import SummaryWriter
 
     from megaman import buckets, cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
@@ -80,6 +85,7 @@ def main(argv: list[str]) -> int:
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
     from megaman.batches import Part
     from megaman.encoded import Encoded
+    from megaman.fit import memory_limit, settle
     from megaman.tracking import TrainingLog
     from megaman.validation import Validation
 
@@ -116,6 +122,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
     start = saved.step if saved else 0
 
+    # What it will need, before anything is loaded; in each process the same.
+    limit = min(gather_object([memory_limit(device, options.vram_limit)]))
+    fitted = settle(placement, limit, split, options.gradient_checkpointing, world == 1, say, **plan_request(options))
+
     # Base and LoRA.
     say(f"loading {name}")
     if remark := moved(options.pretrained_model_name):
@@ -133,7 +143,7 @@ def main(argv: list[str]) -> int:
         groups.append({"params": add_lora(text_encoder, target_modules=lora.TEXT_ENCODER_TARGETS),
                        "lr": options.text_encoder_lr})  # fmt: skip
     trainable = [parameter for group in groups for parameter in group["params"]]
-    if options.gradient_checkpointing:
+    if fitted.checkpointing:
         memory.checkpoint_gradients(models)
     base.unet.to(device)
 
@@ -148,6 +158,7 @@ def main(argv: list[str]) -> int:
         partial(tqdm, desc="encoding", unit="picture", total=len(each), disable=process != 0),
     )[0] for each in datasets]  # fmt: skip
     base.vae.to("cpu")
+    fitted.tile_vae(base.vae)
     for each in datasets:
         each.cut = cache.cut_off(base.tokenizer, each.captions)
     if process == 0:
@@ -157,7 +168,8 @@ def main(argv: list[str]) -> int:
 
     # Steps, rate, optimizer.
     kinds = [(variation, seed, 1.0), (Variation(), schedule.class_seed(seed), options.prior_loss_weight)]
-    encoded = [Encoded(*each, base.vae_factor, options.enable_bucket, split.size, split.count, world, *kind)
+    encoded = [Encoded(*each, base.vae_factor, options.enable_bucket, options.train_batch_size,
+                       options.gradient_accumulation_steps, world, *kind)
                for *each, kind in zip(datasets, moments, kinds, strict=False)]  # fmt: skip
     batches, sizes = encoded[0].batches, encoded[0].sizes
     total = schedule.total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
@@ -170,10 +182,8 @@ def main(argv: list[str]) -> int:
     if warmup_given and options.lr_warmup_steps and options.lr_scheduler == "constant":
         say("--lr_scheduler constant has no warm-up: take constant_with_warmup for one")
     rates = [schedule.rate_at(options.lr_scheduler, group["lr"], warmup, total) for group in groups]
-    optimizer = torch.optim.AdamW(
-        groups, betas=(options.adam_beta1, options.adam_beta2), weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon, fused=device.type in ("cuda", "cpu"),
-    )  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
+                                  weight_decay=options.adam_weight_decay, fused=device.type != "mps")  # fmt: skip
     *prepared, optimizer = accelerator.prepare(*models, optimizer)
     unet, trained_text_encoder = prepared[0], prepared[-1]  # the latter where there are two
     if checkpoint:
@@ -218,10 +228,9 @@ def main(argv: list[str]) -> int:
         curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
 
     stop = StopSignal()
-    validation = Validation(
-        base, text_states, options.validation_prompt, [seed + j for j in range(options.num_validation_images)],
-        options.resolution, accelerator.autocast, say, stop.raise_if_received,
-    )  # fmt: skip
+    seeds = [seed + j for j in range(options.num_validation_images)]
+    validation = Validation(base, text_states, options.validation_prompt, seeds, options.resolution,
+                            accelerator.autocast, say, stop.raise_if_received)  # fmt: skip
 
     def validate(step: int) -> None:
         """Draw the fixed-seed images with the model in hand."""
@@ -256,8 +265,7 @@ def main(argv: list[str]) -> int:
             states = reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
         else:
             states = torch.stack([text_states[caption] for caption in captions])
-        states = states.to(device, placement.dtype)
-        noise_pred = unet(noisy, timesteps.to(device), encoder_hidden_states=states).sample
+        noise_pred = unet(noisy, timesteps.to(device), encoder_hidden_states=states.to(device, placement.dtype)).sample
         return diffusion.loss(noise_pred, wanted, weights)
 
     def accumulate(step: int) -> torch.Tensor:
@@ -281,8 +289,7 @@ def main(argv: list[str]) -> int:
 
     # The loop. The last step does everything: log, save, draw. So does a step after which a stop is wanted.
     began, elapsed = time.monotonic(), saved.elapsed if saved else 0.0
-    losses, all_finite = [], []
-    skipped = finite.SkippedSteps()
+    losses, all_finite, skipped = [], [], finite.SkippedSteps()
     for model in models:
         model.train()
     with stop:
@@ -298,7 +305,7 @@ def main(argv: list[str]) -> int:
             all_finite.append(finite.step_where_finite(optimizer, norm, accelerator.scaler))
             optimizer.zero_grad()
             bar.update()
-            last, stopping = step == total, anywhere(accelerator, stop.received is not None)
+            last, stopping = step == total, any(gather_object([stop.received is not None]))
             saving = step % options.save_steps == 0 or last or stopping
             if step % LOG_EVERY == 0 or saving:  # a checkpoint never stands ahead of the curve
                 values = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
@@ -376,15 +383,6 @@ def report_problems(datasets: list[MegaManDataset], output_dir: Path) -> None:
     """Name each file that is left out, and each doubtful caption, here and in a file."""
     for line in write_problems(output_dir / "dataset_problems.json", *datasets):
         print(line)
-
-
-def anywhere(accelerator, here: bool) -> bool:
-    """Whether it is so in any of the processes; they have to stop at the same step."""
-    if accelerator.num_processes == 1:
-        return here
-    import torch
-
-    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), reduction="sum"))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ for library in (diffusers.utils.logging, transformers.utils.logging):
 ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PROJECT = Path(__file__).resolve().parent.parent
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's words
 # What the libraries raise over a configuration that says something impossible.
 ODD_CONFIGURATION = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
                      StrictDataclassError)  # fmt: skip
@@ -94,7 +95,7 @@ def choose_device(wanted: str | None = None) -> torch.device:
 
 def place(mixed_precision: str, device: torch.device) -> Placement:
     """Take the precision asked for where the device can compute in it, else fall back and say why."""
-    wanted = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    wanted = DTYPES[mixed_precision]
     if mixed_precision == "no":
         return Placement(device, wanted, "no", "float32 as asked for")
     if mixed_precision == "fp16" and device.type != "cuda":

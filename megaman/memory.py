@@ -64,6 +64,14 @@ def checkpoint_gradients(models: Sequence[UNet2DConditionModel | CLIPTextModel])
             model.enable_gradient_checkpointing()
 
 
+def keep_activations(model: UNet2DConditionModel | CLIPTextModel) -> None:
+    """The opposite of checkpoint_gradients, for one model."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.disable_gradient_checkpointing()
+
+
 def make_room(models: Sequence[UNet2DConditionModel | CLIPTextModel], split: Split, size: int) -> str:
     """Take the next measure against too little memory in training and return it in words.
 

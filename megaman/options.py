@@ -85,6 +85,7 @@ def training_parser() -> Parser:
     add("--logging_dir", type=folder, default="./logs", help="TensorBoard's folder")
     add("--resolution", type=side, default=512, help="side of the square pictures in pixels, a multiple of 8")
     add("--check_data", action="store_true", help="look at the pictures and captions, write a report, train nothing")
+    add("--plan", action="store_true", help="tell what memory training would need; load, download and train nothing")
     add("--strict", action="store_true", help="with --check_data: exit 1 where something is wrong")
     add("--skip_bad_images", action="store_true", help="train even where most of the pictures cannot be used")
     add("--center_crop", action="store_true", help="crop the middle; otherwise at random")
@@ -140,6 +141,12 @@ def training_parser() -> Parser:
     add("--mixed_precision", **choice("no", "fp16", "bf16"), default="fp16", help="what the frozen base computes in")
     add("--save_precision", **choice("float", "fp16", "bf16"), default="float", help="what lora_weights/ is written in")
     add("--gradient_checkpointing", action="store_true", help="less memory, slower steps")
+    add(
+        "--vram_limit",
+        type=number(float, 0, 1024, exclusive=True),
+        metavar="GB",
+        help="keep to so much of the card's memory (default: what is free)",
+    )
     add("--seed", type=SEED, help="makes a run repeatable; drawn and noted where none is given")
     return parser
 
@@ -173,6 +180,8 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
     """What cannot be meant together. What is merely without effect, such as more steps than epochs, is no mistake."""
     if options.strict and not options.check_data:
         yield "--strict belongs to --check_data: add that or leave it out"
+    if options.plan and options.check_data:
+        yield "--plan and --check_data are two questions: ask one at a time"
     if options.resume_from_checkpoint and options.overwrite_output:
         yield "--resume_from_checkpoint and --overwrite_output contradict each other: leave one out"
     if options.text_encoder_lr is not None and not options.train_text_encoder:
@@ -217,6 +226,14 @@ def bucket_settings(options: Namespace) -> dict[str, Any]:
     """What is given for the buckets, under the names of make_buckets."""
     return {"resolution": options.resolution, "smallest": options.min_bucket_reso, "largest": options.max_bucket_reso,
             "step": options.bucket_reso_steps, "upscale": not options.bucket_no_upscale}  # fmt: skip
+
+
+def plan_request(options: Namespace) -> dict[str, object]:
+    """What the memory of a run hangs on, under the names of plan.Plan, and the base's name."""
+    return {"name": options.pretrained_model_name, "size": options.resolution, "rank": options.lora_rank,
+            "targets": options.target_modules, "dropout": options.lora_dropout,
+            "reads": options.shuffle_caption or options.caption_tag_dropout_rate > 0,
+            "trains_text_encoder": options.train_text_encoder, "images": options.num_validation_images}  # fmt: skip
 
 
 def resuming(argv: list[str]) -> list[str]:

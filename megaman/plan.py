@@ -1,0 +1,197 @@
+"""What a run will need, before it starts: one training step and one sample image, traced without weights or pictures.
+
+GB are 2**30 bytes, as with cards. What is counted are tensors. The CUDA context, the libraries' workspaces and the
+allocator's fragments come on top; so fit.py takes measures from room.USABLE of the memory on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import try_to_load_from_cache
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from megaman import diffusion, lora, memory, room
+from megaman.base import ODD_CONFIGURATION, PROJECT, WAYS_ON, WEIGHTS, actual_name
+from megaman.errors import UserError, brief
+from megaman.files import read_json
+from megaman.peak import Hollow, norms_in_float32, size_of
+from megaman.presets import DEFAULT_BASE
+from megaman.single_file import SD15
+
+GB = 2**30
+FLOAT32 = 4  # bytes of a number of the LoRA, of its gradient, and of each of AdamW's two moments
+
+
+def read_configs(name: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """The configurations of a base's UNet, VAE and text encoder, by part, and a remark where they are guessed.
+
+    name is a folder, a single file or a name on the hub. Of the hub only what was downloaded before is read; Stable
+    Diffusion 1.5's configuration stands in for the rest, as for single files, which have none. No weights are read.
+    Raises UserError for a folder that lacks a part's config.json.
+    """
+    for folder in (Path(os.path.expanduser(name)), PROJECT / name):
+        if folder.is_dir():
+            return {part: read_json(folder / part / "config.json") for part in WEIGHTS}, ""
+    sd15 = {part: read_json(SD15 / f"{part}.json") for part in WEIGHTS}
+    if Path(os.path.expanduser(name)).is_file() or actual_name(name) == actual_name(DEFAULT_BASE):
+        return sd15, ""
+    try:
+        cached = [try_to_load_from_cache(name, f"{part}/config.json") for part in WEIGHTS]
+    except ValueError:  # no name on the hub; loading says so
+        cached = [None]
+    if all(isinstance(path, str) for path in cached):
+        return {part: read_json(Path(path)) for part, path in zip(WEIGHTS, cached, strict=True)}, ""
+    return sd15, f"{name} is not on this machine: planned as Stable Diffusion 1.5"
+
+
+class Plan:
+    """The memory that a run takes, in bytes, from its base's configurations (read_configs).
+
+    size is the pictures' side in pixels; dtype what the base computes in; card whether it runs on one, which VAE and
+    text encoder leave while they are not at work; rank, targets and dropout are the LoRA's; images is the number of
+    sample images. The text encoder is there where it reads at every step. Raises UserError for a configuration that
+    says something impossible.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, Mapping[str, Any]],
+        dtype: torch.dtype,
+        card: bool,
+        *,
+        size: int,
+        rank: int,
+        targets: Sequence[str],
+        dropout: float = 0.0,
+        reads: bool = False,
+        trains_text_encoder: bool = False,
+        images: int = 4,
+    ):
+        self.size, self.dtype, self.images = size, dtype, images
+        self.reads = reads or trains_text_encoder
+        add_lora = partial(lora.inject, rank=rank, alpha=rank, dropout=dropout)
+        try:
+            with torch.device("meta"):
+                self.unet = UNet2DConditionModel.from_config(dict(configs["unet"])).to(dtype)
+                self.text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])).to(dtype)
+                self.vae = AutoencoderKL.from_config(dict(configs["vae"]))
+                for model in (self.unet, self.text_encoder, self.vae):
+                    model.requires_grad_(False).eval()
+                trained = add_lora(self.unet, target_modules=targets)
+                if trains_text_encoder:
+                    trained += add_lora(self.text_encoder, target_modules=lora.TEXT_ENCODER_TARGETS)
+        except ODD_CONFIGURATION as error:
+            raise UserError(f"The base's configuration is odd ({brief(error)})", WAYS_ON) from None
+        self.in_training = [self.unet, self.text_encoder] if trains_text_encoder else [self.unet]
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels a side of one latent cell
+        numbers = sum(parameter.numel() for parameter in trained)
+        self.gradients, self.moments = numbers * FLOAT32, 2 * numbers * FLOAT32
+        self.vae_weights = size_of(self.vae)
+        beside = [self.text_encoder] if self.reads or not card else []
+        self.weights = size_of(self.unet, *beside) + (0 if card else self.vae_weights)  # all the time
+        self.comes_back = self.vae_weights if card else 0  # for sample images
+        if card and dtype != torch.float32:
+            norms_in_float32(self.unet, self.text_encoder)
+        self._hollow = Hollow(self.unet, self.text_encoder, self.vae)
+        self._one_picture, self._one_image = cache(self._trace_step), cache(self._trace_decoding)
+
+    def activations(self, batch: int, checkpointing: bool, size: int | None = None) -> int:
+        """What forward and backward pass keep beyond the weights; size pixels a side instead of the run's own.
+
+        One picture of the run's size is traced, and the rest is in proportion to the pixels, within 4 % for Stable
+        Diffusion 1.5 from 256 px to 768 px: attention keeps no table of all pairs.
+        """
+        return int(self._one_picture(checkpointing) * batch * ((size or self.size) / self.size) ** 2)
+
+    def _trace_step(self, checkpointing: bool) -> int:
+        for model in self.in_training:
+            model.train()
+        if checkpointing:
+            memory.checkpoint_gradients(self.in_training)
+
+        def step() -> None:
+            noisy, states, timesteps = self._inputs(1)
+            with self._autocast():
+                if self.reads:
+                    states = self.text_encoder(torch.zeros(states.shape[:2], dtype=torch.int64))[0].to(self.dtype)
+                noise_pred = self.unet(noisy, timesteps, encoder_hidden_states=states).sample.float()
+            diffusion.loss(noise_pred, torch.empty(noisy.shape)).backward()
+
+        try:
+            return self._hollow.peak(step)
+        finally:
+            for model in self.in_training:
+                model.zero_grad()
+                model.eval()
+                if checkpointing:
+                    memory.keep_activations(model)
+
+    def _inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noisy latents, text states and timesteps of so many rows."""
+        cells, text = self.size // self.factor, self.text_encoder.config
+        noisy = torch.empty(rows, self.unet.config.in_channels, cells, cells, dtype=self.dtype)
+        states = torch.empty(rows, text.max_position_embeddings, text.hidden_size, dtype=self.dtype)
+        return noisy, states, torch.zeros(rows, dtype=torch.int64)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
+
+    def training(self, batch: int, checkpointing: bool, size: int | None = None) -> int:
+        """Peak of a training step with batch pictures at once."""
+        return self.weights + self.gradients + self.moments + self.activations(batch, checkpointing, size)
+
+    @property
+    def tile(self) -> int:
+        """Side in pixels of the VAE's tiles, where it draws in tiles: the VAE's own, or half of an image's."""
+        return max(min(self.vae.tile_sample_min_size, self.size // 2) // self.factor, 1) * self.factor
+
+    def decoding(self, tiled: bool) -> int:
+        """The VAE's decoding of one sample image, in float32, beyond weights that are there already."""
+        image = self.size**2 * 3 * FLOAT32
+        return self.comes_back + (self._one_image(self.tile) + 2 * image if tiled else self._one_image(self.size))
+
+    def _trace_decoding(self, side: int) -> int:
+
+        @torch.no_grad()
+        def decode() -> None:
+            self.vae.decode(torch.empty(1, self.vae.config.latent_channels, *[side // self.factor] * 2))
+
+        return self._hollow.peak(decode)
+
+    @cached_property
+    def guided_pass(self) -> int:
+        """The UNet's activations over the sample images drawn at once, each with and without prompt."""
+        rows = 2 * min(self.images, room.images_at_once(self.size, self.size))
+
+        @torch.no_grad()
+        def draw() -> None:
+            noisy, states, timesteps = self._inputs(rows)
+            with self._autocast():
+                self.unet(noisy, timesteps, encoder_hidden_states=states)
+
+        return self._hollow.peak(draw)
+
+    def drawing(self, tiled: bool) -> int:
+        """Peak of the sample images, for which the gradients are gone; 0 where none are drawn."""
+        if not self.images:
+            return 0
+        return self.weights + self.moments + max(self.decoding(tiled), self.comes_back + self.guided_pass)
+
+    def in_words(self, batch: int, checkpointing: bool, tiled: bool) -> str:
+        """The peak's parts in GB. Activations and the VAE's decoding are not there at the same time."""
+        parts = {"weights": self.weights, "activations": self.activations(batch, checkpointing),
+                 "gradients and optimizer": self.gradients + self.moments,
+                 "VAE decoding": self.decoding(tiled) if self.images else 0}  # fmt: skip
+        return ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+
+
+def gigabytes(size: float) -> str:
+    """Bytes in GB as people read them, a small number with one more digit."""
+    return f"{size / GB:.2f}" if size < GB / 10 else f"{size / GB:.1f}"

@@ -1,0 +1,172 @@
+"""What a run will need, before it starts: the figures, the order of the measures, the refusal, and --plan as a process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+
+from megaman import memory, peak, room
+from megaman.errors import UserError
+from megaman.fit import Fit, fit
+from megaman.plan import GB, Plan, read_configs
+from megaman.presets import DEFAULT_BASE, DEFAULT_TARGETS, DEMO_TRAINING
+
+DEMO_BASE = str(ROOT / "demo" / "base")
+SHAPE = {"rank": 8, "targets": DEFAULT_TARGETS}
+
+
+@pytest.fixture(scope="module")
+def sd15() -> Plan:
+    """Stable Diffusion 1.5 in fp16 at 512 px on a card."""
+    return Plan(read_configs(DEFAULT_BASE)[0], torch.float16, True, size=512, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def small() -> Plan:
+    """The demo's base in float32 at 128 px on a card: large enough that activations outweigh the rest."""
+    return Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, **SHAPE)
+
+
+def test_stable_diffusion_fits_where_it_is_known_to_fit(sd15):
+    assert 1.6 * GB < sd15.weights < 1.7 * GB, "860 million numbers of two bytes, and the LoRA"
+    assert 2.5 * GB < sd15.training(1, False) <= 3.0 * GB
+    assert 1.7 * GB < sd15.training(1, True) <= 2.0 * GB
+    assert 4.0 * GB < sd15.training(1, False, 768) <= 4.6 * GB
+    assert sd15.drawing(True) < sd15.drawing(False) <= 3.0 * GB
+
+
+def test_checkpointing_keeps_a_quarter_of_the_activations(sd15):
+    assert sd15.activations(1, True) < sd15.activations(1, False) / 3
+    assert sd15.activations(4, False) == pytest.approx(4 * sd15.activations(1, False), rel=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_proportion_is_what_a_trace_gives(small, checkpointing):
+    larger = Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=192, **SHAPE)
+    assert small.activations(1, checkpointing, 192) == pytest.approx(larger.activations(1, checkpointing), rel=0.1)
+
+
+def test_a_text_encoder_in_training_and_wider_targets_cost_more(small):
+    configs, _ = read_configs(DEMO_BASE)
+    both = Plan(configs, torch.float32, True, size=128, trains_text_encoder=True, **SHAPE)
+    wide = Plan(configs, torch.float32, True, size=128, rank=8, targets=DEMO_TRAINING["target_modules"])
+    for more in (both, wide):
+        assert more.gradients > small.gradients
+        assert more.training(1, False) > small.training(1, False)
+    assert both.weights - small.weights > peak.size_of(small.text_encoder), "and its LoRA"
+
+
+def test_each_measure_is_taken_where_it_is_needed_and_in_its_order(sd15):
+    """From a card with room for everything down to one on which nothing fits."""
+    found = []
+    for tenths in range(100, 0, -1):
+        limit, split = tenths / 10 * GB, memory.Split(4, 2)
+        try:
+            chosen = fit(sd15, split, False, limit, can_shrink=True)
+        except UserError:
+            break
+        assert split.size * split.count == 8, "the effective batch stays"
+        needed = max(sd15.training(split.size, chosen.checkpointing), sd15.drawing(chosen.tile > 0))
+        assert needed <= limit * room.USABLE or (chosen.checkpointing and chosen.tile and split.size == 1)
+        found.append((chosen.checkpointing, chosen.tile, split.size))
+    steps = list(dict.fromkeys(found))
+    assert steps == [(False, 0, 4), (True, 0, 4), (True, 256, 4), (True, 256, 2), (True, 256, 1)] or steps == [
+        (False, 0, 4), (True, 0, 4), (True, 0, 2), (True, 256, 2), (True, 256, 1)
+    ]  # fmt: skip
+    assert "VAE tiling for sample images, gradient checkpointing, 8 micro-batches of 1" in chosen.lines[1]
+
+
+def test_what_fits_is_left_alone_and_said(small):
+    limit = int(small.training(1, False) / room.USABLE * 2)
+    chosen = fit(small, split := memory.Split(1, 1), False, limit, True)
+    assert (chosen.checkpointing, chosen.tile, split.size) == (False, 0, 1)
+    (line,) = chosen.lines
+    assert line.startswith("memory     needs about ")
+    assert all(part in line for part in ("weights", "activations", "gradients and optimizer", "VAE decoding"))
+
+
+def test_several_processes_keep_their_micro_batches(small):
+    split = memory.Split(4, 1)
+    chosen = fit(small, split, False, int(small.training(4, True) * 1.02), can_shrink=False)
+    assert (chosen.checkpointing, split.size) == (True, 4)
+    with pytest.raises(UserError, match=r"4 pictures of 128 px .* --train_batch_size \d would fit"):
+        fit(small, split, False, int(small.training(4, True) * 0.98), can_shrink=False)
+
+
+def test_a_refusal_names_what_would_fit(sd15):
+    with pytest.raises(UserError) as refused:
+        fit(sd15, memory.Split(1, 1), False, int(1.9 * GB), True)
+    size = int(str(refused.value).partition("--resolution ")[2].split()[0])
+    assert size < 512
+    assert sd15.training(1, True, size) <= 1.9 * GB < sd15.training(1, True)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="the weights alone take 1.6"):
+        fit(sd15, memory.Split(1, 1), False, GB, True)
+
+
+def test_the_vae_draws_in_the_tiles_that_were_planned(small):
+    """Its real peak in tiles, without contents, is within what was planned."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(read_configs(DEMO_BASE)[0]["vae"]).requires_grad_(False)
+    Fit(False, small.tile).tile_vae(vae)
+    hollow = peak.Hollow(vae)
+    measured = hollow.peak(lambda: vae.decode(torch.empty(1, vae.config.latent_channels, 32, 32)))
+    assert measured == pytest.approx(small.decoding(True) - small.comes_back, rel=0.25)
+    assert measured < small.decoding(False) - small.comes_back
+
+
+def test_nothing_is_computed():
+    """A peak of many terabytes, from models of no size at all."""
+    hollow = peak.Hollow()
+    assert hollow.peak(lambda: torch.empty(2**40) + torch.empty(2**40)) == 3 * 4 * 2**40
+    assert hollow.peak(lambda: [torch.empty(2**20) for _ in range(2) if not None][0]) == 2 * 4 * 2**20
+
+
+def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(run_script, tmp_path):
+    for config in (ROOT / "demo" / "base").rglob("*.json"):
+        target = tmp_path / "base" / config.relative_to(ROOT / "demo" / "base")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(config, target)
+    flags = ["--plan", "--pretrained_model_name", tmp_path / "base", "--resolution", 64, "--vram_limit", 0.1]
+    done = run_script(["megaman_lora.py", *flags], tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": tmp_path / "empty"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines() if line[:1].isdigit()] == ["1", "2", "4"]
+    assert "fits" in done.stdout
+    assert "VAE decoding" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} <= {"base", "empty"}, "no folder for pictures or results"
+    assert not list((tmp_path / "empty").rglob("*.json"))
+
+
+def test_a_name_on_the_hub_is_planned_from_what_is_here():
+    configs, remark = read_configs(DEFAULT_BASE)
+    assert (configs["unet"]["block_out_channels"], remark) == ([320, 640, 1280, 1280], "")
+    guessed, remark = read_configs("somebody/some-model-that-is-not-here")
+    assert guessed == configs
+    assert "planned as Stable Diffusion 1.5" in remark
+
+
+def test_a_folder_without_configurations_ends_in_a_line(tmp_path):
+    with pytest.raises(UserError, match="config.json is missing"):
+        read_configs(str(tmp_path))
+
+
+def test_a_run_with_a_limit_says_what_it_needs_and_learns_the_same(train_here, tmp_path, capsys):
+    flags = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--max_train_steps", 2]
+    flags += ["--train_batch_size", 4]
+    whole = train_here(tmp_path, "whole", *flags)
+    assert "memory " not in capsys.readouterr().out
+    short = train_here(tmp_path, "short", *flags, "--vram_limit", 0.1)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("memory ", "           so that"))]
+    assert said[0].startswith("memory     needs about 0.")
+    assert "gradient checkpointing" in said[1]
+    assert all(torch.allclose(whole[key], short[key], atol=1e-4) for key in whole)
+    config = json.loads((tmp_path / "short" / "training_config.json").read_text(encoding="utf-8"))
+    assert config["settings"]["train_batch_size"] == 4
+    with pytest.raises(UserError, match="there are 0.02 GB"):
+        train_here(tmp_path, "none", *flags, "--vram_limit", 0.02)
