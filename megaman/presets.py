@@ -10,6 +10,7 @@ DEFAULT_PROMPT = "mega man, blue robot, helmet, game character, high quality"
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 REPLACED = r"((checkpoint|samples)-\d+|lora_weights)(?![^/\\])"  # the folders in --output_dir that a run replaces
+BUCKET_FLAGS = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
 POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"

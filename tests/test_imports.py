@@ -26,6 +26,7 @@ ORDER = [
     "samplers",
     "commandline",
     "presets",
+    "contradictions",
     "options",
     "generation_options",
     "prompts",
@@ -88,6 +89,7 @@ STANDARD_ONLY = [
     "samplers",
     "commandline",
     "presets",
+    "contradictions",
     "options",
     "generation_options",
     "prompts",
@@ -213,7 +215,7 @@ def test_the_accelerator_and_tensorboard_stay_in_the_scripts(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_know_no_parsed_options(name):
     """Modules take plain values; a Namespace stays in the script."""
-    if name not in ("commandline", "options", "generation_options"):
+    if name not in ("commandline", "contradictions", "options", "generation_options"):
         assert not {"argparse", "megaman.options", "megaman.generation_options"} & set(imports(tree(name)))
 
 
