@@ -31,7 +31,8 @@ from megaman.base import load_base
 from megaman.errors import run_script
 
 SAMPLES = 64
-COLOURS = ["red", "green", "yellow"]
+PROMPT = "a red robot, {} background"
+GROUNDS = [name for name in PLAIN if name != "red"]  # which the rule could take for the figure
 RUNS = {"without class pictures": [], "with class pictures": ["--class_data_dir", "{class}"]}
 
 
@@ -41,17 +42,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max_train_steps", type=int, default=900)
     options = parser.parse_args(argv)
     folders = part_pictures(options.work_dir)
-    results = {"base": {**colours(None), "held-out loss": 0.0}}
+    loras = {}
     for name, flags in RUNS.items():
-        lora = train(options.work_dir, name, [flag.format(**{"class": folders[1]}) for flag in flags], folders[0],
-                     options.max_train_steps)  # fmt: skip
-        gain = sum(measure(lora, ROOT / "demo" / "held_out")["gain"]) / 3
-        results[name] = {**colours(lora), "held-out loss": -gain}
-    columns = [f"{colour} robot drawn {colour}" for colour in COLOURS] + ["red robot drawn blue", "held-out loss"]
-    print("| |", " | ".join(columns), "|")
-    print("| --- |", " | ".join(["---"] * len(columns)), "|")
+        flags = [flag.format(**{"class": folders[1]}) for flag in flags]
+        loras[name] = train(options.work_dir, name, flags, folders[0], options.max_train_steps)
+    results = {name: measured(lora) for name, lora in {"base": None, **loras}.items()}
+    print("| | red | blue | other colours | loss on held-out pictures of the hero |")
+    print("| --- | --- | --- | --- | --- |")
     for name, row in results.items():
-        print(f"| {name} |", " | ".join(f"{row[column]:.1%}" for column in columns), "|")
+        others = SAMPLES - row["red"] - row["blue"]
+        print(f"| {name} | {row['red']} | {row['blue']} | {others} | {-row['gain']:.1%} |")
     print(json.dumps(results))
     return 0
 
@@ -78,22 +78,15 @@ def train(work_dir: Path, name: str, flags: list[str], pictures: Path, steps: in
     return output / "lora_weights"
 
 
-def colours(lora: Path | None) -> dict[str, float]:
-    """Of 64 robots of each colour, without the trigger word, the share that has it, and the share that is blue."""
+def measured(lora: Path | None) -> dict[str, float]:
+    """How many of 64 red robots, drawn without the trigger word, are red and how many blue; and the hero's gain."""
     base = load_base("demo/base", torch.float32)
     if lora:
         lora_files.load_lora(lora, base.unet)
-    shares = {}
-    for colour in COLOURS:
-        prompts = [f"a {colour} robot, {PLAIN_NAMES[i % len(PLAIN_NAMES)]} background" for i in range(SAMPLES)]
-        drawn = [figure_colour(picture) for picture in drawer(base)(prompts, range(SAMPLES))]
-        shares[f"{colour} robot drawn {colour}"] = drawn.count(colour) / SAMPLES
-        shares[f"{colour} robot drawn blue"] = drawn.count("blue") / SAMPLES
-    return shares
-
-
-# Backgrounds that the rule cannot take for the figure.
-PLAIN_NAMES = [name for name in PLAIN if name not in COLOURS]
+    prompts = [PROMPT.format(GROUNDS[i % len(GROUNDS)]) for i in range(SAMPLES)]
+    drawn = [figure_colour(picture) for picture in drawer(base)(prompts, range(SAMPLES))]
+    gains = measure(lora, ROOT / "demo" / "held_out")["gain"] if lora else [0.0]
+    return {"red": drawn.count("red"), "blue": drawn.count("blue"), "gain": sum(gains) / len(gains)}
 
 
 if __name__ == "__main__":
