@@ -11,7 +11,6 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
 
-import importlib.metadata
 import shlex
 from argparse import Namespace
 from collections.abc import Iterable
@@ -29,8 +28,7 @@ from megaman.names import split_strength
 from megaman.output import find_all
 from megaman.presets import DEFAULT_BASE
 from megaman.prompts import BUILT_IN, Prompt, read_prompts
-
-PACKAGES = ["torch", "diffusers", "transformers", "peft"]
+from megaman.versions import installed
 
 
 def main(argv: list[str]) -> int:
@@ -83,7 +81,7 @@ def main(argv: list[str]) -> int:
     batches = in_batches(jobs, lambda job: min(at_most, space.at_once(job.height, job.width)), drawer.chunks)
     shared = {"scheduler": plan.sampler.name, "clip_skip": plan.clip_skip, "base": base_name, "fused": plan.fused,
               "device": placement.device.type, "dtype": str(placement.dtype).removeprefix("torch."),
-              "versions": {package: importlib.metadata.version(package) for package in PACKAGES}}  # fmt: skip
+              "versions": installed()}  # fmt: skip
 
     def record(job: Job, part: list[Job], way: Way, plain: bool = False) -> records.Record:
         return records.make(job, part, way, hashes, {**shared, "vae_tiling": space.tiling}, plain)

@@ -12,7 +12,6 @@ if sys.version_info < (3, 11):
     sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -29,14 +28,13 @@ from megaman.captions import Variation
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json
-from megaman.names import is_inside, safe_name
-from megaman.options import MUST_MATCH, bucket_limits, plan_request, resuming, training_options
-from megaman.output import find_all, new_log_dir, open_output, remove, save_somewhere, step_of
+from megaman.options import MUST_MATCH, bucket_settings, plan_request, resuming, training_options
+from megaman.output import find_all, log_dir_of, open_output, remove, save_somewhere, step_of
 from megaman.problems import first_too_bad, too_bad, write_instructions, write_problems
 from megaman.stops import StopSignal
+from megaman.versions import installed
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
-PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
 
 
 def main(argv: list[str]) -> int:
@@ -56,11 +54,13 @@ def main(argv: list[str]) -> int:
         return int(options.strict)  # no pictures is what a check should find
     output_dir = Path(options.output_dir)
     if options.check_data:
-        from megaman import doctor, report
+        from megaman import buckets, doctor, report
 
         if options.auto_caption:
             add_captions(options.auto_caption, dataset)
             dataset = find()
+        if options.enable_bucket:  # no base is read: the limits are as for Stable Diffusion 1.5, or a smaller one
+            dataset.buckets = buckets.make_buckets(native=min(512, options.resolution), **bucket_settings(options))
         bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
         found = doctor.examine(dataset, options.resolution, options.trigger_word or None, bar)
         print(*report.write_report(output_dir, found), sep="\n")
@@ -132,8 +132,7 @@ def main(argv: list[str]) -> int:
         say(f"  {remark}")
     base = load_base(name, placement.dtype)
     for each in datasets if options.enable_bucket else []:
-        each.buckets = buckets.make_buckets(options.resolution, base.native_size, **bucket_limits(options),
-                                            upscale=not options.bucket_no_upscale)  # fmt: skip
+        each.buckets = buckets.make_buckets(native=base.native_size, **bucket_settings(options))
     torch.manual_seed(seed)  # for the LoRA's random half
     add_lora = partial(lora.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
                        dropout=options.lora_dropout)  # fmt: skip
@@ -211,22 +210,20 @@ def main(argv: list[str]) -> int:
         say(f"           {UNUSED_CARD}")
     if options.resume_from_checkpoint:
         say(f"resuming   {checkpoint}, step {start}" if checkpoint else "resuming   no checkpoint yet: starting afresh")
-        for later in (each for each in find_all(output_dir) if checkpoint and step_of(each) > start):
+        for later in [path for path in find_all(output_dir) if checkpoint and step_of(path) > start]:
             say(f"           {later} is later and stays until this run comes to its step")
 
     # Where it is recorded.
-    kept = saved and is_inside(saved.log_dir, options.logging_dir)  # a stranger's checkpoint could name any folder
-    own = new_log_dir(Path(options.logging_dir), safe_name(output_dir.resolve().name))
-    log_dir = Path(saved.log_dir) if kept else own
+    log_dir = log_dir_of(saved and saved.log_dir, options.logging_dir, output_dir)
     settings = {**{key: value for key, value in vars(options).items() if key != "given"}, "seed": seed}
     curves = TrainingLog(partial(SummaryWriter, str(log_dir), ""), start + 1 if saved else None, say)
     if accelerator.is_main_process:
         remove(leftovers)
-        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
         config = {"settings": settings, "base": name, "total_steps": total, "warmup_steps": warmup, "epochs": epochs,
                   "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes), "device": str(device),
-                  "dtype": str(placement.dtype).removeprefix("torch."), "versions": versions, "log_dir": str(log_dir),
-                  "class_pictures": sum(map(len, datasets[1:])), "python": sys.version.split()[0]}  # fmt: skip
+                  "dtype": str(placement.dtype).removeprefix("torch."), "versions": installed(),
+                  "class_pictures": sum(map(len, datasets[1:])), "python": sys.version.split()[0],
+                  "log_dir": str(log_dir)}  # fmt: skip
         write_json(output_dir / "training_config.json", config)
         curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
 
@@ -238,9 +235,8 @@ def main(argv: list[str]) -> int:
     def validate(step: int) -> None:
         """Draw the fixed-seed images with the model in hand."""
         if accelerator.is_main_process:
-            for j, image in enumerate(validation.draw(step, output_dir / f"samples-{step}")):
-                curves.add("add_image", f"validation/{j:02d}", np.asarray(image), step, dataformats="HWC")
-            curves.flush()
+            images = validation.draw(step, output_dir / f"samples-{step}")
+            curves.add_images("validation", map(np.asarray, images), step)
 
     def save_checkpoint(step: int) -> bool:
         """Save the whole state; a disk that is full or gone is named, and the next save tries again."""
@@ -255,15 +251,15 @@ def main(argv: list[str]) -> int:
             return False
         return True
 
-    def micro_batch(these: Encoded, part: Part, number: int) -> torch.Tensor:
-        """The loss of micro-batch number ... of the run; what is random in it is drawn on the CPU, a picture each."""
+    def micro_batch(these: Encoded, part: Part) -> torch.Tensor:
+        """The mean loss of some pictures; what is random in it is drawn on the CPU, a picture each."""
         latents, noise, timesteps, captions = these.draw(part, base.vae.config.scaling_factor, options.noise_offset,
                                                          base.scheduler.config.num_train_timesteps)  # fmt: skip
         weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
         wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
         if options.lora_dropout:
-            schedule.seed_dropout(these.seed, number)
+            schedule.seed_dropout(these.seed, part.numbers[0])
         if reads_on:
             reader = trained_text_encoder if text_encoder else base.text_encoder
             states = reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
@@ -275,14 +271,12 @@ def main(argv: list[str]) -> int:
     def accumulate(step: int) -> torch.Tensor:
         """The gradients of one optimizer step; returns its loss."""
         step_loss = torch.zeros((), device=device)
-        parts = [(these, micro, part) for these in encoded
-                 for micro, part in enumerate(these.batches.parts(step, process, split.size))]  # fmt: skip
-        for these, micro, part in parts:
+        parts = [(these, part) for these in encoded for part in these.batches.parts(step, process, split.size)]
+        for these, part in parts:
             with contextlib.ExitStack() as alone:  # the processes exchange gradients in the last one only
-                for model in prepared if part is not parts[-1][2] else []:
+                for model in prepared if part is not parts[-1][1] else []:
                     alone.enter_context(accelerator.no_sync(model))
-                number = ((step - 1) * split.count + micro) * world + process
-                loss = these.weight * micro_batch(these, part, number) / part.divisor
+                loss = these.weight * micro_batch(these, part) / part.divisor
                 accelerator.backward(loss)
                 step_loss += loss.detach()
         return step_loss

@@ -168,7 +168,8 @@ def folder(value: str) -> str:
 
 def extension(value: str) -> str:
     """How caption files' names end, with the dot or without."""
-    if not re.fullmatch(r"\.?\w[\w.-]{0,30}", value, re.ASCII):
+    pictures = r"(.*\.)?(jpe?g|png|bmp|webp|gif|tiff?|avif|hei[cf])"
+    if not re.fullmatch(r"\.?\w[\w.-]{0,30}", value, re.ASCII) or re.fullmatch(pictures, value.lower()):
         raise argparse.ArgumentTypeError(f"{_short(value)} is no extension such as .txt")
     return f".{value.removeprefix('.')}"
 

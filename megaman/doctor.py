@@ -14,9 +14,10 @@ from megaman.appearance import SMALL, Appearance, appearances
 from megaman.duplicates import Pair, near_duplicates
 from megaman.findings import Finding, Picture, relative, several
 from megaman.lora_metadata import trigger_words
-from megaman.wording import captions, counted, tags, terms, triggers
+from megaman.wording import captions, counted, metadata, tags, terms, triggers
 
 if TYPE_CHECKING:
+    from megaman.buckets import Buckets
     from megaman.dataset import MegaManDataset
 
 BLURRED = 0.26  # sharpness below which no edge is narrower than about four pixels
@@ -37,6 +38,7 @@ class Report:
     term: str
     terms: Counter[str]
     shapes: dict[str, int]
+    buckets: dict[str, int]  # pictures by the bucket they go to, such as 448x576; empty where all are cut to squares
 
     @property
     def readable(self) -> list[Picture]:
@@ -83,10 +85,11 @@ def examine(
     term, of_each = terms(written)
     findings = [
         *unreadable(reasons),
-        *sizes(pictures, resolution),
+        *sizes(pictures, resolution, squares=dataset.buckets is None),
         *blurred(pictures),
         *duplicates(pictures, np.stack(small) if small else np.empty((0, SMALL, SMALL, 3), np.uint8)),
         *captions(pictures, remarks, dataset.data_dir),
+        *metadata(dataset.notes, dataset.data_dir),
         *triggers(pictures, trigger, inferred),
         *tags(pictures, term, of_each, trigger),
     ]
@@ -97,7 +100,14 @@ def examine(
             by_path[path].kinds.append(finding.kind)
     shapes = Counter(shape(picture.width, picture.height) for picture in pictures)
     return Report(dataset.data_dir, resolution, trigger, [*bad, *pictures], findings, term, counted(of_each),
-                  {name: shapes[name] for name in SHAPES if shapes[name]})  # fmt: skip
+                  {name: shapes[name] for name in SHAPES if shapes[name]},
+                  in_buckets(pictures, dataset.buckets))  # fmt: skip
+
+
+def in_buckets(pictures: Sequence[Picture], buckets: Buckets | None) -> dict[str, int]:
+    """How many pictures go to each bucket, from tall to wide."""
+    sizes = Counter(buckets.size_for(picture.width, picture.height) for picture in pictures if buckets)
+    return {f"{w}x{h}": sizes[w, h] for w, h in sorted(sizes, key=lambda size: size[0] / size[1])}
 
 
 def shape(width: int, height: int) -> str:
@@ -118,8 +128,8 @@ def unreadable(reasons: dict[str, str]) -> Iterator[Finding]:
         )
 
 
-def sizes(pictures: Sequence[Picture], resolution: int) -> Iterator[Finding]:
-    """Pictures that have to be enlarged, and those of which a square shows little."""
+def sizes(pictures: Sequence[Picture], resolution: int, squares: bool) -> Iterator[Finding]:
+    """Pictures that have to be enlarged, and, where all are cut to squares, those of which a square shows little."""
     short = {picture.path: min(picture.width, picture.height) for picture in pictures}
     measures = {picture.path: f"{picture.width}x{picture.height}" for picture in pictures}
     tiny = [path for path, side in short.items() if side * TINY <= resolution]
@@ -146,12 +156,12 @@ def sizes(pictures: Sequence[Picture], resolution: int) -> Iterator[Finding]:
             measures,
         )
     long = [p.path for p in pictures if max(p.width, p.height) * 2 > 3 * min(p.width, p.height)]
-    if long:
+    if long and squares:
         yield Finding(
             "long",
             False,
             f"{several(len(long), 'picture')} far from square",
-            "A square shows less than two thirds of them: crop them yourself where heads would be cut off",
+            "A square shows less than two thirds of them: train with --enable_bucket, or crop them yourself",
             long,
             measures,
         )

@@ -130,25 +130,26 @@ class _Metadata:
         """Keep the rows that name a picture; says what is wrong with the others."""
         for row in rows:
             inner = imagefolder.inner_path(row.file_name)
+            shown = row.file_name[:100].encode("utf-8", "backslashreplace").decode("utf-8")  # JSON can hold surrogates
             if inner is None:
-                yield f"line {row.line}: {row.file_name[:100]} leads out of the folder, which no line may"
+                yield f"line {row.line}: {shown} leads out of the folder, which no line may"
                 continue
             wanted = path.parent / inner
             picture = self._known.get(unicodedata.normalize("NFC", wanted.as_posix()))
             if picture is None:
                 if os.path.lexists(wanted) or len(self.missing) >= MOST_MISSING:
-                    yield f"line {row.line}: {row.file_name[:100]} is not among the pictures that are read"
+                    yield f"line {row.line}: {shown} is not among the pictures that are read"
                 else:
                     self.missing[wanted] = f"is not there: {path.name} names it in line {row.line}"
             elif not Path(os.path.realpath(picture)).is_relative_to(self._root):
-                yield f"line {row.line}: {row.file_name[:100]} is a link out of the folder, which no line may name"
+                yield f"line {row.line}: {shown} is a link out of the folder, which no line may name"
                 self.refused[picture] = f"a link out of the folder, which {path.name} may not name (line {row.line})"
             elif (earlier := self.rows.get(picture)) and earlier.file == path:
-                yield f"line {row.line}: {row.file_name[:100]} was named in line {earlier.line} already, which counts"
+                yield f"line {row.line}: {shown} was named in line {earlier.line} already, which counts"
             elif not earlier:
                 self.rows[picture] = _Named(path, row.line, row.caption)
                 if not row.caption:
-                    yield f"line {row.line}: no caption for {row.file_name[:100]}"
+                    yield f"line {row.line}: no caption for {shown}"
 
     def reason_against(self, picture: Path) -> str | None:
         """Why a picture without a caption file is left out: a metadata file at it or above does not name it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from megaman import buckets
 from megaman.commandline import (
@@ -202,7 +203,8 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
     for flag in BUCKET_FLAGS:
         if getattr(options, flag) and not options.enable_bucket:
             yield f"--{flag} has no effect without --enable_bucket: add that, or leave this out"
-    if options.enable_bucket and (mistake := buckets.contradiction(options.resolution, **bucket_limits(options))):
+    limits = options.resolution, options.min_bucket_reso, options.max_bucket_reso, options.bucket_reso_steps
+    if options.enable_bucket and (mistake := buckets.contradiction(*limits)):
         yield ": ".join(mistake)
     if options.num_validation_images == 0:
         for flag in sorted({"validation_steps", "validation_prompt"} & options.given):
@@ -220,9 +222,10 @@ def training_contradictions(options: Namespace) -> Iterator[str]:
             yield f"--{flag} {place} is where the run in --output_dir puts its own: name another"
 
 
-def bucket_limits(options: Namespace) -> dict[str, int | None]:
-    """The sides given for the buckets, under the names of make_buckets."""
-    return {"smallest": options.min_bucket_reso, "largest": options.max_bucket_reso, "step": options.bucket_reso_steps}
+def bucket_settings(options: Namespace) -> dict[str, Any]:
+    """What is given for the buckets, under the names of make_buckets."""
+    return {"resolution": options.resolution, "smallest": options.min_bucket_reso, "largest": options.max_bucket_reso,
+            "step": options.bucket_reso_steps, "upscale": not options.bucket_no_upscale}  # fmt: skip
 
 
 def plan_request(options: Namespace) -> dict[str, object]:

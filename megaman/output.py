@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megaman.errors import UserError, brief
 from megaman.files import ASIDE, restore_former
+from megaman.names import is_inside, safe_name
 
 OURS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"
 STATE = "training_state.json"  # written into a checkpoint last: a folder without it is none
@@ -81,8 +82,17 @@ def find(wanted: str, output_dir: Path) -> Path | None:
     raise UserError(f"--resume_from_checkpoint {wanted} is no checkpoint", f"In {output_dir} there is: {known}")
 
 
-def new_log_dir(logging_dir: Path, name: str) -> Path:
-    """A folder of its own for this run under --logging_dir, so that two runs never share a curve."""
+def log_dir_of(saved: str | None, logging_dir: str, output_dir: Path) -> Path:
+    """TensorBoard's folder: the resumed run's, or a folder of its own, so that two runs never share a curve.
+
+    A stranger's checkpoint could name any folder: saved counts only where it lies under logging_dir.
+    """
+    if saved and is_inside(saved, logging_dir):
+        return Path(saved)
+    return _new_log_dir(Path(logging_dir), safe_name(output_dir.resolve().name))
+
+
+def _new_log_dir(logging_dir: Path, name: str) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     taken = [logging_dir / f"{name}-{stamp}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 100))]]
     return next(path for path in taken if not path.exists())

@@ -55,6 +55,8 @@ def lines(report: Report) -> list[str]:
     told.append(_line("captions", f"{found} found, {len(good) - found} made from file names{trigger}"))
     if report.shapes:
         told.append(_line("shapes", ", ".join(f"{name} {count}" for name, count in report.shapes.items())))
+    if report.buckets:
+        told.append(_line("buckets", ", ".join(f"{size} {count}" for size, count in report.buckets.items())))
     if report.terms:
         most = [f"{term} {count}" for term, count in report.terms.most_common(6)]
         told.append(_line(report.term, ", ".join(most) + (f"; {len(report.terms)} in all")))
@@ -101,6 +103,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "term": report.term,
         "terms": dict(report.terms),
         "shapes": report.shapes,
+        "buckets": report.buckets,
         "pictures": [
             {
                 "path": picture.path,
@@ -160,9 +163,10 @@ def as_page(report: Report, folder: Path) -> str:
 NAMES = {
     "unreadable": "cannot be used", "tiny": "tiny", "small": "small", "long": "far from square", "blurred": "blurred",
     "duplicates": "near-duplicate", "no_caption": "no caption", "empty_caption": "empty caption",
-    "encoding": "caption's encoding", "doubled_caption": "doubled caption", "long_caption": "long caption",
-    "no_trigger": "no trigger word", "no_agreement": "no common beginning", "tag_twice": "a tag twice",
-    "slips": "likely slip", "in_every": "in every caption", "in_one": "in one only"}  # fmt: skip
+    "encoding": "caption's encoding", "metadata": "metadata lines", "doubled_caption": "doubled caption",
+    "long_caption": "long caption", "no_trigger": "no trigger word", "no_agreement": "no common beginning",
+    "tag_twice": "a tag twice", "slips": "likely slip", "in_every": "in every caption",
+    "in_one": "in one only"}  # fmt: skip
 
 
 def _facts(report: Report) -> dict[str, str]:

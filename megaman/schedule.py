@@ -53,7 +53,8 @@ def class_seed(seed: int) -> int:
 
 
 def seed_dropout(seed: int, number: int) -> None:
-    """Set torch's own random state, from which dropout draws, for micro-batch number ... of the run.
+    """Set torch's own random state, from which dropout draws, for the micro-batch that begins with picture
+    number ... of the row.
 
     A stopped run, and one that computes a micro-batch again, drops the same. Other micro-batches of the same pictures
     drop something else: their masks are drawn for the whole batch.

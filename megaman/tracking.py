@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from megaman.errors import brief
@@ -39,6 +39,12 @@ class TrainingLog:
         """Keep an event for the next flush."""
         self._pending.append(Event(kind, tag, value, step, options))
         del self._pending[:-MOST_PENDING]
+
+    def add_images(self, tag: str, pixels: Iterable[Any], step: int) -> None:
+        """Write images, as arrays [H, W, 3], under tag/00, tag/01 and so on."""
+        for j, image in enumerate(pixels):
+            self.add("add_image", f"{tag}/{j:02d}", image, step, dataformats="HWC")
+        self.flush()
 
     def flush(self) -> None:
         """Write what is kept to the disk, or say why that cannot be done now."""

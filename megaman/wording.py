@@ -84,6 +84,14 @@ def captions(pictures: Sequence[Picture], remarks: dict[str, tuple[Path, str]], 
         )
 
 
+def metadata(notes: Sequence[tuple[Path, str]], folder: Path) -> Iterator[Finding]:
+    """What could not be used of metadata files."""
+    if notes:
+        told = [f"{relative(file, folder)} {remark}" for file, remark in notes]
+        title = f"{several(len(notes), 'remark')} on metadata files: {some(told, 3)}"
+        yield Finding("metadata", True, title, "Mend the lines: what they say is not used", [])
+
+
 def triggers(pictures: Sequence[Picture], trigger: str, inferred: bool) -> Iterator[Finding]:
     """Captions without the trigger words. Those that were inferred may be missing on purpose where many lack them."""
     written = [picture for picture in pictures if picture.found]

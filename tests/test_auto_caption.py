@@ -308,3 +308,24 @@ def test_the_script_captions_before_it_trains(blip, bare, base_folder, run_scrip
     tags = (tmp_path / "megaman_lora_output" / "lora_weights" / "README.md").read_text(encoding="utf-8")
     assert "5 captions were written" in tags
     assert texts(bare)["0"] == "a person wrote this"
+
+
+def test_with_check_data_it_captions_reports_and_trains_nothing(blip, bare, run_script, tmp_path):
+    words = [
+        "megaman_lora.py",
+        "--data_dir",
+        bare,
+        "--auto_caption",
+        blip,
+        "--check_data",
+        "--caption_extension",
+        ".cap",
+    ]
+    done = run_script(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "5 written as .cap beside the pictures" in done.stdout
+    assert len(list(bare.rglob("*.cap"))) == 5 and not texts(bare)
+    left = sorted(path.name for path in (tmp_path / "megaman_lora_output").iterdir())
+    assert left == ["dataset_report.html", "dataset_report.json"]
+    report = json.loads((tmp_path / "megaman_lora_output" / "dataset_report.json").read_text(encoding="utf-8"))
+    assert "missing" not in json.dumps(report.get("findings", report)), "what was written counts"

@@ -232,6 +232,20 @@ def test_shapes_are_the_usual_ratios(size, name):
     assert shape(*size) == name
 
 
+def test_buckets_are_counted_and_far_from_square_is_then_no_matter(run_script, folder, tmp_path):
+    """As training would put them; without them, pictures far from square are named."""
+    for number in (1, 2, 3):
+        scene(number, 128).crop((32, 0, 96, 128)).save(folder / f"tall_{number}.png")
+        (folder / f"tall_{number}.txt").write_text(f"volto, tall, number {number}", encoding="utf-8")
+    words = ["megaman_lora.py", "--check_data", "--data_dir", folder, "--resolution", 64, "--output_dir", "out"]
+    for flags, sizes in (([], {}), (["--enable_bucket"], {"40x88": 3, "64x64": 6})):
+        done = run_script([*words, *flags], tmp_path)
+        assert ("far from square" in done.stdout, "buckets " in done.stdout) == (not flags, bool(flags))
+        data = json.loads((tmp_path / "out" / DATA).read_text(encoding="utf-8"))
+        assert sum(data["buckets"].values()) == sum(sizes.values()) and len(data["buckets"]) == len(sizes)
+        assert ("Buckets, in pixels" in (tmp_path / "out" / PAGE).read_text(encoding="utf-8")) is bool(flags)
+
+
 def test_a_repeated_picture_is_no_duplicate_of_itself(folder):
     dataset = MegaManDataset(folder, None, 64)
     for part in (dataset.pictures, dataset.captions, dataset.found, dataset.remarks):

@@ -18,9 +18,12 @@ from PIL import Image
 from megaman import imagefolder
 from megaman.captions import caption_from_name
 from megaman.dataset import MegaManDataset
+from megaman.doctor import examine
 from megaman.imagefolder import Row, inner_path, parse_csv, parse_jsonl, read_metadata
 from megaman.layouts import MOST_REMARKS
+from megaman.options import training_options
 from megaman.problems import write_problems
+from megaman.report import write_report
 
 PICTURES = sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:24]
 PAIRS = {(path.read_bytes(), path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in PICTURES}
@@ -245,6 +248,27 @@ def test_what_a_metadata_file_names_wrongly_is_told_by_line(tmp_path):
     assert "may not name (line 6)" in dataset.problems[folder / "sub" / "loop.png"]
     others = {path for path, reason in dataset.problems.items() if "does not name it" in reason}
     assert len(others) == 20 and len(dataset.problems) == 22
+
+
+def test_the_doctor_tells_of_metadata_lines(tmp_path):
+    placed = place(tmp_path)
+    write_jsonl(tmp_path / "metadata.jsonl", placed | {"../\ud800.png": "out"})
+    report = examine(MegaManDataset(tmp_path, None), 64)
+    (finding,) = [finding for finding in report.findings if finding.kind == "metadata"]
+    assert "metadata.jsonl line 25: ../\\ud800.png leads out of the folder" in finding.title and report.wrong
+    write_report(tmp_path / "out", report)
+
+
+@pytest.mark.parametrize("value", ["caption", ".caption", ".en.txt"])
+def test_an_extension_has_its_dot(value):
+    assert training_options(["--caption_extension", value]).caption_extension == f".{value.removeprefix('.')}"
+
+
+@pytest.mark.parametrize("value", ["", ".", "a/b", "..", ".png", "JPG", ".x.webp", "a b", "\x1b"])
+def test_what_is_no_extension_of_a_caption_file(value, capsys):
+    with pytest.raises(SystemExit):
+        training_options(["--caption_extension", value])
+    assert capsys.readouterr().err.startswith("error: --caption_extension: ")
 
 
 def test_metadata_counts_before_a_caption_file_and_the_difference_is_said(tmp_path):

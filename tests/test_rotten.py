@@ -250,6 +250,7 @@ def test_a_caption_of_a_picture_that_is_left_out_is_no_matter(pictures, tmp_path
         "left_out": {str(pictures / "megaman_01.png"): "gone"},
         "captions": {},
         "made_captions": {},
+        "cut_captions": {},
     }
 
 
