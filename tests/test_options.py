@@ -20,6 +20,7 @@ from megaman.options import training_options, training_parser
 from megaman.presets import DEMO_TRAINING
 
 TRAINING_DEFAULTS = {
+    "vram_limit": None,
     "preset": None,
     "demo": False,
     "pretrained_model_name": "runwayml/stable-diffusion-v1-5",
@@ -41,6 +42,7 @@ TRAINING_DEFAULTS = {
     "logging_dir": "./logs",
     "resolution": 512,
     "check_data": False,
+    "plan": False,
     "strict": False,
     "skip_bad_images": False,
     "center_crop": False,
