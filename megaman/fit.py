@@ -67,8 +67,8 @@ def fit(plan: Plan, split: memory.Split, checkpointing: bool, limit: float, can_
 def _refusal(plan: Plan, batch: int, needed: int, limit: float) -> UserError:
     pictures = "one picture" if batch == 1 else f"{batch} pictures"
     message = (
-        f"Training on {pictures} of {plan.size} px at a time needs about {gigabytes(needed)} GB "
-        f"even with gradient checkpointing, and there are {gigabytes(limit)} GB"
+        f"Training on {pictures} of {plan.size} px at a time needs about {needed / GB:.2f} GB "
+        f"even with gradient checkpointing, and there are {limit / GB:.2f} GB"
     )
     bounds = (limit * room.USABLE, limit)  # with something to spare, or else just so
     fewer = [count for bound in bounds for count in range(batch - 1, 0, -1) if plan.training(count, True) <= bound]
