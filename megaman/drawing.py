@@ -39,6 +39,10 @@ class Drawer:
             self._fused.set_strengths(strengths)
         else:
             lora.set_strengths([self.base.unet, self.base.text_encoder], strengths)
+        self.forget()
+
+    def forget(self) -> None:
+        """Encode every prompt anew from here on."""
         self._states = {}
 
     def chunks(self, job: Job) -> int:

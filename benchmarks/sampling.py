@@ -1,0 +1,103 @@
+"""Ten prompts: drawn in batches with the LoRA fused, against diffusers' pipeline called one by one with the adapter.
+
+    python benchmarks/sampling.py --lora_path megaman_demo_output/lora_weights --rounds 5
+
+The same base, LoRA, prompts, seeds, sampler, steps and guidance on both sides, alternating in one process, loading left
+out. Prints the seconds of each round, the medians and their ratio; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megaman import lora, lora_files, room, sample, samplers
+from megaman.adapter_config import base_of
+from megaman.base import choose_device, load_base, place
+from megaman.drawing import Drawer
+from megaman.jobs import in_batches, make_jobs
+from megaman.prompts import Prompt, read_prompts
+
+NEGATIVE = "blurry, low quality"
+
+
+def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int | None):
+    """A function that draws all the prompts as generate_megaman.py does; text states are made anew at each call."""
+    placement = place("fp16", choose_device())
+    base = load_base(base_name, placement.dtype)
+    lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
+    fused = lora.Fused([base.unet, base.text_encoder], changing=False)
+    side = side or min(512, base.native_size)
+    space = room.Room(pixels=room.images_at_once(side, side) * side**2, largest=side**2)
+    drawer = Drawer(base, fused, placement, space, samplers.DEFAULT, clip_skip=1)
+    drawer.set_strengths({0: 1.0})
+    jobs = make_jobs(prompts, 1, NEGATIVE, 0, (side, side), steps, 7.5)
+
+    def draw() -> None:
+        drawer.forget()
+        for batch in in_batches(jobs, lambda job: space.at_once(side, side), drawer.chunks):
+            drawer.draw(batch, lambda: None)
+
+    return draw, side
+
+
+def pipeline(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int):
+    """A function that calls diffusers' pipeline for each prompt, the LoRA as an adapter beside the weights."""
+    placement = place("fp16", choose_device())
+    folder = base_name if Path(base_name).is_dir() else ROOT / base_name
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=placement.dtype).to(placement.device)
+    pipe.scheduler = sample.make_sampler(pipe.scheduler)
+    pipe.load_lora_weights(str(lora_path), weight_name="pytorch_lora_weights.safetensors")
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> None:
+        for prompt in prompts:
+            pipe(prompt.text, negative_prompt=NEGATIVE, generator=torch.Generator().manual_seed(0), height=side,
+                 width=side, num_inference_steps=steps, guidance_scale=7.5)  # fmt: skip
+
+    return draw
+
+
+def seconds(draw) -> float:
+    began = time.perf_counter()
+    draw()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lora_path", type=Path, default=Path("megaman_demo_output/lora_weights"))
+    parser.add_argument("--prompts_file", type=Path, default=ROOT / "prompts.txt")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--side", type=int, help="pixels (default: the base's own size)")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    prompts, base_name = read_prompts(options.prompts_file)[0], base_of(options.lora_path)
+    draw, side = ours(base_name, options.lora_path, prompts, options.steps, options.side)
+    sides = {"ours": draw, "pipeline": pipeline(base_name, options.lora_path, prompts, options.steps, side)}
+    for each in sides.values():  # the first call of everything is slower
+        each()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(options.rounds):
+        for name, each in sides.items():
+            times[name].append(seconds(each))
+        print(f"round {number + 1}   " + "   ".join(f"{name} {times[name][-1]:.2f} s" for name in sides))
+    medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
+    ratio = round(medians["ours"] / medians["pipeline"], 3)
+    print(f"{len(prompts)} prompts of {side} px, {options.steps} steps: {medians['ours']} s against "
+          f"{medians['pipeline']} s, {ratio} of it")  # fmt: skip
+    print(json.dumps({"prompts": len(prompts), "side": side, "steps": options.steps, **medians, "ratio": ratio}))
+
+
+if __name__ == "__main__":
+    main()
