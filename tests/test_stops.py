@@ -25,7 +25,10 @@ FLAGS = "--demo --output_dir out --logging_dir logs --max_train_steps 400 --num_
 def start(cwd, *more):
     variables = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
     words = [sys.executable, str(ROOT / "megaman_lora.py"), *FLAGS.split(), *more]
-    return subprocess.Popen(words, cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        words, cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
 
 
 def wait_for(condition, process, seconds=300):
