@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megaman import drawn, grid, prompt_weights, records, samplers
-from megaman.adapter_config import base_of
+from megaman.adapter_config import base_of, is_base
 from megaman.errors import UserError, run_script
 from megaman.gallery import read_images, variant_labels, write_gallery
 from megaman.generation_options import generation_options
@@ -78,7 +78,8 @@ def main(argv: list[str]) -> int:
     space.tiling |= bool(again and again.vae_tiling)
     drawer = Drawer(base, fused, placement, space, plan.sampler, plan.clip_skip)
     at_most = batch_size or len(jobs)
-    batches = in_batches(jobs, lambda job: min(at_most, space.at_once(job.height, job.width)), drawer.chunks)
+    batches = [jobs] if again else in_batches(  # what does not fit at once is drawn in parts
+        jobs, lambda job: min(at_most, space.at_once(job.height, job.width)), drawer.chunks)  # fmt: skip
     shared = {"scheduler": plan.sampler.name, "clip_skip": plan.clip_skip, "base": base_name, "fused": plan.fused,
               "device": placement.device.type, "dtype": str(placement.dtype).removeprefix("torch."),
               "versions": installed()}  # fmt: skip
@@ -102,12 +103,15 @@ def main(argv: list[str]) -> int:
         ]  # fmt: skip
 
     todo = [(way, batch, left) for way, batch in product(plan.ways, batches) if (left := missing(way, batch))]
+    drawn_anew = {file_of(job, way, first) for way, _, left in todo for job in left}
+    gallery = [image for image in gallery if image.file not in drawn_anew]  # what it names there was deleted
     count, left_to_draw = (1 if again else len(plan.ways) * len(jobs)), sum(len(left) for _, _, left in todo)
 
     # What will happen.
     if again:
         print(f"again      {options.from_image}, seed {again.seed}, drawn in a batch of {len(jobs)} as it was")
-        for remark in differences(again, shared, hashes):
+        less = space.at_once(again.height, again.width) < len(jobs)
+        for remark in [*["there is memory for a smaller batch only"] * less, *differences(again, shared, hashes)]:
             print(f"           {remark}: the pixels may differ")
     else:
         scales = len({way.scale for way in plan.ways})
@@ -125,10 +129,8 @@ def main(argv: list[str]) -> int:
     if unused_nvidia_card():
         print(f"           {UNUSED_CARD}")
     if options.resume:
-        there = (
-            f"{count - left_to_draw} of {count} are there" if stopped is not None else "nothing of this run is there"
-        )
-        print(f"resuming   {there}")
+        there = f"{count - left_to_draw} of {count} are" if stopped is not None else "nothing of this run is"
+        print(f"resuming   {there} there")
 
     # Images, batch by batch, each written as it comes. The page is whole at any time.
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -145,11 +147,14 @@ def main(argv: list[str]) -> int:
             for job, part, image in bases:
                 if job in left:
                     path = output_dir / base_file_of(file_of(job, way, first))
+                    if stopped is None:
+                        drawn.refuse_taken(path)
                     records.save(path, image, record(job, part, way, plain=True))
             for job, part, image in drawer.draw(batch, bar.update):
                 if job in left:
                     file = file_of(job, way, first)
                     own = record(job, part, way)
+                    drawn.refuse_taken(output_dir / file)
                     records.save(output_dir / file, image, own)
                     gallery.append(records.gallery_image(file, own, base_file_of(file) if options.compare else None))
             write_gallery(output_dir, gallery, "Mega Man LoRA")
@@ -207,6 +212,8 @@ def plan_again(options: Namespace, again: records.Record) -> Plan:
         raise UserError(
             f"--lora_path: the image was drawn with {len(again.loras)} LoRAs", "Name as many, in that order"
         )
+    if not options.base_model and not is_base(again.base):
+        raise UserError(f"--from_image: its base {again.base} is not here nor on the hub", "Name it in --base_model")
     loras = [(Path(path), strength) for path, (_, strength, _) in zip(paths, again.loras, strict=True)]
     precision = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[again.dtype]
     ways = make_ways(loras, [again.lora_scale], one_by_one=False)

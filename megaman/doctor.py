@@ -66,9 +66,8 @@ def examine(
     remarks: dict[str, tuple[Path, str]] = {}
     small: list[np.ndarray] = []
     texts = zip(dataset.captions, dataset.found, dataset.remarks, strict=True)
-    once = dict(zip(dataset.pictures, texts, strict=True))  # a picture that is repeated is no duplicate of itself
-    seen = progress(appearances(list(once), resolution))
-    for (file, (caption, found, remark)), look in zip(once.items(), seen, strict=True):
+    seen = progress(appearances(dataset.pictures, resolution))
+    for file, (caption, found, remark), look in zip(dataset.pictures, texts, seen, strict=True):
         if look.problem is not None:
             unread[file] = look.problem
             continue
@@ -122,7 +121,7 @@ def unreadable(reasons: dict[str, str]) -> Iterator[Finding]:
             "unreadable",
             True,
             title,
-            "Save as PNG or JPG, replace or remove them: a training leaves them out",
+            "The report says why of each; mend or remove them: a training leaves them out",
             list(reasons),
             reasons,
         )

@@ -53,7 +53,7 @@ class Drawer:
         self, batch: Sequence[Job], on_step: Callable[[], object], plain: bool = False
     ) -> list[tuple[Job, Sequence[Job], Image.Image]]:
         """Each job with its image and the jobs that it was drawn together with: fewer than the batch where memory is
-        short. The jobs have the same size, steps, guidance and chunks. With plain the LoRAs are left out."""
+        short. The jobs have the same size, steps and guidance. With plain the LoRAs are left out."""
         drawn: list[tuple[Job, Sequence[Job], Image.Image]] = []
 
         def next_part() -> list[tuple[Job, Sequence[Job], Image.Image]]:
@@ -69,7 +69,7 @@ class Drawer:
 
     def _draw(self, part: Sequence[Job], on_step: Callable[[], object], plain: bool) -> list[Image.Image]:
         job = part[0]
-        chunks = self.chunks(job)
+        chunks = max(map(self.chunks, part))  # in the record of an image, which may be a stranger's, they may differ
         text, negative = (
             torch.stack([self._padded(plain, prompt, chunks) for prompt in prompts])
             for prompts in ([each.prompt for each in part], [each.negative_prompt for each in part])

@@ -59,3 +59,9 @@ def is_there(path: Path, record: records.Record) -> bool:
             f"--resume: {path} is another image than this command draws", "Give the same flags, or leave --resume out"
         )
     return True
+
+
+def refuse_taken(path: Path) -> None:
+    """Raise UserError where an image has this name by now: it was free as the run began, so another run draws here."""
+    if path.exists():
+        raise UserError(f"{path} was drawn by another run in the meantime", "Give each run an --output_dir of its own")

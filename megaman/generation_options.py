@@ -91,7 +91,7 @@ def generation_parser() -> Parser:
 def generation_options(argv: Sequence[str]) -> Namespace:
     """Parse generate_megaman.py's command line: plain defaults, then --demo's, then the flags given.
 
-    The names of the flags given are in options.given.     All mistakes are told together, with exit code 2.
+    The names of the flags given are in options.given. All mistakes are told together, with exit code 2.
     """
     parser = generation_parser()
     given, mistakes = parser.read(argv)

@@ -52,7 +52,9 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
     settings, base = config["settings"], config["base"]
     one_file = base.lower().endswith(".safetensors")
     on_hub = HUB_NAME.fullmatch(base) and not base.startswith("demo/") and not one_file
-    name = base if on_hub else tidy(Path(base).name) or "base"  # a folder's whole path is nobody's business
+    name = (
+        base if on_hub or base == "demo/base" else tidy(Path(base).name) or "base"
+    )  # a folder's whole path is nobody's business
     shown = f"[{name}](https://huggingface.co/{name})" if on_hub else code(name)
     if base == "demo/base":
         shown = "the small base that comes with the project (`demo/base`)"
@@ -71,7 +73,12 @@ def _card(config: Mapping[str, Any], captions: Sequence[str], found: int, sample
     rows = [(flag, settings[flag]) for flag in SETTINGS if settings.get(flag) not in (None, False, 0)]
     rows += [("steps", config["total_steps"]), ("warm-up steps", config["warmup_steps"])]
     if config["buckets"]:
-        rows.append(("buckets", ", ".join(f"{size}: {count}" for size, count in config["buckets"]["pictures"].items())))
+        rows.append(
+            (
+                "buckets, pictures an epoch",
+                ", ".join(f"{size}: {count}" for size, count in config["buckets"]["pictures"].items()),
+            )
+        )
     rows += [("precision", config["dtype"]), ("seed", settings["seed"])]
     table = "\n".join("| {} | {} |".format(flag, code(value).replace("|", "\\|")) for flag, value in rows)
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())

@@ -18,12 +18,13 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from megaman import diffusion, lora, memory, room
+from megaman.adapter_config import is_base
 from megaman.base import ODD_CONFIGURATION, PROJECT, WAYS_ON, WEIGHTS, actual_name
 from megaman.errors import UserError, brief
 from megaman.files import read_json
 from megaman.peak import Hollow, norms_in_float32, size_of
 from megaman.presets import DEFAULT_BASE
-from megaman.single_file import SD15
+from megaman.single_file import SD15, named
 
 GB = 2**30
 FLOAT32 = 4  # bytes of a number of the LoRA, of its gradient, and of each of AdamW's two moments
@@ -34,13 +35,16 @@ def read_configs(name: str) -> tuple[dict[str, dict[str, Any]], str]:
 
     name is a folder, a single file or a name on the hub. Of the hub only what was downloaded before is read; Stable
     Diffusion 1.5's configuration stands in for the rest, as for single files, which have none. No weights are read.
-    Raises UserError for a folder that lacks a part's config.json.
+    Raises UserError for a folder that lacks a part's config.json, and for a name that can be none of them.
     """
-    for folder in (Path(os.path.expanduser(name)), PROJECT / name):
-        if folder.is_dir():
-            return {part: read_json(folder / part / "config.json") for part in WEIGHTS}, ""
+    places = (Path(os.path.expanduser(name)), PROJECT / name)
+    for folder in filter(Path.is_dir, places):
+        return {part: read_json(folder / part / "config.json") for part in WEIGHTS}, ""
+    one_file = any(map(Path.is_file, places))
+    if not is_base(name) or (named(name) and not one_file):
+        raise UserError(f"The base {name} is nothing on this machine nor a name on the hub", WAYS_ON)
     sd15 = {part: read_json(SD15 / f"{part}.json") for part in WEIGHTS}
-    if Path(os.path.expanduser(name)).is_file() or actual_name(name) == actual_name(DEFAULT_BASE):
+    if one_file or actual_name(name) == actual_name(DEFAULT_BASE):
         return sd15, ""
     try:
         cached = [try_to_load_from_cache(name, f"{part}/config.json") for part in WEIGHTS]

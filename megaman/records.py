@@ -15,7 +15,6 @@ from typing import Any
 from PIL import Image
 
 from megaman import png, samplers
-from megaman.adapter_config import is_base
 from megaman.errors import UserError
 from megaman.gallery import GalleryImage, thumbnail_of
 from megaman.jobs import Job, Way
@@ -179,16 +178,21 @@ def _side(value: Any) -> bool:
     return _whole(8, 8192)(value) and value % 8 == 0
 
 
+def _is_path(value: Any) -> bool:
+    return _text(value) and bool(value) and not is_network(value)
+
+
 def _is_lora(value: Any) -> bool:
-    return _row(value, _text, _number(-10, 10), _text) and bool(value[0]) and not is_network(value[0])
+    return _row(value, _is_path, _number(-10, 10), _text)
 
 
-# The limits are those of the command line; a path that would log in elsewhere is none.
+# The limits are those of the command line; a path that would log in elsewhere is none. Whether base and LoRAs are still
+# there is asked where they are loaded: they may have moved.
 _SOUND = {
     "prompt": _text, "negative_prompt": _text, "seed": _whole(0, 2**64 - 1), "width": _side, "height": _side,
     "steps": _whole(1, 999), "guidance_scale": _number(0, 100),
     "scheduler": lambda value: _text(value) and samplers.find(value) is not None, "clip_skip": _whole(1, 64),
-    "base": lambda value: _text(value) and is_base(value), "loras": _some(0, _is_lora), "lora_scale": _number(-10, 10),
+    "base": _is_path, "loras": _some(0, _is_lora), "lora_scale": _number(-10, 10),
     "batch": _some(1, lambda value: _row(value, _text, _text, _whole(0, 2**64 - 1))), "place": _whole(0, MOST),
     "device": _text, "dtype": lambda value: value in ("float32", "float16", "bfloat16"),
     "fused": lambda value: type(value) is bool, "vae_tiling": lambda value: type(value) is bool,

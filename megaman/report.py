@@ -52,7 +52,7 @@ def lines(report: Report) -> list[str]:
     found = sum(picture.found for picture in good)
     told = [_line("pictures", f"{several(len(good), 'picture')} in {report.data_dir}{_sides(good)}")]
     trigger = f"; trigger word {report.trigger!r}" if report.trigger else ""
-    told.append(_line("captions", f"{found} found, {len(good) - found} made from file names{trigger}"))
+    told.append(_line("captions", f"{found} found, {len(good) - found} made from names{trigger}"))
     if report.shapes:
         told.append(_line("shapes", ", ".join(f"{name} {count}" for name, count in report.shapes.items())))
     if report.buckets:
@@ -173,7 +173,7 @@ def _facts(report: Report) -> dict[str, str]:
     good = report.readable
     found = sum(picture.found for picture in good)
     facts = {"folder": str(report.data_dir), "pictures": str(len(good)) + _sides(good)}
-    facts["captions"] = f"{found} found, {len(good) - found} made from file names"
+    facts["captions"] = f"{found} found, {len(good) - found} made from names"
     facts["resolution"] = str(report.resolution)
     facts["trigger word"] = report.trigger or "none that most captions begin with"
     return facts

@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from megaman.captions import MOST_TOKENS, contains
 from megaman.findings import Finding, Picture, relative, several, some
 
-LONGEST = 75  # tokens of a caption that Stable Diffusion 1.x reads
 SENTENCE = 5  # words: where a caption's parts have as many in the middle, they are sentences and not tags
 FILLERS = re.compile(r"a|an|the|of|and|or|in|on|at|by|to|with|from|for|is|are|as|its?|his|her|their|this|that")
 SHORTEST_SLIP = 5  # letters: among shorter words one letter more or less is often another word
@@ -71,13 +71,13 @@ def captions(pictures: Sequence[Picture], remarks: dict[str, tuple[Path, str]], 
             pairs,
         )
     lengths = {p.path: estimated_tokens(p.caption) for p in pictures if p.found}
-    long = [path for path, length in lengths.items() if length > LONGEST]
+    long = [path for path, length in lengths.items() if length > MOST_TOKENS]
     if long:
         details = {path: f"about {length} tokens" for path, length in lengths.items()}
         yield Finding(
             "long_caption",
             True,
-            f"{several(len(long), 'caption')} longer than {LONGEST} tokens, by estimate",
+            f"{several(len(long), 'caption')} longer than {MOST_TOKENS} tokens, by estimate",
             "Put what matters first and shorten the rest: what is over is cut off",
             long,
             details,
@@ -95,7 +95,7 @@ def metadata(notes: Sequence[tuple[Path, str]], folder: Path) -> Iterator[Findin
 def triggers(pictures: Sequence[Picture], trigger: str, inferred: bool) -> Iterator[Finding]:
     """Captions without the trigger words. Those that were inferred may be missing on purpose where many lack them."""
     written = [picture for picture in pictures if picture.found]
-    lacking = [picture.path for picture in written if trigger and lacks(picture.caption, trigger)]
+    lacking = [picture.path for picture in written if trigger and not contains(picture.caption, trigger)]
     if lacking:
         wrong = not inferred or len(lacking) <= RARE_LACK * len(written)
         remedy = f"Begin each caption with it, unless the picture shows something else than {trigger}"
@@ -196,11 +196,6 @@ def counted(captions_terms: Iterable[Iterable[str]]) -> Counter[str]:
 def twice_in_one(tags: Sequence[str]) -> list[str]:
     """The tags that stand more than once in one caption."""
     return [tag for tag, count in Counter(tag.casefold() for tag in tags).items() if count > 1]
-
-
-def lacks(caption: str, trigger: str) -> bool:
-    """Whether the trigger words do not stand in the caption as words of their own, in either case."""
-    return not re.search(rf"(?<!\w){re.escape(trigger.casefold())}(?!\w)", caption.casefold())
 
 
 def likely_slips(captions: Iterable[str]) -> dict[str, str]:

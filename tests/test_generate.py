@@ -17,9 +17,11 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 
 import generate_megaman
-from megaman import lora, lora_files, sample
+from megaman import lora, lora_files, room, sample
 from megaman.base import load_base
+from megaman.drawing import Drawer
 from megaman.errors import UserError
+from megaman.gallery import read_images
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +395,58 @@ def test_from_image_says_what_is_not_as_it_was(generate, again, lora_path, tmp_p
     assert "LoRA moved was" in capsys.readouterr().out
     with pytest.raises(UserError, match="drawn with 1 LoRAs"):
         again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved", "moved")
+
+
+def test_from_image_when_the_base_moved(generate, again, tmp_path):
+    """The record still says which base it was; the flag says where it lies now."""
+    shutil.copytree(ROOT / "demo" / "base", tmp_path / "mine")
+    drawn = generate("--base_model", "mine")["megaman_000_00.png"]
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"its base .*mine is not here") as raised:
+        again(tmp_path / "out" / "megaman_000_00.png")
+    assert "--base_model" in str(raised.value)
+    assert equal(again(tmp_path / "out" / "megaman_000_00.png", "--base_model", "moved"), drawn)
+
+
+def test_from_image_with_less_memory_than_then(generate, again, monkeypatch, tmp_path, capsys):
+    """The batch is drawn in parts, of which the wanted image is written alone, and a line says so."""
+    drawn = generate("--num_images_per_prompt", 3, "--batch_size", 3)
+    monkeypatch.setattr(room, "free_memory", lambda device: 0)
+    for name, image in drawn.items():
+        assert alike(again(tmp_path / "out" / name), image), name
+    assert capsys.readouterr().out.count("memory for a smaller batch only: the pixels may differ") == 3
+
+
+def test_an_image_that_was_deleted_is_on_the_page_once(generate, tmp_path):
+    """Drawn again by --resume, or its name taken by another run: the page tells of what is there now."""
+    generate("--num_images_per_prompt", 2)
+    (tmp_path / "out" / "megaman_000_00.png").unlink()
+    generate("--num_images_per_prompt", 2, "--resume")
+    named = [image.file for image in read_images(tmp_path / "out")]
+    assert sorted(named) == ["megaman_000_00.png", "megaman_000_01.png"]
+    for path in (tmp_path / "out").glob("*.png"):
+        path.unlink()
+    generate("--prompts", "a red cat")
+    shown = {image.file: image.prompt for image in read_images(tmp_path / "out")}
+    assert shown["megaman_000_00.png"] == "a red cat"
+
+
+@pytest.mark.parametrize("flags", [[], ["--compare", "base"]], ids=" ".join)
+def test_two_runs_into_one_folder_lose_nothing(generate, monkeypatch, tmp_path, flags):
+    """Whoever comes second to a name stops in a line, and the other's images stay."""
+    draw = Drawer.draw
+
+    def draw_beside_another(drawer, batch, *rest, **plain):
+        monkeypatch.setattr(Drawer, "draw", draw)
+        generate("--prompts", "a red cat", *flags)
+        return draw(drawer, batch, *rest, **plain)
+
+    monkeypatch.setattr(Drawer, "draw", draw_beside_another)
+    with pytest.raises(UserError, match="drawn by another run"):
+        generate(*flags)
+    pngs = list((tmp_path / "out").glob("*.png"))
+    assert len(pngs) == 1 + bool(flags)
+    assert all(json.loads(Image.open(path).text["megaman"])["prompt"] == "a red cat" for path in pngs)
 
 
 FORTY = ["--num_inference_steps", 8, "--num_images_per_prompt", 20, "--batch_size", 4]

@@ -149,6 +149,15 @@ def test_a_name_on_the_hub_is_planned_from_what_is_here():
     assert "planned as Stable Diffusion 1.5" in remark
 
 
+@pytest.mark.parametrize("name", ["./nothing", "models/missing.safetensors", "/nowhere/base", "weights.ckpt"])
+def test_a_base_that_is_not_there_is_not_planned(name, tmp_path, monkeypatch):
+    """Figures for Stable Diffusion 1.5 would hide that the path is mistyped."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match=name):
+        read_configs(name)
+
+
 def test_a_folder_without_configurations_ends_in_a_line(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         read_configs(str(tmp_path))
