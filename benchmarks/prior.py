@@ -40,8 +40,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, default=ROOT / "demo" / ".work" / "prior")
     parser.add_argument("--max_train_steps", type=int, default=900)
+    parser.add_argument("--blue_only", action="store_true", help="without the pictures of the hero in other colours")
     options = parser.parse_args(argv)
-    folders = part_pictures(options.work_dir)
+    folders = part_pictures(options.work_dir, options.blue_only)
     loras = {}
     for name, flags in RUNS.items():
         flags = [flag.format(**{"class": folders[1]}) for flag in flags]
@@ -56,13 +57,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def part_pictures(work_dir: Path) -> tuple[Path, Path]:
+def part_pictures(work_dir: Path, blue_only: bool) -> tuple[Path, Path]:
     """The demo's pictures of the hero, and its others, in a folder each."""
+    recoloured = tuple(f"volto_{colour}_" for colour in ("green", "purple", "red", "white")) if blue_only else ()
     folders = work_dir / "hero", work_dir / "class"
     for folder, is_hero in zip(folders, (True, False), strict=True):
         folder.mkdir(parents=True, exist_ok=True)
         for source in (ROOT / "demo" / "images").iterdir():
-            if source.suffix in (".png", ".txt") and source.name.startswith("volto") == is_hero:
+            wanted = source.suffix in (".png", ".txt") and not source.name.startswith(recoloured)
+            if wanted and source.name.startswith("volto") == is_hero:
                 shutil.copy(source, folder)
     return folders
 
