@@ -66,8 +66,9 @@ def examine(
     remarks: dict[str, tuple[Path, str]] = {}
     small: list[np.ndarray] = []
     texts = zip(dataset.captions, dataset.found, dataset.remarks, strict=True)
-    seen = progress(appearances(dataset.pictures, resolution))
-    for file, (caption, found, remark), look in zip(dataset.pictures, texts, seen, strict=True):
+    once = dict(zip(dataset.pictures, texts, strict=True))  # a picture that is repeated is no duplicate of itself
+    seen = progress(appearances(list(once), resolution))
+    for (file, (caption, found, remark)), look in zip(once.items(), seen, strict=True):
         if look.problem is not None:
             unread[file] = look.problem
             continue
