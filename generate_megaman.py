@@ -138,6 +138,8 @@ def main(argv: list[str]) -> int:
     runs = 2 if options.compare else 1
     bar = tqdm(total=sum(passes[batch[0].steps] for _, batch, _ in todo) * runs, desc="drawing", unit="step")
     at_work = None
+    if not todo:  # the page may still gain images that no page named
+        page = write_gallery(output_dir, gallery, "Mega Man LoRA")
     try:
         for way, batch, left in todo:
             if way is not at_work:
@@ -157,14 +159,13 @@ def main(argv: list[str]) -> int:
                     drawn.refuse_taken(output_dir / file)
                     records.save(output_dir / file, image, own)
                     gallery.append(records.gallery_image(file, own, base_file_of(file) if options.compare else None))
-            write_gallery(output_dir, gallery, "Mega Man LoRA")
+            page = write_gallery(output_dir, gallery, "Mega Man LoRA")
     except KeyboardInterrupt:
         bar.close()
         print(f"stopped; what was drawn stays. To go on: python generate_megaman.py {shlex.join(resuming(argv))}")
         return 130
     bar.close()
 
-    page = write_gallery(output_dir, gallery, "Mega Man LoRA")
     if len(plan.ways) > 1:
         sheet = output_dir / f"grid_{first:03d}.png"
         labels = dict(zip((image.file for image in gallery), variant_labels(gallery), strict=True))

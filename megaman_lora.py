@@ -305,7 +305,7 @@ def main(argv: list[str]) -> int:
             all_finite.append(finite.step_where_finite(optimizer, norm, accelerator.scaler))
             optimizer.zero_grad()
             bar.update()
-            last, stopping = step == total, any(gather_object([stop.received is not None]))
+            last, stopping = step == total, anywhere(accelerator, stop.received is not None)
             saving = step % options.save_steps == 0 or last or stopping
             if step % LOG_EVERY == 0 or saving:  # a checkpoint never stands ahead of the curve
                 values = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
@@ -383,6 +383,15 @@ def report_problems(datasets: list[MegaManDataset], output_dir: Path) -> None:
     """Name each file that is left out, and each doubtful caption, here and in a file."""
     for line in write_problems(output_dir / "dataset_problems.json", *datasets):
         print(line)
+
+
+def anywhere(accelerator, here: bool) -> bool:
+    """Whether it is so in any of the processes; they have to stop at the same step."""
+    if accelerator.num_processes == 1:
+        return here
+    import torch
+
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), reduction="sum"))
 
 
 if __name__ == "__main__":

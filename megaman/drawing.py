@@ -68,11 +68,14 @@ class Drawer:
         return drawn
 
     def _draw(self, part: Sequence[Job], on_step: Callable[[], object], plain: bool) -> list[Image.Image]:
-        job = part[0]
-        chunks = max(map(self.chunks, part))  # in the record of an image, which may be a stranger's, they may differ
-        text, negative = (
-            torch.stack([self._padded(plain, prompt, chunks) for prompt in prompts])
+        job, empty = part[0], self._states_of(plain, "")
+        rows = [
+            [self._states_of(plain, prompt) for prompt in prompts]
             for prompts in ([each.prompt for each in part], [each.negative_prompt for each in part])
+        ]
+        chunks = max(len(states) // len(empty) for row in rows for states in row)
+        text, negative = (
+            torch.stack([text_states.pad_chunks(states, empty, chunks) for states in row]) for row in rows
         )
         size = job.height // self.base.vae_factor, job.width // self.base.vae_factor
         latents = sample.draw_latents(
@@ -81,10 +84,6 @@ class Drawer:
         )  # fmt: skip
         self.base.vae.use_tiling = self.room.tiling
         return sample.decode(self._on_device(self.base.vae), latents)
-
-    def _padded(self, plain: bool, prompt: str, chunks: int) -> torch.Tensor:
-        states, empty = (self._states_of(plain, text) for text in (prompt, ""))
-        return text_states.pad_chunks(states, empty, chunks)
 
     def _states_of(self, plain: bool, prompt: str) -> torch.Tensor:
         if len(self._states) > MOST_STATES:

@@ -13,6 +13,12 @@ import pytest
 from hypothesis import settings
 from PIL import Image, ImageDraw
 
+if os.name == "posix":
+    from browser import CHROMIUM, Visit, chromium
+else:
+    CHROMIUM = Visit = chromium = None
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="page not opened: no chromium or google-chrome")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package lies beside the scripts and is not installed
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the tests compare pixels and weights, also on machines with a card
@@ -95,6 +101,13 @@ def train_here(base_folder) -> Callable:
             return load_file(Path(output_dir) / "lora_weights" / "adapter_model.safetensors")
 
     return run
+
+
+@pytest.fixture(scope="module")
+def the_browser():
+    """A browser for the tests of a page; they are marked with needs_browser."""
+    with chromium() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

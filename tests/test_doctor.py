@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from conftest import Visit, needs_browser
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
@@ -460,18 +461,6 @@ def test_a_report_does_not_stand_in_the_way_of_a_training(folder, tmp_path):
 
 
 # In a real browser, from the disk.
-
-if os.name == "posix":
-    from browser import CHROMIUM, Visit, chromium
-else:
-    CHROMIUM = None
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="page not opened: no chromium or google-chrome")
-
-
-@pytest.fixture(scope="module")
-def the_browser():
-    with chromium() as running:
-        yield running
 
 
 @needs_browser

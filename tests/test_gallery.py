@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 import pytest
+from conftest import Visit, needs_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -289,18 +290,6 @@ def test_a_command_names_loras_that_drew_together():
 
 
 # In a real browser, from the disk.
-
-if os.name == "posix":
-    from browser import CHROMIUM, Visit, chromium
-else:
-    CHROMIUM = None
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="page not opened: no chromium or google-chrome")
-
-
-@pytest.fixture(scope="module")
-def the_browser():
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture
