@@ -11,7 +11,6 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
 
-import contextlib
 import json
 import logging
 import math
@@ -80,13 +79,13 @@ def main(argv: list[str]) -> int:
     from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
     from torch.utils.tensorboard import SummaryWriter
 
-    from megaman import buckets, cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
+    from megaman import buckets, cache, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
-    from megaman.batches import Part
     from megaman.encoded import Encoded
     from megaman.fit import memory_limit, settle
     from megaman.tracking import TrainingLog
+    from megaman.training_step import TrainingStep
     from megaman.validation import Validation
 
     # Device and precision.
@@ -185,7 +184,7 @@ def main(argv: list[str]) -> int:
     optimizer = torch.optim.AdamW(groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
                                   weight_decay=options.adam_weight_decay, fused=device.type != "mps")  # fmt: skip
     *prepared, optimizer = accelerator.prepare(*models, optimizer)
-    unet, trained_text_encoder = prepared[0], prepared[-1]  # the latter where there are two
+    trained_text_encoder = prepared[-1]  # where there are two
     if checkpoint:
         checkpoints.restore(checkpoint, base.unet, optimizer.optimizer, accelerator.scaler, text_encoder)
         if accelerator.is_main_process and checkpoint.resolve().parent == output_dir.resolve():
@@ -251,35 +250,16 @@ def main(argv: list[str]) -> int:
             return False
         return True
 
-    def micro_batch(these: Encoded, part: Part) -> torch.Tensor:
-        """The mean loss of some pictures; what is random in it is drawn on the CPU, a picture each."""
-        latents, noise, timesteps, captions = these.draw(part, base.vae.config.scaling_factor, options.noise_offset,
-                                                         base.scheduler.config.num_train_timesteps)  # fmt: skip
-        weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
-        noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
-        wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
-        if options.lora_dropout:
-            schedule.seed_dropout(these.seed, part.numbers[0])
+    def read(captions: list[str]) -> torch.Tensor:
+        """Text states [B, positions, width]."""
         if reads_on:
             reader = trained_text_encoder if text_encoder else base.text_encoder
-            states = reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
-        else:
-            states = torch.stack([text_states[caption] for caption in captions])
-        noise_pred = unet(noisy, timesteps.to(device), encoder_hidden_states=states.to(device, placement.dtype)).sample
-        return diffusion.loss(noise_pred, wanted, weights)
+            return reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
+        return torch.stack([text_states[caption] for caption in captions])
 
-    def accumulate(step: int) -> torch.Tensor:
-        """The gradients of one optimizer step; returns its loss."""
-        step_loss = torch.zeros((), device=device)
-        parts = [(these, part) for these in encoded for part in these.batches.parts(step, process, split.size)]
-        for these, part in parts:
-            with contextlib.ExitStack() as alone:  # the processes exchange gradients in the last one only
-                for model in prepared if part is not parts[-1][1] else []:
-                    alone.enter_context(accelerator.no_sync(model))
-                loss = these.weight * micro_batch(these, part) / part.divisor
-                accelerator.backward(loss)
-                step_loss += loss.detach()
-        return step_loss
+    training = TrainingStep(prepared, base.scheduler, encoded, read, accelerator.backward, accelerator.no_sync, process,
+                            device, placement.dtype, base.vae.config.scaling_factor, options.noise_offset,
+                            options.snr_gamma, options.lora_dropout > 0)  # fmt: skip
 
     def make_room() -> None:
         optimizer.zero_grad()
@@ -300,7 +280,7 @@ def main(argv: list[str]) -> int:
         for step in range(start + 1, total + 1):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate(step - 1)
-            losses.append(memory.until_it_fits(partial(accumulate, step), make_room))
+            losses.append(memory.until_it_fits(partial(training.accumulate, step, split), make_room))
             norm = accelerator.clip_grad_norm_(trainable, options.max_grad_norm)
             all_finite.append(finite.step_where_finite(optimizer, norm, accelerator.scaler))
             optimizer.zero_grad()

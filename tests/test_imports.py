@@ -44,6 +44,7 @@ ORDER = [
     "encoded",
     "finite",
     "memory",
+    "training_step",
     "room",
     "hub",
     "lora_formats",
