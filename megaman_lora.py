@@ -27,9 +27,10 @@ from megaman.captions import Variation
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json
-from megaman.options import MUST_MATCH, bucket_settings, plan_request, resuming, training_options
+from megaman.options import MUST_MATCH, bucket_settings, cache_place, plan_request, resuming, training_options
 from megaman.output import find_all, log_dir_of, open_output, remove, save_somewhere, step_of
 from megaman.problems import first_too_bad, too_bad, write_instructions, write_problems
+from megaman.stamps import Stamps
 from megaman.stops import StopSignal
 from megaman.versions import installed
 
@@ -46,7 +47,9 @@ def main(argv: list[str]) -> int:
 
     # Pictures: found and looked at before anything heavy is imported.
     given = options.demo or "data_dir" in options.given
-    find = partial(find_pictures, options.data_dir, given, options.resolution, options.center_crop,
+    cache_dir = cache_place(options)
+    seen = Stamps(cache_dir)
+    find = partial(find_pictures, options.data_dir, given, seen, options.resolution, options.center_crop,
                    options.caption_extension, options.dataset_repeats)  # fmt: skip
     dataset = find()
     if dataset is None:
@@ -67,7 +70,7 @@ def main(argv: list[str]) -> int:
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
     datasets = [dataset]  # and, where there are any, the class pictures
     if options.class_data_dir:
-        datasets.append(find_pictures(options.class_data_dir, True, options.resolution, options.center_crop,
+        datasets.append(find_pictures(options.class_data_dir, True, seen, options.resolution, options.center_crop,
                                       options.caption_extension, 1, "--class_data_dir"))  # fmt: skip
     if error := first_too_bad(datasets, options.skip_bad_images):
         report_problems(datasets, output_dir)
@@ -84,6 +87,8 @@ def main(argv: list[str]) -> int:
     from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
     from megaman.encoded import Encoded
     from megaman.fit import memory_limit, settle
+    from megaman.fresh import Fresh, drop_damaged
+    from megaman.moments import Moments, folder_of, prune
     from megaman.tracking import TrainingLog
     from megaman.training_step import TrainingStep
     from megaman.validation import Validation
@@ -125,13 +130,43 @@ def main(argv: list[str]) -> int:
     limit = min(gather_object([memory_limit(device, options.vram_limit)]))
     fitted = settle(placement, limit, split, options.gradient_checkpointing, world == 1, say, **plan_request(options))
 
-    # Base and LoRA.
+    # The base, whose parts are loaded as they are needed.
     say(f"loading {name}")
     if remark := moved(options.pretrained_model_name):
         say(f"  {remark}")
     base = load_base(name, placement.dtype)
     for each in datasets if options.enable_bucket else []:
         each.buckets = buckets.make_buckets(native=base.native_size, **bucket_settings(options))
+
+    # The frozen parts run once, for every caption and every form of every picture, and leave device and memory.
+    captions = [caption for each in datasets for caption in each.captions]
+    texts = cache.Texts(base, captions, [options.validation_prompt, ""], variation.makes_new,
+                        options.train_text_encoder, device)  # fmt: skip
+    with accelerator.local_main_process_first():  # the others find it done
+        bar = partial(tqdm, unit="picture", disable=process != 0)
+        workers, vae_there = options.dataloader_num_workers, lambda: base.vae.to(device)
+        if options.no_cache:
+            encoder = cache.Encoder(vae_there())
+            sources = [Fresh(encoder, each, options.random_flip, seed, base.vae_factor, workers) for each in datasets]
+            for each in datasets:
+                drop_damaged(each, workers, partial(bar, desc="looking", total=len(each)))
+        else:
+            vae = cache.identify(base, seen)
+            sources = [cache.encode_pictures(vae_there, each, options.crop_variants, options.random_flip, seed, seen,
+                                             Moments(cache_dir and folder_of(cache_dir, vae)), workers,
+                                             partial(bar, desc="encoding", total=len(each)))
+                       for each in datasets]  # fmt: skip
+            base.release("vae")
+            if cache_dir and process == 0:
+                prune(cache_dir, options.cache_limit * 2**30, set().union(*(each.files for each in sources)))
+    for each in datasets:
+        each.cut = cache.cut_off(base.tokenizer, each.captions)
+    if process == 0:
+        report_problems(datasets, output_dir)
+    if error := first_too_bad(datasets, options.skip_bad_images):
+        raise error
+
+    # LoRA.
     torch.manual_seed(seed)  # for the LoRA's random half
     add_lora = partial(lora.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
                        dropout=options.lora_dropout)  # fmt: skip
@@ -146,30 +181,11 @@ def main(argv: list[str]) -> int:
         memory.checkpoint_gradients(models)
     base.unet.to(device)
 
-    # The frozen parts run once, for every caption and every variant of every picture, and leave the device.
-    texts = [*(caption for each in datasets for caption in each.captions), options.validation_prompt, ""]
-    text_states = None if text_encoder else cache.encode_captions(base.text_encoder.to(device), base.tokenizer, texts)
-    reads_on = bool(text_encoder or variation.makes_new)  # the text encoder, at every step
-    base.text_encoder.to(device if reads_on else "cpu")
-    base.vae.to(device)
-    moments = [cache.encode_pictures(
-        base.vae, each, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
-        partial(tqdm, desc="encoding", unit="picture", total=len(each), disable=process != 0),
-    )[0] for each in datasets]  # fmt: skip
-    base.vae.to("cpu")
-    fitted.tile_vae(base.vae)
-    for each in datasets:
-        each.cut = cache.cut_off(base.tokenizer, each.captions)
-    if process == 0:
-        report_problems(datasets, output_dir)
-    if error := first_too_bad(datasets, options.skip_bad_images):
-        raise error
-
     # Steps, rate, optimizer.
     kinds = [(variation, seed, 1.0), (Variation(), schedule.class_seed(seed), options.prior_loss_weight)]
     encoded = [Encoded(*each, base.vae_factor, options.enable_bucket, options.train_batch_size,
                        options.gradient_accumulation_steps, world, *kind)
-               for *each, kind in zip(datasets, moments, kinds, strict=False)]  # fmt: skip
+               for *each, kind in zip(datasets, sources, kinds, strict=False)]  # fmt: skip
     batches, sizes = encoded[0].batches, encoded[0].sizes
     total = schedule.total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
                                  options.max_train_steps)  # fmt: skip
@@ -184,14 +200,17 @@ def main(argv: list[str]) -> int:
     optimizer = torch.optim.AdamW(groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
                                   weight_decay=options.adam_weight_decay, fused=device.type != "mps")  # fmt: skip
     *prepared, optimizer = accelerator.prepare(*models, optimizer)
-    trained_text_encoder = prepared[-1]  # where there are two
+    if text_encoder:
+        texts.reader = prepared[-1]
     if checkpoint:
         checkpoints.restore(checkpoint, base.unet, optimizer.optimizer, accelerator.scaler, text_encoder)
         if accelerator.is_main_process and checkpoint.resolve().parent == output_dir.resolve():
             checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    say(*dataset.describe(sum(map(len, moments[0])), options.random_flip), sep="\n")
+    say(*dataset.describe(sources[0].total, options.random_flip), sep="\n")
+    if not options.no_cache:
+        say(*sources[0].describe(cache_dir), sep="\n")
     if options.class_data_dir:
         say(f"class      {len(datasets[1])} in {options.class_data_dir}, loss times {options.prior_loss_weight:g}")
     if options.enable_bucket:
@@ -228,7 +247,7 @@ def main(argv: list[str]) -> int:
 
     stop = StopSignal()
     seeds = [seed + j for j in range(options.num_validation_images)]
-    validation = Validation(base, text_states, options.validation_prompt, seeds, options.resolution,
+    validation = Validation(base, texts.states, options.validation_prompt, seeds, options.resolution,
                             accelerator.autocast, say, stop.raise_if_received)  # fmt: skip
 
     def validate(step: int) -> None:
@@ -250,15 +269,8 @@ def main(argv: list[str]) -> int:
             return False
         return True
 
-    def read(captions: list[str]) -> torch.Tensor:
-        """Text states [B, positions, width]."""
-        if reads_on:
-            reader = trained_text_encoder if text_encoder else base.text_encoder
-            return reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
-        return torch.stack([text_states[caption] for caption in captions])
-
-    training = TrainingStep(prepared, base.scheduler, encoded, read, accelerator.backward, accelerator.no_sync, process,
-                            device, placement.dtype, base.vae.config.scaling_factor, options.noise_offset,
+    training = TrainingStep(prepared, base.scheduler, encoded, texts, accelerator.backward, accelerator.no_sync, process,
+                            device, placement.dtype, base.scaling_factor, options.noise_offset,
                             options.snr_gamma, options.lora_dropout > 0)  # fmt: skip
 
     def make_room() -> None:
@@ -335,13 +347,13 @@ def main(argv: list[str]) -> int:
     return 1 if reason else 0
 
 
-def find_pictures(data_dir: str, given: bool, *settings: object) -> MegaManDataset | None:
+def find_pictures(data_dir: str, given: bool, seen: Stamps, *settings: object) -> MegaManDataset | None:
     """The dataset, what cannot be used left out; None where the default folder has no picture yet."""
     folder = Path(data_dir)
     if not given and not folder.is_dir():
         folder.mkdir(parents=True)
     dataset = MegaManDataset(folder, None, *settings)
-    dataset.check()
+    dataset.check(seen)
     if len(dataset) or dataset.problems:
         return dataset
     if given:

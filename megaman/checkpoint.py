@@ -138,7 +138,8 @@ def restore(
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Settings in which a checkpoint and this run disagree, as words."""
     # What earlier checkpoints do not tell.
-    earlier = {"train_text_encoder": False, "enable_bucket": False, "class data": "none", **Variation()._asdict()}
+    earlier = {"train_text_encoder": False, "enable_bucket": False, "no_cache": False, "class data": "none",
+               **Variation()._asdict()}  # fmt: skip
     saved = {**earlier, **saved}
     return [
         f"{key} was {saved[key]} and is now {wanted[key]}"

@@ -59,6 +59,8 @@ class TrainingStep:
         step_loss = torch.zeros((), device=self.device)
         parts = [(these, part) for these in self.encoded
                  for part in these.batches.parts(step, self.process, split.size)]  # fmt: skip
+        for these in self.encoded:
+            these.look_ahead(step, self.process, split.size)
         for these, part in parts:
             with contextlib.ExitStack() as alone:  # the processes exchange gradients in the last one only
                 for model in self.models if part is not parts[-1][1] else []:
@@ -74,6 +76,8 @@ class TrainingStep:
             part, self.scaling_factor, self.noise_offset, self.scheduler.config.num_train_timesteps
         )
         weights = diffusion.loss_weights(self.scheduler, timesteps, self.snr_gamma)
+        if latents.device.type != "cpu":  # they were encoded just now
+            noise, timesteps = self._there(noise), self._there(timesteps)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         wanted = diffusion.target(self.scheduler, latents, noise, timesteps)
         if self.dropout:
