@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-try:
-    from megaman.base import vae_identity
-except ImportError:
-    vae_identity = None
+from megaman.base import vae_identity
 from megaman.errors import UserError, brief
 from megaman.images import BadImageError
 from megaman.memory import until_it_fits
