@@ -47,7 +47,7 @@ def own_copy(base_folder, tmp_path):
 
 
 def refusal(name: str | Path) -> str:
-    """The one line with which a base is refused."""
+    """The one line with which a base is refused, before any of its weights is read."""
     with pytest.raises(UserError) as caught:
         load_base(str(name), torch.float32)
     line = str(caught.value)

@@ -307,9 +307,13 @@ def test_averaged_weights_beside_the_others_are_not_used(small):
 
 def test_the_file_may_go_once_it_is_loaded(small):
     base = load_base(str(small.write()), torch.float32)
+    loaded = base.unet, base.vae, base.text_encoder
     with open(small.file, "rb+") as file:
         file.write(bytes(small.file.stat().st_size))
-    assert small.differs(base) == 0
+    assert small.differs(base) == 0 and loaded == (base.unet, base.vae, base.text_encoder)
+    base.release("unet", "vae", "text_encoder")
+    with pytest.raises(UserError, match=r"tiny-v1\.safetensors is gone or has changed since the start"):
+        small.differs(base)
 
 
 def test_a_header_that_tells_of_velocities(small):
