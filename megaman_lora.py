@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
     say(f"loading {name}")
     if remark := moved(options.pretrained_model_name):
         say(f"  {remark}")
-    base = load_base(name, placement.dtype)
+    base = load_base(name, placement.dtype, device)
     for each in datasets if options.enable_bucket else []:
         each.buckets = buckets.make_buckets(native=base.native_size, **bucket_settings(options))
 
@@ -144,16 +144,16 @@ def main(argv: list[str]) -> int:
                         options.train_text_encoder, device)  # fmt: skip
     with accelerator.local_main_process_first():  # the others find it done
         bar = partial(tqdm, unit="picture", disable=process != 0)
-        workers, vae_there = options.dataloader_num_workers, lambda: base.vae.to(device)
+        workers = options.dataloader_num_workers
         if options.no_cache:
-            encoder = cache.Encoder(vae_there())
+            encoder = cache.Encoder(base.vae)
             sources = [Fresh(encoder, each, options.random_flip, seed, base.vae_factor, workers) for each in datasets]
             for each in datasets:
                 drop_damaged(each, workers, partial(bar, desc="looking", total=len(each)))
         else:
             vae = cache.identify(base, seen)
-            sources = [cache.encode_pictures(vae_there, each, options.crop_variants, options.random_flip, seed, seen,
-                                             Moments(cache_dir and folder_of(cache_dir, vae)), workers,
+            sources = [cache.encode_pictures(lambda: base.vae, each, options.crop_variants, options.random_flip, seed,
+                                             seen, Moments(cache_dir and folder_of(cache_dir, vae)), workers,
                                              partial(bar, desc="encoding", total=len(each)))
                        for each in datasets]  # fmt: skip
             base.release("vae")
@@ -179,7 +179,6 @@ def main(argv: list[str]) -> int:
     trainable = [parameter for group in groups for parameter in group["params"]]
     if fitted.checkpointing:
         memory.checkpoint_gradients(models)
-    base.unet.to(device)
 
     # Steps, rate, optimizer.
     kinds = [(variation, seed, 1.0), (Variation(), schedule.class_seed(seed), options.prior_loss_weight)]
@@ -208,7 +207,7 @@ def main(argv: list[str]) -> int:
             checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    say(*dataset.describe(sources[0].total, options.random_flip), sep="\n")
+    say(*dataset.describe(None if options.no_cache else sources[0].total, options.random_flip), sep="\n")
     if not options.no_cache:
         say(*sources[0].describe(cache_dir), sep="\n")
     if options.class_data_dir:
@@ -247,8 +246,8 @@ def main(argv: list[str]) -> int:
 
     stop = StopSignal()
     seeds = [seed + j for j in range(options.num_validation_images)]
-    validation = Validation(base, texts.states, options.validation_prompt, seeds, options.resolution,
-                            accelerator.autocast, say, stop.raise_if_received)  # fmt: skip
+    validation = Validation(base, texts.states, options.validation_prompt, seeds, options.resolution, fitted.tile_vae,
+                            options.no_cache, accelerator.autocast, say, stop.raise_if_received)  # fmt: skip
 
     def validate(step: int) -> None:
         """Draw the fixed-seed images with the model in hand."""
@@ -269,8 +268,8 @@ def main(argv: list[str]) -> int:
             return False
         return True
 
-    training = TrainingStep(prepared, base.scheduler, encoded, texts, accelerator.backward, accelerator.no_sync, process,
-                            device, placement.dtype, base.scaling_factor, options.noise_offset,
+    training = TrainingStep(prepared, base.scheduler, encoded, texts, accelerator.backward, accelerator.no_sync,
+                            process, device, placement.dtype, base.scaling_factor, options.noise_offset,
                             options.snr_gamma, options.lora_dropout > 0)  # fmt: skip
 
     def make_room() -> None:

@@ -259,7 +259,7 @@ class Texts:
         device: torch.device,
     ):
         self._tokenizer, self._device = base.tokenizer, device
-        self.reader: torch.nn.Module = base.text_encoder.to(device)
+        self.reader: torch.nn.Module = base.text_encoder
         self.reads_on = varied or trained or too_many(base.text_encoder, captions)
         known = fixed if self.reads_on else [*captions, *fixed]
         self.states = None if trained else encode_captions(base.text_encoder, base.tokenizer, known)

@@ -175,11 +175,13 @@ class MegaManDataset:
             groups.setdefault(names[folder], (repeats, []))[1].append(caption)
         return groups
 
-    def describe(self, crops: int, flip: bool) -> list[str]:
-        """What was found and how it is read, in about three lines; crops counts those of all the pictures."""
+    def describe(self, crops: int | None, flip: bool) -> list[str]:
+        """What was found and how it is read, in about three lines; crops counts those of all the pictures, or is None
+        where every visit has one of its own."""
         folders = len({picture.parent for picture in self.pictures})
         place = f"{f'{folders} folders of ' if folders > 1 else ''}{self.data_dir}"
-        lines = [f"pictures   {len(self)} in {place}, {crops} crops{' with their mirror images' * flip}"]
+        cropped = "cropped anew at every visit" if crops is None else f"{crops} crops"
+        lines = [f"pictures   {len(self)} in {place}, {cropped}{' with their mirror images' * flip}"]
         if flip and (sided := sum(map(self.keeps_sides, range(len(self))))):
             lines.append(f"           not mirrored: {sided}, whose captions say left or right")
         lines.append(f"captions   {describe(self.sources)}")

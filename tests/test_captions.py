@@ -138,7 +138,9 @@ def test_any_bytes_make_one_visible_line_or_nothing(tmp_path_factory, content):
     assert tidy(caption.text) == caption.text
     assert caption.found or caption.remark, "a file that is not used is told of"
     (folder / "any_caption.txt").write_text(caption.text, encoding="utf-8")
-    assert caption_for(folder / "any_caption.png") == Caption(caption.text, True, None, ".txt"), "saved as UTF-8 it stays as it is"
+    assert caption_for(folder / "any_caption.png") == Caption(caption.text, True, None, ".txt"), (
+        "saved as UTF-8 it stays as it is"
+    )
 
 
 @given(st.text(max_size=40))

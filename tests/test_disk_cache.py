@@ -1,4 +1,4 @@
-"""Pictures are encoded once, over all runs; what has changed is noticed; and without the cache the losses are the same."""
+"""Pictures are encoded once, over all runs; what has changed is noticed; without the cache the losses are the same."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ def train(train_here, pictures, tmp_path, capsys):
     were encoded and how many were there."""
 
     def run(name: str, *flags):
-        lora = train_here(
-            tmp_path, name, "--data_dir", pictures, "--cache_dir", "cache", "--max_train_steps", 2, "--train_batch_size",
-            2, *flags,
-        )  # fmt: skip
+        cache = [] if "--no_cache" in flags else ["--cache_dir", "cache"]
+        words = ["--data_dir", pictures, *cache, "--max_train_steps", 2, "--train_batch_size", 2, *flags]
+        lora = train_here(tmp_path, name, *words)
         said = capsys.readouterr().out
         counts = re.search(r"encoded +(\d+) now, (\d+) were", said)
         return lora, tuple(map(int, counts.groups())) if counts else said
@@ -40,7 +39,8 @@ def train(train_here, pictures, tmp_path, capsys):
 
 
 def losses(folder: Path) -> list[float]:
-    events = EventAccumulator(str(folder))
+    (run,) = folder.iterdir()
+    events = EventAccumulator(str(run))
     events.Reload()
     return [event.value for event in events.Scalars("train/loss")]
 
@@ -68,7 +68,7 @@ def test_a_second_run_encodes_nothing_and_does_not_read_the_vae(train, base_fold
     assert counts == (0, 7) and same(first, second)
     (pick,) = {path.parent.name for path in (tmp_path / "cache").rglob("*.safetensors")}
     assert len(pick) == 32
-    with pytest.raises(UserError, match="vae.*not finite"):
+    with pytest.raises(UserError, match=r"vae.*not finite"):
         train("third", "--pretrained_model_name", base, "--resolution", 32)
 
 
@@ -129,7 +129,7 @@ def test_without_the_cache_every_visit_has_a_crop_of_its_own(train, pictures, tm
     one, _ = train("one", "--no_cache")
     again, _ = train("again", "--no_cache")
     assert same(one, again), "the seed repeats it"
-    stopped, _ = train("stopped", "--no_cache", "--max_train_steps", 1)
+    train("stopped", "--no_cache", "--max_train_steps", 1)
     resumed, _ = train("stopped", "--no_cache", "--resume_from_checkpoint", "latest")
     assert same(one, resumed)
     with pytest.raises(UserError, match="no_cache was True and is now False"):
@@ -160,14 +160,24 @@ def test_the_cache_keeps_to_its_limit(train, tmp_path):
 
 
 def command(pictures, *flags) -> list[str]:
-    words = ["--pretrained_model_name", ROOT / "demo" / "base", "--data_dir", pictures, "--cache_dir", "cache", "--seed"]
+    words = [
+        "--pretrained_model_name",
+        ROOT / "demo" / "base",
+        "--data_dir",
+        pictures,
+        "--cache_dir",
+        "cache",
+        "--seed",
+    ]
     words += [0, "--num_validation_images", 0, "--max_train_steps", 1, *flags]
     return [sys.executable, str(ROOT / "megaman_lora.py"), *map(str, words)]
 
 
 def test_two_processes_that_fill_one_cache_at_once(train, pictures, tmp_path):
     both = [
-        subprocess.Popen(command(pictures, "--resolution", 64, "--output_dir", name), cwd=tmp_path, stdout=-3, stderr=-1)
+        subprocess.Popen(
+            command(pictures, "--resolution", 64, "--output_dir", name), cwd=tmp_path, stdout=-3, stderr=-1
+        )
         for name in ("one", "two")
     ]
     for process in both:
@@ -181,20 +191,20 @@ def test_two_processes_that_fill_one_cache_at_once(train, pictures, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGKILL")
 def test_a_kill_while_encoding_loses_one_batch_at_most(pictures, tmp_path):
     """At 512 px a picture is a batch of its own."""
-    for number in range(5, 25):
+    for number in range(5, 13):
         Image.new("RGB", (512, 512), (number * 9, 80, 120)).save(pictures / f"megaman_{number:02d}.png")
     words = command(pictures, "--resolution", 512, "--center_crop", "--output_dir", "out")
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while len(list(tmp_path.glob("cache/moments/*/*.safetensors"))) < 3 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("cache/moments/*/*.safetensors"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = len(list(tmp_path.glob("cache/moments/*/*.safetensors")))
-    assert 3 <= kept < 24, "it was killed on the way"
+    assert 2 <= kept < 12, "it was killed on the way"
     done = subprocess.run(
         command(pictures, "--resolution", 512, "--center_crop", "--output_dir", "out2"),
         cwd=tmp_path, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"encoded    {24 - kept} now, {kept} were" in done.stdout
+    assert f"encoded    {12 - kept} now, {kept} were" in done.stdout
