@@ -129,7 +129,7 @@ def main(argv: list[str]) -> int:
     say(f"loading {name}")
     if remark := moved(options.pretrained_model_name):
         say(f"  {remark}")
-    base = load_base(name, placement.dtype)
+    base = load_base(name, placement.dtype, device)
     for each in datasets if options.enable_bucket else []:
         each.buckets = buckets.make_buckets(native=base.native_size, **bucket_settings(options))
     torch.manual_seed(seed)  # for the LoRA's random half
@@ -144,20 +144,17 @@ def main(argv: list[str]) -> int:
     trainable = [parameter for group in groups for parameter in group["params"]]
     if fitted.checkpointing:
         memory.checkpoint_gradients(models)
-    base.unet.to(device)
 
     # The frozen parts run once, for every caption and every variant of every picture, and leave the device.
     texts = [*(caption for each in datasets for caption in each.captions), options.validation_prompt, ""]
-    text_states = None if text_encoder else cache.encode_captions(base.text_encoder.to(device), base.tokenizer, texts)
+    text_states = None if text_encoder else cache.encode_captions(base.text_encoder, base.tokenizer, texts)
     reads_on = bool(text_encoder or variation.makes_new)  # the text encoder, at every step
     base.text_encoder.to(device if reads_on else "cpu")
-    base.vae.to(device)
     moments = [cache.encode_pictures(
         base.vae, each, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
         partial(tqdm, desc="encoding", unit="picture", total=len(each), disable=process != 0),
     )[0] for each in datasets]  # fmt: skip
-    base.vae.to("cpu")
-    fitted.tile_vae(base.vae)
+    base.release("vae")  # which comes back for sample images
     for each in datasets:
         each.cut = cache.cut_off(base.tokenizer, each.captions)
     if process == 0:
@@ -229,7 +226,7 @@ def main(argv: list[str]) -> int:
     stop = StopSignal()
     seeds = [seed + j for j in range(options.num_validation_images)]
     validation = Validation(base, text_states, options.validation_prompt, seeds, options.resolution,
-                            accelerator.autocast, say, stop.raise_if_received)  # fmt: skip
+                            fitted.tile_vae, accelerator.autocast, say, stop.raise_if_received)  # fmt: skip
 
     def validate(step: int) -> None:
         """Draw the fixed-seed images with the model in hand."""
@@ -258,7 +255,7 @@ def main(argv: list[str]) -> int:
         return torch.stack([text_states[caption] for caption in captions])
 
     training = TrainingStep(prepared, base.scheduler, encoded, read, accelerator.backward, accelerator.no_sync, process,
-                            device, placement.dtype, base.vae.config.scaling_factor, options.noise_offset,
+                            device, placement.dtype, base.scaling_factor, options.noise_offset,
                             options.snr_gamma, options.lora_dropout > 0)  # fmt: skip
 
     def make_room() -> None:

@@ -18,6 +18,8 @@ from megaman.room import images_at_once
 from megaman.stops import StoppedError
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
     from megaman.base import Base
 
 STEPS, GUIDANCE = 25, 7.5  # generate_megaman.py's defaults
@@ -27,8 +29,9 @@ class Validation:
     """Draws the prompt with each of the seeds, size pixels a side, on the device that the UNet is on.
 
     text_states holds the states [positions, width] of the prompt and of "", or is None where the text encoder is in
-    training and has to be asked each time; autocast makes the context in which the models compute; say takes a line;
-    on_step is called after each sampling step and may raise StoppedError.
+    training and has to be asked each time; tile_vae has the VAE work in tiles where memory is short; autocast makes the
+    context in which the models compute; say takes a line; on_step is called after each sampling step and may raise
+    StoppedError. The VAE is there while it draws and no longer.
     """
 
     def __init__(
@@ -38,12 +41,13 @@ class Validation:
         prompt: str,
         seeds: Sequence[int],
         size: int,
+        tile_vae: Callable[[AutoencoderKL], None],
         autocast: Callable[[], AbstractContextManager],
         say: Callable[[str], None],
         on_step: Callable[[], None],
     ):
         self.base, self.text_states, self.prompt, self.seeds, self.size = base, text_states, prompt, seeds, size
-        self.autocast, self.say, self.on_step = autocast, say, on_step
+        self.tile_vae, self.autocast, self.say, self.on_step = tile_vae, autocast, say, on_step
         self.at_once = images_at_once(size, size)
 
     def draw(self, step: int, folder: Path) -> list[Image.Image]:
@@ -54,10 +58,10 @@ class Validation:
         images: list[Image.Image] = []
         if not self.seeds:
             return images
-        unet, vae = self.base.unet, self.base.vae
+        unet = self.base.unet
         in_training = [unet] if self.text_states else [unet, self.base.text_encoder]
         try:
-            vae.to(unet.device)
+            self.tile_vae(self.base.vae.to(unet.device))
             for model in in_training:
                 model.eval()
             images = memory.until_it_fits(self._draw_all, self._one_at_a_time)
@@ -75,7 +79,7 @@ class Validation:
         finally:
             for model in in_training:
                 model.train()
-            vae.to("cpu")
+            self.base.release("vae")
         return images
 
     def _draw_all(self) -> list[Image.Image]:
