@@ -53,24 +53,25 @@ def find_parts(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     check_safetensors(path)
     tensors, metadata = outline(path)
     refuse_others(path, metadata, tensors)
-    configs = {part: read_json(SD15 / f"{part}.json") for part in ("unet", "vae", "text_encoder", "scheduler")}
-    unet = convert_ldm_unet_checkpoint(_part(path, tensors, UNET), configs["unet"])
-    vae = convert_ldm_vae_checkpoint(_part(path, tensors, VAE), configs["vae"])
-    words = _part(path, tensors, TEXT_ENCODER).items()
-    text = {key.removeprefix(TEXT_ENCODER).removeprefix("text_model."): tensor for key, tensor in words}
+    unet, vae, text, scheduler = (
+        read_json(SD15 / f"{part}.json") for part in ("unet", "vae", "text_encoder", "scheduler")
+    )
     keys = {tensor.data_ptr(): key for key, tensor in tensors.items()}  # conversion keeps the place, not the name
 
-    def part(label: str, kind: type[nn.Module], config: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype):
-        model = build(kind, config)
-        found = {name: keys[state[name].data_ptr()] for name in model.state_dict() if name in state}
+    def part(label: str, model: nn.Module, state: Mapping[str, torch.Tensor | None], dtype: torch.dtype) -> Part:
+        found = {name: keys[state[name].data_ptr()] for name in model.state_dict() if state.get(name) is not None}
         _refuse_misfits(path, model, {name: _shaped(state[name], tensors[key]) for name, key in found.items()})
         return Part(path, label, model, {name: (path, key) for name, key in found.items()}, dtype, [path])
 
     told = {"prediction_type": "v_prediction"} if metadata.get("modelspec.prediction_type") == "v" else {}
-    return {"tokenizer": tokenizer(), "scheduler": DDPMScheduler.from_config(configs["scheduler"], **told),
-            "text_encoder": part("text_encoder", CLIPTextModel, CLIPTextConfig(**configs["text_encoder"]), text, dtype),
-            "vae": part("vae", AutoencoderKL, configs["vae"], vae, torch.float32),
-            "unet": part("unet", UNet2DConditionModel, configs["unet"], unet, dtype)}  # fmt: skip
+    state = convert_ldm_unet_checkpoint(_part(path, tensors, UNET), unet)
+    parts = {"unet": part("unet", build(UNet2DConditionModel, unet), state, dtype)}
+    state = convert_ldm_vae_checkpoint(_part(path, tensors, VAE), vae)
+    parts["vae"] = part("vae", build(AutoencoderKL, vae), state, torch.float32)
+    words = _part(path, tensors, TEXT_ENCODER).items()
+    state = {key.removeprefix(TEXT_ENCODER).removeprefix("text_model."): tensor for key, tensor in words}
+    parts["text_encoder"] = part("text_encoder", build(CLIPTextModel, CLIPTextConfig(**text)), state, dtype)
+    return {"tokenizer": tokenizer(), "scheduler": DDPMScheduler.from_config(scheduler, **told), **parts}
 
 
 def _part(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
