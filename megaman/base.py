@@ -1,4 +1,4 @@
-"""The base model: a folder, a file, the hub or the embedded demo; safetensors only. The device it runs on, and why."""
+"""The base model: a folder, a file, the hub or the embedded demo; safetensors only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notes about parts th
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,9 @@ for library in (diffusers.utils.logging, transformers.utils.logging):
 ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PROJECT = Path(__file__).resolve().parent.parent
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's words
 # What the libraries raise over a configuration that says something impossible.
 ODD_CONFIGURATION = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
                      StrictDataclassError)  # fmt: skip
-UNUSED_CARD = "there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
 CONVERSION = (
     "Convert it to safetensors in diffusers' layout first, with --to_safetensors of its "
     "scripts/convert_original_stable_diffusion_to_diffusers.py"
@@ -71,45 +68,6 @@ class Base:
     def native_size(self) -> int:
         """Side in pixels of the pictures that the base was trained on."""
         return self.unet.config.sample_size * self.vae_factor
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and in which number format to compute, with the reason in words."""
-
-    device: torch.device
-    dtype: torch.dtype
-    mixed_precision: str  # accelerate's word: no, fp16 or bf16
-    why: str
-
-
-def choose_device(wanted: str | None = None) -> torch.device:
-    """The wanted device, or the best there is; raises UserError where the wanted one is missing."""
-    if wanted is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        wanted = "cpu"  # what accelerate launch --cpu sets
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted and not present[wanted]:
-        raise UserError(f"--device {wanted}: this torch sees no such device", "Leave the flag out or take cpu")
-    return torch.device(wanted or next(name for name, there in present.items() if there))
-
-
-def place(mixed_precision: str, device: torch.device) -> Placement:
-    """Take the precision asked for where the device can compute in it, else fall back and say why."""
-    wanted = DTYPES[mixed_precision]
-    if mixed_precision == "no":
-        return Placement(device, wanted, "no", "float32 as asked for")
-    if mixed_precision == "fp16" and device.type != "cuda":
-        return Placement(device, torch.float32, "no", f"fp16 needs an NVIDIA card, so {device.type} uses float32")
-    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        return Placement(device, torch.float16, "fp16", "this card has no bf16, so it uses fp16")
-    if mixed_precision == "bf16" and device.type == "mps":
-        return Placement(device, torch.float32, "no", "bf16 is not used on mps, so it uses float32")
-    return Placement(device, wanted, mixed_precision, f"base in {mixed_precision}, LoRA in float32")
-
-
-def unused_nvidia_card() -> bool:
-    """Whether this machine has NVIDIA's driver while the installed torch cannot use it."""
-    return not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
 
 
 def actual_name(name: str) -> str:

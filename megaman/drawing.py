@@ -15,7 +15,8 @@ from megaman.room import Room
 if TYPE_CHECKING:
     from PIL import Image
 
-    from megaman.base import Base, Placement
+    from megaman.base import Base
+    from megaman.placement import Placement
     from megaman.samplers import Sampler
 
 MOST_STATES = 1000  # prompts whose states are kept: 0.24 MB each with Stable Diffusion 1.5
@@ -32,6 +33,7 @@ class Drawer:
         self._states: dict[tuple[bool, str], torch.Tensor] = {}
         base.unet.to(dtype=placement.dtype)
         base.text_encoder.to(dtype=placement.dtype)
+        placement.lay_out(base.unet, base.vae)
 
     def set_strengths(self, strengths: dict[int, float]) -> None:
         """The LoRAs at work from here on by their numbers, each with its strength."""

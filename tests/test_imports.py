@@ -46,6 +46,8 @@ ORDER = [
     "memory",
     "training_step",
     "room",
+    "placement",
+    "choices",
     "hub",
     "lora_formats",
     "single_file",
