@@ -112,7 +112,9 @@ def _by_rule(asked: Mapping[str, Any], device: torch.device, width: int) -> Choi
 
 def _still_possible(name: str, earlier: Choices, rule: Choices) -> bool:
     if name == "attention":
-        return earlier.attention == "sdpa" or is_xformers_available()
+        return earlier.attention == "sdpa" or (rule.device == "cuda" and is_xformers_available())
+    if name == "compile":
+        return not earlier.compile or rule.device == "cuda"
     return name != "split" or earlier.split.size * earlier.split.count == rule.split.size * rule.split.count
 
 

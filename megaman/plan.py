@@ -59,7 +59,7 @@ def unet_width(name: str) -> int:
     """Channels of the first block of a base's UNet, by read_configs; 0 where they cannot be told."""
     try:
         return int(read_configs(name)[0]["unet"]["block_out_channels"][0])
-    except (UserError, OSError, LookupError, TypeError, ValueError):  # loading the base tells it better
+    except (UserError, OSError, LookupError, TypeError, ValueError, OverflowError):  # loading the base tells it better
         return 0
 
 

@@ -83,6 +83,9 @@ TRAINING_DEFAULTS = {
     "noise_offset": 0,
     "mixed_precision": "fp16",
     "save_precision": "float",
+    "memory_format": "auto",
+    "enable_xformers_memory_efficient_attention": False,
+    "compile": False,
     "gradient_checkpointing": False,
     "seed": None,
 }
@@ -263,6 +266,7 @@ WRONG_TRAINING = {
     "--snr_gamma": NO_RATE,
     "--noise_offset": ["-0.1", "1.1", "nan"],
     "--mixed_precision": ["fp8", "FP16", ""],
+    "--memory_format": ["channels-last", "NHWC", ""],
     "--save_precision": ["fp32", "half"],
     "--preset": ["best", ""],
     "--seed": ["-1", "1.5", "nan", str(2**63), "99999999999999999999"],
