@@ -84,18 +84,24 @@ def main(argv: list[str]) -> int:
 
     from megaman import buckets, cache, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
-    from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
+    from megaman.base import actual_name, load_base, moved
+    from megaman.choices import ASKED, choose
     from megaman.encoded import Encoded
     from megaman.fit import memory_limit, settle
     from megaman.fresh import Fresh, drop_damaged
     from megaman.moments import Moments, folder_of, prune
+    from megaman.placement import choose_device, device_lines
+    from megaman.plan import unet_width
     from megaman.tracking import TrainingLog
     from megaman.training_step import TrainingStep
     from megaman.validation import Validation
 
-    # Device and precision.
+    # Device, precision and whatever else shapes the computation: by a rule, or as the checkpoint says.
+    saved = checkpoints.read_progress(checkpoint) if checkpoint else None
+    asked = {flag: getattr(options, flag) for flag in ASKED}
+    width = unet_width(options.pretrained_model_name)
+    chosen, placement, remarks = choose(asked, options.given, choose_device(), width, saved and saved.choices)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
-    placement = place(options.mixed_precision, choose_device())
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process writes captions
     accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu",
                               kwargs_handlers=[patience])  # fmt: skip
@@ -112,29 +118,29 @@ def main(argv: list[str]) -> int:
     variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
 
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
-    saved = checkpoints.read_progress(checkpoint) if checkpoint else None
     seed = options.seed if options.seed is not None else saved.seed if saved else secrets.randbelow(2**31)
     (seed,) = broadcast_object_list([seed])  # every process draws its own otherwise
     name = actual_name(options.pretrained_model_name)
-    split = memory.Split(options.train_batch_size, options.gradient_accumulation_steps)
-    effective = split.size * split.count * world
+    split, at_once = chosen.split, options.train_batch_size * world
+    effective = at_once * options.gradient_accumulation_steps
     must_match = {"pretrained_model_name": name, "seed": seed, "data": dataset.fingerprint(),
                   "class data": datasets[1].fingerprint() if options.class_data_dir else "none",
                   **{flag: getattr(options, flag) for flag in MUST_MATCH}, "pictures a step": effective,
-                  "pictures of one bucket": split.size * world if options.enable_bucket else None}  # fmt: skip
+                  "pictures of one bucket": at_once if options.enable_bucket else None}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
         raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
     start = saved.step if saved else 0
 
     # What it will need, before anything is loaded; in each process the same.
     limit = min(gather_object([memory_limit(device, options.vram_limit)]))
-    fitted = settle(placement, limit, split, options.gradient_checkpointing, world == 1, say, **plan_request(options))
+    fitted = settle(placement, limit, split, chosen.gradient_checkpointing, world == 1, say, **plan_request(options))
+    chosen.vae_tile = fitted.tile = fitted.tile or chosen.vae_tile
 
     # The base, whose parts are loaded as they are needed.
     say(f"loading {name}")
     if remark := moved(options.pretrained_model_name):
         say(f"  {remark}")
-    base = load_base(name, placement.dtype, device)
+    base = load_base(name, placement.dtype, device, placement.layout)
     for each in datasets if options.enable_bucket else []:
         each.buckets = buckets.make_buckets(native=base.native_size, **bucket_settings(options))
 
@@ -170,6 +176,7 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(seed)  # for the LoRA's random half
     add_lora = partial(lora.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
                        dropout=options.lora_dropout)  # fmt: skip
+    chosen.apply(base.unet)
     models = [base.unet]  # those in training, each with its parameters and its peak rate
     groups = [{"params": add_lora(base.unet, target_modules=options.target_modules), "lr": options.learning_rate}]
     if text_encoder := base.text_encoder if options.train_text_encoder else None:
@@ -222,9 +229,7 @@ def main(argv: list[str]) -> int:
     say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}{' (rsLoRA)' * options.use_rslora}, "
         f"{sum(p.numel() for p in trainable):,} trainable parameters in {len(trainable) // 2} layers"
         + (f", {len(groups[1]['params']) // 2} of them in the text encoder" if text_encoder else ""))  # fmt: skip
-    say(f"device     {device}: {placement.why}; {options.resolution} px; seed {seed}")
-    if unused_nvidia_card():
-        say(f"           {UNUSED_CARD}")
+    say(*device_lines(placement, chosen.attention, f"{options.resolution} px", f"seed {seed}"), *remarks, sep="\n")
     if options.resume_from_checkpoint:
         say(f"resuming   {checkpoint}, step {start}" if checkpoint else "resuming   no checkpoint yet: starting afresh")
         for later in [path for path in find_all(output_dir) if checkpoint and step_of(path) > start]:
@@ -240,7 +245,7 @@ def main(argv: list[str]) -> int:
                   "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes), "device": str(device),
                   "dtype": str(placement.dtype).removeprefix("torch."), "versions": installed(),
                   "class_pictures": sum(map(len, datasets[1:])), "python": sys.version.split()[0],
-                  "log_dir": str(log_dir)}  # fmt: skip
+                  "log_dir": str(log_dir), "choices": chosen.record(base.unet)}  # fmt: skip
         write_json(output_dir / "training_config.json", config)
         curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
 
@@ -259,7 +264,8 @@ def main(argv: list[str]) -> int:
         """Save the whole state; a disk that is full or gone is named, and the next save tries again."""
         if not accelerator.is_main_process:
             return True
-        progress = checkpoints.Progress(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match)
+        progress = checkpoints.Progress(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match,
+                                        chosen.record(base.unet))  # fmt: skip
         try:
             checkpoints.save(output_dir, base.unet, optimizer.optimizer, accelerator.scaler, progress, name,
                              options.checkpoints_total_limit, text_encoder)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The base model: a folder, a file, the hub or the embedded demo; safetensors only. The device it runs on, and why."""
+"""The base model: a folder, a file, the hub or the embedded demo; safetensors only."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -37,11 +35,9 @@ for library in (diffusers.utils.logging, transformers.utils.logging):
 # Removed from the hub by its owner in 2024; the same weights stand under the second name.
 ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PROJECT = Path(__file__).resolve().parent.parent
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's words
 # What the libraries raise over a configuration that says something impossible.
 ODD_CONFIGURATION = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
                      StrictDataclassError)  # fmt: skip
-UNUSED_CARD = "there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
 CONVERSION = (
     "Convert it to safetensors in diffusers' layout first, with --to_safetensors of its "
     "scripts/convert_original_stable_diffusion_to_diffusers.py"
@@ -76,10 +72,11 @@ class Base:
         device: torch.device,
         tokenizer: CLIPTokenizer,
         scheduler: DDPMScheduler,
+        layout: torch.memory_format,
         **parts: Part,
     ):
         self.name, self.device, self.tokenizer, self.scheduler = name, device, tokenizer, scheduler
-        self.parts = parts
+        self.layout, self.parts = layout, parts
         self._loaded: dict[str, torch.nn.Module] = {}
 
     @property
@@ -97,7 +94,8 @@ class Base:
     def _get(self, part: str) -> torch.nn.Module:
         if part not in self._loaded:
             with _refusing(self.name):
-                self._loaded[part] = self.parts[part].load(self.device)
+                # A LoRA that is added later stays contiguous, as AdamW's moments are when they come from a file.
+                self._loaded[part] = self.parts[part].load(self.device).to(memory_format=self.layout)
         return self._loaded[part]
 
     def release(self, *parts: str) -> None:
@@ -123,45 +121,6 @@ class Base:
     def native_size(self) -> int:
         """Side in pixels of the pictures that the base was trained on."""
         return self.parts["unet"].config.sample_size * self.vae_factor
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and in which number format to compute, with the reason in words."""
-
-    device: torch.device
-    dtype: torch.dtype
-    mixed_precision: str  # accelerate's word: no, fp16 or bf16
-    why: str
-
-
-def choose_device(wanted: str | None = None) -> torch.device:
-    """The wanted device, or the best there is; raises UserError where the wanted one is missing."""
-    if wanted is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        wanted = "cpu"  # what accelerate launch --cpu sets
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted and not present[wanted]:
-        raise UserError(f"--device {wanted}: this torch sees no such device", "Leave the flag out or take cpu")
-    return torch.device(wanted or next(name for name, there in present.items() if there))
-
-
-def place(mixed_precision: str, device: torch.device) -> Placement:
-    """Take the precision asked for where the device can compute in it, else fall back and say why."""
-    wanted = DTYPES[mixed_precision]
-    if mixed_precision == "no":
-        return Placement(device, wanted, "no", "float32 as asked for")
-    if mixed_precision == "fp16" and device.type != "cuda":
-        return Placement(device, torch.float32, "no", f"fp16 needs an NVIDIA card, so {device.type} uses float32")
-    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        return Placement(device, torch.float16, "fp16", "this card has no bf16, so it uses fp16")
-    if mixed_precision == "bf16" and device.type == "mps":
-        return Placement(device, torch.float32, "no", "bf16 is not used on mps, so it uses float32")
-    return Placement(device, wanted, mixed_precision, f"base in {mixed_precision}, LoRA in float32")
-
-
-def unused_nvidia_card() -> bool:
-    """Whether this machine has NVIDIA's driver while the installed torch cannot use it."""
-    return not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
 
 
 def actual_name(name: str) -> str:
@@ -209,9 +168,14 @@ def _download(name: str, half: bool) -> Path:
     return hub.download("base", name, (lean, full) if half else (full, lean), is_complete, WAYS_ON)
 
 
-def load_base(name: str, dtype: torch.dtype, device: torch.device = CPU) -> Base:
-    """Open a base, whose models come onto the device when they are asked for: UNet and text encoder in dtype, the VAE
-    in float32 (fp16 turns some pictures black).
+def load_base(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Base:
+    """Open a base, whose models come onto the device and into the layout when they are asked for: UNet and text encoder
+    in dtype, the VAE in float32 (fp16 turns some pictures black).
 
     Raises UserError where it is missing, incomplete, damaged, a pickle or no Stable Diffusion 1.x. Of the weights only
     names and shapes are looked at.
@@ -219,7 +183,7 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device = CPU) -> Base
     path = find_base(name, half=dtype != torch.float32)
     with _refusing(name):
         parts = single_file.find_parts(path, dtype) if path.is_file() else base_folder.find_parts(name, path, dtype)
-    base = Base(name, device, **parts)
+    base = Base(name, device, layout=layout, **parts)
     _check_kind(base)
     return base
 

@@ -147,6 +147,13 @@ def training_parser() -> Parser:
     add("--noise_offset", type=number(float, 0, 1), default=0.0, help="strength of an offset noise; 0.05 is usual")
     add("--mixed_precision", **choice("no", "fp16", "bf16"), default="fp16", help="what the frozen base computes in")
     add("--save_precision", **choice("float", "fp16", "bf16"), default="float", help="what lora_weights/ is written in")
+    add("--memory_format", **choice("auto", "contiguous", "channels_last"), default="auto", help="of the convolutions")
+    add(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="xformers' attention instead of torch's own (sdpa); for NVIDIA cards",
+    )
+    add("--compile", action="store_true", help="compile the UNet's repeated blocks; for NVIDIA cards")
     add("--gradient_checkpointing", action="store_true", help="less memory, slower steps")
     add(
         "--vram_limit",

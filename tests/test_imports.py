@@ -46,6 +46,8 @@ ORDER = [
     "memory",
     "moments",
     "room",
+    "placement",
+    "choices",
     "hub",
     "lora_formats",
     "weights",

@@ -59,6 +59,25 @@ def test_training_goes_on_with_the_same_mathematics(train_here, tmp_path, monkey
     assert all(torch.allclose(whole[key], short[key], atol=1e-4) for key in whole)
 
 
+def test_a_resumed_run_begins_with_the_room_that_was_made(train_here, tmp_path, monkeypatch, capsys):
+    """The same command goes on; it neither runs out of memory again nor asks for what does not fit."""
+    flags = [*FIXED, "--train_batch_size", 4, "--save_steps", 2]
+    with monkeypatch.context() as patch:
+        fail_on(patch, UNet2DConditionModel, "forward", {1, 2})
+        whole = train_here(tmp_path, "run", *flags)
+    capsys.readouterr()
+    (tmp_path / "run" / "lora_weights").rename(tmp_path / "before")
+    resumed = train_here(tmp_path, "run", *flags, "--resume_from_checkpoint", "checkpoint-2")
+    printed = capsys.readouterr().out
+    assert "gradient_checkpointing on instead of off, split 2 x 2 instead of 4 x 1" in printed
+    assert "too little memory" not in printed
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    choices = json.loads((tmp_path / "run" / "checkpoint-4" / "training_state.json").read_text())["choices"]
+    assert choices["gradient_checkpointing"] and choices["split"] == {"size": 2, "count": 2}
+    started = json.loads((tmp_path / "run" / "training_config.json").read_text())["choices"]
+    assert started == choices
+
+
 def test_dropout_drops_the_same_when_a_step_is_computed_again(train_here, tmp_path, monkeypatch):
     """The second step's first try fails; gradient checkpointing computes its forward passes twice over."""
     flags = [*FIXED, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.5]
