@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megaman.commandline import side
 from megaman.generation_options import DEMO_GENERATION, generation_options, generation_parser
-from megaman.options import training_options, training_parser
+from megaman.options import cache_place, training_options, training_parser
 from megaman.presets import DEMO_TRAINING
 
 TRAINING_DEFAULTS = {
@@ -515,6 +515,20 @@ def test_the_text_encoders_rate_is_the_other_one_unless_it_is_given():
 def test_contradictions_fail_at_the_door(options, argv, flags):
     line = refusal(options, argv)
     assert all(flag in line for flag in flags) and "leave one out" in line
+
+
+@pytest.mark.parametrize("flags", [["--cache_dir", "c"], ["--cache_limit", "5"], ["--crop_variants", "4"]])
+def test_without_a_cache_its_flags_mean_nothing(flags):
+    assert f"--no_cache and {flags[0]} contradict" in refusal(training_options, ["--no_cache", *flags])
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_place(training_options([])) == tmp_path / "megaman_lora"
+    assert cache_place(training_options(["--cache_dir", "here"])) == Path("here")
+    assert cache_place(training_options(["--no_cache"])) is None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_place(training_options([])) == Path.home() / ".cache" / "megaman_lora"
 
 
 def test_more_contradictions():
