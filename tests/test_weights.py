@@ -212,8 +212,8 @@ def test_sample_images_without_their_vae_are_left_out(own_copy):
     base = load_base(str(own_copy), torch.float32)
     states = torch.zeros(77, base.unet.config.cross_attention_dim)
     said = []
-    validation = Validation(base, {"x": states, "": states}, "x", [0], 64, lambda vae: None, False, nullcontext, said.append,
-                            lambda: None)  # fmt: skip
+    validation = Validation(base, {"x": states, "": states}, "x", [0], 64, lambda vae: None, False, nullcontext,
+                            said.append, lambda: None)  # fmt: skip
     base.unet.train()
     weights_of(own_copy, "vae").unlink()
     assert validation.draw(3, own_copy / "samples-3") == []
