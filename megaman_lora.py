@@ -85,6 +85,7 @@ def main(argv: list[str]) -> int:
     from megaman import buckets, cache, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import actual_name, load_base, moved
+    from megaman.caption_states import CaptionStates, cut_off
     from megaman.choices import ASKED, choose
     from megaman.encoded import Encoded
     from megaman.fit import memory_limit, settle
@@ -141,13 +142,14 @@ def main(argv: list[str]) -> int:
     if remark := moved(options.pretrained_model_name):
         say(f"  {remark}")
     base = load_base(name, placement.dtype, device, placement.layout)
+    lora.check_targets(base.unet_layers, options.target_modules)
     for each in datasets if options.enable_bucket else []:
         each.buckets = buckets.make_buckets(native=base.native_size, **bucket_settings(options))
 
     # The frozen parts run once, for every caption and every form of every picture, and leave device and memory.
     captions = [caption for each in datasets for caption in each.captions]
-    texts = cache.Texts(base, captions, [options.validation_prompt, ""], variation.makes_new,
-                        options.train_text_encoder, device)  # fmt: skip
+    texts = CaptionStates(base, captions, [options.validation_prompt, ""], variation.makes_new,
+                          options.train_text_encoder, device)  # fmt: skip
     with accelerator.local_main_process_first():  # the others find it done
         bar = partial(tqdm, unit="picture", disable=process != 0)
         workers = options.dataloader_num_workers
@@ -166,7 +168,7 @@ def main(argv: list[str]) -> int:
             if cache_dir and process == 0:
                 prune(cache_dir, options.cache_limit * 2**30, set().union(*(each.files for each in sources)))
     for each in datasets:
-        each.cut = cache.cut_off(base.tokenizer, each.captions)
+        each.cut = cut_off(base.tokenizer, each.captions)
     if process == 0:
         report_problems(datasets, output_dir)
     if error := first_too_bad(datasets, options.skip_bad_images):
@@ -311,10 +313,7 @@ def main(argv: list[str]) -> int:
                     say(f"gradients that were not finite: step {numbers} skipped, {skipped.total} so far")
                 losses, all_finite = [], []
                 bar.set_postfix(loss=f"{sum(values) / len(values):.4f}", lr=f"{rates[0](step - 1):.2e}")
-                for number, value in enumerate(values, start=step - len(values) + 1):
-                    curves.add("add_scalar", "train/loss", value, number)
-                    for tag, rate in zip(["learning_rate", "text_encoder_learning_rate"], rates, strict=False):
-                        curves.add("add_scalar", f"train/{tag}", rate(number - 1), number)
+                curves.add_steps(step, values, rates)
                 if accelerator.is_main_process:
                     curves.flush()
             saved_now = save_checkpoint(step) if saving else False

@@ -27,7 +27,7 @@ from backgrounds import PLAIN
 from make_base import to_tensor, vae_psnr
 from PIL import Image
 
-from megaman import cache, lora_files, sample
+from megaman import caption_states, lora_files, sample
 from megaman.base import Base, load_base
 from megaman.errors import run_script
 
@@ -80,7 +80,7 @@ def drawer(base: Base) -> Drawer:
     """A function that draws prompts with seeds: uint8 [N, 64, 64, 3]."""
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        states = cache.encode_captions(base.text_encoder, base.tokenizer, [*prompts, ""])
+        states = caption_states.encode_captions(base.text_encoder, base.tokenizer, [*prompts, ""])
         images = []
         for start in range(0, len(prompts), AT_ONCE):
             part = slice(start, start + AT_ONCE)

@@ -58,7 +58,7 @@ def shuffle_captions(source: Path, target: Path) -> None:
 def measure(lora_path: Path, held_out: Path) -> dict:
     import torch
 
-    from megaman import adapter_config, cache, lora_files
+    from megaman import adapter_config, cache, caption_states, lora_files
     from megaman.base import load_base
     from megaman.dataset import MegaManDataset
     from megaman.evaluate import gain, held_out_loss
@@ -69,7 +69,7 @@ def measure(lora_path: Path, held_out: Path) -> dict:
     dataset = MegaManDataset(held_out, None, base.native_size)
     moments = cache.encode_pictures(lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None))
     means = torch.cat(list(moments)).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
-    states = cache.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)
+    states = caption_states.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)
     texts = torch.stack([states[caption] for caption in dataset.captions])
     without = [held_out_loss(base.unet, base.scheduler, means, texts, seed) for seed in SEEDS]
     lora_files.load_lora(lora_path, base.unet)

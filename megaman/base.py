@@ -98,6 +98,11 @@ class Base:
                 self._loaded[part] = self.parts[part].load(self.device).to(memory_format=self.layout)
         return self._loaded[part]
 
+    @property
+    def unet_layers(self) -> list[str]:
+        """The names of the UNet's layers; its weights are not read for that."""
+        return self.parts["unet"].layers()
+
     def release(self, *parts: str) -> None:
         """Let models go, with all that was changed in them; whoever asks for one again gets it from its files."""
         for part in parts:

@@ -1,9 +1,10 @@
-"""What the frozen VAE and text encoder say about each picture and caption: computed once, before the loop."""
+"""What the frozen VAE says about each picture: computed once, before the loop, and kept for later runs."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,11 @@ from megaman.base import vae_identity
 from megaman.errors import UserError, brief
 from megaman.images import BadImageError
 from megaman.memory import until_it_fits
-from megaman.moments import Moments
+from megaman.moments import Moments, Place
 from megaman.stamps import Stamps, stamp_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
 
     from megaman.base import Base
     from megaman.buckets import Size
@@ -32,25 +32,29 @@ PIXELS_AT_ONCE = {"cuda": 4 * 512 * 512}
 PIXELS_ON_OTHERS = 512 * 512
 MOST_AT_ONCE = 64
 MOST_SHARDS = 4096  # that a run makes; each stays mapped, and a system allows some ten thousands
-MOST_STATES = 2**30  # bytes of text states in memory; SD 1.5's of 4,500 captions in float32
 VERSION = 1  # of decoding and scaling: another one makes other moments
 
 
 class Kept:
-    """The moments of a dataset's pictures, in its order: kept[i] is float32 [variants, 8, h, w], whatever the store
-    holds them in."""
+    """The moments of a dataset's pictures, in its order: kept[i] is float32 [variants, 8, h, w], wherever the store
+    holds them.
 
-    def __init__(self, store: Moments, keys: list[list[str]], new: int):
-        self._store, self._keys = store, keys
-        self.total, self.new = sum(map(len, keys)), new  # variants, and those that were not there before
+    keys has those of each picture's variants, new counts those that were not there before.
+    """
 
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @property
-    def files(self) -> set[Path]:
-        """The shards that hold them."""
-        return self._store.files()
+    def __init__(self, store: Moments, keys: Iterable[list[str]], new: int):
+        self._store, self.new = store, new
+        # Numbers in arrays: with 100,000 pictures, objects for each of them would take more than all the rest.
+        self._starts, self._shards, self._firsts, self._shapes = array("q", [0]), array("l"), array("q"), []
+        for those in keys:
+            for place in map(store.place, those):
+                self._shards.append(place.shard)
+                self._firsts.append(place.first)
+                self._shapes.append(place.shape)
+            self._starts.append(len(self._shards))
+        store.forget_keys()
+        self.files = store.files_of(set(self._shards))
+        self.total = len(self._shards)  # variants
 
     def describe(self, folder: Path | None) -> list[str]:
         """What was encoded and where it is kept, as lines."""
@@ -59,21 +63,29 @@ class Kept:
             return [f"encoded    {self.total}, kept in memory{why}"]
         return [f"encoded    {self.new} now, {self.total - self.new} were in {folder}"]
 
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.stack([self._store[key] for key in self._keys[index]])
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return torch.stack([self._variant(index, pick) for pick in range(self.count(index))])
+
+    def _variant(self, index: int, pick: int) -> torch.Tensor:
+        number = self._starts[index] + pick
+        return self._store.read(Place(self._shards[number], self._firsts[number], self._shapes[number]))
 
     def count(self, index: int) -> int:
         """How many variants the picture has."""
-        return len(self._keys[index])
+        return self._starts[index + 1] - self._starts[index]
 
     def cells(self, index: int) -> tuple[int, int]:
         """Height and width of the picture in latents."""
-        return self._store.shape(self._keys[index][0])[1:]
+        return self._shapes[self._starts[index]][1:]
 
     def of(self, numbers: Sequence[int], indices: Sequence[int], picks: Sequence[int]) -> torch.Tensor:
         """Moments [B, 8, h, w] of a variant each; what number a visit has in the run makes no difference."""
-        chosen = (self._keys[index][pick] for index, pick in zip(indices, picks, strict=True))
-        return torch.stack([self._store[key] for key in chosen])
+        return torch.stack([self._variant(index, pick) for index, pick in zip(indices, picks, strict=True)])
 
     def look_ahead(self, visits: Sequence[tuple[int, int]]) -> None:
         """All is there already."""
@@ -179,8 +191,7 @@ def encode_pictures(
     reason = next(iter(problems.values()), "")
     dataset.drop({dataset.pictures[index]: own or reason for index, own in bad.items()})
     keys = [those for index, those in enumerate(keys) if index not in bad]
-    store.keep_only(key for those in keys for key in those)
-    return Kept(store, keys, len(asked & {key for those in keys for key in those}))
+    return Kept(store, keys, len(asked.intersection(key for those in keys for key in those)))
 
 
 def _encode_missing(
@@ -216,78 +227,7 @@ def _encode_missing(
     return problems
 
 
-def _key(digest: str, form: Form) -> str:
+def _key(digest: bytes, form: Form) -> str:
     """What the moments of a picture hang on beside the VAE: its bytes and what is done to them."""
-    text = f"{VERSION} {digest} {form.box} {form.size} {form.mirrored}"
+    text = f"{VERSION} {digest.hex()} {form.box} {form.size} {form.mirrored}"
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
-    """Token ids [B, positions]; longer captions are cut at the last position."""
-    return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-
-@torch.no_grad()
-def encode_captions(
-    text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: Sequence[str]
-) -> dict[str, torch.Tensor]:
-    """Text states [positions, width] on the CPU for each distinct caption; longer ones are cut at the last position."""
-    states = {}
-    distinct = list(dict.fromkeys(captions))
-    for start in range(0, len(distinct), 32):
-        part = distinct[start : start + 32]
-        hidden = text_encoder(token_ids(tokenizer, part).to(text_encoder.device))[0].cpu()
-        states.update(zip(part, hidden, strict=True))
-    return states
-
-
-class Texts:
-    """The text states of a run's captions: kept in memory for each distinct one, and the text encoder let go; or read
-    at each step, where it is in training, where captions vary, or where the states would take too much memory.
-
-    states holds those of the captions that stay as they are, fixed among them; None with trained. Where accelerate
-    prepared the encoder for training, it has to be set as reader.
-    """
-
-    def __init__(
-        self,
-        base: Base,
-        captions: Sequence[str],
-        fixed: Sequence[str],
-        varied: bool,
-        trained: bool,
-        device: torch.device,
-    ):
-        self._tokenizer, self._device = base.tokenizer, device
-        self.reader: torch.nn.Module = base.text_encoder
-        self.reads_on = varied or trained or too_many(base.text_encoder, captions)
-        known = fixed if self.reads_on else [*captions, *fixed]
-        self.states = None if trained else encode_captions(base.text_encoder, base.tokenizer, known)
-        if not self.reads_on:
-            del self.reader
-            base.release("text_encoder")
-
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        """States [B, positions, width]."""
-        if self.reads_on:
-            return self.reader(token_ids(self._tokenizer, captions).to(self._device))[0]
-        return torch.stack([self.states[caption] for caption in captions])
-
-
-def too_many(text_encoder: CLIPTextModel, captions: Iterable[str]) -> bool:
-    """Whether the states of all distinct captions would take more memory than reading them at each step is worth."""
-    config = text_encoder.config
-    numbers = len(set(captions)) * config.max_position_embeddings * config.hidden_size
-    return numbers * text_encoder.dtype.itemsize > MOST_STATES
-
-
-def cut_off(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
-    """For each caption what falls away because the text encoder has no position for it, "" where nothing does."""
-    room = tokenizer.model_max_length - 2  # without the marks at either end
-    if not captions:
-        return []
-    read = tokenizer(list(captions), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [
-        caption[spans[room][0] :].strip(" ,") if len(spans) > room else ""
-        for caption, spans in zip(captions, read["offset_mapping"], strict=True)
-    ]

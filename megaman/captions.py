@@ -6,6 +6,7 @@ import os
 import random
 import re
 import stat
+import sys
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,7 @@ def caption_for(picture: Path, extension: str | None = None) -> Caption:
         reason = "holds no text: the caption was made from the picture's name"
         return Caption(caption_from_name(picture), False, (path, reason))
     remark = f"is not UTF-8 and was read as {guess}: save it as UTF-8 if that is wrong"
+    text = sys.intern(text)  # of pictures that share a caption each would have its own
     return Caption(text, True, (path, remark) if guess else None, path.suffix.lower())
 
 

@@ -13,7 +13,7 @@ from megaman.captions import dressed, tells_a_side
 from megaman.errors import UserError
 from megaman.images import BadImageError, Box, crop_boxes, fit, image_size, open_image
 from megaman.layouts import describe, read_layout
-from megaman.stamps import Stamp, Stamps, digest_of, stamp_of
+from megaman.stamps import Stamps, digest_of, stamp_of
 
 if TYPE_CHECKING:  # torch is imported where an item is read: counting a folder must not wait for it
     import torch
@@ -22,12 +22,12 @@ if TYPE_CHECKING:  # torch is imported where an item is read: counting a folder 
 
 
 class Look(NamedTuple):
-    """What is known of a picture without decoding it: width and height as it will be seen, its file's stamp, and a
-    digest of its bytes, once these were read."""
+    """What is known of a picture without decoding it: width and height as it will be seen, its file's size in bytes,
+    and a digest of its bytes, once these were read."""
 
     size: Size
-    stamp: Stamp
-    digest: str | None = None
+    bytes: int
+    digest: bytes | None = None
 
 
 class Form(NamedTuple):
@@ -131,8 +131,9 @@ class MegaManDataset:
             try:
                 look = self.looks[index] or _look(picture, seen)
                 if look.digest is None:
-                    look = look._replace(digest=digest_of(picture))
-                    new.append((picture, look.stamp, f"{look.digest} {look.size[0]} {look.size[1]}"))
+                    stamp, digest = stamp_of(picture), digest_of(picture)
+                    look = look._replace(digest=digest)
+                    new.append((picture, stamp, f"{digest.hex()} {look.size[0]} {look.size[1]}"))
                 self.looks[index] = look
             except BadImageError as error:
                 problems[picture] = str(error)
@@ -150,12 +151,14 @@ class MegaManDataset:
         digest = hashlib.sha256()
         for index, (caption, repeats) in enumerate(zip(self.captions, self.repeats, strict=True)):
             look, often = self.looks[index], f"x {repeats}\n" if repeats != 1 else ""
-            size = look.stamp.size if look else stamp_of(self.pictures[index]).size
+            size = look.bytes if look else stamp_of(self.pictures[index]).size
             digest.update(f"{self.name(index)}\n{size}\n{caption}\n{often}".encode("utf-8", "surrogatepass"))
         return f"{len(self)} pictures ({digest.hexdigest()[:8]})"
 
     def drop(self, problems: dict[Path, str]) -> None:
         """Leave these pictures out, for the reasons given."""
+        if not problems:
+            return
         self.problems |= problems
         kept = [i for i, picture in enumerate(self.pictures) if picture not in problems]
         for name in ("pictures", "captions", "found", "remarks", "sources", "repeats", "folders", "cut", "looks"):
@@ -240,8 +243,8 @@ def _look(picture: Path, seen: Stamps | None) -> Look:
         raise BadImageError(f"cannot be read ({error.strerror})") from None
     if told := seen and seen.told(picture, stamp):
         digest, width, height = told.split()
-        return Look((int(width), int(height)), stamp, digest)
-    return Look(image_size(picture), stamp)
+        return Look((int(width), int(height)), stamp.size, bytes.fromhex(digest))
+    return Look(image_size(picture), stamp.size)
 
 
 def pixel_values(image: Image.Image) -> torch.Tensor:

@@ -54,7 +54,7 @@ def find_images(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 
     above = len(folder.as_posix()) if folder.parts else 0
 
-    def order(path: Path) -> list[tuple[int, int, str]]:
+    def order(path: Path) -> str:
         return natural_key(path.as_posix()[above:])
 
     return sorted(found, key=order), {path: others[path] for path in sorted(others, key=order)}
@@ -70,10 +70,16 @@ def _is_linked(folder: Path) -> bool:
     return stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == junction
 
 
-def natural_key(text: str) -> list[tuple[int, int, str]]:
-    """Sort key that compares runs of digits as numbers and the rest without regard to case."""
-    pieces = re.findall(r"\d+|\D+", text)
-    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece.casefold()) for piece in pieces] + [(2, 0, text)]
+def natural_key(text: str) -> str:
+    """Sort key that compares runs of digits as numbers and the rest without regard to case.
+
+    One string: a list of pieces would need four times the memory, which tells with 100,000 names.
+    """
+    pieces = []
+    for piece in re.findall(r"\d+|\D+", text):
+        number = str(int(piece)) if piece.isdecimal() else ""
+        pieces.append(f"\0{len(number):05d}{number}" if number else f"{piece.casefold()}\1")
+    return f"{''.join(pieces)}\U0010ffff{text}"
 
 
 def image_size(path: Path) -> tuple[int, int]:

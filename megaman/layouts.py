@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import cache, partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -60,13 +61,13 @@ def read_layout(folder: Path, extension: str | None = None, repeats: int = 1) ->
             problems[picture] = f"in {kohya_folder.name}, whose 0 means that it is not used"
             continue
         beside = caption_for(picture, extension)
-        row = metadata.rows.get(picture)
+        row = metadata.rows and metadata.rows.get(picture)
         if row and row.caption:
             remark = (caption_file(picture, extension), f"says something else than {row.file.name}, which counts")
             caption = Caption(row.caption, True, remark if beside.found and beside.text != row.caption else None)
             source = f"from {row.file.name}"
         elif beside.found:
-            caption, source = beside, f"from {beside.suffix} files"
+            caption, source = beside, sys.intern(f"from {beside.suffix} files")
         elif not row and (reason := metadata.reason_against(picture)):
             problems[picture] = reason
             continue
@@ -99,21 +100,26 @@ class _Named(NamedTuple):
 class _Metadata:
     """The metadata files of a folder: rows by picture, pictures that are named but missing, remarks on the rest."""
 
-    def __init__(self, folder: Path, pictures: Iterable[Path]):
+    def __init__(self, folder: Path, pictures: Sequence[Path]):
         self.folder = folder
         self.rows: dict[Path, _Named] = {}
         self.missing: dict[Path, str] = {}
         self.refused: dict[Path, str] = {}
         self.remarks: list[tuple[Path, str]] = []
         self._covered: dict[Path, Path] = {}  # folder: its first metadata file
-        self._known = {unicodedata.normalize("NFC", picture.as_posix()): picture for picture in pictures}
+        self._pictures = pictures
         self._root = os.path.realpath(folder)
-        places = {picture.parent for picture in self._known.values()}
+        places = {picture.parent for picture in pictures}
         folders = {parent for place in places for parent in (place, *place.parents) if self._is_in(parent)}
         for each in sorted({folder, *folders}, key=lambda path: (-len(path.parts), path)):  # the nearest one counts
             for name in imagefolder.NAMES:
                 if os.path.lexists(each / name):
                     self._read(each / name)
+
+    @cached_property
+    def _known(self) -> dict[str, Path]:
+        """The pictures by name, for those who have a metadata file."""
+        return {unicodedata.normalize("NFC", picture.as_posix()): picture for picture in self._pictures}
 
     def _is_in(self, path: Path) -> bool:
         return path == self.folder or self.folder in path.parents

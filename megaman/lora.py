@@ -38,12 +38,7 @@ def inject(
     A starts random and B at zero, so that the model is unchanged until the first step. Raises UserError for a name
     that fits no layer, and for a layer that cannot carry a LoRA.
     """
-    names = [name for name, _ in model.named_modules()]
-    for target in target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise UserError(
-                f"--target_modules {target}: the UNet has no such layer", "Try to_q or ff.net.2", WRONG_USAGE
-            )
+    check_targets([name for name, _ in model.named_modules()], target_modules)
     config = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
@@ -62,6 +57,15 @@ def inject(
     for parameter in trainable:  # half-precision adapters learn slowly and end in NaN
         parameter.data = parameter.data.float()
     return trainable
+
+
+def check_targets(layers: Sequence[str], target_modules: Sequence[str]) -> None:
+    """Raise UserError where no layer's name ends in one of target_modules."""
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            raise UserError(
+                f"--target_modules {target}: the UNet has no such layer", "Try to_q or ff.net.2", WRONG_USAGE
+            )
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

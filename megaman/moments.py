@@ -8,11 +8,13 @@ to the system, which drops them when memory is wanted.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,10 +27,19 @@ from megaman.safety import read_header
 FOLDER, SUFFIX = "moments", ".safetensors"
 FORSAKEN = 24 * 3600  # seconds after which a file that is still being written has no writer any more
 FLOAT32 = 4  # bytes
+READS = 128  # after which shards are mapped anew
+
+
+class Place(NamedTuple):
+    """Where moments are: their shard's number, their first number in it, their shape."""
+
+    shard: int
+    first: int
+    shape: tuple[int, ...]
 
 
 class Moments:
-    """The shards of one VAE: store[key] is float32 [8, h, w].
+    """The shards of one VAE.
 
     folder is the VAE's own (folder_of), or None to keep everything in memory. Where it cannot be written to, what is
     added from there on stays in memory, and refused says why.
@@ -38,20 +49,38 @@ class Moments:
         self.folder, self.refused = folder, ""
         self._numbers: list[torch.Tensor] = []  # a shard's, flat and mapped
         self._files: list[Path | None] = []
-        self._places: dict[str, tuple[int, int, tuple[int, ...]]] = {}  # shard, first number, shape
+        self._places: dict[str, Place] = {}
+        self._read_from: list[int] = []  # shards, since they were mapped anew
         for path in sorted(folder.glob(f"*{SUFFIX}")) if folder else []:
             self._map(path)
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
-    def __getitem__(self, key: str) -> torch.Tensor:
-        shard, first, shape = self._places[key]
-        return self._numbers[shard][first : first + torch.Size(shape).numel()].view(shape)
+    def place(self, key: str) -> Place:
+        """Raises KeyError where they are not there."""
+        return self._places[key]
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """The same without a look at the numbers."""
-        return self._places[key][2]
+    def read(self, place: Place) -> torch.Tensor:
+        """A copy of the moments at a place, float32 [8, h, w]."""
+        shard, first, shape = place
+        numbers = self._numbers[shard][first : first + math.prod(shape)].view(shape).clone()
+        self._read_from.append(shard)
+        if len(self._read_from) >= READS:
+            self._let_go()
+        return numbers
+
+    def _let_go(self) -> None:
+        """Map anew what was read from: a page that was read counts as this process's memory until its mapping goes.
+
+        A shard that was deleted by now stays mapped, and so remains whole for this run.
+        """
+        for shard in set(self._read_from):
+            file = self._files[shard]
+            with contextlib.suppress(OSError, RuntimeError):
+                if file and file.stat().st_size == self._numbers[shard].nbytes:
+                    self._numbers[shard] = _mapped(file)
+        self._read_from.clear()
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep these as one shard."""
@@ -67,20 +96,21 @@ class Moments:
                 self._map(path)
         if not tensors.keys() <= self._places.keys():
             for key, tensor in tensors.items():
-                self._places[key] = (len(self._numbers), 0, tuple(tensor.shape))
+                self._places[key] = Place(len(self._numbers), 0, tuple(tensor.shape))
                 self._numbers.append(tensor.flatten())
                 self._files.append(None)
 
-    def keep_only(self, keys: Iterable[str]) -> None:
-        """Forget all others, and mark the shards of these as used now."""
-        self._places = {key: self._places[key] for key in keys}
-        for file in self.files():
+    def forget_keys(self) -> None:
+        """Free the memory of the keys, of which 100,000 take 40 MB; what was asked for can still be read."""
+        self._places = {}
+
+    def files_of(self, shards: Iterable[int]) -> set[Path]:
+        """These shards' files, which are marked as used now."""
+        files = {file for shard in shards if (file := self._files[shard])}
+        for file in files:
             with contextlib.suppress(OSError):
                 os.utime(file)
-
-    def files(self) -> set[Path]:
-        """The shards that hold what is known."""
-        return {file for shard in {place[0] for place in self._places.values()} if (file := self._files[shard])}
+        return files
 
     def _map(self, path: Path) -> None:
         """Take in a shard; one that is damaged, or that another run deletes just now, is as if it were not there."""
@@ -88,8 +118,7 @@ class Moments:
             header, start = read_header(path)
             if any(entry["dtype"] != "F32" for entry in header.values()) or start % FLOAT32:
                 return
-            count = path.stat().st_size // FLOAT32
-            self._numbers.append(torch.from_file(str(path), shared=False, size=count, dtype=torch.float32))
+            self._numbers.append(_mapped(path))
         except (OSError, RuntimeError, UserError):
             return
         self._files.append(path)
@@ -97,7 +126,13 @@ class Moments:
         for key, entry in header.items():
             shape = tuple(entry["shape"])
             first = (start + entry["data_offsets"][0]) // FLOAT32
-            self._places.setdefault(key, (len(self._numbers) - 1, first, shapes.setdefault(shape, shape)))
+            place = Place(len(self._numbers) - 1, first, shapes.setdefault(shape, shape))
+            self._places.setdefault(key, place)
+
+
+def _mapped(path: Path) -> torch.Tensor:
+    count = path.stat().st_size // FLOAT32
+    return torch.from_file(str(path), shared=False, size=count, dtype=torch.float32)
 
 
 def folder_of(cache_dir: Path, vae: str) -> Path:

@@ -31,10 +31,10 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
-def digest_of(path: Path) -> str:
-    """A hash of a file's bytes, BLAKE2b with 160 bits, in hex; raises OSError where it cannot be read."""
+def digest_of(path: Path) -> bytes:
+    """A hash of a file's bytes, BLAKE2b with 160 bits; raises OSError where it cannot be read."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).digest()
 
 
 class Stamps:

@@ -32,7 +32,7 @@ def encode_prompt(
     The tokens are cut into chunks of as many as fit between BOS and EOS (75 in CLIP). Each chunk is encoded on its own,
     so that nothing else changes its states, and the states stand one behind the other. clip_skip counts as in A1111 and
     kohya's scripts: 1 takes the last layer, 2 the one before (which diffusers calls 1), each through the final layer
-    norm. A prompt of one chunk without weights has the states that cache.encode_captions gives for it alone.
+    norm. A prompt of one chunk without weights has the states that caption_states.encode_captions gives for it alone.
 
     Raises UserError where clip_skip is more than the text encoder has layers.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from megaman.errors import brief
@@ -39,6 +39,14 @@ class TrainingLog:
         """Keep an event for the next flush."""
         self._pending.append(Event(kind, tag, value, step, options))
         del self._pending[:-MOST_PENDING]
+
+    def add_steps(self, last: int, losses: Sequence[float], rates: Sequence[Callable[[int], float]]) -> None:
+        """Keep the losses of the steps up to last, and their rates: the UNet's, and the text encoder's where it is
+        trained, as functions of the steps done before."""
+        for step, loss in enumerate(losses, start=last - len(losses) + 1):
+            self.add("add_scalar", "train/loss", loss, step)
+            for tag, rate in zip(["learning_rate", "text_encoder_learning_rate"], rates, strict=False):
+                self.add("add_scalar", f"train/{tag}", rate(step - 1), step)
 
     def add_images(self, tag: str, pixels: Iterable[Any], step: int) -> None:
         """Write images, as arrays [H, W, 3], under tag/00, tag/01 and so on."""

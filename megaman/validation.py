@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from megaman import memory, sample
-from megaman.cache import encode_captions
+from megaman.caption_states import encode_captions
 from megaman.errors import UserError, brief
 from megaman.files import replacing_folder
 from megaman.room import images_at_once

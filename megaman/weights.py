@@ -95,6 +95,11 @@ class Part:
         self.files = {path: _size_and_time(path) for path in files}
         self._built: nn.Module | None = model  # becomes the first that is loaded
 
+    def layers(self) -> list[str]:
+        """The names of the model's layers."""
+        self._built = self._built or build(self.kind, self.config)
+        return [name for name, _ in self._built.named_modules()]
+
     def load(self, device: torch.device = CPU) -> nn.Module:
         """The model on the device, frozen, with copies of its weights in dtype.
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPTokenizer
 
-from megaman import cache, diffusion, schedule
+from megaman import cache, caption_states, diffusion, schedule
 from megaman.base import load_base
 from megaman.captions import Variation, contains, dressed
 from megaman.checkpoint import differences
@@ -136,7 +136,7 @@ def loss_by_hand(encoded, say) -> float:
             noise = diffusion.draw_noise(latents.shape, 0.0, generator)
             timesteps = diffusion.draw_timesteps(1, base.scheduler.config.num_train_timesteps, generator)
             caption = say(dataset.captions[index], row)
-            states = cache.encode_captions(base.text_encoder, base.tokenizer, [caption])[caption][None]
+            states = caption_states.encode_captions(base.text_encoder, base.tokenizer, [caption])[caption][None]
             noisy = base.scheduler.add_noise(latents, noise, timesteps)
             noise_pred = base.unet(noisy, timesteps, encoder_hidden_states=states).sample
             parts.append(diffusion.loss(noise_pred, diffusion.target(base.scheduler, latents, noise, timesteps)))
@@ -249,10 +249,10 @@ def test_what_is_cut_off_is_what_stands_behind_75_tokens(base_folder):
     fits = ", ".join(["robot"] * 37) + " robot"
     assert len(tokenizer(fits, add_special_tokens=False).input_ids) == 74
     captions = ["", "short", fits, fits + ", Étoile bleue, x", fits + " a, Étoile  bleue", "洛克人" * 30]
-    cut = cache.cut_off(tokenizer, captions)
+    cut = caption_states.cut_off(tokenizer, captions)
     assert cut[:3] == ["", "", ""] and cut[3] == "Étoile bleue, x" and cut[4] == "Étoile  bleue"
     assert cut[5] and captions[5].endswith(cut[5])
-    assert cache.cut_off(tokenizer, []) == []
+    assert caption_states.cut_off(tokenizer, []) == []
 
 
 def test_the_first_long_captions_are_shown_and_the_rest_counted(train_here, pictures, tmp_path, capsys):

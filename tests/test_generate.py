@@ -549,7 +549,7 @@ def test_mistakes_end_in_one_line(run_script, tmp_path, flags, code, named):
 def test_validation_and_generation_draw_the_same(generate, base_folder, lora_path):
     """One sampling loop serves both scripts: called directly it gives the gallery's picture."""
     drawn = generate("--seed", 5, "--guidance_scale", 6)
-    from megaman.cache import encode_captions
+    from megaman.caption_states import encode_captions
     from megaman.generation_options import DEFAULT_NEGATIVE_PROMPT
     from megaman.placement import place
 

@@ -63,6 +63,7 @@ ORDER = [
     "grid",
     "lora_metadata",
     "model_card",
+    "caption_states",
     "cache",
     "fresh",
     "encoded",

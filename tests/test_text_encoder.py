@@ -198,7 +198,7 @@ def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_fo
 
     from megaman import sample
     from megaman.base import load_base
-    from megaman.cache import encode_captions
+    from megaman.caption_states import encode_captions
 
     train_here(tmp_path, "out", *DATA, "--train_text_encoder", "--text_encoder_lr", 2e-2, "--max_train_steps", 4,
                "--num_validation_images", 1, "--validation_prompt", "volto, robot", "--lora_dropout", 0.2)  # fmt: skip

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from megaman.base import load_base
-from megaman.cache import encode_captions
+from megaman.caption_states import encode_captions
 from megaman.errors import UserError
 from megaman.generation_options import DEFAULT_NEGATIVE_PROMPT
 from megaman.prompt_weights import parse

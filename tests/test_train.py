@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megaman import sample
 from megaman.base import load_base
-from megaman.cache import encode_captions
+from megaman.caption_states import encode_captions
 from megaman.errors import UserError
 
 
