@@ -20,6 +20,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from processes import BENCHMARKS, LESSER, ROOT, TRAIN, TRAINING_BAR, machine, run, significant, stamped, summary
@@ -28,6 +29,7 @@ from random_bases import make_pictures, write_metadata
 RANK, RATE = 8, 1e-4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # those of the peer
 PICTURES = 16
+LOGS_EVERY = 10  # steps, in megaman_lora.py: the mean of so many in a row holds one log
 PEER_PROGRAMS = ("run.py", "train_text_to_image_lora.py")  # the first one that is there; both stand for the example
 PEER_BAR = "Steps"  # the description of its bar
 
@@ -42,7 +44,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "sd15": Case(256, (1,), steps=8, warmup=2),
+    "sd15": Case(256, (1,), steps=10, warmup=2),
     "mid": Case(128, (1, 4), steps=40, warmup=5),
     "demo": Case(64, (1, 4), steps=100, warmup=10),
 }
@@ -149,29 +151,42 @@ def measure(case: str, batch: int, options: argparse.Namespace) -> dict[str, Any
     print(f"{case} batch {batch}: ours in {chosen['dtype']}, {chosen['memory_format']}, on {chosen['device']}")
     for side, each in found.items():
         print(f"  {side:9} {each['step_s']['median']:8.4f} s ({each['step_s']['quartile_1']:.4f} to "
-              f"{each['step_s']['quartile_3']:.4f}, mean {each['step_s']['mean']:.4f})  CPU "
+              f"{each['step_s']['quartile_3']:.4f}), with the log {each['logged_s']['median']:.4f}  CPU "
               f"{each['step_cpu_s']['median']:8.4f} s  peak {each['peak_mb']:7.0f} MB")  # fmt: skip
     for name, each in ratios.items():
-        words = [f"{figure} {value:.3f}" for figure, value in each.items() if value is not None]
+        words = [f"{figure} {value:.3f}" for figure, value in each.items()]
         print(f"  {name:18} {', '.join(words)}", flush=True)
     return {"case": case, "batch": batch, "resolution": runs.case.resolution, "steps": runs.total - runs.warmup,
             "chosen": chosen, "sides": found, "ratios": ratios}  # fmt: skip
 
 
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """A side's rounds as one: all the steps together, the highest of the peaks."""
+    """A side's rounds as one: all the steps together, also as means of some in a row; the highest of the peaks."""
     steps = {name: summary([value for each in results for value in each[name]]) for name in ("step_s", "step_cpu_s")}
+    steps |= {name: summary([value for each in results for value in in_a_row(each[all_of_them])])
+              for name, all_of_them in (("logged_s", "step_s"), ("logged_cpu_s", "step_cpu_s"))}  # fmt: skip
     peaks = {name: significant(max(each[name] for each in results)) for name in ("peak_mb", "cuda_peak_mb")
              if all(each.get(name) is not None for each in results)}  # fmt: skip
     return {**steps, **peaks, "rounds_s": [summary(each["step_s"])["median"] for each in results],
             "threads": results[0].get("threads")}  # fmt: skip
 
 
-def ratio(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float | None]:
-    """Ours as a share of another side; the mean is that over all steps, those that log included."""
-    shares = {f"{figure} {which}": significant(ours[name][which] / other[name][which])
-              for figure, name in (("time", "step_s"), ("CPU", "step_cpu_s"))
-              for which in ("median", "mean")}  # fmt: skip
+def in_a_row(values: list[float]) -> list[float]:
+    """The means of LOGS_EVERY steps each, so that one holds the cost of one log; of all where they are fewer."""
+    count = max(1, len(values) // LOGS_EVERY)
+    size = min(len(values), LOGS_EVERY)
+    return [fmean(values[part * size : (part + 1) * size]) for part in range(count)]
+
+
+def ratio(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """The medians of ours as shares of another side's, and the peaks."""
+    figures = {
+        "time": "step_s",
+        "time with the log": "logged_s",
+        "CPU": "step_cpu_s",
+        "CPU with the log": "logged_cpu_s",
+    }
+    shares = {figure: significant(ours[name]["median"] / other[name]["median"]) for figure, name in figures.items()}
     peaks = {name: significant(ours[name] / other[name]) for name in ("peak_mb", "cuda_peak_mb")
              if name in ours and name in other}  # fmt: skip
     return {**shares, **peaks}

@@ -151,7 +151,16 @@ def test_the_rounds_are_put_together():
     assert side["step_s"]["median"] == 3 and side["peak_mb"] == 1000 and side["rounds_s"] == [4, 2]
     other = step_time.together([{"step_s": [4.0] * 3, "step_cpu_s": [24.0] * 3, "peak_mb": 2000}])
     shares = step_time.ratio(side, other)
-    assert shares["time median"] == 0.75 and shares["CPU mean"] == 0.25 and shares["peak_mb"] == 0.5
+    assert shares == {"time": 0.75, "time with the log": 0.75, "CPU": 0.25, "CPU with the log": 0.25, "peak_mb": 0.5}
+
+
+def test_what_one_step_in_ten_costs_more_is_seen():
+    steps = [1.0] * 35
+    steps[9::10] = [2.0] * 3
+    result = {"step_s": steps, "step_cpu_s": steps, "peak_mb": 1}
+    found = step_time.together([result, result])
+    assert found["step_s"]["median"] == 1 and found["logged_s"] == processes.summary([1.1] * 6)
+    assert step_time.in_a_row([1.0, 2.0]) == [1.5]
 
 
 def test_the_machine_in_words():
