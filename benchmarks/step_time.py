@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -212,7 +213,8 @@ def main() -> None:
         parser.error("--peer and --peer_python go together")
     if options.peer and not any((options.peer / name).is_file() for name in PEER_PROGRAMS):
         parser.error(f"--peer {options.peer} holds no {PEER_PROGRAMS[1]}")
-    options.work_dir = options.work_dir.resolve()
+    options.work_dir = options.work_dir.resolve()  # every run has a folder of its own to be in
+    options.peer_python = options.peer_python and os.path.abspath(options.peer_python)  # a link that is not followed
     options.work_dir.mkdir(parents=True, exist_ok=True)
     results = [measure(case, batch, options) for case in options.case for batch in options.batch or CASES[case].batches]
     print(json.dumps({"benchmark": "step_time", "rounds": options.rounds, "results": results,
