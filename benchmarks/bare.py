@@ -17,7 +17,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megaman import diffusion, lora
-from megaman.base import choose_device
 from megaman.files import read_json
 
 
@@ -30,10 +29,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--learning_rate", type=float, required=True)
     parser.add_argument("--targets", nargs="+", required=True)
+    parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], required=True)
     parser.add_argument("--memory_format", choices=["contiguous", "channels_last"], required=True)
     options = parser.parse_args()
-    device, dtype = choose_device(), getattr(torch, options.dtype)
+    device, dtype = options.device, getattr(torch, options.dtype)
     layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[options.memory_format]
 
     torch.manual_seed(0)

@@ -49,7 +49,7 @@ def beside(found: dict[str, Any], least: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--work_dir", type=Path, required=True, help="pictures, caches and runs, some 2 GB with 100,000; kept")
+    add("--work_dir", type=Path, required=True, help="pictures, caches and runs, some 3 GB with 100,000; kept")
     add("--counts", type=int, nargs="+", default=[100, 1000, 10000, 100000], help="how many pictures")
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=100, help=f"of every run; the first {WARMUP} do not count")

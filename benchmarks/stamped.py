@@ -33,7 +33,7 @@ def cuda():
     return torch.cuda if torch and torch.cuda.is_initialized() else None
 
 
-def resident() -> tuple[float | None, float | None]:
+def resident() -> tuple[float, float]:
     """Resident memory of this process in MB, now and at most."""
     try:
         with open("/proc/self/status", encoding="utf-8", errors="replace") as lines:
@@ -76,7 +76,8 @@ def main() -> None:
     try:
         runpy.run_path(str(program), run_name="__main__")
     finally:
-        result = {"first": stamps[0][0] if stamps else None, **at_end, "peak_mb": resident()[1],
+        peak = max(resident()[1], at_end["rss_mb"] or 0)  # Linux counts either on its own, a little late
+        result = {"first": stamps[0][0] if stamps else None, **at_end, "peak_mb": peak,
                   "step_s": [after[0] - before[0] for before, after in pairwise(stamps)],
                   "step_cpu_s": [after[1] - before[1] for before, after in pairwise(stamps)]}  # fmt: skip
         if torch := sys.modules.get("torch"):

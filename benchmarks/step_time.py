@@ -86,7 +86,7 @@ class Runs:
         self.base, self.pictures = base_of(case, options.work_dir), pictures_of(case, options.work_dir)
         self.warmup = self.case.warmup if options.warmup is None else options.warmup
         self.total = self.warmup + (options.steps or self.case.steps)
-        self.config: dict[str, Any] = {}  # what our run noted of itself
+        self.chosen: dict[str, Any] = {}  # how our run said that it computes
         self.sides = {"ours": self.ours, "bare": self.bare}
         for precision in options.peer_precision if options.peer else []:
             self.sides["peer" if precision == "no" else f"peer {precision}"] = lambda word=precision: self.peer(word)
@@ -108,13 +108,16 @@ class Runs:
                  "--mixed_precision", self.options.mixed_precision,
                  "--memory_format", self.options.memory_format]  # fmt: skip
         result = run(stamped(TRAINING_BAR, TRAIN, *words), folder, self.options.cpu)
-        self.config = json.loads((folder / "out" / "training_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "out" / "training_config.json").read_text(encoding="utf-8"))
+        choices = {name: config["choices"][name] for name in ("dtype", "memory_format", "attention")}
+        self.chosen = {"device": config["device"], **choices}
         return result
 
     def bare(self) -> dict[str, Any]:
         words = [self.base, "--resolution", self.case.resolution, "--batch", self.batch, "--steps", self.total,
                  "--rank", RANK, "--learning_rate", RATE, "--targets", *TARGETS,
-                 "--dtype", self.config["dtype"], "--memory_format", self.config["memory_format"]]  # fmt: skip
+                 "--device", self.chosen["device"], "--dtype", self.chosen["dtype"],
+                 "--memory_format", self.chosen["memory_format"]]  # fmt: skip
         return run(stamped(TRAINING_BAR, BENCHMARKS / "bare.py", *words), self.work_dir / "bare", self.options.cpu)
 
     def peer(self, precision: str) -> dict[str, Any]:
@@ -148,8 +151,7 @@ def measure(case: str, batch: int, options: argparse.Namespace) -> dict[str, Any
                   flush=True)  # fmt: skip
     found = {side: together(each) for side, each in results.items()}
     ratios = {f"ours / {side}": ratio(found["ours"], found[side]) for side in found if side != "ours"}
-    chosen = {key: runs.config.get(key) for key in ("dtype", "memory_format", "device")}
-    print(f"{case} batch {batch}: ours in {chosen['dtype']}, {chosen['memory_format']}, on {chosen['device']}")
+    print(f"{case} batch {batch}: ours chose {', '.join(runs.chosen.values())}")
     for side, each in found.items():
         print(f"  {side:9} {each['step_s']['median']:8.4f} s ({each['step_s']['quartile_1']:.4f} to "
               f"{each['step_s']['quartile_3']:.4f}), with the log {each['logged_s']['median']:.4f}  CPU "
@@ -158,7 +160,7 @@ def measure(case: str, batch: int, options: argparse.Namespace) -> dict[str, Any
         words = [f"{figure} {value:.3f}" for figure, value in each.items()]
         print(f"  {name:18} {', '.join(words)}", flush=True)
     return {"case": case, "batch": batch, "resolution": runs.case.resolution, "steps": runs.total - runs.warmup,
-            "chosen": chosen, "sides": found, "ratios": ratios}  # fmt: skip
+            "chosen": runs.chosen, "sides": found, "ratios": ratios}  # fmt: skip
 
 
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
