@@ -170,8 +170,9 @@ def together(results: list[dict[str, Any]]) -> dict[str, Any]:
               for name, all_of_them in (("logged_s", "step_s"), ("logged_cpu_s", "step_cpu_s"))}  # fmt: skip
     peaks = {name: significant(max(each[name] for each in results)) for name in ("peak_mb", "cuda_peak_mb")
              if all(each.get(name) is not None for each in results)}  # fmt: skip
-    return {**steps, **peaks, "rounds_s": [summary(each["step_s"])["median"] for each in results],
-            "threads": results[0].get("threads")}  # fmt: skip
+    rounds = {"rounds_s": [summary(each["step_s"])["median"] for each in results],
+              "rounds_peak_mb": [significant(each["peak_mb"]) for each in results]}  # fmt: skip
+    return {**steps, **peaks, **rounds, "threads": results[0].get("threads")}
 
 
 def in_a_row(values: list[float]) -> list[float]:
@@ -183,12 +184,8 @@ def in_a_row(values: list[float]) -> list[float]:
 
 def ratio(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """The medians of ours as shares of another side's, and the peaks."""
-    figures = {
-        "time": "step_s",
-        "time with the log": "logged_s",
-        "CPU": "step_cpu_s",
-        "CPU with the log": "logged_cpu_s",
-    }
+    figures = {"time": "step_s", "time with the log": "logged_s",
+               "CPU": "step_cpu_s", "CPU with the log": "logged_cpu_s"}  # fmt: skip
     shares = {figure: significant(ours[name]["median"] / other[name]["median"]) for figure, name in figures.items()}
     peaks = {name: significant(ours[name] / other[name]) for name in ("peak_mb", "cuda_peak_mb")
              if name in ours and name in other}  # fmt: skip
