@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megaman import diffusion, lora
+from megaman.base import load_base
 from megaman.files import read_json
 
 
@@ -37,8 +37,7 @@ def main() -> None:
     layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[options.memory_format]
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_pretrained(options.base / "unet", dtype=dtype, use_safetensors=True)
-    unet.requires_grad_(False)
+    unet = load_base(str(options.base), dtype).unet
     trainable = lora.inject(unet, options.rank, options.rank, options.targets)
     unet.to(device, memory_format=layout).train()
     optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, fused=device.type != "mps")
