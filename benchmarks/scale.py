@@ -3,7 +3,7 @@
     python benchmarks/scale.py --work_dir /tmp/scale --counts 100 1000 10000 100000
 
 Tiny pictures that a program drew, with some hundred distinct captions in text files, on the embedded base. The first
-run of every count fills the cache, which takes a while: about 10 ms a picture on one core. Then the counts take turns.
+run of every count fills the cache, which takes a while: some 5 ms a picture on one core. Then the counts take turns.
 The folders stay, so that the next time only the turns are left. Prints each run, then medians with their ratios to the
 smallest count; the last line is JSON.
 """
