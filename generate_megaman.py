@@ -48,16 +48,18 @@ def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
     from megaman import lora, lora_files, room, sample
-    from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
+    from megaman.base import actual_name, load_base, moved
     from megaman.drawing import Drawer
+    from megaman.placement import choose_device, device_lines, place
+    from megaman.plan import unet_width
 
     # Base and LoRA, which is added to the base's own weights, unless the plain base has to draw beside it.
     base_name = actual_name(plan.base)
-    placement = place(plan.precision, choose_device(options.device))
+    placement = place(plan.precision, choose_device(options.device), unet_width(base_name), plan.memory_format)
     print(f"loading {base_name}{' and the LoRA in ' * bool(plan.loras)}{plan.source}")
     if remark := moved(plan.base):
         print(f"  {remark}")
-    base = load_base(base_name, placement.dtype)
+    base = load_base(base_name, placement.dtype, layout=placement.layout)
     configs = lora_files.load_loras(plan.loras, base.unet, base.text_encoder)
     hashes = {path: lora_files.short_hash(path) for path, _ in plan.loras}
     fused = lora.Fused([base.unet, base.text_encoder], changing=len(plan.ways) > 1) if plan.fused else None
@@ -82,7 +84,7 @@ def main(argv: list[str]) -> int:
         jobs, lambda job: min(at_most, space.at_once(job.height, job.width)), drawer.chunks)  # fmt: skip
     shared = {"scheduler": plan.sampler.name, "clip_skip": plan.clip_skip, "base": base_name, "fused": plan.fused,
               "device": placement.device.type, "dtype": str(placement.dtype).removeprefix("torch."),
-              "versions": installed()}  # fmt: skip
+              "memory_format": placement.memory_format, "versions": installed()}  # fmt: skip
 
     def record(job: Job, part: list[Job], way: Way, plain: bool = False) -> records.Record:
         return records.make(job, part, way, hashes, {**shared, "vae_tiling": space.tiling}, plain)
@@ -125,9 +127,7 @@ def main(argv: list[str]) -> int:
         strength *= plan.ways[0].scale if len(plan.ways) == 1 else 1
         print(f"LoRA       rank {config.r}, alpha {config.lora_alpha:g}"
               + (f", strength {strength:g}: {path}" if len(plan.loras) > 1 or strength != 1 else ""))  # fmt: skip
-    print(f"device     {placement.device}: {placement.why}; {space}")
-    if unused_nvidia_card():
-        print(f"           {UNUSED_CARD}")
+    print(*device_lines(placement, str(space)), sep="\n")
     if options.resume:
         there = f"{count - left_to_draw} of {count} are" if stopped is not None else "nothing of this run is"
         print(f"resuming   {there} there")
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> int:
 
 class Plan(NamedTuple):
     """How a run draws: the base, the LoRAs with their own strengths and where they come from, the ways to draw, whether
-    the LoRAs are fused into the base, accelerate's word for the precision, the sampler, A1111's clip skip."""
+    the LoRAs are fused into the base, precision and memory format (place's words), the sampler, A1111's clip skip."""
 
     base: str
     loras: list[tuple[Path, float]]
@@ -188,6 +188,7 @@ class Plan(NamedTuple):
     ways: list[Way]
     fused: bool
     precision: str
+    memory_format: str
     sampler: samplers.Sampler
     clip_skip: int
 
@@ -200,9 +201,8 @@ def plan_anew(options: Namespace) -> Plan:
     scales = options.lora_scales or [1.0 if options.lora_scale is None else options.lora_scale]
     ways = make_ways(loras, scales, one_by_one=bool(options.checkpoints))
     source = options.checkpoints or ", ".join(options.lora_path)
-    return Plan(
-        base, loras, source, ways, not options.compare, "fp16", samplers.find(options.scheduler), options.clip_skip
-    )
+    return Plan(base, loras, source, ways, not options.compare, "fp16", "auto", samplers.find(options.scheduler),
+                options.clip_skip)  # fmt: skip
 
 
 def plan_again(options: Namespace, again: records.Record) -> Plan:
@@ -219,7 +219,7 @@ def plan_again(options: Namespace, again: records.Record) -> Plan:
     precision = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[again.dtype]
     ways = make_ways(loras, [again.lora_scale], one_by_one=False)
     return Plan(options.base_model or again.base, loras, ", ".join(paths), ways, again.fused, precision,
-                samplers.find(again.scheduler), again.clip_skip)  # fmt: skip
+                again.memory_format, samplers.find(again.scheduler), again.clip_skip)  # fmt: skip
 
 
 def asked_for(options: Namespace) -> tuple[list[Prompt], list[str]]:

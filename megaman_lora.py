@@ -11,7 +11,6 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
 
-import contextlib
 import json
 import logging
 import math
@@ -28,9 +27,10 @@ from megaman.captions import Variation
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json
-from megaman.options import MUST_MATCH, bucket_settings, plan_request, resuming, training_options
+from megaman.options import MUST_MATCH, bucket_settings, cache_place, plan_request, resuming, training_options
 from megaman.output import find_all, log_dir_of, open_output, remove, save_somewhere, step_of
 from megaman.problems import first_too_bad, too_bad, write_instructions, write_problems
+from megaman.stamps import Stamps
 from megaman.stops import StopSignal
 from megaman.versions import installed
 
@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
 
     # Pictures: found and looked at before anything heavy is imported.
     given = options.demo or "data_dir" in options.given
-    find = partial(find_pictures, options.data_dir, given, options.resolution, options.center_crop,
+    cache_dir = cache_place(options)
+    seen = Stamps(cache_dir)
+    find = partial(find_pictures, options.data_dir, given, seen, options.resolution, options.center_crop,
                    options.caption_extension, options.dataset_repeats)  # fmt: skip
     dataset = find()
     if dataset is None:
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> int:
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
     datasets = [dataset]  # and, where there are any, the class pictures
     if options.class_data_dir:
-        datasets.append(find_pictures(options.class_data_dir, True, options.resolution, options.center_crop,
+        datasets.append(find_pictures(options.class_data_dir, True, seen, options.resolution, options.center_crop,
                                       options.caption_extension, 1, "--class_data_dir"))  # fmt: skip
     if error := first_too_bad(datasets, options.skip_bad_images):
         report_problems(datasets, output_dir)
@@ -80,18 +82,26 @@ def main(argv: list[str]) -> int:
     from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
     from torch.utils.tensorboard import SummaryWriter
 
-    from megaman import buckets, cache, diffusion, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
+    from megaman import buckets, cache, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
-    from megaman.base import UNUSED_CARD, actual_name, choose_device, load_base, moved, place, unused_nvidia_card
-    from megaman.batches import Part
+    from megaman.base import actual_name, load_base, moved
+    from megaman.choices import ASKED, choose
     from megaman.encoded import Encoded
     from megaman.fit import memory_limit, settle
+    from megaman.fresh import Fresh, drop_damaged
+    from megaman.moments import Moments, folder_of, prune
+    from megaman.placement import choose_device, device_lines
+    from megaman.plan import unet_width
     from megaman.tracking import TrainingLog
+    from megaman.training_step import TrainingStep
     from megaman.validation import Validation
 
-    # Device and precision.
+    # Device, precision and whatever else shapes the computation: by a rule, or as the checkpoint says.
+    saved = checkpoints.read_progress(checkpoint) if checkpoint else None
+    asked = {flag: getattr(options, flag) for flag in ASKED}
+    width = unet_width(options.pretrained_model_name)
+    chosen, placement, remarks = choose(asked, options.given, choose_device(), width, saved and saved.choices)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
-    placement = place(options.mixed_precision, choose_device())
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process writes captions
     accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu",
                               kwargs_handlers=[patience])  # fmt: skip
@@ -108,34 +118,65 @@ def main(argv: list[str]) -> int:
     variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
 
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
-    saved = checkpoints.read_progress(checkpoint) if checkpoint else None
     seed = options.seed if options.seed is not None else saved.seed if saved else secrets.randbelow(2**31)
     (seed,) = broadcast_object_list([seed])  # every process draws its own otherwise
     name = actual_name(options.pretrained_model_name)
-    split = memory.Split(options.train_batch_size, options.gradient_accumulation_steps)
-    effective = split.size * split.count * world
+    split, at_once = chosen.split, options.train_batch_size * world
+    effective = at_once * options.gradient_accumulation_steps
     must_match = {"pretrained_model_name": name, "seed": seed, "data": dataset.fingerprint(),
                   "class data": datasets[1].fingerprint() if options.class_data_dir else "none",
                   **{flag: getattr(options, flag) for flag in MUST_MATCH}, "pictures a step": effective,
-                  "pictures of one bucket": split.size * world if options.enable_bucket else None}  # fmt: skip
+                  "pictures of one bucket": at_once if options.enable_bucket else None}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
         raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
     start = saved.step if saved else 0
 
     # What it will need, before anything is loaded; in each process the same.
     limit = min(gather_object([memory_limit(device, options.vram_limit)]))
-    fitted = settle(placement, limit, split, options.gradient_checkpointing, world == 1, say, **plan_request(options))
+    fitted = settle(placement, limit, split, chosen.gradient_checkpointing, world == 1, say, **plan_request(options))
+    chosen.vae_tile = fitted.tile = fitted.tile or chosen.vae_tile
 
-    # Base and LoRA.
+    # The base, whose parts are loaded as they are needed.
     say(f"loading {name}")
     if remark := moved(options.pretrained_model_name):
         say(f"  {remark}")
-    base = load_base(name, placement.dtype)
+    base = load_base(name, placement.dtype, device, placement.layout)
     for each in datasets if options.enable_bucket else []:
         each.buckets = buckets.make_buckets(native=base.native_size, **bucket_settings(options))
+
+    # The frozen parts run once, for every caption and every form of every picture, and leave device and memory.
+    captions = [caption for each in datasets for caption in each.captions]
+    texts = cache.Texts(base, captions, [options.validation_prompt, ""], variation.makes_new,
+                        options.train_text_encoder, device)  # fmt: skip
+    with accelerator.local_main_process_first():  # the others find it done
+        bar = partial(tqdm, unit="picture", disable=process != 0)
+        workers = options.dataloader_num_workers
+        if options.no_cache:
+            encoder = cache.Encoder(base.vae)
+            sources = [Fresh(encoder, each, options.random_flip, seed, base.vae_factor, workers) for each in datasets]
+            for each in datasets:
+                drop_damaged(each, workers, partial(bar, desc="looking", total=len(each)))
+        else:
+            vae = cache.identify(base, seen)
+            sources = [cache.encode_pictures(lambda: base.vae, each, options.crop_variants, options.random_flip, seed,
+                                             seen, Moments(cache_dir and folder_of(cache_dir, vae)), workers,
+                                             partial(bar, desc="encoding", total=len(each)))
+                       for each in datasets]  # fmt: skip
+            base.release("vae")
+            if cache_dir and process == 0:
+                prune(cache_dir, options.cache_limit * 2**30, set().union(*(each.files for each in sources)))
+    for each in datasets:
+        each.cut = cache.cut_off(base.tokenizer, each.captions)
+    if process == 0:
+        report_problems(datasets, output_dir)
+    if error := first_too_bad(datasets, options.skip_bad_images):
+        raise error
+
+    # LoRA.
     torch.manual_seed(seed)  # for the LoRA's random half
     add_lora = partial(lora.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
                        dropout=options.lora_dropout)  # fmt: skip
+    chosen.apply(base.unet)
     models = [base.unet]  # those in training, each with its parameters and its peak rate
     groups = [{"params": add_lora(base.unet, target_modules=options.target_modules), "lr": options.learning_rate}]
     if text_encoder := base.text_encoder if options.train_text_encoder else None:
@@ -145,32 +186,12 @@ def main(argv: list[str]) -> int:
     trainable = [parameter for group in groups for parameter in group["params"]]
     if fitted.checkpointing:
         memory.checkpoint_gradients(models)
-    base.unet.to(device)
-
-    # The frozen parts run once, for every caption and every variant of every picture, and leave the device.
-    texts = [*(caption for each in datasets for caption in each.captions), options.validation_prompt, ""]
-    text_states = None if text_encoder else cache.encode_captions(base.text_encoder.to(device), base.tokenizer, texts)
-    reads_on = bool(text_encoder or variation.makes_new)  # the text encoder, at every step
-    base.text_encoder.to(device if reads_on else "cpu")
-    base.vae.to(device)
-    moments = [cache.encode_pictures(
-        base.vae, each, options.crop_variants, options.random_flip, seed, options.dataloader_num_workers,
-        partial(tqdm, desc="encoding", unit="picture", total=len(each), disable=process != 0),
-    )[0] for each in datasets]  # fmt: skip
-    base.vae.to("cpu")
-    fitted.tile_vae(base.vae)
-    for each in datasets:
-        each.cut = cache.cut_off(base.tokenizer, each.captions)
-    if process == 0:
-        report_problems(datasets, output_dir)
-    if error := first_too_bad(datasets, options.skip_bad_images):
-        raise error
 
     # Steps, rate, optimizer.
     kinds = [(variation, seed, 1.0), (Variation(), schedule.class_seed(seed), options.prior_loss_weight)]
     encoded = [Encoded(*each, base.vae_factor, options.enable_bucket, options.train_batch_size,
                        options.gradient_accumulation_steps, world, *kind)
-               for *each, kind in zip(datasets, moments, kinds, strict=False)]  # fmt: skip
+               for *each, kind in zip(datasets, sources, kinds, strict=False)]  # fmt: skip
     batches, sizes = encoded[0].batches, encoded[0].sizes
     total = schedule.total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
                                  options.max_train_steps)  # fmt: skip
@@ -185,14 +206,17 @@ def main(argv: list[str]) -> int:
     optimizer = torch.optim.AdamW(groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
                                   weight_decay=options.adam_weight_decay, fused=device.type != "mps")  # fmt: skip
     *prepared, optimizer = accelerator.prepare(*models, optimizer)
-    unet, trained_text_encoder = prepared[0], prepared[-1]  # the latter where there are two
+    if text_encoder:
+        texts.reader = prepared[-1]
     if checkpoint:
         checkpoints.restore(checkpoint, base.unet, optimizer.optimizer, accelerator.scaler, text_encoder)
         if accelerator.is_main_process and checkpoint.resolve().parent == output_dir.resolve():
             checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    say(*dataset.describe(sum(map(len, moments[0])), options.random_flip), sep="\n")
+    say(*dataset.describe(None if options.no_cache else sources[0].total, options.random_flip), sep="\n")
+    if not options.no_cache:
+        say(*sources[0].describe(cache_dir), sep="\n")
     if options.class_data_dir:
         say(f"class      {len(datasets[1])} in {options.class_data_dir}, loss times {options.prior_loss_weight:g}")
     if options.enable_bucket:
@@ -205,9 +229,7 @@ def main(argv: list[str]) -> int:
     say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}{' (rsLoRA)' * options.use_rslora}, "
         f"{sum(p.numel() for p in trainable):,} trainable parameters in {len(trainable) // 2} layers"
         + (f", {len(groups[1]['params']) // 2} of them in the text encoder" if text_encoder else ""))  # fmt: skip
-    say(f"device     {device}: {placement.why}; {options.resolution} px; seed {seed}")
-    if unused_nvidia_card():
-        say(f"           {UNUSED_CARD}")
+    say(*device_lines(placement, chosen.attention, f"{options.resolution} px", f"seed {seed}"), *remarks, sep="\n")
     if options.resume_from_checkpoint:
         say(f"resuming   {checkpoint}, step {start}" if checkpoint else "resuming   no checkpoint yet: starting afresh")
         for later in [path for path in find_all(output_dir) if checkpoint and step_of(path) > start]:
@@ -223,14 +245,14 @@ def main(argv: list[str]) -> int:
                   "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes), "device": str(device),
                   "dtype": str(placement.dtype).removeprefix("torch."), "versions": installed(),
                   "class_pictures": sum(map(len, datasets[1:])), "python": sys.version.split()[0],
-                  "log_dir": str(log_dir)}  # fmt: skip
+                  "log_dir": str(log_dir), "choices": chosen.record(base.unet)}  # fmt: skip
         write_json(output_dir / "training_config.json", config)
         curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
 
     stop = StopSignal()
     seeds = [seed + j for j in range(options.num_validation_images)]
-    validation = Validation(base, text_states, options.validation_prompt, seeds, options.resolution,
-                            accelerator.autocast, say, stop.raise_if_received)  # fmt: skip
+    validation = Validation(base, texts.states, options.validation_prompt, seeds, options.resolution, fitted.tile_vae,
+                            options.no_cache, accelerator.autocast, say, stop.raise_if_received)  # fmt: skip
 
     def validate(step: int) -> None:
         """Draw the fixed-seed images with the model in hand."""
@@ -242,7 +264,8 @@ def main(argv: list[str]) -> int:
         """Save the whole state; a disk that is full or gone is named, and the next save tries again."""
         if not accelerator.is_main_process:
             return True
-        progress = checkpoints.Progress(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match)
+        progress = checkpoints.Progress(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match,
+                                        chosen.record(base.unet))  # fmt: skip
         try:
             checkpoints.save(output_dir, base.unet, optimizer.optimizer, accelerator.scaler, progress, name,
                              options.checkpoints_total_limit, text_encoder)  # fmt: skip
@@ -251,35 +274,9 @@ def main(argv: list[str]) -> int:
             return False
         return True
 
-    def micro_batch(these: Encoded, part: Part) -> torch.Tensor:
-        """The mean loss of some pictures; what is random in it is drawn on the CPU, a picture each."""
-        latents, noise, timesteps, captions = these.draw(part, base.vae.config.scaling_factor, options.noise_offset,
-                                                         base.scheduler.config.num_train_timesteps)  # fmt: skip
-        weights = diffusion.loss_weights(base.scheduler, timesteps, options.snr_gamma)
-        noisy = base.scheduler.add_noise(latents, noise, timesteps).to(device, placement.dtype)
-        wanted = diffusion.target(base.scheduler, latents, noise, timesteps).to(device)
-        if options.lora_dropout:
-            schedule.seed_dropout(these.seed, part.numbers[0])
-        if reads_on:
-            reader = trained_text_encoder if text_encoder else base.text_encoder
-            states = reader(cache.token_ids(base.tokenizer, captions).to(device))[0]
-        else:
-            states = torch.stack([text_states[caption] for caption in captions])
-        noise_pred = unet(noisy, timesteps.to(device), encoder_hidden_states=states.to(device, placement.dtype)).sample
-        return diffusion.loss(noise_pred, wanted, weights)
-
-    def accumulate(step: int) -> torch.Tensor:
-        """The gradients of one optimizer step; returns its loss."""
-        step_loss = torch.zeros((), device=device)
-        parts = [(these, part) for these in encoded for part in these.batches.parts(step, process, split.size)]
-        for these, part in parts:
-            with contextlib.ExitStack() as alone:  # the processes exchange gradients in the last one only
-                for model in prepared if part is not parts[-1][1] else []:
-                    alone.enter_context(accelerator.no_sync(model))
-                loss = these.weight * micro_batch(these, part) / part.divisor
-                accelerator.backward(loss)
-                step_loss += loss.detach()
-        return step_loss
+    training = TrainingStep(prepared, base.scheduler, encoded, texts, accelerator.backward, accelerator.no_sync,
+                            process, device, placement.dtype, base.scaling_factor, options.noise_offset,
+                            options.snr_gamma, options.lora_dropout > 0)  # fmt: skip
 
     def make_room() -> None:
         optimizer.zero_grad()
@@ -300,7 +297,7 @@ def main(argv: list[str]) -> int:
         for step in range(start + 1, total + 1):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate(step - 1)
-            losses.append(memory.until_it_fits(partial(accumulate, step), make_room))
+            losses.append(memory.until_it_fits(partial(training.accumulate, step, split), make_room))
             norm = accelerator.clip_grad_norm_(trainable, options.max_grad_norm)
             all_finite.append(finite.step_where_finite(optimizer, norm, accelerator.scaler))
             optimizer.zero_grad()
@@ -355,13 +352,13 @@ def main(argv: list[str]) -> int:
     return 1 if reason else 0
 
 
-def find_pictures(data_dir: str, given: bool, *settings: object) -> MegaManDataset | None:
+def find_pictures(data_dir: str, given: bool, seen: Stamps, *settings: object) -> MegaManDataset | None:
     """The dataset, what cannot be used left out; None where the default folder has no picture yet."""
     folder = Path(data_dir)
     if not given and not folder.is_dir():
         folder.mkdir(parents=True)
     dataset = MegaManDataset(folder, None, *settings)
-    dataset.check()
+    dataset.check(seen)
     if len(dataset) or dataset.problems:
         return dataset
     if given:

@@ -62,11 +62,13 @@ def measure(lora_path: Path, held_out: Path) -> dict:
     from megaman.base import load_base
     from megaman.dataset import MegaManDataset
     from megaman.evaluate import gain, held_out_loss
+    from megaman.moments import Moments
+    from megaman.stamps import Stamps
 
     base = load_base(adapter_config.base_of(lora_path), torch.float32)
     dataset = MegaManDataset(held_out, None, base.native_size)
-    moments, _ = cache.encode_pictures(base.vae, dataset, crops=1, flip=False, seed=0)
-    means = torch.cat(moments).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
+    moments = cache.encode_pictures(lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None))
+    means = torch.cat(list(moments)).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
     states = cache.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)
     texts = torch.stack([states[caption] for caption in dataset.captions])
     without = [held_out_loss(base.unet, base.scheduler, means, texts, seed) for seed in SEEDS]

@@ -28,13 +28,13 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     from diffusers import UNet2DConditionModel
 
     from megaman import diffusion, lora, memory, plan
-    from megaman.base import choose_device, place
+    from megaman.placement import choose_device, place
     from megaman.presets import DEFAULT_BASE, DEFAULT_TARGETS
 
     torch.manual_seed(0)
-    placement = place(mixed_precision, choose_device())
-    device, dtype = placement.device, placement.dtype
     configs, _ = plan.read_configs(DEFAULT_BASE)
+    placement = place(mixed_precision, choose_device(), plan.unet_width(DEFAULT_BASE))
+    device, dtype = placement.device, placement.dtype
     planned = plan.Plan(configs, dtype, True, size=size, rank=RANK, targets=DEFAULT_TARGETS).training(1, checkpointing)
     before = psutil.Process().memory_info().rss
 

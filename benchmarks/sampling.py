@@ -23,9 +23,11 @@ sys.path.insert(0, str(ROOT))
 
 from megaman import lora, lora_files, room, sample, samplers
 from megaman.adapter_config import base_of
-from megaman.base import choose_device, load_base, place
+from megaman.base import load_base
 from megaman.drawing import Drawer
 from megaman.jobs import in_batches, make_jobs
+from megaman.placement import choose_device, place
+from megaman.plan import unet_width
 from megaman.prompts import Prompt, read_prompts
 
 NEGATIVE = "blurry, low quality"
@@ -33,8 +35,8 @@ NEGATIVE = "blurry, low quality"
 
 def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int | None):
     """A function that draws all the prompts as generate_megaman.py does; text states are made anew at each call."""
-    placement = place("fp16", choose_device())
-    base = load_base(base_name, placement.dtype)
+    placement = place("fp16", choose_device(), unet_width(base_name))
+    base = load_base(base_name, placement.dtype, layout=placement.layout)
     lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
     fused = lora.Fused([base.unet, base.text_encoder], changing=False)
     side = side or min(512, base.native_size)
@@ -53,7 +55,7 @@ def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, sid
 
 def pipeline(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int):
     """A function that calls diffusers' pipeline for each prompt, the LoRA as an adapter beside the weights."""
-    placement = place("fp16", choose_device())
+    placement = place("fp16", choose_device(), unet_width(base_name))
     folder = base_name if Path(base_name).is_dir() else ROOT / base_name
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=placement.dtype).to(placement.device)
     pipe.scheduler = sample.make_sampler(pipe.scheduler)

@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
 from megaman import hub
-from megaman.base import ODD_CONFIGURATION, choose_device
+from megaman.base import ODD_CONFIGURATION
 from megaman.captions import tidy
 from megaman.errors import UserError, brief
 from megaman.files import read_json, write_text
 from megaman.images import BadImageError, open_image
 from megaman.memory import free, until_it_fits
+from megaman.placement import choose_device
 from megaman.safety import check_part, refuse_pickle
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The base model: a folder, a file, the hub or the embedded demo; safetensors only. The device it runs on, and why."""
+"""The base model: a folder, a file, the hub or the embedded demo; safetensors only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notes about parts th
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import shutil
-from dataclasses import dataclass
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -21,10 +22,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from megaman import hub, single_file
-from megaman.errors import UserError, brief
-from megaman.files import read_json
-from megaman.safety import check_part, refuse_pickle
+from megaman import base_folder, hub, single_file
+from megaman.base_folder import WAYS_ON, WEIGHTS
+from megaman.errors import UserError, brief, out_of_memory
+from megaman.safety import refuse_pickle
+from megaman.weights import CPU, Part
 
 for library in (diffusers.utils.logging, transformers.utils.logging):
     library.set_verbosity_error()  # the variables above come too late where another module was imported first
@@ -33,83 +35,92 @@ for library in (diffusers.utils.logging, transformers.utils.logging):
 # Removed from the hub by its owner in 2024; the same weights stand under the second name.
 ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PROJECT = Path(__file__).resolve().parent.parent
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's words
 # What the libraries raise over a configuration that says something impossible.
 ODD_CONFIGURATION = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
                      StrictDataclassError)  # fmt: skip
-UNUSED_CARD = "there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
 CONVERSION = (
     "Convert it to safetensors in diffusers' layout first, with --to_safetensors of its "
     "scripts/convert_original_stable_diffusion_to_diffusers.py"
 )
-WAYS_ON = "Name a local folder in diffusers' layout or a .safetensors file, or try the embedded base with --demo"
 
 
-def vae_factor(vae: AutoencoderKL) -> int:
+def vae_factor(vae: AutoencoderKL | Part) -> int:
     """Pixels a side of one latent cell."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-@dataclass
-class Base:
-    """A Stable Diffusion, taken apart. The noise schedule is in scheduler.config; name is what a LoRA should note."""
+def vae_identity(vae: AutoencoderKL) -> str:
+    """A SHA-256 of what a VAE computes with: its configuration and its tensors, in whatever file they stood."""
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
-    name: str
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    scheduler: DDPMScheduler
+
+class Base:
+    """A Stable Diffusion, taken apart. Each of its three models is loaded onto the device when it is first asked for.
+
+    The noise schedule is in scheduler.config; name is what a LoRA should note. unet, text_encoder and vae raise
+    UserError where the files are gone or others by then, or hold numbers that are not finite.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        tokenizer: CLIPTokenizer,
+        scheduler: DDPMScheduler,
+        layout: torch.memory_format,
+        **parts: Part,
+    ):
+        self.name, self.device, self.tokenizer, self.scheduler = name, device, tokenizer, scheduler
+        self.layout, self.parts = layout, parts
+        self._loaded: dict[str, torch.nn.Module] = {}
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self._get("unet")
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        return self._get("text_encoder")
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self._get("vae")
+
+    def _get(self, part: str) -> torch.nn.Module:
+        if part not in self._loaded:
+            with _refusing(self.name):
+                # A LoRA that is added later stays contiguous, as AdamW's moments are when they come from a file.
+                self._loaded[part] = self.parts[part].load(self.device).to(memory_format=self.layout)
+        return self._loaded[part]
+
+    def release(self, *parts: str) -> None:
+        """Let models go, with all that was changed in them; whoever asks for one again gets it from its files."""
+        for part in parts:
+            self._loaded.pop(part, None)
+
+    def vae_files(self) -> list[Path]:
+        """The files that the VAE hangs on: as long as none of them changes, it is the same one."""
+        return list(self.parts["vae"].files)
 
     @property
     def vae_factor(self) -> int:
         """Pixels a side of one latent cell."""
-        return vae_factor(self.vae)
+        return vae_factor(self.parts["vae"])
+
+    @property
+    def scaling_factor(self) -> float:
+        """What the VAE's latents are multiplied by for the UNet."""
+        return self.parts["vae"].config.scaling_factor
 
     @property
     def native_size(self) -> int:
         """Side in pixels of the pictures that the base was trained on."""
-        return self.unet.config.sample_size * self.vae_factor
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and in which number format to compute, with the reason in words."""
-
-    device: torch.device
-    dtype: torch.dtype
-    mixed_precision: str  # accelerate's word: no, fp16 or bf16
-    why: str
-
-
-def choose_device(wanted: str | None = None) -> torch.device:
-    """The wanted device, or the best there is; raises UserError where the wanted one is missing."""
-    if wanted is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        wanted = "cpu"  # what accelerate launch --cpu sets
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted and not present[wanted]:
-        raise UserError(f"--device {wanted}: this torch sees no such device", "Leave the flag out or take cpu")
-    return torch.device(wanted or next(name for name, there in present.items() if there))
-
-
-def place(mixed_precision: str, device: torch.device) -> Placement:
-    """Take the precision asked for where the device can compute in it, else fall back and say why."""
-    wanted = DTYPES[mixed_precision]
-    if mixed_precision == "no":
-        return Placement(device, wanted, "no", "float32 as asked for")
-    if mixed_precision == "fp16" and device.type != "cuda":
-        return Placement(device, torch.float32, "no", f"fp16 needs an NVIDIA card, so {device.type} uses float32")
-    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        return Placement(device, torch.float16, "fp16", "this card has no bf16, so it uses fp16")
-    if mixed_precision == "bf16" and device.type == "mps":
-        return Placement(device, torch.float32, "no", "bf16 is not used on mps, so it uses float32")
-    return Placement(device, wanted, mixed_precision, f"base in {mixed_precision}, LoRA in float32")
-
-
-def unused_nvidia_card() -> bool:
-    """Whether this machine has NVIDIA's driver while the installed torch cannot use it."""
-    return not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
+        return self.parts["unet"].config.sample_size * self.vae_factor
 
 
 def actual_name(name: str) -> str:
@@ -157,84 +168,40 @@ def _download(name: str, half: bool) -> Path:
     return hub.download("base", name, (lean, full) if half else (full, lean), is_complete, WAYS_ON)
 
 
-def load_base(name: str, dtype: torch.dtype) -> Base:
-    """Load a base on the CPU: UNet and text encoder in dtype, the VAE in float32 (fp16 turns some pictures black).
+def load_base(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Base:
+    """Open a base, whose models come onto the device and into the layout when they are asked for: UNet and text encoder
+    in dtype, the VAE in float32 (fp16 turns some pictures black).
 
-    Raises UserError where it is missing, incomplete, damaged, a pickle or no Stable Diffusion 1.x.
+    Raises UserError where it is missing, incomplete, damaged, a pickle or no Stable Diffusion 1.x. Of the weights only
+    names and shapes are looked at.
     """
     path = find_base(name, half=dtype != torch.float32)
-    try:
-        parts = single_file.load_parts(path, dtype) if path.is_file() else _load_folder(name, path, dtype)
-    except (SafetensorError, OSError, *ODD_CONFIGURATION) as error:
-        raise UserError(f"The base {name} cannot be loaded ({brief(error)})", WAYS_ON) from None
-    base = Base(name, **parts)
+    with _refusing(name):
+        parts = single_file.find_parts(path, dtype) if path.is_file() else base_folder.find_parts(name, path, dtype)
+    base = Base(name, device, layout=layout, **parts)
     _check_kind(base)
-    for part in WEIGHTS:
-        model = getattr(base, part).requires_grad_(False).eval()
-        if (key := _not_finite(model)) is not None:
-            raise UserError(f"{path}, {part}: {key} holds numbers that are not finite", "Take another copy of the base")
     return base
 
 
-def _load_folder(name: str, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The parts of a folder in diffusers' layout."""
-    _check_layout(name, folder)
-    variants = {part: _variant(name, folder / part, stem) for part, stem in WEIGHTS.items()}
-    for part in WEIGHTS:
-        check_part(folder / part)
-    return {
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        "text_encoder": _load(CLIPTextModel, folder, "text_encoder", variants, dtype),
-        "vae": _load(AutoencoderKL, folder, "vae", variants, torch.float32),
-        "unet": _load(UNet2DConditionModel, folder, "unet", variants, dtype),
-        "scheduler": DDPMScheduler.from_pretrained(folder / "scheduler"),
-    }
-
-
-def _not_finite(model: torch.nn.Module) -> str | None:
-    """A parameter with NaN or infinite numbers in it; both show in its extremes, which takes no memory to ask."""
-    parameters = ((key, parameter) for key, parameter in model.named_parameters() if parameter.numel())
-    return next((key for key, value in parameters if not torch.stack(value.aminmax()).isfinite().all()), None)
-
-
-def _check_layout(name: str, folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{name} holds no model_index.json, so it is no base in diffusers' layout", WAYS_ON)
-    content = read_json(index)
-    kind = content.get("_class_name") if isinstance(content, dict) else None
-    if kind != "StableDiffusionPipeline":
-        raise UserError(f"The base {name} is a {kind}, not a Stable Diffusion 1.x", WAYS_ON)
-    for part in ("tokenizer", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS)):
-        if not (folder / part).exists():  # the libraries would look for it on the hub, or take another model's
-            raise UserError(f"The base {name} is not complete: {part} is missing", WAYS_ON)
-
-
-def _variant(name: str, folder: Path, stem: str) -> str | None:
-    if (folder / f"{stem}.safetensors").is_file() or (folder / f"{stem}.safetensors.index.json").is_file():
-        return None
-    if (folder / f"{stem}.fp16.safetensors").is_file():
-        return "fp16"
-    if list(folder.glob("*.bin")):
-        raise UserError(
-            f"{name}: {folder.name}/ holds only .bin files, pickles, which can run code",
-            "Take a copy of the base with .safetensors files",
-        )
-    raise UserError(f"{name}: {folder.name}/{stem}.safetensors is missing", WAYS_ON)
-
-
-def _load(kind, folder: Path, part: str, variants: dict[str, str | None], dtype: torch.dtype):
-    model, report = kind.from_pretrained(
-        folder / part, variant=variants[part], use_safetensors=True, dtype=dtype, output_loading_info=True
-    )
-    if report["missing_keys"]:  # the libraries would go on with random numbers in their place
-        raise ValueError(f"{part} lacks {min(report['missing_keys'])}")
-    return model
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turn what the libraries raise over a base into a line."""
+    try:
+        yield
+    except (SafetensorError, OSError, *ODD_CONFIGURATION) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"The base {name} cannot be loaded ({brief(error)})", WAYS_ON) from None
 
 
 def _check_kind(base: Base) -> None:
-    unet, text = base.unet.config, base.text_encoder.config
-    if unet.in_channels != base.vae.config.latent_channels:
+    unet, text = base.parts["unet"].config, base.parts["text_encoder"].config
+    if unet.in_channels != base.parts["vae"].config.latent_channels:
         raise UserError(
             f"The base {base.name} is for inpainting or editing ({unet.in_channels} input channels)", WAYS_ON
         )

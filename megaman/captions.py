@@ -27,30 +27,32 @@ WESTERN = "’‘“”„…–—«»¿¡©®°€™½"  # marks that stand i
 
 
 class Caption(NamedTuple):
-    """A caption to train with; whether it was found or made from the picture's name; and, where a person should know
-    something about the file beside the picture, its path and that."""
+    """A caption to train with; whether it was found or made from the picture's name; where a person should know
+    something about the file beside the picture, its path and that; and how the name of the file ends where it was
+    found in one."""
 
     text: str
     found: bool
     remark: tuple[Path, str] | None = None
+    suffix: str = ""
 
 
 def caption_for(picture: Path, extension: str | None = None) -> Caption:
     """The text in the file of the same stem (caption_file), on one line; made from the picture's name where nothing
     stands there."""
-    made = Caption(caption_from_name(picture), False)
     path = caption_file(picture, extension)
     if path is None:
-        return made
+        return Caption(caption_from_name(picture), False)
     try:
         text, guess = decode(content_of(path, LARGEST_FILE))
     except OSError as error:
         reason = f"cannot be read ({error.strerror or error}): the caption was made from the picture's name"
-        return made._replace(remark=(path, reason))
+        return Caption(caption_from_name(picture), False, (path, reason))
     if not (text := tidy(text)):
-        return made._replace(remark=(path, "holds no text: the caption was made from the picture's name"))
+        reason = "holds no text: the caption was made from the picture's name"
+        return Caption(caption_from_name(picture), False, (path, reason))
     remark = f"is not UTF-8 and was read as {guess}: save it as UTF-8 if that is wrong"
-    return Caption(text, True, (path, remark) if guess else None)
+    return Caption(text, True, (path, remark) if guess else None, path.suffix.lower())
 
 
 def tells_a_side(caption: str) -> bool:
@@ -61,9 +63,12 @@ def tells_a_side(caption: str) -> bool:
 def caption_file(picture: Path, extension: str | None = None) -> Path | None:
     """The file of a picture's stem with that extension, .txt or .caption where none is given; None where there is
     none."""
-    extensions = [extension] if extension else EXTENSIONS
-    candidates = (picture.with_suffix(form) for suffix in extensions for form in (suffix, suffix.upper()))
-    return next((path for path in candidates if os.path.lexists(path) and not os.path.isdir(path)), None)
+    stem = os.path.splitext(picture)[0]  # as text: Path would take most of the time with 100,000 pictures
+    for suffix in [extension] if extension else EXTENSIONS:
+        for form in (suffix, suffix.upper()):
+            if os.path.lexists(stem + form) and not os.path.isdir(stem + form):
+                return Path(stem + form)
+    return None
 
 
 def content_of(path: Path, largest: int) -> bytes:
@@ -78,6 +83,8 @@ def content_of(path: Path, largest: int) -> bytes:
 
 def tidy(text: str) -> str:
     """The text on one line, without control and other invisible characters; empty where nothing visible is left."""
+    if text.isascii() and text.isprintable():
+        return " ".join(text.split())
     kept = (mark for mark in text if mark.isspace() or mark in JOINERS or unicodedata.category(mark) not in INVISIBLE)
     line = " ".join("".join(kept).split())
     return line if line.strip(JOINERS + " ") else ""

@@ -27,14 +27,15 @@ OPTIMIZER = "optimizer.safetensors"
 
 @dataclass
 class Progress:
-    """Where a run stands: optimizer steps done, its seed, TensorBoard folder, seconds spent, and the settings that a
-    resumed run has to share."""
+    """Where a run stands: optimizer steps done, its seed, TensorBoard folder, seconds spent, the settings that a
+    resumed run has to share, and those of choices.py, which it may (None in earlier checkpoints)."""
 
     step: int
     seed: int
     log_dir: str | None
     elapsed: float
     settings: dict[str, Any]
+    choices: Any = None
 
 
 def save(
@@ -94,7 +95,7 @@ def read_progress(folder: Path) -> Progress:
     scaler = (content.get("scaler") or {}) if known else None
     if not known or not isinstance(scaler, dict) or not all(map(_is_number, [content["elapsed"], *scaler.values()])):
         raise UserError(f"{folder / STATE} is damaged", "Resume from an earlier checkpoint")
-    return Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
+    return Progress(**{key: content.get(key) for key in Progress.__dataclass_fields__})
 
 
 def _is_number(value: Any) -> bool:
@@ -138,7 +139,8 @@ def restore(
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Settings in which a checkpoint and this run disagree, as words."""
     # What earlier checkpoints do not tell.
-    earlier = {"train_text_encoder": False, "enable_bucket": False, "class data": "none", **Variation()._asdict()}
+    earlier = {"train_text_encoder": False, "enable_bucket": False, "no_cache": False, "class data": "none",
+               **Variation()._asdict()}  # fmt: skip
     saved = {**earlier, **saved}
     return [
         f"{key} was {saved[key]} and is now {wanted[key]}"

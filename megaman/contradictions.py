@@ -36,6 +36,9 @@ def contradictions(options: Namespace) -> Iterator[str]:
         )
     if options.center_crop and options.crop_variants > 1 and "crop_variants" in options.given:
         yield "--center_crop and --crop_variants contradict each other: leave one out"
+    for flag in ("cache_dir", "cache_limit", "crop_variants"):
+        if options.no_cache and flag in options.given:
+            yield f"--no_cache and --{flag} contradict each other: leave one out"
     for flag in BUCKET_FLAGS:
         if getattr(options, flag) and not options.enable_bucket:
             yield f"--{flag} has no effect without --enable_bucket: add that, or leave this out"

@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megaman.buckets import Buckets, Size
 from megaman.captions import dressed, tells_a_side
 from megaman.errors import UserError
 from megaman.images import BadImageError, Box, crop_boxes, fit, image_size, open_image
 from megaman.layouts import describe, read_layout
+from megaman.stamps import Stamp, Stamps, digest_of, stamp_of
 
 if TYPE_CHECKING:  # torch is imported where an item is read: counting a folder must not wait for it
     import torch
     from PIL import Image
     from transformers import CLIPTokenizer
+
+
+class Look(NamedTuple):
+    """What is known of a picture without decoding it: width and height as it will be seen, its file's stamp, and a
+    digest of its bytes, once these were read."""
+
+    size: Size
+    stamp: Stamp
+    digest: str | None = None
+
+
+class Form(NamedTuple):
+    """One way in which a picture is trained on: cut out box, bring it to size, mirror it."""
+
+    box: Box
+    size: Size
+    mirrored: bool
 
 
 class MegaManDataset:
@@ -72,6 +91,7 @@ class MegaManDataset:
         self.repeats = [entry.repeats for entry in entries]
         self.cut = [""] * len(entries)  # of each caption what falls away, once a tokenizer has been asked
         self.folders = [entry.folder for entry in entries]  # the one that the repeats come from
+        self.looks: list[Look | None] = [None] * len(entries)  # once they were looked at
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -79,7 +99,7 @@ class MegaManDataset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = open_image(self.pictures[index])
         rng = None if self.center_crop else random.Random()
-        size = self._size_for(image)
+        size = self._size_for(*image.size)
         box = crop_boxes(*image.size, count=1, rng=rng, shape=size)[0]
         item: dict[str, Any] = {"pixel_values": pixel_values(fit(image, box, size))}
         if self.tokenizer is None:
@@ -90,14 +110,35 @@ class MegaManDataset:
             ).input_ids[0]
         return item
 
-    def check(self) -> None:
-        """Drop the pictures whose header cannot be read, or tells of a size that is of no use."""
+    def check(self, seen: Stamps | None = None) -> None:
+        """Drop the pictures whose header cannot be read, or tells of a size that is of no use.
+
+        A file that is as it was when seen noted it is not opened.
+        """
         problems = {}
-        for picture in self.pictures:
+        for index, picture in enumerate(self.pictures):
             try:
-                image_size(picture)
+                self.looks[index] = _look(picture, seen)
             except BadImageError as error:
                 problems[picture] = str(error)
+        self.drop(problems)
+
+    def recognise(self, seen: Stamps) -> None:
+        """Read the bytes of those pictures whose content is not known, and have seen note it; drops what cannot be
+        read."""
+        problems, new = {}, []
+        for index, picture in enumerate(self.pictures):
+            try:
+                look = self.looks[index] or _look(picture, seen)
+                if look.digest is None:
+                    look = look._replace(digest=digest_of(picture))
+                    new.append((picture, look.stamp, f"{look.digest} {look.size[0]} {look.size[1]}"))
+                self.looks[index] = look
+            except BadImageError as error:
+                problems[picture] = str(error)
+            except OSError as error:
+                problems[picture] = f"cannot be read ({error.strerror})"
+        seen.note(new)
         self.drop(problems)
 
     def dress(self, trigger: str = "", prefix: str = "", suffix: str = "") -> None:
@@ -107,17 +148,17 @@ class MegaManDataset:
     def fingerprint(self) -> str:
         """Count and digest of the pictures' names, sizes in bytes, captions and repeats, for a resumed run."""
         digest = hashlib.sha256()
-        for picture, caption, repeats in zip(self.pictures, self.captions, self.repeats, strict=True):
-            name = picture.relative_to(self.data_dir).as_posix()
-            often = f"x {repeats}\n" if repeats != 1 else ""
-            digest.update(f"{name}\n{picture.stat().st_size}\n{caption}\n{often}".encode("utf-8", "surrogatepass"))
+        for index, (caption, repeats) in enumerate(zip(self.captions, self.repeats, strict=True)):
+            look, often = self.looks[index], f"x {repeats}\n" if repeats != 1 else ""
+            size = look.stamp.size if look else stamp_of(self.pictures[index]).size
+            digest.update(f"{self.name(index)}\n{size}\n{caption}\n{often}".encode("utf-8", "surrogatepass"))
         return f"{len(self)} pictures ({digest.hexdigest()[:8]})"
 
     def drop(self, problems: dict[Path, str]) -> None:
         """Leave these pictures out, for the reasons given."""
         self.problems |= problems
         kept = [i for i, picture in enumerate(self.pictures) if picture not in problems]
-        for name in ("pictures", "captions", "found", "remarks", "sources", "repeats", "folders", "cut"):
+        for name in ("pictures", "captions", "found", "remarks", "sources", "repeats", "folders", "cut", "looks"):
             setattr(self, name, [getattr(self, name)[i] for i in kept])
 
     def epoch(self) -> list[int]:
@@ -128,17 +169,19 @@ class MegaManDataset:
         """Repeats and captions of each folder that has its own number (kohya's 10_name), and of all others together
         under the name of data_dir."""
         groups: dict[str, tuple[int, list[str]]] = {}
+        names = {folder: folder.relative_to(self.data_dir).as_posix() for folder in set(self.folders)}
+        names[self.data_dir] = self.data_dir.resolve().name
         for folder, repeats, caption in zip(self.folders, self.repeats, self.captions, strict=True):
-            own = folder != self.data_dir
-            name = folder.relative_to(self.data_dir).as_posix() if own else self.data_dir.resolve().name
-            groups.setdefault(name, (repeats, []))[1].append(caption)
+            groups.setdefault(names[folder], (repeats, []))[1].append(caption)
         return groups
 
-    def describe(self, crops: int, flip: bool) -> list[str]:
-        """What was found and how it is read, in about three lines; crops counts those of all the pictures."""
+    def describe(self, crops: int | None, flip: bool) -> list[str]:
+        """What was found and how it is read, in about three lines; crops counts those of all the pictures, or is None
+        where every visit has one of its own."""
         folders = len({picture.parent for picture in self.pictures})
         place = f"{f'{folders} folders of ' if folders > 1 else ''}{self.data_dir}"
-        lines = [f"pictures   {len(self)} in {place}, {crops} crops{' with their mirror images' * flip}"]
+        cropped = "cropped anew at every visit" if crops is None else f"{crops} crops"
+        lines = [f"pictures   {len(self)} in {place}, {cropped}{' with their mirror images' * flip}"]
         if flip and (sided := sum(map(self.keeps_sides, range(len(self))))):
             lines.append(f"           not mirrored: {sided}, whose captions say left or right")
         lines.append(f"captions   {describe(self.sources)}")
@@ -152,21 +195,53 @@ class MegaManDataset:
         """Whether the picture must not be mirrored, because its caption would be wrong then."""
         return tells_a_side(self.captions[index])
 
-    def variants(self, index: int, crops: int, flip: bool, seed: int) -> list[torch.Tensor]:
-        """Every form in which a picture is trained on: its crops (one in the middle, or drawn from the seed), and with
-        flip the mirror image of each, unless it keeps its sides; a list of float32 [3, H, W] of one size."""
-        image = open_image(self.pictures[index])
-        name = self.pictures[index].relative_to(self.data_dir).as_posix()
-        own = f"{seed} {name}".encode("utf-8", "surrogatepass")  # a name on Linux need not be Unicode
-        rng = None if self.center_crop else random.Random(own)
-        size = self._size_for(image)
-        boxes: list[Box] = crop_boxes(*image.size, count=crops, rng=rng, shape=size)
-        upright = [pixel_values(fit(image, box, size)) for box in boxes]
-        mirrored = flip and not self.keeps_sides(index)
-        return upright + ([picture.flip(-1) for picture in upright] if mirrored else [])
+    def name(self, index: int) -> str:
+        """A picture's path within the folder, with / between its parts."""
+        return self.pictures[index].relative_to(self.data_dir).as_posix()
 
-    def _size_for(self, image: Image.Image) -> Size:
-        return self.buckets.size_for(*image.size) if self.buckets else (self.size, self.size)
+    def forms(self, index: int, crops: int, flip: bool, seed: int | str) -> list[Form]:
+        """Every form in which a picture is trained on: its crops (one in the middle, or drawn from the seed), and with
+        flip the mirror image of each, unless it keeps its sides. Needs its header at most."""
+        look = self.looks[index]
+        width, height = look.size if look else image_size(self.pictures[index])
+        own = f"{seed} {self.name(index)}".encode("utf-8", "surrogatepass")  # a name on Linux need not be Unicode
+        rng = None if self.center_crop else random.Random(own)
+        size = self._size_for(width, height)
+        boxes = crop_boxes(width, height, count=crops, rng=rng, shape=size)
+        both = [False, True] if flip and not self.keeps_sides(index) else [False]
+        return [Form(box, size, mirrored) for mirrored in both for box in boxes]
+
+    def read(self, index: int, forms: Sequence[Form]) -> list[torch.Tensor]:
+        """The picture in these forms, each float32 [3, H, W] in -1 ... 1."""
+        image = open_image(self.pictures[index])
+        upright = {}
+        for box, size, _ in forms:
+            if box[2] > image.width or box[3] > image.height:  # the header hid that it lies on its side
+                box_there = crop_boxes(*image.size, count=1, rng=None, shape=size)[0]
+            else:
+                box_there = box
+            if (box, size) not in upright:
+                upright[box, size] = pixel_values(fit(image, box_there, size))
+        return [upright[box, size].flip(-1) if mirrored else upright[box, size] for box, size, mirrored in forms]
+
+    def variants(self, index: int, crops: int, flip: bool, seed: int) -> list[torch.Tensor]:
+        """The picture in all its forms."""
+        return self.read(index, self.forms(index, crops, flip, seed))
+
+    def _size_for(self, width: int, height: int) -> Size:
+        return self.buckets.size_for(width, height) if self.buckets else (self.size, self.size)
+
+
+def _look(picture: Path, seen: Stamps | None) -> Look:
+    """Raises BadImageError where the picture is of no use."""
+    try:
+        stamp = stamp_of(picture)
+    except OSError as error:
+        raise BadImageError(f"cannot be read ({error.strerror})") from None
+    if told := seen and seen.told(picture, stamp):
+        digest, width, height = told.split()
+        return Look((int(width), int(height)), stamp, digest)
+    return Look(image_size(picture), stamp)
 
 
 def pixel_values(image: Image.Image) -> torch.Tensor:

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 
 
 def draw_latents(moments: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:
-    """Sample latents [B, 4, h, w] from the VAE's moments [B, 8, h, w] (mean and log-variance) and scale them."""
+    """Sample latents [B, 4, h, w] from the VAE's moments [B, 8, h, w] (mean and log-variance) and scale them; on the
+    moments' device, with numbers drawn on the CPU."""
     mean, logvar = moments.float().chunk(2, dim=1)
     deviation = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-    return (mean + deviation * torch.randn(mean.shape, generator=generator)) * scaling_factor
+    drawn = torch.randn(mean.shape, generator=generator).to(mean.device, non_blocking=True)
+    return (mean + deviation * drawn) * scaling_factor
 
 
 def draw_noise(shape: torch.Size, offset: float, generator: torch.Generator) -> torch.Tensor:

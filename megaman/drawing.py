@@ -15,7 +15,8 @@ from megaman.room import Room
 if TYPE_CHECKING:
     from PIL import Image
 
-    from megaman.base import Base, Placement
+    from megaman.base import Base
+    from megaman.placement import Placement
     from megaman.samplers import Sampler
 
 MOST_STATES = 1000  # prompts whose states are kept: 0.24 MB each with Stable Diffusion 1.5

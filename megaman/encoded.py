@@ -11,8 +11,10 @@ from megaman.batches import Batches, Part
 from megaman.schedule import caption_random_for, random_for
 
 if TYPE_CHECKING:
+    from megaman.cache import Kept
     from megaman.captions import Variation
     from megaman.dataset import MegaManDataset
+    from megaman.fresh import Fresh
 
 
 class Encoded:
@@ -24,7 +26,7 @@ class Encoded:
     diffusers' example.
 
     Args:
-        moments: one tensor [variants, 8, h, w] a picture.
+        source: of the pictures' moments, in the dataset's order: cache.Kept, or fresh.Fresh, which makes them anew.
         vae_factor: pixels a side of one latent cell.
         in_buckets: whether the pictures may differ in size, so that batches have to be of one.
         at_once, accumulated, processes: pictures of a batch and process, batches of a step, processes.
@@ -34,7 +36,7 @@ class Encoded:
     def __init__(
         self,
         dataset: MegaManDataset,
-        moments: list[torch.Tensor],
+        source: Kept | Fresh,
         vae_factor: int,
         in_buckets: bool,
         at_once: int,
@@ -44,30 +46,41 @@ class Encoded:
         seed: int,
         weight: float = 1.0,
     ):
-        self.dataset, self.moments, self.variation = dataset, moments, variation
+        self.dataset, self.source, self.variation = dataset, source, variation
         self.seed, self.weight = seed, weight
         self._epoch = dataset.epoch()
         # Width and height of each picture that an epoch sees.
-        self.sizes = [tuple(vae_factor * side for side in reversed(moments[i].shape[2:])) for i in self._epoch]
+        self.sizes = [tuple(vae_factor * side for side in reversed(source.cells(i))) for i in self._epoch]
         buckets = self.sizes if in_buckets else None
         self.batches = Batches(len(self._epoch), buckets, at_once, accumulated, processes, seed)
+
+    def look_ahead(self, step: int, process: int, size: int) -> None:
+        """Have the source prepare what this process will draw in this step and the next one."""
+        parts = [part for each in (step, step + 1) for part in self.batches.parts(each, process, size)]
+        self.source.look_ahead(
+            [visit for part in parts for visit in zip(part.numbers, self._indices(part), strict=True)]
+        )
 
     def draw(
         self, part: Part, scaling_factor: float, noise_offset: float, num_train_timesteps: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-        """Latents and noise [B, 4, h, w], timesteps [B] and captions of a part's pictures, on the CPU.
+        """Latents and noise [B, 4, h, w], timesteps [B] and captions of a part's pictures; the latents where their
+        moments are, the rest on the CPU.
 
         Each is one of its picture's variants, and what is random hangs on the seed and the number alone.
         """
-        indices = [self._epoch[place] for place in part.pictures]
-        drawn = []
-        for index, number in zip(indices, part.numbers, strict=True):
-            generator = random_for(self.seed, number)
-            pick = int(torch.randint(len(self.moments[index]), (1,), generator=generator))
-            latents = diffusion.draw_latents(self.moments[index][pick][None], scaling_factor, generator)
-            noise = diffusion.draw_noise(latents.shape, noise_offset, generator)
-            drawn.append((latents, noise, diffusion.draw_timesteps(1, num_train_timesteps, generator)))
-        latents, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        indices, generators = self._indices(part), [random_for(self.seed, number) for number in part.numbers]
+        picks = [int(torch.randint(self.source.count(index), (1,), generator=generator))
+                 for index, generator in zip(indices, generators, strict=True)]  # fmt: skip
+        moments = self.source.of(part.numbers, indices, picks)
+        latents, noise, timesteps = [], [], []
+        for row, generator in zip(moments.split(1), generators, strict=True):
+            latents.append(diffusion.draw_latents(row, scaling_factor, generator))
+            noise.append(diffusion.draw_noise(latents[-1].shape, noise_offset, generator))
+            timesteps.append(diffusion.draw_timesteps(1, num_train_timesteps, generator))
         captions = [self.variation.of(self.dataset.captions[index], caption_random_for(self.seed, number))
                     for index, number in zip(indices, part.numbers, strict=True)]  # fmt: skip
-        return latents, noise, timesteps, captions
+        return torch.cat(latents), torch.cat(noise), torch.cat(timesteps), captions
+
+    def _indices(self, part: Part) -> list[int]:
+        return [self._epoch[place] for place in part.pictures]

@@ -11,8 +11,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from megaman import memory, room
-from megaman.base import DTYPES, Placement, actual_name, choose_device, place
+from megaman.base import actual_name
 from megaman.errors import UserError, brief
+from megaman.placement import DTYPES, Placement, choose_device, place
 from megaman.plan import GB, Plan, gigabytes, read_configs
 
 BATCHES = (1, 2, 4)  # of the table
@@ -153,5 +154,5 @@ def table(mixed_precision: str, vram_limit: float | None, *, name: str, **shape:
         lines += ["", f"sample images  {cell(plan.drawing(False))}, with VAE tiling {cell(plan.drawing(True))}"]
     lines += ["", "GB are 2**30 bytes. Tensors are counted; CUDA's context and workspaces come on top."]
     if device.type != "cuda":
-        lines.append(f"For an NVIDIA card. On this machine: {place(mixed_precision, device).why}.")
+        lines.append(f"For an NVIDIA card. On this machine: {place(mixed_precision, device, plan.width).why}.")
     return lines

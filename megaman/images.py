@@ -52,8 +52,10 @@ def find_images(folder: Path) -> tuple[list[Path], dict[Path, str]]:
             elif suffix in OTHER_SUFFIXES:
                 others[path] = f"{suffix} is not read: save it as PNG or JPG"
 
+    above = len(folder.as_posix()) if folder.parts else 0
+
     def order(path: Path) -> list[tuple[int, int, str]]:
-        return natural_key(path.relative_to(folder).as_posix())
+        return natural_key(path.as_posix()[above:])
 
     return sorted(found, key=order), {path: others[path] for path in sorted(others, key=order)}
 

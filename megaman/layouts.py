@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -52,8 +53,9 @@ def read_layout(folder: Path, extension: str | None = None, repeats: int = 1) ->
     pictures, problems = find_images(folder)
     metadata = _Metadata(folder, pictures)
     entries = []
+    kohya_folder_of = cache(partial(_kohya_folder, folder))
     for picture in pictures:
-        number, kohya_folder = _kohya_folder(picture, folder)
+        number, kohya_folder = kohya_folder_of(picture.parent)
         if number == 0:
             problems[picture] = f"in {kohya_folder.name}, whose 0 means that it is not used"
             continue
@@ -64,7 +66,7 @@ def read_layout(folder: Path, extension: str | None = None, repeats: int = 1) ->
             caption = Caption(row.caption, True, remark if beside.found and beside.text != row.caption else None)
             source = f"from {row.file.name}"
         elif beside.found:
-            caption, source = beside, f"from {caption_file(picture, extension).suffix.lower()} files"
+            caption, source = beside, f"from {beside.suffix} files"
         elif not row and (reason := metadata.reason_against(picture)):
             problems[picture] = reason
             continue
@@ -77,9 +79,9 @@ def read_layout(folder: Path, extension: str | None = None, repeats: int = 1) ->
     return Layout(entries, problems | metadata.missing, metadata.remarks)
 
 
-def _kohya_folder(picture: Path, folder: Path) -> tuple[int | None, Path | None]:
-    """The number and the path of the nearest 10_name between the picture and the folder, itself not counted."""
-    for parent in picture.parents[: len(picture.relative_to(folder).parts) - 1]:
+def _kohya_folder(folder: Path, place: Path) -> tuple[int | None, Path | None]:
+    """The number and the path of the nearest 10_name from a picture's place up to the folder, itself not counted."""
+    for parent in (place, *place.parents)[: len(place.relative_to(folder).parts)]:
         found = re.match(r"(\d+)_", parent.name, re.ASCII)
         if found and len(found[1]) < 10 and int(found[1]) <= MOST_REPEATS:
             return int(found[1]), parent
@@ -106,7 +108,8 @@ class _Metadata:
         self._covered: dict[Path, Path] = {}  # folder: its first metadata file
         self._known = {unicodedata.normalize("NFC", picture.as_posix()): picture for picture in pictures}
         self._root = os.path.realpath(folder)
-        folders = {parent for picture in self._known.values() for parent in picture.parents if self._is_in(parent)}
+        places = {picture.parent for picture in self._known.values()}
+        folders = {parent for place in places for parent in (place, *place.parents) if self._is_in(parent)}
         for each in sorted({folder, *folders}, key=lambda path: (-len(path.parts), path)):  # the nearest one counts
             for name in imagefolder.NAMES:
                 if os.path.lexists(each / name):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megaman.commandline import (
@@ -37,7 +39,7 @@ RATE = number(float, 0, 1, exclusive=True)
 # What a resumed run has to share, beside base, seed, pictures and their number a step.
 MUST_MATCH = (
     "lora_rank", "lora_alpha", "use_rslora", "target_modules", "train_text_encoder", "resolution", "center_crop",
-    "crop_variants", "random_flip", *BUCKET_FLAGS, "shuffle_caption", "keep_tokens", "caption_dropout_rate",
+    "crop_variants", "random_flip", "no_cache", *BUCKET_FLAGS, "shuffle_caption", "keep_tokens", "caption_dropout_rate",
     "caption_tag_dropout_rate",
 )  # fmt: skip
 
@@ -94,6 +96,15 @@ def training_parser() -> Parser:
         "--bucket_reso_steps", type=side, help="what the sides are multiples of (default: an eighth of the base's size)"
     )
     add("--bucket_no_upscale", action="store_true", help="small pictures get buckets of their own instead of enlarging")
+    add(
+        "--cache_dir",
+        type=folder,
+        help="where the encoded pictures are kept for later runs (default: ~/.cache/megaman_lora)",
+    )
+    add("--cache_limit", type=number(float, 0, MANY), default=10.0, metavar="GB", help="how large it may grow")
+    add(
+        "--no_cache", action="store_true", help="encode a picture anew at every visit, with a new random crop each time"
+    )
     add("--train_batch_size", type=number(int, 1, 4096), default=1, help="pictures a forward pass and device")
     add("--gradient_accumulation_steps", type=number(int, 1, 65536), default=1, help="forward passes an optimizer step")
     add("--num_train_epochs", type=number(int, 1, 10**6), default=100, help="times every picture is seen")
@@ -136,6 +147,13 @@ def training_parser() -> Parser:
     add("--noise_offset", type=number(float, 0, 1), default=0.0, help="strength of an offset noise; 0.05 is usual")
     add("--mixed_precision", **choice("no", "fp16", "bf16"), default="fp16", help="what the frozen base computes in")
     add("--save_precision", **choice("float", "fp16", "bf16"), default="float", help="what lora_weights/ is written in")
+    add("--memory_format", **choice("auto", "contiguous", "channels_last"), default="auto", help="of the convolutions")
+    add(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="xformers' attention instead of torch's own (sdpa); for NVIDIA cards",
+    )
+    add("--compile", action="store_true", help="compile the UNet's repeated blocks; for NVIDIA cards")
     add("--gradient_checkpointing", action="store_true", help="less memory, slower steps")
     add(
         "--vram_limit",
@@ -176,6 +194,13 @@ def bucket_settings(options: Namespace) -> dict[str, Any]:
     """What is given for the buckets, under the names of make_buckets."""
     return {"resolution": options.resolution, "smallest": options.min_bucket_reso, "largest": options.max_bucket_reso,
             "step": options.bucket_reso_steps, "upscale": not options.bucket_no_upscale}  # fmt: skip
+
+
+def cache_place(options: Namespace) -> Path | None:
+    """The folder of the cache; None without one, as where the system knows no home."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    place = os.path.expanduser(options.cache_dir or os.path.join(home, "megaman_lora"))
+    return None if options.no_cache or place.startswith("~") else Path(place)
 
 
 def plan_request(options: Namespace) -> dict[str, object]:

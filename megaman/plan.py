@@ -55,6 +55,14 @@ def read_configs(name: str) -> tuple[dict[str, dict[str, Any]], str]:
     return sd15, f"{name} is not on this machine: planned as Stable Diffusion 1.5"
 
 
+def unet_width(name: str) -> int:
+    """Channels of the first block of a base's UNet, by read_configs; 0 where they cannot be told."""
+    try:
+        return int(read_configs(name)[0]["unet"]["block_out_channels"][0])
+    except (UserError, OSError, LookupError, TypeError, ValueError, OverflowError):  # loading the base tells it better
+        return 0
+
+
 class Plan:
     """The memory that a run takes, in bytes, from its base's configurations (read_configs).
 
@@ -93,6 +101,7 @@ class Plan:
                     trained += add_lora(self.text_encoder, target_modules=lora.TEXT_ENCODER_TARGETS)
         except ODD_CONFIGURATION as error:
             raise UserError(f"The base's configuration is odd ({brief(error)})", WAYS_ON) from None
+        self.width = self.unet.config.block_out_channels[0]
         self.in_training = [self.unet, self.text_encoder] if trains_text_encoder else [self.unet]
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels a side of one latent cell
         numbers = sum(parameter.numel() for parameter in trained)

@@ -52,6 +52,7 @@ class Record:
     fused: bool
     vae_tiling: bool
     versions: dict[str, str]
+    memory_format: str = "contiguous"  # earlier records do not tell
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -141,7 +142,7 @@ def read(path: Path) -> Record:
     if text is None:
         raise UserError(f"--from_image {path} carries no record of this project", another)
     try:
-        content = json.loads(text)
+        content = {"memory_format": Record.memory_format} | json.loads(text)
         known = {field.name: content[field.name] for field in fields(Record)}
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"--from_image {path}: its record is damaged", another) from None
@@ -196,5 +197,6 @@ _SOUND = {
     "batch": _some(1, lambda value: _row(value, _text, _text, _whole(0, 2**64 - 1))), "place": _whole(0, MOST),
     "device": _text, "dtype": lambda value: value in ("float32", "float16", "bfloat16"),
     "fused": lambda value: type(value) is bool, "vae_tiling": lambda value: type(value) is bool,
+    "memory_format": lambda value: value in ("contiguous", "channels_last"),
     "versions": lambda value: isinstance(value, dict) and all(map(_text, value.values())),
 }  # fmt: skip

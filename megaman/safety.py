@@ -45,7 +45,13 @@ def _begins_like_a_pickle(path: Path) -> bool:
 
 
 def check_safetensors(path: Path) -> None:
-    """Read a safetensors file's header before any library does; raises UserError where it is not sound.
+    """Read a safetensors file's header before any library does; raises UserError where it is not sound."""
+    read_header(path)
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, by tensor, and where its numbers begin, in bytes; raises UserError where it is not
+    sound.
 
     Sound is a header as long as it says, of known number formats, in which every tensor has the bytes that its shape
     asks for and all of them together fill the file.
@@ -68,6 +74,7 @@ def check_safetensors(path: Path) -> None:
             text = file.read(length).decode("utf-8")
         header = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_number)
         _check_header(header, size - 8 - length)
+        return header, 8 + length
     except RecursionError:
         raise UserError(f"{path} cannot be loaded (its header is nested too deep)", ANOTHER_COPY) from None
     except (ValueError, TypeError, KeyError) as error:

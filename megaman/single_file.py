@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -26,6 +25,7 @@ from megaman.errors import UserError
 from megaman.files import read_json
 from megaman.lora_formats import KEY, RELATIVES, WIDTHS, foreign_base
 from megaman.safety import check_safetensors
+from megaman.weights import Part, build, misfit, missing, outline
 
 SUFFIX = ".safetensors"
 SD15 = Path(__file__).resolve().parent / "sd15"
@@ -43,34 +43,35 @@ def named(path: str | Path) -> bool:
     return str(path).lower().endswith(SUFFIX)
 
 
-def load_parts(path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Tokenizer, text encoder, VAE, UNet and scheduler on the CPU: UNet and text encoder in dtype, the VAE in float32.
+def find_parts(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Tokenizer and scheduler, and text encoder, VAE and UNet to be loaded later: the VAE in float32, the others in
+    dtype.
 
     The file may be in fp32, fp16, bf16 or fp8. Raises UserError where its header lies, where it is not Stable Diffusion
     1.x, named as what it is, and where a tensor is missing or of another shape.
     """
     check_safetensors(path)
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - mapped, not read, until used
-        metadata = file.metadata() or {}
+    tensors, metadata = outline(path)
     refuse_others(path, metadata, tensors)
-    configs = {part: read_json(SD15 / f"{part}.json") for part in ("unet", "vae", "text_encoder", "scheduler")}
-    with torch.device("meta"):  # shapes alone: drawing random numbers for them takes longer than all the rest
-        unet = UNet2DConditionModel.from_config(configs["unet"])
-        vae = AutoencoderKL.from_config(configs["vae"])
-        text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
-    state = convert_ldm_unet_checkpoint(_part(path, tensors, UNET), configs["unet"])
-    unet.load_state_dict(_fitting(path, unet, state, dtype), assign=True)
-    state = convert_ldm_vae_checkpoint(_part(path, tensors, VAE), configs["vae"])
-    vae.load_state_dict(_fitting(path, vae, state, torch.float32), assign=True)
+    unet, vae, text, scheduler = (
+        read_json(SD15 / f"{part}.json") for part in ("unet", "vae", "text_encoder", "scheduler")
+    )
+    keys = {tensor.data_ptr(): key for key, tensor in tensors.items()}  # conversion keeps the place, not the name
+
+    def part(label: str, model: nn.Module, state: Mapping[str, torch.Tensor | None], dtype: torch.dtype) -> Part:
+        found = {name: keys[state[name].data_ptr()] for name in model.state_dict() if state.get(name) is not None}
+        _refuse_misfits(path, model, {name: _shaped(state[name], tensors[key]) for name, key in found.items()})
+        return Part(path, label, model, {name: (path, key) for name, key in found.items()}, dtype, [path])
+
+    told = {"prediction_type": "v_prediction"} if metadata.get("modelspec.prediction_type") == "v" else {}
+    state = convert_ldm_unet_checkpoint(_part(path, tensors, UNET), unet)
+    parts = {"unet": part("unet", build(UNet2DConditionModel, unet), state, dtype)}
+    state = convert_ldm_vae_checkpoint(_part(path, tensors, VAE), vae)
+    parts["vae"] = part("vae", build(AutoencoderKL, vae), state, torch.float32)
     words = _part(path, tensors, TEXT_ENCODER).items()
     state = {key.removeprefix(TEXT_ENCODER).removeprefix("text_model."): tensor for key, tensor in words}
-    text_encoder = CLIPTextModel.from_pretrained(
-        None, config=text_encoder.config, state_dict=_fitting(path, text_encoder, state, dtype), dtype=dtype
-    )
-    told = {"prediction_type": "v_prediction"} if metadata.get("modelspec.prediction_type") == "v" else {}
-    return {"tokenizer": tokenizer(), "text_encoder": text_encoder, "vae": vae, "unet": unet,
-            "scheduler": DDPMScheduler.from_config(configs["scheduler"], **told)}  # fmt: skip
+    parts["text_encoder"] = part("text_encoder", build(CLIPTextModel, CLIPTextConfig(**text)), state, dtype)
+    return {"tokenizer": tokenizer(), "scheduler": DDPMScheduler.from_config(scheduler, **told), **parts}
 
 
 def _part(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -83,24 +84,16 @@ def _part(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[
     return part
 
 
-def _fitting(
-    path: Path, model: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """A copy of all that the model asks for, in dtype; raises UserError for what is missing or of another shape."""
-    fitting = {}
-    for name, wanted in model.state_dict().items():
-        tensor = state.get(name)
-        if tensor is None:
-            raise UserError(f"{path} is not complete: {type(model).__name__} lacks {name}", ANOTHER)
-        if tensor.shape != wanted.shape or not tensor.is_floating_point():
-            sides, own = ("x".join(map(str, shape)) or "one number" for shape in (tensor.shape, wanted.shape))
-            kind = "" if tensor.is_floating_point() else " of whole numbers"
-            raise UserError(
-                f"{path} is no Stable Diffusion 1.x: {type(model).__name__}'s {name} is {sides}{kind} instead of {own}",
-                ANOTHER,
-            )
-        fitting[name] = tensor.to(dtype, copy=True)  # a copy: the file may go while the model is at work
-    return fitting
+def _shaped(converted: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """A tensor as it was converted, unless the conversion cut something off."""
+    return converted if converted.numel() == original.numel() else original
+
+
+def _refuse_misfits(path: Path, model: nn.Module, found: Mapping[str, torch.Tensor]) -> None:
+    if words := misfit(model, found):
+        raise UserError(f"{path} is no Stable Diffusion 1.x: {type(model).__name__}'s {words}", ANOTHER)
+    if name := missing(model, found):
+        raise UserError(f"{path} is not complete: {type(model).__name__} lacks {name}", ANOTHER)
 
 
 def tokenizer() -> CLIPTokenizer:

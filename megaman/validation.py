@@ -18,6 +18,8 @@ from megaman.room import images_at_once
 from megaman.stops import StoppedError
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
     from megaman.base import Base
 
 STEPS, GUIDANCE = 25, 7.5  # generate_megaman.py's defaults
@@ -27,7 +29,8 @@ class Validation:
     """Draws the prompt with each of the seeds, size pixels a side, on the device that the UNet is on.
 
     text_states holds the states [positions, width] of the prompt and of "", or is None where the text encoder is in
-    training and has to be asked each time; autocast makes the context in which the models compute; say takes a line;
+    training and has to be asked each time; tile_vae sets the VAE's tiles, where it draws in tiles; keeps_vae tells
+    whether the run needs it on between; autocast makes the context in which the models compute; say takes a line;
     on_step is called after each sampling step and may raise StoppedError.
     """
 
@@ -38,11 +41,14 @@ class Validation:
         prompt: str,
         seeds: Sequence[int],
         size: int,
+        tile_vae: Callable[[AutoencoderKL], None],
+        keeps_vae: bool,
         autocast: Callable[[], AbstractContextManager],
         say: Callable[[str], None],
         on_step: Callable[[], None],
     ):
         self.base, self.text_states, self.prompt, self.seeds, self.size = base, text_states, prompt, seeds, size
+        self.tile_vae, self.keeps_vae = tile_vae, keeps_vae
         self.autocast, self.say, self.on_step = autocast, say, on_step
         self.at_once = images_at_once(size, size)
 
@@ -54,10 +60,10 @@ class Validation:
         images: list[Image.Image] = []
         if not self.seeds:
             return images
-        unet, vae = self.base.unet, self.base.vae
+        unet = self.base.unet
         in_training = [unet] if self.text_states else [unet, self.base.text_encoder]
         try:
-            vae.to(unet.device)
+            self.tile_vae(self.base.vae)
             for model in in_training:
                 model.eval()
             images = memory.until_it_fits(self._draw_all, self._one_at_a_time)
@@ -75,7 +81,10 @@ class Validation:
         finally:
             for model in in_training:
                 model.train()
-            vae.to("cpu")
+            if self.keeps_vae:
+                self.base.vae.disable_tiling()
+            else:
+                self.base.release("vae")
         return images
 
     def _draw_all(self) -> list[Image.Image]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="page not opened: no
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package lies beside the scripts and is not installed
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the tests compare pixels and weights, also on machines with a card
+CACHE = tempfile.TemporaryDirectory(prefix="megaman-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # encoded pictures are shared by the tests and leave no trace
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; test_base.py's processes talk to their own server
 # The same examples on every machine, however slow it is: a test that fails does so because of the code.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)

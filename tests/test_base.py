@@ -17,11 +17,8 @@ from megaman.base import (
     PROJECT,
     Base,
     actual_name,
-    choose_device,
     find_base,
     load_base,
-    place,
-    unused_nvidia_card,
 )
 from megaman.errors import UserError
 
@@ -47,7 +44,7 @@ def own_copy(base_folder, tmp_path):
 
 
 def refusal(name: str | Path) -> str:
-    """The one line with which a base is refused."""
+    """The one line with which a base is refused, before any of its weights is read."""
     with pytest.raises(UserError) as caught:
         load_base(str(name), torch.float32)
     line = str(caught.value)
@@ -233,53 +230,6 @@ def test_a_model_for_inpainting(own_copy):
     tensors["conv_in.weight"] = torch.zeros(first.shape[0], 9, *first.shape[2:], dtype=first.dtype)
     save_file(tensors, own_copy / UNET)
     assert "inpainting" in refusal(own_copy) and "9 input channels" in refusal(own_copy)
-
-
-# Device and precision.
-
-
-def test_a_cpu_falls_back_from_fp16_and_says_why():
-    placement = place("fp16", torch.device("cpu"))
-    assert (placement.dtype, placement.mixed_precision) == (torch.float32, "no")
-    assert "fp16 needs an NVIDIA card" in placement.why and "cpu uses float32" in placement.why
-
-
-def test_a_cpu_takes_bf16_and_float32():
-    placement = place("bf16", torch.device("cpu"))
-    assert (placement.dtype, placement.mixed_precision) == (torch.bfloat16, "bf16")
-    placement = place("no", torch.device("cpu"))
-    assert (placement.dtype, placement.mixed_precision, placement.device) == (torch.float32, "no", torch.device("cpu"))
-
-
-def test_other_devices():
-    assert place("fp16", torch.device("cuda")).dtype == torch.float16
-    assert place("no", torch.device("cuda")).dtype == torch.float32
-    for wanted in ("fp16", "bf16"):
-        placement = place(wanted, torch.device("mps"))
-        assert (placement.dtype, placement.mixed_precision) == (torch.float32, "no")
-        assert "mps" in placement.why and "float32" in placement.why
-
-
-def test_the_best_device_there_is(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as accelerate launch --cpu does
-    assert choose_device().type == "cpu"
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    assert choose_device().type == next(name for name in there if there[name])
-    for name, present in there.items():
-        if present:
-            assert choose_device(name).type == name
-        else:
-            with pytest.raises(UserError, match=f"--device {name}: this torch sees no such device.*cpu"):
-                choose_device(name)
-
-
-def test_a_card_that_torch_cannot_use(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert not unused_nvidia_card()
-    for name in ("nvidia-smi", "nvidia-smi.bat"):
-        (tmp_path / name).touch(mode=0o755)
-    assert unused_nvidia_card() == (not torch.cuda.is_available())
 
 
 # The hub: what huggingface_hub asks of it, answered from folders on this machine.

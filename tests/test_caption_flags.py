@@ -22,8 +22,10 @@ from megaman.captions import Variation, contains, dressed
 from megaman.checkpoint import differences
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError
+from megaman.moments import Moments
 from megaman.options import training_options
 from megaman.problems import MOST_CUT, write_problems
+from megaman.stamps import Stamps
 
 HELD_OUT = ROOT / "demo" / "held_out"
 DATA = ["--data_dir", HELD_OUT, "--train_batch_size", 4, "--learning_rate", 1e-3, "--center_crop"]
@@ -118,7 +120,7 @@ def encoded(base_folder):
     """The base, the dataset and its moments as the script has them."""
     base = load_base(str(base_folder), torch.float32)
     dataset = MegaManDataset(HELD_OUT, None, 64, center_crop=True)
-    moments, _ = cache.encode_pictures(base.vae, dataset, 1, False, 0)
+    moments = cache.encode_pictures(lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None))
     return base, dataset, moments
 
 

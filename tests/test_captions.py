@@ -14,6 +14,7 @@ from megaman.captions import (
     COMMON_ENDING,
     JOINERS,
     LARGEST_FILE,
+    Caption,
     caption_for,
     caption_from_name,
     decode,
@@ -58,7 +59,7 @@ def test_the_file_beside_the_picture(tmp_path, content, caption):
 
 def test_no_file_beside_the_picture(tmp_path):
     assert read_caption(tmp_path / "robot.png") is None
-    assert caption_for(tmp_path / "boss_robot_03.png") == (f"boss robot, {COMMON_ENDING}", False, None)
+    assert caption_for(tmp_path / "boss_robot_03.png") == Caption(f"boss robot, {COMMON_ENDING}", False)
 
 
 def test_the_stem_decides_and_the_last_dot_ends_it(tmp_path):
@@ -137,7 +138,9 @@ def test_any_bytes_make_one_visible_line_or_nothing(tmp_path_factory, content):
     assert tidy(caption.text) == caption.text
     assert caption.found or caption.remark, "a file that is not used is told of"
     (folder / "any_caption.txt").write_text(caption.text, encoding="utf-8")
-    assert caption_for(folder / "any_caption.png") == (caption.text, True, None), "saved as UTF-8 it stays as it is"
+    assert caption_for(folder / "any_caption.png") == Caption(caption.text, True, None, ".txt"), (
+        "saved as UTF-8 it stays as it is"
+    )
 
 
 @given(st.text(max_size=40))

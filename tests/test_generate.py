@@ -549,11 +549,14 @@ def test_mistakes_end_in_one_line(run_script, tmp_path, flags, code, named):
 def test_validation_and_generation_draw_the_same(generate, base_folder, lora_path):
     """One sampling loop serves both scripts: called directly it gives the gallery's picture."""
     drawn = generate("--seed", 5, "--guidance_scale", 6)
-    base = load_base(str(base_folder), torch.float32)
-    lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
-    lora.Fused([base.unet, base.text_encoder], changing=False).set_strengths({0: 1.0})
     from megaman.cache import encode_captions
     from megaman.generation_options import DEFAULT_NEGATIVE_PROMPT
+    from megaman.placement import place
+
+    layout = place("no", torch.device("cpu"), 0).layout  # it shows in the last bits
+    base = load_base(str(base_folder), torch.float32, layout=layout)
+    lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
+    lora.Fused([base.unet, base.text_encoder], changing=False).set_strengths({0: 1.0})
 
     text, negative = (encode_captions(base.text_encoder, base.tokenizer, [prompt])[prompt][None]
                       for prompt in ("a blue robot", DEFAULT_NEGATIVE_PROMPT))  # fmt: skip

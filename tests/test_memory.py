@@ -56,7 +56,27 @@ def test_training_goes_on_with_the_same_mathematics(train_here, tmp_path, monkey
     ]
     assert all(words in printed for words in said)
     assert losses(tmp_path / "logs-short") == pytest.approx(losses(tmp_path / "logs-whole"), rel=1e-4)
-    assert all(torch.allclose(whole[key], short[key], atol=1e-4) for key in whole)
+    # Four steps of 1e-3; where a gradient is next to nothing, its rounding decides what AdamW makes of it.
+    assert all(torch.allclose(whole[key], short[key], atol=5e-4) for key in whole)
+
+
+def test_a_resumed_run_begins_with_the_room_that_was_made(train_here, tmp_path, monkeypatch, capsys):
+    """The same command goes on; it neither runs out of memory again nor asks for what does not fit."""
+    flags = [*FIXED, "--train_batch_size", 4, "--save_steps", 2]
+    with monkeypatch.context() as patch:
+        fail_on(patch, UNet2DConditionModel, "forward", {1, 2})
+        whole = train_here(tmp_path, "run", *flags)
+    capsys.readouterr()
+    (tmp_path / "run" / "lora_weights").rename(tmp_path / "before")
+    resumed = train_here(tmp_path, "run", *flags, "--resume_from_checkpoint", "checkpoint-2")
+    printed = capsys.readouterr().out
+    assert "gradient_checkpointing on instead of off, split 2 x 2 instead of 4 x 1" in printed
+    assert "too little memory" not in printed
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    choices = json.loads((tmp_path / "run" / "checkpoint-4" / "training_state.json").read_text())["choices"]
+    assert choices["gradient_checkpointing"] and choices["split"] == {"size": 2, "count": 2}
+    started = json.loads((tmp_path / "run" / "training_config.json").read_text())["choices"]
+    assert started == choices
 
 
 def test_dropout_drops_the_same_when_a_step_is_computed_again(train_here, tmp_path, monkeypatch):
@@ -96,9 +116,9 @@ def test_validation_is_drawn_one_by_one_and_then_left_out(train_here, tmp_path, 
 
 
 def test_encoding_is_tried_again_in_smaller_parts(train_here, tmp_path, monkeypatch):
-    whole = train_here(tmp_path, "whole", *FIXED, "--random_flip")
+    whole = train_here(tmp_path, "whole", *FIXED, "--random_flip", "--cache_dir", "one")
     fail_on(monkeypatch, AutoencoderKL, "encode", {1, 4})
-    short = train_here(tmp_path, "short", *FIXED, "--random_flip")
+    short = train_here(tmp_path, "short", *FIXED, "--random_flip", "--cache_dir", "two")
     assert all(torch.allclose(whole[key], short[key], atol=1e-4) for key in whole)
     config = json.loads((tmp_path / "short" / "training_config.json").read_text(encoding="utf-8"))
     assert config["settings"]["train_batch_size"] == 1
@@ -107,7 +127,7 @@ def test_encoding_is_tried_again_in_smaller_parts(train_here, tmp_path, monkeypa
 def test_an_encoding_that_never_fits_ends_in_a_line(train_here, tmp_path, monkeypatch):
     fail_on(monkeypatch, AutoencoderKL, "encode", set(range(1, 100)))
     with pytest.raises(UserError, match="VAE"):
-        train_here(tmp_path, "out", *FIXED)
+        train_here(tmp_path, "out", *FIXED, "--cache_dir", "cache")
 
 
 @given(st.integers(1, 64), st.integers(1, 8))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megaman.commandline import side
 from megaman.generation_options import DEMO_GENERATION, generation_options, generation_parser
-from megaman.options import training_options, training_parser
+from megaman.options import cache_place, training_options, training_parser
 from megaman.presets import DEMO_TRAINING
 
 TRAINING_DEFAULTS = {
@@ -47,6 +47,9 @@ TRAINING_DEFAULTS = {
     "skip_bad_images": False,
     "center_crop": False,
     "crop_variants": 4,
+    "cache_dir": None,
+    "cache_limit": 10,
+    "no_cache": False,
     "random_flip": False,
     "enable_bucket": False,
     "min_bucket_reso": None,
@@ -83,6 +86,9 @@ TRAINING_DEFAULTS = {
     "noise_offset": 0,
     "mixed_precision": "fp16",
     "save_precision": "float",
+    "memory_format": "auto",
+    "enable_xformers_memory_efficient_attention": False,
+    "compile": False,
     "gradient_checkpointing": False,
     "seed": None,
 }
@@ -263,6 +269,7 @@ WRONG_TRAINING = {
     "--snr_gamma": NO_RATE,
     "--noise_offset": ["-0.1", "1.1", "nan"],
     "--mixed_precision": ["fp8", "FP16", ""],
+    "--memory_format": ["channels-last", "NHWC", ""],
     "--save_precision": ["fp32", "half"],
     "--preset": ["best", ""],
     "--seed": ["-1", "1.5", "nan", str(2**63), "99999999999999999999"],
@@ -508,6 +515,20 @@ def test_the_text_encoders_rate_is_the_other_one_unless_it_is_given():
 def test_contradictions_fail_at_the_door(options, argv, flags):
     line = refusal(options, argv)
     assert all(flag in line for flag in flags) and "leave one out" in line
+
+
+@pytest.mark.parametrize("flags", [["--cache_dir", "c"], ["--cache_limit", "5"], ["--crop_variants", "4"]])
+def test_without_a_cache_its_flags_mean_nothing(flags):
+    assert f"--no_cache and {flags[0]} contradict" in refusal(training_options, ["--no_cache", *flags])
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_place(training_options([])) == tmp_path / "megaman_lora"
+    assert cache_place(training_options(["--cache_dir", "here"])) == Path("here")
+    assert cache_place(training_options(["--no_cache"])) is None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_place(training_options([])) == Path.home() / ".cache" / "megaman_lora"
 
 
 def test_more_contradictions():

@@ -105,6 +105,7 @@ def test_any_record_is_read_or_refused_in_a_line(tmp_path_factory, data):
         ({"height": 65}, "height"),
         ({"scheduler": "torch"}, "scheduler"),
         ({"dtype": "int8"}, "dtype"),
+        ({"memory_format": ["channels_last"]}, "memory_format"),
         ({"place": 2}, "place"),
         ({"batch": []}, "batch"),
         ({"seed": -1}, "seed"),
@@ -131,6 +132,12 @@ def test_other_files_are_refused_in_a_line(tmp_path):
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=rf"{name}\.png.*{reason}"):
             records.read(tmp_path / f"{name}.png")
+
+
+def test_an_earlier_record_tells_no_memory_format(tmp_path):
+    earlier = {key: value for key, value in asdict(RECORD).items() if key != "memory_format"}
+    png.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(earlier)})
+    assert records.read(tmp_path / "a.png").memory_format == "contiguous"
 
 
 def test_the_identity_is_what_the_user_chose():

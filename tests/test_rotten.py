@@ -26,7 +26,9 @@ from megaman.captions import JOINERS, caption_for, caption_from_name
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError
 from megaman.images import find_images, open_image
+from megaman.moments import Moments
 from megaman.problems import printable, too_bad, write_problems
+from megaman.stamps import Stamps
 
 # As on Windows and macOS: workers start anew, and what is printed goes into an old code page.
 SPAWNING = """
@@ -193,7 +195,7 @@ def test_files_that_vanish_on_the_way(pictures, base_folder, tmp_path):
     dataset.check()
     (pictures / "megaman_04.png").unlink()
     vae = load_base(str(base_folder), torch.float32).vae
-    moments, _ = encode_pictures(vae, dataset, crops=1, flip=False, seed=0)
+    moments = encode_pictures(lambda: vae, dataset, 1, False, 0, Stamps(None), Moments(None))
     assert len(moments) == len(dataset) == 2
     write_problems(tmp_path / "dataset_problems.json", dataset)
     wanted = {pictures / f"megaman_0{number}.png": "No such file" for number in (1, 4)}

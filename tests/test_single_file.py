@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from megaman import adapter_config, single_file
-from megaman.base import Base, actual_name, find_base, load_base
+from megaman.base import Base, actual_name, find_base, load_base, vae_identity
 from megaman.errors import UserError
 
 # Published sizes, and smaller ones for what does not hang on the size.
@@ -284,6 +284,13 @@ def test_every_number_format_and_both_names_of_the_text_encoder(small, dtype, te
     say(base)
 
 
+def test_the_vae_is_known_again_in_a_folder(small):
+    file, folder = small.write(), write_folder(small.folder / "folder", small.parts, small.numbers)
+    one, other = (load_base(str(path), torch.float32) for path in (file, folder))
+    assert vae_identity(one.vae) == vae_identity(other.vae)
+    assert one.vae_files() == [file]
+
+
 def test_half_precision_spares_the_vae(small):
     base = load_base(str(small.write(torch.float16)), torch.bfloat16)
     assert (base.unet.dtype, base.text_encoder.dtype, base.vae.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
@@ -307,9 +314,13 @@ def test_averaged_weights_beside_the_others_are_not_used(small):
 
 def test_the_file_may_go_once_it_is_loaded(small):
     base = load_base(str(small.write()), torch.float32)
+    loaded = base.unet, base.vae, base.text_encoder
     with open(small.file, "rb+") as file:
         file.write(bytes(small.file.stat().st_size))
-    assert small.differs(base) == 0
+    assert small.differs(base) == 0 and loaded == (base.unet, base.vae, base.text_encoder)
+    base.release("unet", "vae", "text_encoder")
+    with pytest.raises(UserError, match=r"tiny-v1\.safetensors is gone or has changed since the start"):
+        small.differs(base)
 
 
 def test_a_header_that_tells_of_velocities(small):
@@ -477,6 +488,13 @@ def test_a_missing_tensor_and_one_of_another_shape(small, key):
     )
 
 
+def test_a_convolution_in_the_place_of_a_layer(small):
+    """Of which the conversion would take one of nine numbers."""
+    key = f"{VAE}decoder.mid.attn_1.k.weight"
+    small.write(more={key: original(small.numbers)[key].repeat(1, 1, 3, 3)})
+    assert "to_k.weight is 64x64x3x3 instead of 64x64" in refusal(small.file)
+
+
 @pytest.mark.parametrize("start", [UNET, VAE, TEXT])
 def test_a_missing_part(small, start):
     """As in files that were pruned of their VAE or text encoder."""
@@ -496,7 +514,11 @@ def test_numbers_that_are_not_finite(small):
     bad = original(small.numbers)[key].clone()
     bad.view(-1)[5] = float("nan")
     small.write(more={key: bad})
-    assert f"{small.file}, vae: decoder.conv_in.weight holds numbers that are not finite" in refusal(small.file)
+    base = load_base(str(small.file), torch.float32)
+    with pytest.raises(
+        UserError, match=f"{re.escape(str(small.file))}, vae: decoder.conv_in.weight holds numbers that"
+    ):
+        base.vae  # noqa: B018 - asked for
 
 
 def test_pickles_and_files_cut_short(small):

@@ -84,7 +84,7 @@ def test_it_says_what_will_happen(finished):
     assert re.search(r"captions +3 from \.txt files, 2 made from file names", said)
     assert re.search(r"steps +6 of 4 pictures \(2 x 2 accumulated x 1 process\), 4\.8 epochs", said)
     assert re.search(r"rank 4, alpha 16, [\d,]+ trainable parameters", said)
-    assert "fp16 needs an NVIDIA card, so cpu uses float32" in said
+    assert "fp16 needs an NVIDIA card" in said and "so cpu uses float32; channels_last; sdpa" in said
     assert "broken.png: not a picture" in said
     assert "seed 0" in said
 
@@ -97,8 +97,8 @@ def test_the_output_is_ours_alone(finished):
     assert re.search(r"training: 100%.*loss=\d\.\d+, lr=", finished[0].stderr)
     for line in finished[0].stdout.splitlines():
         assert re.match(
-            r"(loading|left out|pictures|captions|steps|LoRA|device|done|next| +there is an NVIDIA card| +1 of 6"
-            r"| +not mirrored)\b",
+            r"(loading|left out|pictures|captions|encoded|steps|LoRA|device|done|next| +there is an NVIDIA card"
+            r"| +1 of 6| +not mirrored)\b",
             line,
         ), line
 
