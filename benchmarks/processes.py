@@ -1,0 +1,95 @@
+"""What the measurements share: a program as a process of its own, what it says of itself, medians, the machine.
+
+Only the standard library is imported here: on Linux a process counts the memory of the one that started it as its own
+peak, so that one has to be small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+TRAIN, DRAW = ROOT / "megaman_lora.py", ROOT / "generate_megaman.py"
+TRAINING_BAR = "training"  # the description of megaman_lora.py's bar, which is updated once a step
+# What makes torch and oneDNN take a processor for one without AVX512 and bf16.
+LESSER = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, "native": {}}
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as Linux calls them
+
+
+def stamped(bar: str, program: Path, *words: object, python: str = sys.executable) -> list[str]:
+    """The command that runs a program under stamped.py, which notes every update of the bar of that description."""
+    return [python, str(BENCHMARKS / "stamped.py"), bar, str(program), *map(str, words)]
+
+
+def run(command: Sequence[str], cwd: Path, cpu: str = "native") -> dict[str, Any]:
+    """Run a command to its end. What its last line of JSON says, if there is one, with "seconds" from the command to
+    its end and "began", the moment of the command by time.perf_counter, whose clock is the whole system's.
+
+    It runs offline, and as on the processor named by cpu (LESSER). Its messages go to cwd/log.txt. Where it fails, the
+    end of them is shown and this program ends too.
+    """
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", **LESSER[cpu]}
+    cwd.mkdir(parents=True, exist_ok=True)
+    log = cwd / "log.txt"
+    with log.open("wb") as messages:
+        began = time.perf_counter()
+        done = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=messages)
+        seconds = time.perf_counter() - began
+    output = done.stdout.decode("utf-8", "replace")
+    if done.returncode:
+        words = log.read_text(encoding="utf-8", errors="replace")
+        sys.exit(f"{output}{words[-3000:]}\nfailed with {done.returncode}: {' '.join(command)}")
+    return {**(last_json(output) or {}), "seconds": seconds, "began": began}
+
+
+def last_json(text: str) -> dict[str, Any] | None:
+    """The last line that is a JSON object."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            try:
+                return json.loads(line)
+            except ValueError:
+                continue
+    return None
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and mean, to four significant digits."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    found = {"median": middle, "quartile_1": low, "quartile_3": high, "mean": statistics.fmean(values)}
+    return {name: significant(value) for name, value in found.items()}
+
+
+def significant(value: float | None) -> float | None:
+    """The value to four significant digits."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def median_of(results: Sequence[dict[str, Any]], name: str) -> float | None:
+    """The median of one figure of several runs; None where they lack it."""
+    values = [result[name] for result in results if result.get(name) is not None]
+    return significant(statistics.median(values)) if values else None
+
+
+def machine(cpu: str = "native") -> dict[str, Any]:
+    """What a figure hangs on: processor, instructions, cores, threads, torch."""
+    name, flags = platform.processor() or platform.machine(), set()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        pairs = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        name, flags = pairs.get("model name", name), set(pairs.get("flags", "").split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": name, "instructions": [flag for flag in INSTRUCTIONS if flag in flags], "as": cpu,
+            "cores": cores, "omp_num_threads": os.environ.get("OMP_NUM_THREADS"), "system": platform.system(),
+            "python": platform.python_version(), "torch": version("torch")}  # fmt: skip

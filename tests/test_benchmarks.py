@@ -1,0 +1,176 @@
+"""The measurements' own parts: what they measure with is what the product reads, and their figures are what was noted.
+
+Nothing is timed here.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import processes
+import random_bases
+import step_time
+
+from megaman.base import load_base
+from megaman.cache import encode_captions
+from megaman.dataset import MegaManDataset
+
+PROGRAM = """
+import sys
+from tqdm.auto import tqdm
+for _ in tqdm(range(3), desc="other"):
+    pass
+bar = tqdm(total=4, desc="training")
+for _ in range(4):
+    sum(range(10**5))
+    bar.update()
+bar.close()
+print("{not JSON", sys.argv[1:])
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A middle-sized base and two folders with the same five pictures, one for each kind of captions."""
+    folder = tmp_path_factory.mktemp("made")
+    base = random_bases.make_base("mid", folder / "base")
+    return base, *(random_bases.make_pictures(folder / kind, 5, 128, kind) for kind in ("txt", "jsonl"))
+
+
+def test_a_random_base_and_drawn_pictures_are_what_the_product_reads(made):
+    import torch
+
+    folder, beside, listed = made
+    base = load_base(str(folder), torch.float32)
+    assert base.native_size == 128 and base.vae_factor == 8
+    datasets = [MegaManDataset(path, None, 128) for path in (beside, listed)]
+    wanted = [random_bases.caption(number) for number in range(5)]
+    assert [dataset.captions for dataset in datasets] == [wanted, wanted]
+    assert all(all(dataset.found) and not dataset.problems and not dataset.notes for dataset in datasets)
+    states = encode_captions(base.text_encoder, base.tokenizer, wanted)
+    with torch.no_grad():
+        pixel_values = torch.stack([item["pixel_values"] for item in datasets[0]])
+        latents = base.vae.encode(pixel_values).latent_dist.mode()
+        noise_pred = base.unet(latents, torch.tensor(500), torch.stack([states[text] for text in wanted])).sample
+    assert noise_pred.shape == (5, 4, 16, 16) and noise_pred.isfinite().all()
+
+
+def test_what_is_there_already_is_kept_and_the_rest_is_the_same_again(made, tmp_path):
+    folder, beside, _ = made
+    before = (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert random_bases.make_base("mid", folder) == folder
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
+    again = random_bases.make_pictures(tmp_path / "again", 2, 128)
+    assert [path.read_bytes() for path in sorted(again.iterdir())] == [
+        (beside / path.name).read_bytes() for path in sorted(again.iterdir())
+    ]
+
+
+def test_the_captions_are_as_many_as_is_said_and_the_pictures_differ():
+    assert len({random_bases.caption(number) for number in range(1000)}) == random_bases.CAPTIONS
+    assert len({random_bases.picture(number, 64).tobytes() for number in (0, 1, 300, 600)}) == 4
+
+
+def test_the_demos_pictures_with_the_captions_that_the_peer_reads(tmp_path):
+    folder = step_time.pictures_of("demo", tmp_path)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    dataset = MegaManDataset(folder, None, 64)
+    assert sorted(row["file_name"] for row in rows) == sorted(path.name for path in folder.glob("*.png"))
+    assert sorted(dataset.captions) == sorted(row["text"] for row in rows)
+    assert sorted(dataset.captions) == sorted(MegaManDataset(ROOT / "demo" / "images", None, 64).captions)
+
+
+def test_a_program_is_stamped_at_every_step_of_its_bar(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    result = processes.run(processes.stamped("training", program, 0), tmp_path / "work")
+    assert len(result["step_s"]) == len(result["step_cpu_s"]) == 3 and all(value > 0 for value in result["step_s"])
+    assert result["began"] < result["first"] < result["began"] + result["seconds"]
+    assert 0 < result["rss_mb"] <= result["peak_mb"]
+    assert "device" not in result
+
+
+def test_a_program_that_fails_ends_the_measurement(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    with pytest.raises(SystemExit, match="failed with 3"):
+        processes.run(processes.stamped("training", program, 3), tmp_path / "work")
+
+
+def test_the_memory_of_the_one_who_asks_is_not_counted(tmp_path):
+    """On Linux the kernel's own figure of a child would be at least its parent's size."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+from pathlib import Path
+import processes
+large = bytearray(400 * 2**20)
+large[::4096] = b"1" * len(large[::4096])
+print(processes.run(processes.stamped("training", Path({str(program)!r}), 0), Path({str(tmp_path)!r}))["peak_mb"])
+"""
+    assert float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) < 200
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1))
+def test_a_summary_lies_in_order(values):
+    found = processes.summary(values)
+    near = pytest.approx
+    assert found["median"] == near(statistics.median(values), rel=1e-3)
+    assert min(values) * 0.999 <= found["quartile_1"] <= found["median"] <= found["quartile_3"] <= max(values) * 1.001
+    assert found["mean"] == near(sum(values) / len(values), rel=1e-3)
+
+
+def test_the_last_line_that_is_json_counts():
+    assert processes.last_json('{"a": 1}\nwords\n{"a": 2}\n{broken\n') == {"a": 2}
+    assert processes.last_json("words\n[1]\n") is None
+
+
+def test_the_steps_that_do_not_count_are_left_out():
+    """Between five updates lie four times; the first of them is that of the second step."""
+    result = {"step_s": [2.0, 3.0, 4.0, 5.0], "step_cpu_s": [20.0, 30.0, 40.0, 50.0], "peak_mb": 1}
+    assert step_time.counted(result, warmup=3) == {"step_s": [4.0, 5.0], "step_cpu_s": [40.0, 50.0], "peak_mb": 1}
+    assert step_time.counted(result, warmup=0) == step_time.counted(result, warmup=1) == result
+
+
+def test_the_rounds_are_put_together():
+    slow, fast = ({"step_s": [s] * 3, "step_cpu_s": [2 * s] * 3, "peak_mb": p} for s, p in ((4.0, 900), (2.0, 1000)))
+    side = step_time.together([slow, fast])
+    assert side["step_s"]["median"] == 3 and side["peak_mb"] == 1000 and side["rounds_s"] == [4, 2]
+    other = step_time.together([{"step_s": [4.0] * 3, "step_cpu_s": [24.0] * 3, "peak_mb": 2000}])
+    shares = step_time.ratio(side, other)
+    assert shares == {"time": 0.75, "time with the log": 0.75, "CPU": 0.25, "CPU with the log": 0.25, "peak_mb": 0.5}
+
+
+def test_what_one_step_in_ten_costs_more_is_seen():
+    steps = [1.0] * 35
+    steps[9::10] = [2.0] * 3
+    result = {"step_s": steps, "step_cpu_s": steps, "peak_mb": 1}
+    found = step_time.together([result, result])
+    assert found["step_s"]["median"] == 1 and found["logged_s"] == processes.summary([1.1] * 6)
+    assert step_time.in_a_row([1.0, 2.0]) == [1.5]
+
+
+def test_the_machine_in_words():
+    found = processes.machine("avx2")
+    assert found["processor"] and found["as"] == "avx2" and found["torch"]
+    assert set(found["instructions"]) <= set(processes.INSTRUCTIONS)
+    json.dumps(found)
+
+
+def test_a_drawn_picture_is_no_flat_colour():
+    image = random_bases.picture(7, 64)
+    assert image.size == (64, 64) and image.mode == "RGB"
+    assert len(image.getcolors(64 * 64)) > 500
