@@ -36,8 +36,7 @@ def main(argv: list[str]) -> int:
     again = records.read(Path(options.from_image)) if options.from_image else None
     prompts, bad_lines = ([], []) if again else asked_for(options)
     plan = plan_again(options, again) if again else plan_anew(options)
-    for line in bad_lines:
-        print(line)
+    print("".join(f"{line}\n" for line in bad_lines), end="")
     if tags := [tag for prompt in prompts for tag in prompt_weights.tags(prompt.text)]:
         print(f"{', '.join(dict.fromkeys(tags))} in a prompt is left out: name LoRAs in --lora_path")
     output_dir = Path(options.output_dir)
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> int:
 
     from tqdm import tqdm
 
-    from megaman import lora, lora_files, room, sample
+    from megaman import allocator, lora, lora_files, room, sample
     from megaman.base import actual_name, load_base, moved
     from megaman.drawing import Drawer
     from megaman.placement import choose_device, device_lines, place
@@ -56,6 +55,7 @@ def main(argv: list[str]) -> int:
     # Base and LoRA, which is added to the base's own weights, unless the plain base has to draw beside it.
     base_name = actual_name(plan.base)
     placement = place(plan.precision, choose_device(options.device), unet_width(base_name), plan.memory_format)
+    allocator.keep_freed_memory()
     print(f"loading {base_name}{' and the LoRA in ' * bool(plan.loras)}{plan.source}")
     if remark := moved(plan.base):
         print(f"  {remark}")

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
     from torch.utils.tensorboard import SummaryWriter
 
-    from megaman import buckets, cache, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
+    from megaman import allocator, buckets, cache, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
     from megaman.base import actual_name, load_base, moved
     from megaman.caption_states import CaptionStates, cut_off
@@ -102,6 +102,7 @@ def main(argv: list[str]) -> int:
     asked = {flag: getattr(options, flag) for flag in ASKED}
     width = unet_width(options.pretrained_model_name)
     chosen, placement, remarks = choose(asked, options.given, choose_device(), width, saved and saved.choices)
+    allocator.keep_freed_memory()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process writes captions
     accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu",

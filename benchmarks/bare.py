@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megaman import diffusion, lora
+from megaman import allocator, diffusion, lora
 from megaman.base import load_base
 from megaman.files import read_json
 
@@ -36,6 +36,7 @@ def main() -> None:
     device, dtype = options.device, getattr(torch, options.dtype)
     layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[options.memory_format]
 
+    allocator.keep_freed_memory()  # as ours does
     torch.manual_seed(0)
     unet = load_base(str(options.base), dtype).unet
     trainable = lora.inject(unet, options.rank, options.rank, options.targets)

@@ -27,7 +27,7 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     import torch
     from diffusers import UNet2DConditionModel
 
-    from megaman import diffusion, lora, memory, plan
+    from megaman import allocator, diffusion, lora, memory, plan
     from megaman.placement import choose_device, place
     from megaman.presets import DEFAULT_BASE, DEFAULT_TARGETS
 
@@ -36,6 +36,7 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     placement = place(mixed_precision, choose_device(), plan.unet_width(DEFAULT_BASE))
     device, dtype = placement.device, placement.dtype
     planned = plan.Plan(configs, dtype, True, size=size, rank=RANK, targets=DEFAULT_TARGETS).training(1, checkpointing)
+    allocator.keep_freed_memory()
     before = psutil.Process().memory_info().rss
 
     with torch.device("meta"):

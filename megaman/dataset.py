@@ -183,7 +183,7 @@ class MegaManDataset:
         where every visit has one of its own."""
         folders = len({picture.parent for picture in self.pictures})
         place = f"{f'{folders} folders of ' if folders > 1 else ''}{self.data_dir}"
-        cropped = "cropped anew at every visit" if crops is None else f"{crops} crops"
+        cropped = "encoded anew at every visit" if crops is None else f"{crops} crops"
         lines = [f"pictures   {len(self)} in {place}, {cropped}{' with their mirror images' * flip}"]
         if flip and (sided := sum(map(self.keeps_sides, range(len(self))))):
             lines.append(f"           not mirrored: {sided}, whose captions say left or right")

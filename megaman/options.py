@@ -208,7 +208,8 @@ def plan_request(options: Namespace) -> dict[str, object]:
     return {"name": options.pretrained_model_name, "size": options.resolution, "rank": options.lora_rank,
             "targets": options.target_modules, "dropout": options.lora_dropout,
             "reads": options.shuffle_caption or options.caption_tag_dropout_rate > 0,
-            "trains_text_encoder": options.train_text_encoder, "images": options.num_validation_images}  # fmt: skip
+            "trains_text_encoder": options.train_text_encoder, "encodes": options.no_cache,
+            "images": options.num_validation_images}  # fmt: skip
 
 
 def resuming(argv: list[str]) -> list[str]:

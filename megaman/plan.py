@@ -66,10 +66,10 @@ def unet_width(name: str) -> int:
 class Plan:
     """The memory that a run takes, in bytes, from its base's configurations (read_configs).
 
-    size is the pictures' side in pixels; dtype what the base computes in; card whether it runs on one, which VAE and
-    text encoder leave while they are not at work; rank, targets and dropout are the LoRA's; images is the number of
-    sample images. The text encoder is there where it reads at every step. Raises UserError for a configuration that
-    says something impossible.
+    size is the pictures' side in pixels; dtype what the base computes in; card whether it runs on one, where norms
+    compute in float32; rank, targets and dropout are the LoRA's; images is the number of sample images. The text
+    encoder is there where it reads at every step, the VAE for sample images, or with encodes at every step. Raises
+    UserError for a configuration that says something impossible.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Plan:
         dropout: float = 0.0,
         reads: bool = False,
         trains_text_encoder: bool = False,
+        encodes: bool = False,
         images: int = 4,
     ):
         self.size, self.dtype, self.images = size, dtype, images
@@ -106,14 +107,14 @@ class Plan:
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels a side of one latent cell
         numbers = sum(parameter.numel() for parameter in trained)
         self.gradients, self.moments = numbers * FLOAT32, 2 * numbers * FLOAT32
-        self.vae_weights = size_of(self.vae)
-        beside = [self.text_encoder] if self.reads or not card else []
-        self.weights = size_of(self.unet, *beside) + (0 if card else self.vae_weights)  # all the time
-        self.comes_back = self.vae_weights if card else 0  # for sample images
+        beside = [self.text_encoder] * self.reads + [self.vae] * encodes
+        self.encodes, self.weights = encodes, size_of(self.unet, *beside)  # all the time
+        self.comes_back = 0 if encodes else size_of(self.vae)  # for sample images
         if card and dtype != torch.float32:
             norms_in_float32(self.unet, self.text_encoder)
         self._hollow = Hollow(self.unet, self.text_encoder, self.vae)
         self._one_picture, self._one_image = cache(self._trace_step), cache(self._trace_decoding)
+        self._one_encoding = cache(self._trace_encoding)
 
     def activations(self, batch: int, checkpointing: bool, size: int | None = None) -> int:
         """What forward and backward pass keep beyond the weights; size pixels a side instead of the run's own.
@@ -158,7 +159,10 @@ class Plan:
 
     def training(self, batch: int, checkpointing: bool, size: int | None = None) -> int:
         """Peak of a training step with batch pictures at once."""
-        return self.weights + self.gradients + self.moments + self.activations(batch, checkpointing, size)
+        most = self.activations(batch, checkpointing, size)
+        if self.encodes:  # before the UNet's own activations are there, a picture at a time if need be
+            most = max(most, self._one_encoding(size or self.size))
+        return self.weights + self.gradients + self.moments + most
 
     @property
     def tile(self) -> int:
@@ -169,6 +173,14 @@ class Plan:
         """The VAE's decoding of one sample image, in float32, beyond weights that are there already."""
         image = self.size**2 * 3 * FLOAT32
         return self.comes_back + (self._one_image(self.tile) + 2 * image if tiled else self._one_image(self.size))
+
+    def _trace_encoding(self, side: int) -> int:
+
+        @torch.no_grad()
+        def encode() -> None:
+            self.vae.encode(torch.empty(1, 3, side, side))
+
+        return self._hollow.peak(encode)
 
     def _trace_decoding(self, side: int) -> int:
 
