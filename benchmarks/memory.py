@@ -35,7 +35,8 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     configs, _ = plan.read_configs(DEFAULT_BASE)
     placement = place(mixed_precision, choose_device(), plan.unet_width(DEFAULT_BASE))
     device, dtype = placement.device, placement.dtype
-    planned = plan.Plan(configs, dtype, True, size=size, rank=RANK, targets=DEFAULT_TARGETS).training(1, checkpointing)
+    card = device.type != "cpu"
+    planned = plan.Plan(configs, dtype, card, size=size, rank=RANK, targets=DEFAULT_TARGETS).training(1, checkpointing)
     allocator.keep_freed_memory()
     before = psutil.Process().memory_info().rss
 

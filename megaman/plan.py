@@ -1,6 +1,6 @@
 """What a run will need, before it starts: one training step and one sample image, traced without weights or pictures.
 
-GB are 2**30 bytes, as with cards. What is counted are tensors. The CUDA context, the libraries' workspaces and the
+GB are 2**30 bytes, as with cards. What is counted are tensors, on a CPU with what its allocator adds. The CUDA context, the libraries' workspaces and the
 allocator's fragments come on top; so fit.py takes measures from room.USABLE of the memory on.
 """
 
@@ -27,6 +27,8 @@ from megaman.presets import DEFAULT_BASE
 from megaman.single_file import SD15, named
 
 GB = 2**30
+# Bytes that are resident on a CPU for each of activations: the allocator's gaps and oneDNN's scratch, by memory.py.
+RESIDENT = 1.5
 FLOAT32 = 4  # bytes of a number of the LoRA, of its gradient, and of each of AdamW's two moments
 
 
@@ -67,7 +69,7 @@ class Plan:
     """The memory that a run takes, in bytes, from its base's configurations (read_configs).
 
     size is the pictures' side in pixels; dtype what the base computes in; card whether it runs on one, where norms
-    compute in float32; rank, targets and dropout are the LoRA's; images is the number of sample images. The text
+    compute in float32 and the allocator leaves fewer gaps; rank, targets and dropout are the LoRA's; images is the number of sample images. The text
     encoder is there where it reads at every step, the VAE for sample images, or with encodes at every step. Raises
     UserError for a configuration that says something impossible.
     """
@@ -87,7 +89,7 @@ class Plan:
         encodes: bool = False,
         images: int = 4,
     ):
-        self.size, self.dtype, self.images = size, dtype, images
+        self.size, self.dtype, self.card, self.images = size, dtype, card, images
         self.reads = reads or trains_text_encoder
         add_lora = partial(lora.inject, rank=rank, alpha=rank, dropout=dropout)
         try:
@@ -122,7 +124,8 @@ class Plan:
         One picture of the run's size is traced, and the rest is in proportion to the pixels, within 4 % for Stable
         Diffusion 1.5 from 256 px to 768 px: attention keeps no table of all pairs.
         """
-        return int(self._one_picture(checkpointing) * batch * ((size or self.size) / self.size) ** 2)
+        more = 1.0 if self.card else RESIDENT
+        return int(self._one_picture(checkpointing) * more * batch * ((size or self.size) / self.size) ** 2)
 
     def _trace_step(self, checkpointing: bool) -> int:
         for model in self.in_training:

@@ -12,7 +12,7 @@ from conftest import ROOT
 from megaman import memory, peak, room
 from megaman.errors import UserError
 from megaman.fit import Fit, fit
-from megaman.plan import GB, Plan, read_configs
+from megaman.plan import GB, RESIDENT, Plan, read_configs
 from megaman.presets import DEFAULT_BASE, DEFAULT_TARGETS, DEMO_TRAINING
 
 DEMO_BASE = str(ROOT / "demo" / "base")
@@ -48,6 +48,19 @@ def test_checkpointing_keeps_a_quarter_of_the_activations(sd15):
 def test_proportion_is_what_a_trace_gives(small, checkpointing):
     larger = Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=192, **SHAPE)
     assert small.activations(1, checkpointing, 192) == pytest.approx(larger.activations(1, checkpointing), rel=0.1)
+
+
+def test_on_a_cpu_activations_take_more_and_nothing_else_does(small):
+    cpu = Plan(read_configs(DEMO_BASE)[0], torch.float32, False, size=128, images=1, **SHAPE)
+    assert cpu.activations(2, False) == pytest.approx(RESIDENT * small.activations(2, False), rel=1e-6)
+    assert (cpu.weights, cpu.gradients, cpu.moments) == (small.weights, small.gradients, small.moments)
+
+
+def test_a_vae_that_encodes_at_every_step_stays(small):
+    fresh = Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, encodes=True, **SHAPE)
+    assert fresh.weights - small.weights == peak.size_of(small.vae) == small.comes_back
+    assert fresh.comes_back == 0 and fresh.drawing(False) == small.drawing(False)
+    assert fresh.training(1, True) >= small.training(1, True) + peak.size_of(small.vae)
 
 
 def test_a_text_encoder_in_training_and_wider_targets_cost_more(small):
