@@ -1,7 +1,8 @@
 """What a run will need, before it starts: one training step and one sample image, traced without weights or pictures.
 
-GB are 2**30 bytes, as with cards. What is counted are tensors, on a CPU with what its allocator adds. The CUDA context, the libraries' workspaces and the
-allocator's fragments come on top; so fit.py takes measures from room.USABLE of the memory on.
+GB are 2**30 bytes, as with cards. What is counted are tensors, on a CPU with what its allocator adds. The CUDA context,
+the libraries' workspaces and the allocator's fragments come on top; so fit.py takes measures from room.USABLE of the
+memory on.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ class Plan:
     """The memory that a run takes, in bytes, from its base's configurations (read_configs).
 
     size is the pictures' side in pixels; dtype what the base computes in; card whether it runs on one, where norms
-    compute in float32 and the allocator leaves fewer gaps; rank, targets and dropout are the LoRA's; images is the number of sample images. The text
-    encoder is there where it reads at every step, the VAE for sample images, or with encodes at every step. Raises
-    UserError for a configuration that says something impossible.
+    compute in float32 and the allocator leaves fewer gaps; rank, targets and dropout are the LoRA's; images is the
+    number of sample images. The text encoder is there where it reads at every step, the VAE for sample images, or with
+    encodes at every step. Raises UserError for a configuration that says something impossible.
     """
 
     def __init__(
