@@ -22,7 +22,7 @@ import random_bases
 import step_time
 
 from megaman.base import load_base
-from megaman.cache import encode_captions
+from megaman.caption_states import encode_captions
 from megaman.dataset import MegaManDataset
 
 PROGRAM = """
