@@ -120,7 +120,7 @@ def test_without_the_cache_the_losses_are_the_same(train, tmp_path, flags):
     for key in cached:
         torch.testing.assert_close(fresh[key], cached[key], rtol=0, atol=1e-5)
     assert losses(tmp_path / "logs-fresh") == pytest.approx(losses(tmp_path / "logs-cached"), abs=1e-5)
-    assert "encoded" not in said
+    assert "encoded    " not in said and "encoded anew at every visit" in said
 
 
 def test_without_the_cache_every_visit_has_a_crop_of_its_own(train, pictures, tmp_path):
