@@ -68,7 +68,11 @@ def caption_file(picture: Path, extension: str | None = None) -> Path | None:
     stem = os.path.splitext(picture)[0]  # as text: Path would take most of the time with 100,000 pictures
     for suffix in [extension] if extension else EXTENSIONS:
         for form in (suffix, suffix.upper()):
-            if os.path.lexists(stem + form) and not os.path.isdir(stem + form):
+            try:
+                mode = os.lstat(stem + form).st_mode
+            except OSError:
+                continue
+            if not (stat.S_ISDIR(mode) or (stat.S_ISLNK(mode) and os.path.isdir(stem + form))):
                 return Path(stem + form)
     return None
 
@@ -80,7 +84,8 @@ def content_of(path: Path, largest: int) -> bytes:
         raise OSError("not a file")
     if status.st_size > largest:
         raise OSError(f"{status.st_size:,} bytes are no caption")
-    return path.read_bytes()
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
 
 
 def tidy(text: str) -> str:

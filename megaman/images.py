@@ -45,12 +45,13 @@ def find_images(folder: Path) -> tuple[list[Path], dict[Path, str]]:
         linked = [name for name in folders if _is_linked(Path(parent, name))]
         folders[:] = [name for name in folders if name not in linked]
         others |= {Path(parent, name): "a link to a folder, which is not followed" for name in linked}
-        for path in (Path(parent, name) for name in names if not name.startswith(".")):
-            suffix = path.suffix.lower()
-            if suffix in SUFFIXES:
-                found.append(path)
-            elif suffix in OTHER_SUFFIXES:
-                others[path] = f"{suffix} is not read: save it as PNG or JPG"
+        place = Path(parent)
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES and not name.startswith("."):
+                found.append(place / name)
+            elif suffix in OTHER_SUFFIXES and not name.startswith("."):
+                others[place / name] = f"{suffix} is not read: save it as PNG or JPG"
 
     above = len(folder.as_posix()) if folder.parts else 0
 
