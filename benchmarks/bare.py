@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -18,6 +21,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megaman import allocator, diffusion, lora
 from megaman.base import load_base
 from megaman.files import read_json
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+
+def step(
+    predict: Callable[[], UNet2DConditionOutput],
+    noise: torch.Tensor,
+    dtype: torch.dtype,
+    optimizer: torch.optim.Optimizer,
+    trainable: Sequence[torch.nn.Parameter],
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Forward, loss, backward, clipping, the optimizer's step; predict calls the UNet, whose base is of that dtype."""
+    with torch.autocast(noise.device.type, dtype, enabled=dtype != torch.float32):
+        noise_pred = predict().sample
+    scaler.scale(diffusion.loss(noise_pred, noise)).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
 
 
 def main() -> None:
@@ -59,14 +84,8 @@ def main() -> None:
 
     bar = tqdm(total=options.steps, desc="training", unit="step")
     for noisy, noise, timesteps, states in inputs:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            noise_pred = unet(noisy, timesteps, encoder_hidden_states=states).sample
-        scaler.scale(diffusion.loss(noise_pred, noise)).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        predict = partial(unet, noisy, timesteps, encoder_hidden_states=states)
+        step(predict, noise, dtype, optimizer, trainable, scaler)
         bar.update()
     bar.close()
 

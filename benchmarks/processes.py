@@ -22,6 +22,7 @@ BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 TRAIN, DRAW = ROOT / "megaman_lora.py", ROOT / "generate_megaman.py"
 TRAINING_BAR = "training"  # the description of megaman_lora.py's bar, which is updated once a step
+LOGS_EVERY = 10  # steps, in megaman_lora.py: the mean of so many in a row holds one log
 # What makes torch and oneDNN take a processor for one without AVX512 and bf16.
 LESSER = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, "native": {}}
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as Linux calls them

@@ -6,9 +6,10 @@
 
 The same base, pictures, batch, rank, targets and rate on all sides; each run is a process of its own, and the sides
 take turns. Ours is megaman_lora.py as it is, with its log and its cache; bare computes in the precision and memory
-format that ours chose; the peer is train_text_to_image_lora.py of the folder given, in its own environment. The first
-steps of every run are left out. Peak memory is that of the whole process, loading included, and for ours the larger one
-of a first run, which encodes the pictures, and a later one. --cpu avx2 stands for a processor without bf16.
+format that ours chose, and once more between the steps of one process of ours (paired.py); the peer is
+train_text_to_image_lora.py of the folder given, in its own environment. The first steps of every run are left out. Peak
+memory is that of the whole process, loading included, and for ours the larger one of a first run, which encodes the
+pictures, and a later one. --cpu avx2 stands for a processor without bf16.
 
 docs/performance.md says more. The last line is JSON.
 """
@@ -20,17 +21,29 @@ import json
 import os
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from processes import BENCHMARKS, LESSER, ROOT, TRAIN, TRAINING_BAR, machine, run, significant, stamped, summary
+from processes import (
+    BENCHMARKS,
+    LESSER,
+    LOGS_EVERY,
+    ROOT,
+    TRAIN,
+    TRAINING_BAR,
+    machine,
+    run,
+    significant,
+    stamped,
+    summary,
+)
 from random_bases import make_pictures, write_metadata
 
 RANK, RATE = 8, 1e-4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # those of the peer
 PICTURES = 16
-LOGS_EVERY = 10  # steps, in megaman_lora.py: the mean of so many in a row holds one log
 PEER_PROGRAMS = ("run.py", "train_text_to_image_lora.py")  # the first one that is there; both stand for the example
 PEER_BAR = "Steps"  # the description of its bar
 
@@ -98,20 +111,29 @@ class Runs:
             sys.exit(f"{side}: {len(result['step_s']) + 1} steps noted instead of {self.total}")
         return counted(result, self.warmup)
 
+    def our_words(self, folder: Path) -> list[object]:
+        return ["--pretrained_model_name", self.base, "--data_dir", self.pictures, "--cache_dir", folder / "cache",
+                "--output_dir", "out", "--overwrite_output", "--resolution", self.case.resolution, "--center_crop",
+                "--train_batch_size", self.batch, "--max_train_steps", self.total, "--learning_rate", RATE,
+                "--lora_rank", RANK, "--lora_alpha", RANK, "--target_modules", *TARGETS,
+                "--save_steps", 10**8, "--num_validation_images", 0, "--seed", 0,
+                "--mixed_precision", self.options.mixed_precision,
+                "--memory_format", self.options.memory_format]  # fmt: skip
+
     def ours(self) -> dict[str, Any]:
         folder = self.work_dir / "ours"
-        words = ["--pretrained_model_name", self.base, "--data_dir", self.pictures, "--cache_dir", folder / "cache",
-                 "--output_dir", "out", "--overwrite_output", "--resolution", self.case.resolution, "--center_crop",
-                 "--train_batch_size", self.batch, "--max_train_steps", self.total, "--learning_rate", RATE,
-                 "--lora_rank", RANK, "--lora_alpha", RANK, "--target_modules", *TARGETS,
-                 "--save_steps", 10**8, "--num_validation_images", 0, "--seed", 0,
-                 "--mixed_precision", self.options.mixed_precision,
-                 "--memory_format", self.options.memory_format]  # fmt: skip
-        result = run(stamped(TRAINING_BAR, TRAIN, *words), folder, self.options.cpu)
+        result = run(stamped(TRAINING_BAR, TRAIN, *self.our_words(folder)), folder, self.options.cpu)
         config = json.loads((folder / "out" / "training_config.json").read_text(encoding="utf-8"))
         choices = {name: config["choices"][name] for name in ("dtype", "memory_format", "attention")}
         self.chosen = {"device": config["device"], **choices}
         return result
+
+    def paired(self) -> list[float]:
+        """Every ten steps of ours as a share of the bare steps before and after them, in one process."""
+        folder = self.work_dir / "ours"
+        words = [self.warmup, TRAIN, *self.our_words(folder)]
+        found = run([sys.executable, str(BENCHMARKS / "paired.py"), *map(str, words)], folder, self.options.cpu)
+        return [ours / fmean(around) for ours, around in zip(found["ours_s"], pairwise(found["bare_s"]), strict=True)]
 
     def bare(self) -> dict[str, Any]:
         words = [self.base, "--resolution", self.case.resolution, "--batch", self.batch, "--steps", self.total,
@@ -141,6 +163,7 @@ def measure(case: str, batch: int, options: argparse.Namespace) -> dict[str, Any
     """All the rounds of one case at one batch: a line for each run, then medians and ratios."""
     runs = Runs(case, batch, options)
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in runs.sides}
+    pairs: list[float] = []
     for number in range(options.rounds):
         for side in runs.sides:
             result = runs.once(side)
@@ -149,6 +172,7 @@ def measure(case: str, batch: int, options: argparse.Namespace) -> dict[str, Any
             print(f"{case} batch {batch}  round {number + 1}  {side:9} {step['median']:8.4f} s a step  CPU "
                   f"{cpu['median']:8.4f} s  peak {result['peak_mb']:7.0f} MB  whole run {result['seconds']:6.1f} s",
                   flush=True)  # fmt: skip
+        pairs += runs.paired() if runs.total - runs.warmup >= LOGS_EVERY else []
     found = {side: together(each) for side, each in results.items()}
     ratios = {f"ours / {side}": ratio(found["ours"], found[side]) for side in found if side != "ours"}
     print(f"{case} batch {batch}: ours chose {', '.join(runs.chosen.values())}")
@@ -159,8 +183,12 @@ def measure(case: str, batch: int, options: argparse.Namespace) -> dict[str, Any
     for name, each in ratios.items():
         words = [f"{figure} {value:.3f}" for figure, value in each.items()]
         print(f"  {name:18} {', '.join(words)}", flush=True)
+    paired = summary(pairs) if pairs else None
+    if paired:
+        print(f"  ours / bare, by turns in one process: {paired['median']:.3f} ({paired['quartile_1']:.3f} to "
+              f"{paired['quartile_3']:.3f})", flush=True)  # fmt: skip
     return {"case": case, "batch": batch, "resolution": runs.case.resolution, "steps": runs.total - runs.warmup,
-            "chosen": runs.chosen, "sides": found, "ratios": ratios}  # fmt: skip
+            "chosen": runs.chosen, "sides": found, "ratios": ratios, "paired": paired}  # fmt: skip
 
 
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
