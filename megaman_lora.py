@@ -11,6 +11,7 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
 
+import gc
 import json
 import logging
 import math
@@ -45,7 +46,9 @@ def main(argv: list[str]) -> int:
         print(*table(options.mixed_precision, options.vram_limit, **plan_request(options)), sep="\n")
         return 0
 
-    # Pictures: found and looked at before anything heavy is imported.
+    # Pictures: found and looked at before anything heavy is imported. Where there are 100,000 of them, Python would
+    # otherwise look through all of them again and again while others are made.
+    gc.set_threshold(50_000, 10, 10)
     given = options.demo or "data_dir" in options.given
     cache_dir = cache_place(options)
     seen = Stamps(cache_dir)

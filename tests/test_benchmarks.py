@@ -101,6 +101,15 @@ def test_a_program_is_stamped_at_every_step_of_its_bar(tmp_path):
     assert "device" not in result
 
 
+def test_bare_steps_stand_between_the_loops_own_and_the_loop_goes_on_to_its_end(tmp_path):
+    words = ["--demo", "--output_dir", "out", "--max_train_steps", 24, "--num_validation_images", 0, "--seed", 0]
+    command = [sys.executable, str(ROOT / "benchmarks" / "paired.py"), "3", str(processes.TRAIN), *map(str, words)]
+    result = processes.run(command, tmp_path)
+    assert len(result["ours_s"]) == 2 and len(result["bare_s"]) == 3  # around steps 4 to 13 and 14 to 23
+    assert all(value > 0 for value in result["ours_s"] + result["bare_s"])
+    assert (tmp_path / "out" / "lora_weights" / "adapter_model.safetensors").is_file()
+
+
 def test_a_program_that_fails_ends_the_measurement(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
