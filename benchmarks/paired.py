@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +22,8 @@ import bare
 import torch
 from diffusers import UNet2DConditionModel
 from processes import LOGS_EVERY, TRAINING_BAR
-from stamped import cuda
+from stamped import after_updates, now
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from tqdm.std import tqdm
 
 
 class Pairs:
@@ -37,7 +35,6 @@ class Pairs:
         self.bare_s: list[float] = []
         self._left = 0.0  # when the loop was last given its turn
         self._forward = UNet2DConditionModel.forward
-        self._update = tqdm.update
 
     def install(self) -> None:
         """Have the bar's updates, the UNet and the optimizer lead here."""
@@ -46,30 +43,24 @@ class Pairs:
             self._last = unet, inputs, named
             return self._forward(unet, *inputs, **named)
 
-        def updating(bar, n=1):
-            result = self._update(bar, n)
-            if (bar.desc or "").rstrip(": ") == TRAINING_BAR:
-                self.after(bar.n)
-            return result
-
         def known(optimizer, *_):
             self._optimizer = optimizer
 
         self._noting = UNet2DConditionModel.forward = noting
-        tqdm.update = updating
+        after_updates(TRAINING_BAR, lambda bar: self.after(bar.n))
         register_optimizer_step_post_hook(known)
 
     def after(self, step: int) -> None:
         """The loop ended this step."""
         if step < self.warmup or (step - self.warmup) % LOGS_EVERY:
             return
-        now = self._now()
+        ended = now()
         if self.bare_s:
-            self.ours_s.append((now - self._left) / LOGS_EVERY)
+            self.ours_s.append((ended - self._left) / LOGS_EVERY)
         UNet2DConditionModel.forward = self._forward
         self.bare_s.append(self.bare_steps())
         UNet2DConditionModel.forward = self._noting
-        self._left = self._now()
+        self._left = now()
 
     def bare_steps(self) -> float:
         """Seconds a bare step, by the loop's own optimizer; its gradients are none at this moment."""
@@ -78,16 +69,10 @@ class Pairs:
         trainable = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         scaler = torch.amp.GradScaler(sample.device.type, enabled=sample.dtype == torch.float16)
         noise = torch.randn_like(sample, dtype=torch.float32)
-        began = self._now()
+        began = now()
         for _ in range(LOGS_EVERY):
             bare.step(partial(unet, *inputs, **named), noise, sample.dtype, self._optimizer, trainable, scaler)
-        return (self._now() - began) / LOGS_EVERY
-
-    @staticmethod
-    def _now() -> float:
-        if card := cuda():
-            card.synchronize()
-        return time.perf_counter()
+        return (now() - began) / LOGS_EVERY
 
 
 def main() -> None:

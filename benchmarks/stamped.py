@@ -21,6 +21,7 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -50,21 +51,36 @@ def resident() -> tuple[float, float]:
         return info.rss / 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def stamp_updates(bar: str) -> tuple[list[tuple[float, float]], dict[str, float | None]]:
-    """Have tqdm note wall and CPU time at every update of that bar in the list, and the memory at its last one."""
-    update, stamps, at_end = tqdm.update, [], {"rss_mb": None}
+def now() -> float:
+    """time.perf_counter, once a card has done what it was given."""
+    if card := cuda():
+        card.synchronize()
+    return time.perf_counter()
 
-    def stamping(self, n=1):
+
+def after_updates(bar: str, then: Callable[[tqdm], None]) -> None:
+    """Have tqdm call this with the bar after every update of the one of that description."""
+    update = tqdm.update
+
+    def updating(self, n=1):
         result = update(self, n)
         if (getattr(self, "desc", None) or "").rstrip(": ") == bar:
-            if card := cuda():
-                card.synchronize()
-            stamps.append((time.perf_counter(), time.process_time()))
-            if self.total and self.n >= self.total:
-                at_end["rss_mb"] = resident()[0]
+            then(self)
         return result
 
-    tqdm.update = stamping
+    tqdm.update = updating
+
+
+def stamp_updates(bar: str) -> tuple[list[tuple[float, float]], dict[str, float | None]]:
+    """Have tqdm note wall and CPU time at every update of that bar in the list, and the memory at its last one."""
+    stamps, at_end = [], {"rss_mb": None}
+
+    def stamp(updated: tqdm) -> None:
+        stamps.append((now(), time.process_time()))
+        if updated.total and updated.n >= updated.total:
+            at_end["rss_mb"] = resident()[0]
+
+    after_updates(bar, stamp)
     return stamps, at_end
 
 
