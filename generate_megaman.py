@@ -18,8 +18,9 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from megaman import drawn, grid, prompt_weights, records, samplers
+from megaman import drawn, grid, prompt_weights, records, samplers, threads
 from megaman.adapter_config import base_of, is_base
+from megaman.base_configs import actual_name, moved, unet_width
 from megaman.errors import UserError, run_script
 from megaman.gallery import read_images, variant_labels, write_gallery
 from megaman.generation_options import generation_options
@@ -44,17 +45,24 @@ def main(argv: list[str]) -> int:
     if not gallery and (output_dir / "index.html").exists():
         raise UserError(f"--output_dir {output_dir} holds an index.html of something else", "Name another folder")
 
+    width, cpus = unet_width(plan.base), threads.usable_cpus()
+    policy = threads.choose_threads(
+        threads.threads_for_generation(cpus), cpus, threads.user_environment(), again.threads if again else None
+    )
+    threads.apply(policy)  # before torch is loaded
+
+    import torch
     from tqdm import tqdm
 
     from megaman import allocator, lora, lora_files, room, sample
-    from megaman.base import actual_name, load_base, moved
+    from megaman.base import load_base
     from megaman.drawing import Drawer
     from megaman.placement import choose_device, device_lines, place
-    from megaman.plan import unet_width
 
     # Base and LoRA, which is added to the base's own weights, unless the plain base has to draw beside it.
     base_name = actual_name(plan.base)
-    placement = place(plan.precision, choose_device(options.device), unet_width(base_name), plan.memory_format)
+    placement = place(plan.precision, choose_device(options.device), width, plan.memory_format)
+    threads.enforce(policy)
     allocator.keep_freed_memory()
     print(f"loading {base_name}{' and the LoRA in ' * bool(plan.loras)}{plan.source}")
     if remark := moved(plan.base):
@@ -84,7 +92,8 @@ def main(argv: list[str]) -> int:
         jobs, lambda job: min(at_most, space.at_once(job.height, job.width)), drawer.chunks)  # fmt: skip
     shared = {"scheduler": plan.sampler.name, "clip_skip": plan.clip_skip, "base": base_name, "fused": plan.fused,
               "device": placement.device.type, "dtype": str(placement.dtype).removeprefix("torch."),
-              "memory_format": placement.memory_format, "versions": installed()}  # fmt: skip
+              "memory_format": placement.memory_format, "threads": torch.get_num_threads(),
+              "versions": installed()}  # fmt: skip
 
     def record(job: Job, part: list[Job], way: Way, plain: bool = False) -> records.Record:
         return records.make(job, part, way, hashes, {**shared, "vae_tiling": space.tiling}, plain)
@@ -128,6 +137,8 @@ def main(argv: list[str]) -> int:
         print(f"LoRA       rank {config.r}, alpha {config.lora_alpha:g}"
               + (f", strength {strength:g}: {path}" if len(plan.loras) > 1 or strength != 1 else ""))  # fmt: skip
     print(*device_lines(placement, str(space)), sep="\n")
+    if policy.remark:
+        print(f"           {policy.remark}")
     if options.resume:
         there = f"{count - left_to_draw} of {count} are" if stopped is not None else "nothing of this run is"
         print(f"resuming   {there} there")

@@ -24,12 +24,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megaman import threads
+from megaman.base_configs import actual_name, moved, unet_width
 from megaman.captions import Variation
 from megaman.dataset import MegaManDataset
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json
 from megaman.options import MUST_MATCH, bucket_settings, cache_place, plan_request, resuming, training_options
-from megaman.output import find_all, log_dir_of, open_output, remove, save_somewhere, step_of
+from megaman.output import find_all, log_dir_of, open_output, remove, save_somewhere, saved_threads, step_of
 from megaman.problems import first_too_bad, too_bad, write_instructions, write_problems
 from megaman.stamps import Stamps
 from megaman.stops import StopSignal
@@ -79,6 +81,13 @@ def main(argv: list[str]) -> int:
         report_problems(datasets, output_dir)
         raise error
 
+    width, cpus = unet_width(options.pretrained_model_name), threads.usable_cpus()
+    policy = threads.choose_threads(
+        threads.threads_for_training(width, cpus), cpus, threads.user_environment(),
+        saved_threads(checkpoint) if checkpoint else None,
+    )  # fmt: skip
+    threads.apply(policy)  # before torch is loaded
+
     import numpy as np
     import torch
     from accelerate import Accelerator
@@ -87,7 +96,7 @@ def main(argv: list[str]) -> int:
 
     from megaman import allocator, buckets, cache, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
     from megaman import checkpoint as checkpoints
-    from megaman.base import actual_name, load_base, moved
+    from megaman.base import load_base
     from megaman.caption_states import CaptionStates, cut_off
     from megaman.choices import ASKED, choose
     from megaman.encoded import Encoded
@@ -95,7 +104,6 @@ def main(argv: list[str]) -> int:
     from megaman.fresh import Fresh, drop_damaged
     from megaman.moments import Moments, folder_of, prune
     from megaman.placement import choose_device, device_lines
-    from megaman.plan import unet_width
     from megaman.tracking import TrainingLog
     from megaman.training_step import TrainingStep
     from megaman.validation import Validation
@@ -103,7 +111,7 @@ def main(argv: list[str]) -> int:
     # Device, precision and whatever else shapes the computation: by a rule, or as the checkpoint says.
     saved = checkpoints.read_progress(checkpoint) if checkpoint else None
     asked = {flag: getattr(options, flag) for flag in ASKED}
-    width = unet_width(options.pretrained_model_name)
+    threads.enforce(policy)
     chosen, placement, remarks = choose(asked, options.given, choose_device(), width, saved and saved.choices)
     allocator.keep_freed_memory()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
@@ -236,6 +244,8 @@ def main(argv: list[str]) -> int:
         f"{sum(p.numel() for p in trainable):,} trainable parameters in {len(trainable) // 2} layers"
         + (f", {len(groups[1]['params']) // 2} of them in the text encoder" if text_encoder else ""))  # fmt: skip
     say(*device_lines(placement, chosen.attention, f"{options.resolution} px", f"seed {seed}"), *remarks, sep="\n")
+    if policy.remark:
+        say(f"           {policy.remark}")
     if options.resume_from_checkpoint:
         say(f"resuming   {checkpoint}, step {start}" if checkpoint else "resuming   no checkpoint yet: starting afresh")
         for later in [path for path in find_all(output_dir) if checkpoint and step_of(path) > start]:

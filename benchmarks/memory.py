@@ -28,12 +28,13 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     from diffusers import UNet2DConditionModel
 
     from megaman import allocator, diffusion, lora, memory, plan
+    from megaman.base_configs import read_configs, unet_width
     from megaman.placement import choose_device, place
     from megaman.presets import DEFAULT_BASE, DEFAULT_TARGETS
 
     torch.manual_seed(0)
-    configs, _ = plan.read_configs(DEFAULT_BASE)
-    placement = place(mixed_precision, choose_device(), plan.unet_width(DEFAULT_BASE))
+    configs, _ = read_configs(DEFAULT_BASE)
+    placement = place(mixed_precision, choose_device(), unet_width(DEFAULT_BASE))
     device, dtype = placement.device, placement.dtype
     card = device.type != "cpu"
     planned = plan.Plan(configs, dtype, card, size=size, rank=RANK, targets=DEFAULT_TARGETS).training(1, checkpointing)

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,18 @@ def stamped(bar: str, program: Path, *words: object, python: str = sys.executabl
     return [python, str(BENCHMARKS / "stamped.py"), bar, str(program), *map(str, words)]
 
 
-def run(command: Sequence[str], cwd: Path, cpu: str = "native") -> dict[str, Any]:
+def run(
+    command: Sequence[str], cwd: Path, cpu: str = "native", environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run a command to its end. What its last line of JSON says, if there is one, with "seconds" from the command to
     its end and "began", the moment of the command by time.perf_counter, whose clock is the whole system's.
 
-    It runs offline, and as on the processor named by cpu (LESSER). Its messages go to cwd/log.txt. Where it fails, the
+    It runs offline, as on the processor named by cpu (LESSER), with the variables of environment added. Its messages go
+    to cwd/log.txt. If it fails, the
     end of them is shown and this program ends too.
     """
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", **LESSER[cpu]}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", **LESSER[cpu],
+           **(environment or {})}  # fmt: skip
     cwd.mkdir(parents=True, exist_ok=True)
     log = cwd / "log.txt"
     with log.open("wb") as messages:

@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 from megaman import lora, lora_files, room, sample, samplers
 from megaman.adapter_config import base_of
 from megaman.base import load_base
+from megaman.base_configs import unet_width
 from megaman.drawing import Drawer
 from megaman.jobs import in_batches, make_jobs
 from megaman.placement import choose_device, place
-from megaman.plan import unet_width
 from megaman.prompts import Prompt, read_prompts
 
 NEGATIVE = "blurry, low quality"

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from megaman import base_folder, hub, single_file
-from megaman.base_folder import WAYS_ON, WEIGHTS
+from megaman.base_configs import PROJECT, WAYS_ON, WEIGHTS, actual_name, named
 from megaman.errors import UserError, brief, out_of_memory
 from megaman.safety import refuse_pickle
 from megaman.weights import CPU, Part
@@ -32,9 +32,6 @@ for library in (diffusers.utils.logging, transformers.utils.logging):
     library.set_verbosity_error()  # the variables above come too late where another module was imported first
     library.disable_progress_bar()  # loading takes a second; downloads keep their bars
 
-# Removed from the hub by its owner in 2024; the same weights stand under the second name.
-ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-PROJECT = Path(__file__).resolve().parent.parent
 # What the libraries raise over a configuration that says something impossible.
 ODD_CONFIGURATION = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
                      StrictDataclassError)  # fmt: skip
@@ -128,23 +125,6 @@ class Base:
         return self.parts["unet"].config.sample_size * self.vae_factor
 
 
-def actual_name(name: str) -> str:
-    """The name to find and to note the base under, from wherever it is read again: the hub's present one, the place
-    within this project, or a whole path."""
-    path = Path(os.path.expanduser(name))
-    if not path.is_dir() and not path.is_file():
-        return ALIASES.get(name, name)
-    path = (
-        path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    )  # the hub's cache links to bare hashes
-    return path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else str(path)
-
-
-def moved(name: str) -> str | None:
-    """What to say of a base that is taken from another name than the one asked for; None where it is not."""
-    return f"{name} has left the hub; the same weights are at {actual_name(name)}" if name in ALIASES else None
-
-
 def find_base(name: str, half: bool) -> Path:
     """The folder or the file of a base, downloaded where it is a name on the hub.
 
@@ -153,11 +133,11 @@ def find_base(name: str, half: bool) -> Path:
     for path in (Path(os.path.expanduser(name)), PROJECT / name):
         if path.is_dir():
             return path
-        if path.is_file() and single_file.named(path):
+        if path.is_file() and named(path):
             refuse_pickle(path, CONVERSION)
             return path
     refuse_pickle(name, CONVERSION)
-    if single_file.named(name):
+    if named(name):
         raise UserError(f"There is no file {name}", WAYS_ON)
     return _download(actual_name(name), half)
 

@@ -10,13 +10,12 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from megaman.base_configs import WAYS_ON, WEIGHTS
 from megaman.errors import UserError
 from megaman.files import read_json
 from megaman.safety import check_part
 from megaman.weights import Part, build, misfit, missing, outline
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-WAYS_ON = "Name a local folder in diffusers' layout or a .safetensors file, or try the embedded base with --demo"
 # The published VAE of Stable Diffusion 1.5 has its attention by the names of diffusers before 0.12.
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 

@@ -11,6 +11,7 @@ from diffusers.utils import is_xformers_available
 
 from megaman.errors import UserError, brief
 from megaman.memory import Split
+from megaman.output import MOST_THREADS
 from megaman.placement import DTYPES, Placement, place
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Choices:
 
     device is the kind (cuda, mps, cpu), dtype the frozen base's, attention sdpa or xformers, vae_tile the side in
     pixels of the VAE's tiles while it draws (0: none), split how a step's pictures are computed, asked the values of
-    the flags behind all that.
+    the flags behind all that, threads the number of CPU threads of torch (see threads.py).
     """
 
     device: str
@@ -43,6 +44,7 @@ class Choices:
     vae_tile: int
     split: Split
     asked: dict[str, Any]
+    threads: int
 
     def apply(self, unet: UNet2DConditionModel) -> None:
         """Have the UNet compute as chosen, but for gradient checkpointing; raises UserError where xformers cannot."""
@@ -107,6 +109,7 @@ def _by_rule(asked: Mapping[str, Any], device: torch.device, width: int) -> Choi
         device.type, str(placement.dtype).removeprefix("torch."), placement.memory_format,
         "xformers" if asked[XFORMERS] and card else "sdpa", asked["compile"] and card, asked["gradient_checkpointing"],
         0, Split(asked["train_batch_size"], asked["gradient_accumulation_steps"]), {**asked},
+        torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -122,6 +125,8 @@ def _earlier(saved: Any, device: str) -> tuple[Choices | None, list[str]]:
     """What a checkpoint noted, None where it is nothing for this device, and what to say of that."""
     if saved is None:  # a new run, or a checkpoint from before there were choices
         return None, []
+    if isinstance(saved, dict):
+        saved = {"threads": torch.get_num_threads(), **saved}  # earlier checkpoints do not say
     names = Choices.__dataclass_fields__
     sound = isinstance(saved, dict) and all(name in saved and _SOUND[name](saved[name]) for name in names)
     if not sound:
@@ -154,6 +159,7 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     "split": lambda value: isinstance(value, dict) and value.keys() == {"size", "count"}
     and all(map(_count(1, 2**28), value.values())),
     "asked": lambda value: isinstance(value, dict) and all(map(_is_plain, value.values())),
+    "threads": _count(1, MOST_THREADS),
 }  # fmt: skip
 
 

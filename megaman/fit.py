@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from megaman import memory, room
-from megaman.base import actual_name
+from megaman.base_configs import actual_name, read_configs
 from megaman.errors import UserError, brief
 from megaman.placement import DTYPES, Placement, choose_device, place
-from megaman.plan import GB, Plan, gigabytes, read_configs
+from megaman.plan import GB, Plan, gigabytes
 
 BATCHES = (1, 2, 4)  # of the table
 

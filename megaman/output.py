@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megaman.errors import UserError, brief
-from megaman.files import ASIDE, restore_former
+from megaman.files import ASIDE, read_json, restore_former
 from megaman.names import is_inside, safe_name
 
 OURS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"
+MOST_THREADS = 1024  # what a checkpoint may ask for
 STATE = "training_state.json"  # written into a checkpoint last: a folder without it is none
 
 
@@ -61,6 +62,14 @@ def find_all(output_dir: Path) -> list[Path]:
     """The finished checkpoints in a folder, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if (path / STATE).is_file()), key=step_of)
+
+
+def saved_threads(checkpoint: Path) -> int:
+    """The number of CPU threads noted in a checkpoint, 0 if it does not say; the rest of it is checked elsewhere."""
+    content = read_json(checkpoint / STATE)
+    choices = content.get("choices") if isinstance(content, dict) else None
+    threads = choices.get("threads") if isinstance(choices, dict) else None
+    return threads if type(threads) is int and 0 < threads <= MOST_THREADS else 0
 
 
 def step_of(checkpoint: Path) -> int:

@@ -115,5 +115,7 @@ def unused_nvidia_card() -> bool:
 
 def device_lines(placement: Placement, *more: str) -> list[str]:
     """What to say of the device before a run: how it computes and why, what else is told, and a card that lies idle."""
-    line = f"device     {placement.device}: {'; '.join([placement.why, placement.memory_format, *more])}"
+    count = torch.get_num_threads()
+    threads = "1 CPU thread" if count == 1 else f"{count} CPU threads"
+    line = f"device     {placement.device}: {'; '.join([placement.why, placement.memory_format, threads, *more])}"
     return [line, *([f"           {UNUSED_CARD}"] if unused_nvidia_card() else [])]

@@ -7,63 +7,24 @@ memory on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from megaman import diffusion, lora, memory, room
-from megaman.adapter_config import is_base
-from megaman.base import ODD_CONFIGURATION, PROJECT, WAYS_ON, WEIGHTS, actual_name
+from megaman.base import ODD_CONFIGURATION
+from megaman.base_configs import WAYS_ON
 from megaman.errors import UserError, brief
-from megaman.files import read_json
 from megaman.peak import Hollow, norms_in_float32, size_of
-from megaman.presets import DEFAULT_BASE
-from megaman.single_file import SD15, named
 
 GB = 2**30
 # Bytes that are resident on a CPU for each of activations: the allocator's gaps and oneDNN's scratch, by memory.py.
 RESIDENT = 1.5
 FLOAT32 = 4  # bytes of a number of the LoRA, of its gradient, and of each of AdamW's two moments
-
-
-def read_configs(name: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """The configurations of a base's UNet, VAE and text encoder, by part, and a remark where they are guessed.
-
-    name is a folder, a single file or a name on the hub. Of the hub only what was downloaded before is read; Stable
-    Diffusion 1.5's configuration stands in for the rest, as for single files, which have none. No weights are read.
-    Raises UserError for a folder that lacks a part's config.json, and for a name that can be none of them.
-    """
-    places = (Path(os.path.expanduser(name)), PROJECT / name)
-    for folder in filter(Path.is_dir, places):
-        return {part: read_json(folder / part / "config.json") for part in WEIGHTS}, ""
-    one_file = any(map(Path.is_file, places))
-    if not is_base(name) or (named(name) and not one_file):
-        raise UserError(f"The base {name} is nothing on this machine nor a name on the hub", WAYS_ON)
-    sd15 = {part: read_json(SD15 / f"{part}.json") for part in WEIGHTS}
-    if one_file or actual_name(name) == actual_name(DEFAULT_BASE):
-        return sd15, ""
-    try:
-        cached = [try_to_load_from_cache(name, f"{part}/config.json") for part in WEIGHTS]
-    except ValueError:  # no name on the hub; loading says so
-        cached = [None]
-    if all(isinstance(path, str) for path in cached):
-        return {part: read_json(Path(path)) for part, path in zip(WEIGHTS, cached, strict=True)}, ""
-    return sd15, f"{name} is not on this machine: planned as Stable Diffusion 1.5"
-
-
-def unet_width(name: str) -> int:
-    """Channels of the first block of a base's UNet, by read_configs; 0 where they cannot be told."""
-    try:
-        return int(read_configs(name)[0]["unet"]["block_out_channels"][0])
-    except (UserError, OSError, LookupError, TypeError, ValueError, OverflowError):  # loading the base tells it better
-        return 0
 
 
 class Plan:

@@ -19,6 +19,7 @@ from megaman.errors import UserError
 from megaman.gallery import GalleryImage, thumbnail_of
 from megaman.jobs import Job, Way
 from megaman.names import is_network
+from megaman.output import MOST_THREADS
 
 KEY = "megaman"  # of the PNG's text chunk
 MOST = 4096  # images in a batch, LoRAs and parts of a version that a stranger's record may name
@@ -53,6 +54,7 @@ class Record:
     vae_tiling: bool
     versions: dict[str, str]
     memory_format: str = "contiguous"  # earlier records do not tell
+    threads: int = 0  # CPU threads of torch; 0: earlier records do not tell
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -142,7 +144,7 @@ def read(path: Path) -> Record:
     if text is None:
         raise UserError(f"--from_image {path} carries no record of this project", another)
     try:
-        content = {"memory_format": Record.memory_format} | json.loads(text)
+        content = {"memory_format": Record.memory_format, "threads": Record.threads} | json.loads(text)
         known = {field.name: content[field.name] for field in fields(Record)}
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"--from_image {path}: its record is damaged", another) from None
@@ -198,5 +200,6 @@ _SOUND = {
     "device": _text, "dtype": lambda value: value in ("float32", "float16", "bfloat16"),
     "fused": lambda value: type(value) is bool, "vae_tiling": lambda value: type(value) is bool,
     "memory_format": lambda value: value in ("contiguous", "channels_last"),
+    "threads": _whole(0, MOST_THREADS),
     "versions": lambda value: isinstance(value, dict) and all(map(_text, value.values())),
 }  # fmt: skip

@@ -21,14 +21,13 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from megaman.base_configs import SD15
 from megaman.errors import UserError
 from megaman.files import read_json
 from megaman.lora_formats import KEY, RELATIVES, WIDTHS, foreign_base
 from megaman.safety import check_safetensors
 from megaman.weights import Part, build, misfit, missing, outline
 
-SUFFIX = ".safetensors"
-SD15 = Path(__file__).resolve().parent / "sd15"
 UNET, VAE, TEXT_ENCODER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 PARTS = {UNET: "UNet", VAE: "VAE", TEXT_ENCODER: "text encoder"}
 MOST_TENSORS = 2000  # of one part; the UNet has 686, and diffusers compares each name with each block
@@ -36,11 +35,6 @@ MOST_TENSORS = 2000  # of one part; the UNet has 686, and diffusers compares eac
 KINDS = {"conditioner.": "SDXL", "cond_stage_model.model.": "Stable Diffusion 2.x", "control_model.": "a ControlNet"}
 FOLDER_PARTS = ("conv_in.", "down_blocks.", "encoder.down_blocks.", "text_model.", "embeddings.")
 ANOTHER = "Name a checkpoint of Stable Diffusion 1.x, or a folder in diffusers' layout"
-
-
-def named(path: str | Path) -> bool:
-    """Whether a path is named like such a file; it need not be there."""
-    return str(path).lower().endswith(SUFFIX)
 
 
 def find_parts(path: Path, dtype: torch.dtype) -> dict[str, Any]:

@@ -154,6 +154,12 @@ class Visit:
         asked = [event for event in self._events() if event["method"] == "Network.requestWillBeSent"]
         return {event["params"]["request"]["url"].split(":")[0] for event in asked}
 
+    def stopped_by_policy(self) -> bool:
+        """Whether the page's own policy stopped something from loading."""
+        self.do("1")
+        failures = [event["params"] for event in self._events() if event["method"] == "Network.loadingFailed"]
+        return any(failure.get("blockedReason") == "csp" or "CSP" in failure["errorText"] for failure in failures)
+
     def _events(self) -> list[dict[str, Any]]:
         return [event for event in self.browser.events if event.get("sessionId") == self.session]
 

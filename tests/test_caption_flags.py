@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, learned_alike
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -232,10 +232,11 @@ def test_repeats_count_for_epochs_and_stand_in_the_header(train_here, tmp_path, 
 
 
 def test_the_split_of_a_step_changes_no_caption(train_here, tmp_path):
-    at_once = train_here(tmp_path, "one", *DATA, "--max_train_steps", 2, *VARYING)
-    flags = ["--train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    smooth = ["--adam_epsilon", 1e-2]
+    at_once = train_here(tmp_path, "one", *DATA, "--max_train_steps", 2, *VARYING, *smooth)
+    flags = [*smooth, "--train_batch_size", 2, "--gradient_accumulation_steps", 2]
     in_parts = train_here(tmp_path, "two", *DATA, "--max_train_steps", 2, *VARYING, *flags)
-    assert all(torch.allclose(at_once[key], in_parts[key], atol=1e-4) for key in at_once)
+    assert learned_alike(at_once, in_parts)
 
 
 def test_an_earlier_checkpoint_varied_nothing():

@@ -11,6 +11,7 @@ import torch
 
 from megaman import lora
 from megaman.base import load_base
+from megaman.base_configs import unet_width
 from megaman.errors import UserError
 from megaman.placement import (
     WIDE,
@@ -21,7 +22,6 @@ from megaman.placement import (
     prefers_channels_last,
     unused_nvidia_card,
 )
-from megaman.plan import unet_width
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import ROOT
+from conftest import ROOT, learned_alike
 from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -107,7 +107,8 @@ def test_the_configuration_holds_every_setting_and_the_versions(finished):
     config = json.loads((finished[1] / "out" / "training_config.json").read_text(encoding="utf-8"))
     assert config["settings"]["noise_offset"] == 0.05
     assert config["settings"]["adam_beta2"] == 0.999
-    assert config["versions"]["torch"] == torch.__version__
+    # The package's version may lack what torch says of its build, as in 2.13.0+cu130.
+    assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert config["dtype"] == "float32"
     assert config["total_steps"] == 6
 
@@ -262,7 +263,7 @@ def test_the_split_into_micro_batches_changes_nothing_but_rounding(train):
     smooth = ["--adam_epsilon", 1e-2]  # else Adam makes whole steps of gradients that are rounding noise
     whole = train("--train_batch_size", 4, *smooth)
     split = train("--train_batch_size", 2, "--gradient_accumulation_steps", 2, *smooth)
-    assert all(torch.allclose(whole[key], split[key], atol=1e-7) for key in whole)
+    assert learned_alike(whole, split)
 
 
 def test_clipping_clips(train, plain):

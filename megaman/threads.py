@@ -1,0 +1,156 @@
+"""How many CPU threads torch computes with, and how they wait for each other.
+
+OpenMP reads its environment once, when torch loads it, so `apply` belongs before the first import of torch. Only the
+two scripts call it: importing this project never changes the process of whoever imports it.
+
+The rule goes by the base's width and by the CPUs that the process may use, never by the load of the moment: sums that
+are split among another number of threads differ in their last bits, and equal commands must give equal bits.
+docs/lab-notes.md has the measurements behind the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+# Channels of the UNet's first block below which training gains little by threads.
+NARROW = 128
+COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+# Loops that a thread of GNU's OpenMP, which torch uses on Linux, spins at a barrier before it sleeps. With the default,
+# 300,000, it spins away the time slice of the very thread that it waits for.
+SPIN_COUNT = 1_000
+# The same in milliseconds for the OpenMP of Intel and LLVM on Windows and macOS, in place of 200. Not measured.
+BLOCK_TIME = 1
+
+_applied: dict[str, str] = {}  # what this process has set itself
+
+
+@dataclass(frozen=True)
+class ThreadPolicy:
+    """The environment variables that a run sets, and what to tell the user about them ("" if nothing).
+
+    count is None if the user's own setting stands, or torch's own choice.
+    """
+
+    count: int | None
+    environment: dict[str, str]
+    remark: str = ""
+
+
+def threads_for_training(width: int, usable: int) -> int | None:
+    """The rule for a new training run; None leaves it to torch.
+
+    width is the number of channels of the UNet's first block, 0 if unknown; usable see `usable_cpus`.
+    """
+    return 1 if 0 < width < NARROW else threads_for_generation(usable)
+
+
+def threads_for_generation(usable: int) -> int | None:
+    """The rule for generating, where several images at a time make work for threads; None leaves it to torch."""
+    # torch itself counts the cores that the affinity leaves; it does not know a container's quota.
+    return usable if usable < _affinity() else None
+
+
+def choose_threads(
+    rule: int | None,
+    usable: int,
+    environment: Mapping[str, str],
+    saved: int | None = None,
+    platform: str = sys.platform,
+) -> ThreadPolicy:
+    """The policy of a run on this machine.
+
+    Args:
+        rule: the count for a new run, from one of the two rules above.
+        usable: CPUs that this process may use, see `usable_cpus`.
+        environment: what the user has set; it wins over any rule.
+        saved: the count noted in what the run resumes or repeats, 0 if it does not say; None for a new run.
+    """
+    variables = {} if any(name in environment for name in WAIT_VARIABLES) else _waiting(platform)
+    for name in COUNT_VARIABLES:
+        if name in environment:
+            return ThreadPolicy(None, variables, _overridden(name, environment[name], saved))
+    count = rule if saved is None else saved or None
+    if count is None:
+        return ThreadPolicy(None, variables)
+    remark = ""
+    if saved and saved > usable:
+        remark = f"{saved} threads as before, on {usable} CPUs: slower, but the same bits"
+    return ThreadPolicy(count, variables | {"OMP_NUM_THREADS": str(count)}, remark)
+
+
+def _waiting(platform: str) -> dict[str, str]:
+    if platform == "linux":
+        return {"GOMP_SPINCOUNT": str(SPIN_COUNT)}
+    return {"KMP_BLOCKTIME": str(BLOCK_TIME)}
+
+
+def _overridden(name: str, value: str, saved: int | None) -> str:
+    if not saved or value.strip() == str(saved):
+        return ""
+    return f"{name} is {value}, and it was {saved} threads before: the last bits may differ"
+
+
+def apply(policy: ThreadPolicy) -> None:
+    """Put the policy in force for this process, which has not imported torch yet, and for those that it starts."""
+    os.environ.update(policy.environment)
+    _applied.update(policy.environment)
+
+
+def enforce(policy: ThreadPolicy) -> None:
+    """Set the count in a torch that may have been loaded before `apply`, in a notebook for example."""
+    if policy.count is not None:
+        import torch
+
+        torch.set_num_threads(policy.count)
+
+
+def user_environment() -> dict[str, str]:
+    """The environment without what an earlier `apply` in this process has set."""
+    return {name: value for name, value in os.environ.items() if _applied.get(name) != value}
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """CPUs that this process may use, at least 1: by its affinity and by its container's quota, rounded up.
+
+    The folders are those of Linux's cgroups(7), versions 1 and 2.
+    """
+    return min([_affinity(), *(max(1, math.ceil(quota)) for quota in _quotas(cgroups, membership))])
+
+
+def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
+    """CPUs that each of the process's cgroups, and each above them, grants."""
+    try:
+        lines = membership.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        if line.count(":") < 2:
+            continue
+        _, controllers, path = line.split(":", 2)
+        relative = PurePosixPath(path.lstrip("/"))
+        for group in (relative, *relative.parents):
+            if not controllers:
+                yield from _quota(cgroups / group, "cpu.max")
+            elif "cpu" in controllers.split(","):
+                yield from _quota(cgroups / controllers / group, "cpu.cfs_quota_us", "cpu.cfs_period_us")
+
+
+def _quota(group: Path, *names: str) -> Iterator[float]:
+    """quota / period of one cgroup; nothing if it has none ("max" in version 2, -1 in version 1)."""
+    try:
+        words = " ".join((group / name).read_text(encoding="utf-8") for name in names).split()
+        quota, period = map(int, words[:2])
+    except (OSError, ValueError):
+        return
+    if quota > 0 and period > 0:
+        yield quota / period
