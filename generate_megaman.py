@@ -57,12 +57,12 @@ def main(argv: list[str]) -> int:
     from megaman import allocator, lora, lora_files, room, sample
     from megaman.base import load_base
     from megaman.drawing import Drawer
-    from megaman.placement import choose_device, device_lines, place
+    from megaman.placement import choose_device, device_lines, place, set_threads
 
     # Base and LoRA, which is added to the base's own weights, unless the plain base has to draw beside it.
     base_name = actual_name(plan.base)
     placement = place(plan.precision, choose_device(options.device), width, plan.memory_format)
-    threads.enforce(policy)
+    set_threads(policy)
     allocator.keep_freed_memory()
     print(f"loading {base_name}{' and the LoRA in ' * bool(plan.loras)}{plan.source}")
     if remark := moved(plan.base):

@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
     from megaman.fit import memory_limit, settle
     from megaman.fresh import Fresh, drop_damaged
     from megaman.moments import Moments, folder_of, prune
-    from megaman.placement import choose_device, device_lines
+    from megaman.placement import choose_device, device_lines, set_threads
     from megaman.tracking import TrainingLog
     from megaman.training_step import TrainingStep
     from megaman.validation import Validation
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
     # Device, precision and whatever else shapes the computation: by a rule, or as the checkpoint says.
     saved = checkpoints.read_progress(checkpoint) if checkpoint else None
     asked = {flag: getattr(options, flag) for flag in ASKED}
-    threads.enforce(policy)
+    set_threads(policy)
     chosen, placement, remarks = choose(asked, options.given, choose_device(), width, saved and saved.choices)
     allocator.keep_freed_memory()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels

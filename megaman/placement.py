@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megaman.errors import UserError
+from megaman.threads import ThreadPolicy
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's words
 # Channels of a UNet's first block from which on a CPU that computes in bf16 is faster in it: docs/performance.md.
@@ -113,9 +114,15 @@ def unused_nvidia_card() -> bool:
     return not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
 
 
+def set_threads(policy: ThreadPolicy) -> None:
+    """Set the count in a torch that may have been loaded before the policy was applied, in a notebook for example."""
+    if policy.count is not None:
+        torch.set_num_threads(policy.count)
+
+
 def device_lines(placement: Placement, *more: str) -> list[str]:
     """What to say of the device before a run: how it computes and why, what else is told, and a card that lies idle."""
     count = torch.get_num_threads()
     threads = "1 CPU thread" if count == 1 else f"{count} CPU threads"
-    line = f"device     {placement.device}: {'; '.join([placement.why, placement.memory_format, threads, *more])}"
+    line = f"device     {placement.device}: {'; '.join([placement.why, placement.memory_format, *more, threads])}"
     return [line, *([f"           {UNUSED_CARD}"] if unused_nvidia_card() else [])]

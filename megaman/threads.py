@@ -102,14 +102,6 @@ def apply(policy: ThreadPolicy) -> None:
     _applied.update(policy.environment)
 
 
-def enforce(policy: ThreadPolicy) -> None:
-    """Set the count in a torch that may have been loaded before `apply`, in a notebook for example."""
-    if policy.count is not None:
-        import torch
-
-        torch.set_num_threads(policy.count)
-
-
 def user_environment() -> dict[str, str]:
     """The environment without what an earlier `apply` in this process has set."""
     return {name: value for name, value in os.environ.items() if _applied.get(name) != value}

@@ -119,6 +119,7 @@ NEVER_TORCH = [*STANDARD_ONLY, "png", "grid", "lora_metadata", "model_card", "pa
 DOCTOR = ["appearance", "duplicates", "findings", "wording", "doctor", "report"]  # numpy yes, torch never
 NO_TORCH = [
     *NEVER_TORCH,
+    "base_configs",
     "problems",
     "images",
     "captions",

@@ -149,8 +149,10 @@ def test_the_best_device_there_is(monkeypatch):
 def test_a_card_that_torch_cannot_use(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not unused_nvidia_card()
+    count = torch.get_num_threads()
+    counted = "1 CPU thread" if count == 1 else f"{count} CPU threads"
     assert device_lines(place("no", CPU, 64), "seed 0") == [
-        "device     cpu: float32 as asked for; channels_last; seed 0"
+        f"device     cpu: float32 as asked for; channels_last; seed 0; {counted}"
     ]
     for name in ("nvidia-smi", "nvidia-smi.bat"):
         (tmp_path / name).touch(mode=0o755)
