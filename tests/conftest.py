@@ -34,6 +34,18 @@ settings.register_profile("searching", deadline=None, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+# A test that uses one of these trains, generates or starts a process, and is marked slow.
+SLOW_FIXTURES = {"train_here", "run_script", "generate", "lora_path"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+        if "the_browser" in item.fixturenames:
+            item.add_marker(pytest.mark.browser)
+
+
 @pytest.fixture(scope="session")
 def base_folder() -> Path:
     """A Stable Diffusion base in diffusers' layout: the embedded one, or the folder in MEGAMAN_TEST_BASE."""

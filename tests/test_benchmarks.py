@@ -101,6 +101,7 @@ def test_a_program_is_stamped_at_every_step_of_its_bar(tmp_path):
     assert "device" not in result
 
 
+@pytest.mark.slow
 def test_bare_steps_stand_between_the_loops_own_and_the_loop_goes_on_to_its_end(tmp_path):
     words = ["--demo", "--output_dir", "out", "--max_train_steps", 24, "--num_validation_images", 0, "--seed", 0]
     command = [sys.executable, str(ROOT / "benchmarks" / "paired.py"), "3", str(processes.TRAIN), *map(str, words)]

@@ -188,6 +188,7 @@ def test_two_processes_that_fill_one_cache_at_once(train, pictures, tmp_path):
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGKILL")
 def test_a_kill_while_encoding_loses_one_batch_at_most(pictures, tmp_path):
     """At 512 px a picture is a batch of its own."""

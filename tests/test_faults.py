@@ -76,6 +76,7 @@ def adapted(base_folder):
     return base.unet, base.text_encoder, optimizer
 
 
+@pytest.mark.slow
 def test_every_call_of_a_save_fails_once(adapted, tmp_path):
     """The second checkpoint over the limit of one, and lora_weights/ over an earlier one: each write, flush and rename
     fails once; the earlier state still loads, there is no half file, and the same save works afterwards."""

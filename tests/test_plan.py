@@ -32,6 +32,7 @@ def small() -> Plan:
     return Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, **SHAPE)
 
 
+@pytest.mark.slow
 def test_stable_diffusion_fits_where_it_is_known_to_fit(sd15):
     assert 1.6 * GB < sd15.weights < 1.7 * GB, "860 million numbers of two bytes, and the LoRA"
     assert 2.5 * GB < sd15.training(1, False) <= 3.0 * GB
@@ -45,6 +46,7 @@ def test_checkpointing_keeps_a_quarter_of_the_activations(sd15):
     assert sd15.activations(4, False) == pytest.approx(4 * sd15.activations(1, False), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_proportion_is_what_a_trace_gives(small, checkpointing):
     larger = Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=192, **SHAPE)
@@ -57,6 +59,7 @@ def test_on_a_cpu_activations_take_more_and_nothing_else_does(small):
     assert (cpu.weights, cpu.gradients, cpu.moments) == (small.weights, small.gradients, small.moments)
 
 
+@pytest.mark.slow
 def test_a_vae_that_encodes_at_every_step_stays(small):
     fresh = Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, encodes=True, **SHAPE)
     assert fresh.weights - small.weights == peak.size_of(small.vae) == small.comes_back
@@ -64,6 +67,7 @@ def test_a_vae_that_encodes_at_every_step_stays(small):
     assert fresh.training(1, True) >= small.training(1, True) + peak.size_of(small.vae)
 
 
+@pytest.mark.slow
 def test_a_text_encoder_in_training_and_wider_targets_cost_more(small):
     configs, _ = read_configs(DEMO_BASE)
     both = Plan(configs, torch.float32, True, size=128, trains_text_encoder=True, **SHAPE)

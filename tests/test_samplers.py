@@ -60,6 +60,7 @@ def side_by_side(base_folder):
     return load_base(str(base_folder), torch.float32), pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.name)
 def test_it_draws_what_the_pipeline_draws(side_by_side, sampler):
     """The same noise, the added one too: two images at once, each with its own seed."""
@@ -83,6 +84,7 @@ def test_it_draws_what_the_pipeline_draws(side_by_side, sampler):
         assert np.abs(np.asarray(image) / 255 - want).max() < 1 / 255
 
 
+@pytest.mark.slow
 def test_the_samplers_differ(side_by_side):
     """The settings count, such as Karras' spacing: no two of them draw the same."""
     base, pipe = side_by_side

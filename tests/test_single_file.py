@@ -205,6 +205,7 @@ def test_the_rules_give_the_published_names(full_names):
     assert [sum(key.startswith(start) for key in full_names) for start in starts] == [686, 248, 197]
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_loads_as_its_folder_does(tmp_path):
     """In its full size, fp16: every tensor, the configurations, what the models say."""
     with torch.device("meta"):

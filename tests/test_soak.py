@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_and_resumed_ends_bit_for_bit_alike(tmp_path):
     flags = ["--kills", "3", "--steps", "12", "--save_steps", "2", "--seed", "1"]

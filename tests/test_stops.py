@@ -39,6 +39,7 @@ def wait_for(condition, process, seconds=300):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_the_first_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     process = start(tmp_path, "--save_steps", "3")
@@ -61,6 +62,7 @@ def test_the_first_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     assert f"checkpoint-{step}, step {step}" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once_without_half_a_file(tmp_path):
     """The first comes while the images of the start are drawn, so that the second finds the run still at work."""
     process = start(tmp_path, "--num_validation_images", "40", "--save_steps", "1000")
