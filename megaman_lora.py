@@ -318,6 +318,8 @@ def main(argv: list[str]) -> int:
             all_finite.append(finite.step_where_finite(optimizer, norm, accelerator.scaler))
             optimizer.zero_grad()
             bar.update()
+            if step == start + 1 and device.type == "cpu":
+                allocator.use_huge_pages()
             last, stopping = step == total, anywhere(accelerator, stop.received is not None)
             saving = step % options.save_steps == 0 or last or stopping
             if step % LOG_EVERY == 0 or saving:  # a checkpoint never stands ahead of the curve

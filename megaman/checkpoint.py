@@ -122,18 +122,22 @@ def restore(
         keys = [key for key in moments if key.startswith(f"{name}:")]
         if any(moments[key].shape not in (parameter.shape, ()) for key in keys):
             raise UserError(f"{folder / OPTIMIZER} does not fit its adapter", "Resume from an earlier checkpoint")
-        # Copies, since what is read stays tied to the file, and that may have to be deleted. AdamW keeps its averages
-        # beside the parameter, and its step count too where it is fused, else on the CPU.
-        beside = {True: parameter.device, False: torch.device("cpu")}
-        optimizer.state[parameter] = {
-            key.split(":")[1]: moments[key].to(
-                beside[optimizer.defaults["fused"] or not key.endswith(":step")], copy=True
-            )
-            for key in keys
-        }
+        fused = optimizer.defaults["fused"]
+        optimizer.state[parameter] = {key.split(":")[1]: _beside(parameter, moments[key], fused) for key in keys}
     saved_scaler = read_json(folder / STATE).get("scaler")
     if scaler and saved_scaler:
         scaler.load_state_dict(saved_scaler)
+
+
+def _beside(parameter: torch.nn.Parameter, moment: torch.Tensor, fused: bool) -> torch.Tensor:
+    """A copy of what AdamW keeps for the parameter, since what is read stays tied to a file that may be deleted.
+
+    The averages lie in memory like the parameter: the fused AdamW goes through both by address, whatever their strides.
+    The step count is on the CPU unless AdamW is fused.
+    """
+    if moment.ndim:
+        return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
+    return moment.to(parameter.device if fused else torch.device("cpu"), copy=True)
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from megaman import lora_forward
 from megaman.errors import WRONG_USAGE, UserError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def inject(
         lora_dropout=dropout,
         init_lora_weights=True,
     )
+    config._register_custom_module(lora_forward.FAST_LAYERS)
     try:
         model.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
@@ -56,6 +58,7 @@ def inject(
     trainable = list(parameters(model).values())
     for parameter in trainable:  # half-precision adapters learn slowly and end in NaN
         parameter.data = parameter.data.float()
+    lora_forward.match_memory_format(model)
     return trainable
 
 

@@ -59,6 +59,16 @@ def test_resumed_equals_undisturbed(train, tmp_path, how):
         assert curves[0] == curves[1]
 
 
+def test_convolutions_resume_bit_exactly_too(train, tmp_path):
+    """Their LoRA lies in memory otherwise than in the files, and AdamW goes through its averages by address."""
+    flags = ["--max_train_steps", 6, "--target_modules", "to_q", "conv1", "conv_in"]
+    undisturbed = train("whole", *flags)
+    train("halves", *flags)
+    stop_at(tmp_path / "halves", 3)
+    resumed = train("halves", *flags, "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
+
+
 def test_dropout_resumes_bit_for_bit_too(train, tmp_path):
     """What a layer misses at a step hangs on the seed and the micro-batch, not on what was computed before."""
     dropping = ["--max_train_steps", 5, "--lora_dropout", 0.3, "--use_rslora", "--gradient_accumulation_steps", 2]

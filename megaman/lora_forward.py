@@ -1,0 +1,119 @@
+"""PEFT's LoRA layers with a quicker forward and backward pass, and the same result but for the last bits.
+
+PEFT computes y = W x + scale * B (A x) one operation after the other, and autograd goes back the same way. The product
+with the scale and the sums each read and write a tensor as large as y or x, and in a small model every operation costs
+its dispatch as well. Here the matrix products add in place, and the scale is part of them.
+
+Only what a training step needs computes like this: one plain adapter, of the base layer's dtype, without dropout and
+autocast. Everything else is PEFT's, sampling too: a validation image has the bits of the one generated later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class _LinearWithLora(torch.autograd.Function):
+    """y = x W^T + bias + scale * (x A^T) B^T, with gradients for x, A and B.
+
+    x [..., in], W [out, in], bias [out] or None, A [rank, in], B [out, rank].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low = None  # x A^T [rows, rank]
+        if _merging_pays(x, weight):
+            weight = torch.addmm(weight, b, a, alpha=scale)
+            y = functional.linear(x, weight, bias)
+        else:
+            y = functional.linear(x, weight, bias)
+            low = functional.linear(x, a).flatten(0, -2)
+            y.flatten(0, -2).addmm_(low, b.t(), alpha=scale)
+        ctx.save_for_backward(x, low, weight, a, b)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, weight, a, b = ctx.saved_tensors
+        grad, rows, merged = grad.flatten(0, -2), x.flatten(0, -2), low is None
+        if merged:
+            low = rows @ a.t()
+        grad_low = grad @ b
+        grad_b = (low.t() @ grad).t()  # the other way round takes MKL twice as long
+        if ctx.scale != 1:
+            grad_low *= ctx.scale
+            grad_b *= ctx.scale
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            if not merged:
+                grad_x.addmm_(grad_low, a)
+            grad_x = grad_x.view(x.shape)
+        return grad_x, None, None, grad_low.t() @ rows, grad_b, None
+
+
+def _merging_pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether W + scale * B A takes less work than B (A x), and less than half the memory of x and y together."""
+    outputs, inputs = weight.shape
+    return x.numel() // inputs * (inputs + outputs) > 2 * inputs * outputs
+
+
+class FastLinear(Linear):
+    """PEFT's layer for nn.Linear."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        if args or kwargs or type(base) is not nn.Linear or base.weight.requires_grad or not _is_plain(self, x):
+            return super().forward(x, *args, **kwargs)
+        (adapter,) = self.active_adapters
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return _LinearWithLora.apply(x, base.weight, base.bias, a, b, self.scaling[adapter])
+
+
+class FastConv2d(Conv2d):
+    """PEFT's layer for nn.Conv2d. Python's own overhead would eat up what more than this could save."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or type(self.base_layer) is not nn.Conv2d or not _is_plain(self, x):
+            return super().forward(x, *args, **kwargs)
+        (adapter,) = self.active_adapters
+        change = self.lora_B[adapter](self.lora_A[adapter](x))
+        return self.base_layer(x).add_(change, alpha=self.scaling[adapter])
+
+
+def _is_plain(layer: LoraLayer, x: Tensor) -> bool:
+    """Whether a training step asks nothing of the layer but y = W x + scale * B (A x), in one dtype."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False  # a compiler fuses PEFT's operations itself
+    adapters = layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(adapters) != 1:
+        return False
+    (adapter,) = adapters
+    if adapter not in layer.lora_A or adapter in layer.lora_variant or layer.lora_bias[adapter]:
+        return False
+    if layer.training and not isinstance(layer.lora_dropout[adapter], nn.Identity):
+        return False
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    same_dtype = x.dtype == layer.base_layer.weight.dtype == a.dtype == b.dtype
+    return same_dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def match_memory_format(model: nn.Module) -> None:
+    """Lay out every convolution's A in memory like the weight that it stands beside, so that no step has to convert."""
+    for layer in model.modules():
+        if isinstance(layer, Conv2d) and _is_channels_last(layer.get_base_layer().weight):
+            for convolution in layer.lora_A.values():
+                convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+FAST_LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FastLinear, nn.Conv2d: FastConv2d}
