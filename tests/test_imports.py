@@ -57,6 +57,7 @@ ORDER = [
     "single_file",
     "base_folder",
     "base",
+    "lora_forward",
     "lora",
     "peak",
     "plan",
