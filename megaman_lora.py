@@ -364,6 +364,10 @@ def main(argv: list[str]) -> int:
             flags += ["--lora_path", folder.as_posix()]
         say(f"next: python generate_megaman.py {shlex.join(flags)}")
     accelerator.end_training()
+    if world > 1:
+        # Gloo's thread needs the GIL to free the last barrier's tensor. Without this pause it may not have it before
+        # this thread frees the process group, which joins that thread while it holds the GIL: neither ever ends.
+        time.sleep(0.5)
     return 1 if reason else 0
 
 
