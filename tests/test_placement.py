@@ -105,14 +105,17 @@ def test_a_lesser_processor_is_seen_where_it_is_emulated(run_script, tmp_path):
         assert not has_bf16 and dtype == "torch.float32" and "a processor with instructions for it" in why
 
 
-def test_a_base_is_laid_out_and_its_lora_is_not(base_folder):
+def test_a_base_is_laid_out_and_its_lora_like_it(base_folder):
     unet = load_base(str(base_folder), torch.float32, layout=place("no", CPU, 64, "contiguous").layout).unet
     assert unet.conv_in.weight.is_contiguous()
     unet = load_base(str(base_folder), torch.float32, layout=place("no", CPU, 64).layout).unet
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert not unet.conv_in.weight.is_contiguous()
     trained = lora.inject(unet, 4, 4, ["conv_in", "conv1"])
-    assert all(parameter.is_contiguous() for parameter in trained)
+    last = {"memory_format": torch.channels_last}
+    assert all(p.is_contiguous() or p.is_contiguous(**last) for p in trained)
+    convolved = [layer for name, layer in unet.named_modules() if name.endswith("conv1.lora_A.default")]
+    assert convolved and all(layer.weight.is_contiguous(**last) for layer in convolved)
 
 
 def test_the_width_of_a_base(base_folder, tmp_path):
