@@ -106,6 +106,8 @@ def test_any_record_is_read_or_refused_in_a_line(tmp_path_factory, data):
         ({"scheduler": "torch"}, "scheduler"),
         ({"dtype": "int8"}, "dtype"),
         ({"memory_format": ["channels_last"]}, "memory_format"),
+        ({"threads": -1}, "threads"),
+        ({"threads": 10**6}, "threads"),
         ({"place": 2}, "place"),
         ({"batch": []}, "batch"),
         ({"seed": -1}, "seed"),
@@ -135,9 +137,11 @@ def test_other_files_are_refused_in_a_line(tmp_path):
 
 
 def test_an_earlier_record_tells_no_memory_format(tmp_path):
-    earlier = {key: value for key, value in asdict(RECORD).items() if key != "memory_format"}
+    later = ("memory_format", "threads")
+    earlier = {key: value for key, value in asdict(RECORD).items() if key not in later}
     png.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(earlier)})
     assert records.read(tmp_path / "a.png").memory_format == "contiguous"
+    assert records.read(tmp_path / "a.png").threads == 0
 
 
 def test_the_identity_is_what_the_user_chose():

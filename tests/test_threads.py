@@ -173,6 +173,20 @@ def test_the_users_own_count_wins(watched):
     assert "; 2 CPU threads\n" in said
 
 
+def test_an_image_is_generated_again_with_as_many_threads(watched, run_script):
+    """The record in the image says how many; torch's own count may be another here."""
+    folder, run = watched
+    run("lora", "--max_train_steps", "1")
+    flags = ["--lora_path", "lora/lora_weights", "--num_inference_steps", "1", "--prompts", "a robot"]
+    one = NO_SETTING | {"OMP_NUM_THREADS": "1"}
+    done = run_script(["generate_megaman.py", *flags, "--output_dir", "first"], folder, one)
+    assert done.returncode == 0 and "; 1 CPU thread\n" in done.stdout
+    image = folder / "first" / "megaman_000_00.png"
+    done = run_script(["generate_megaman.py", "--from_image", image, "--output_dir", "again"], folder, NO_SETTING)
+    assert done.returncode == 0 and "; 1 CPU thread\n" in done.stdout
+    assert "may differ" not in done.stdout
+
+
 def test_contention_measures_what_it_says():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import contention
