@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import ROOT, learned_alike
+from conftest import ROOT, SAMPLING_STEPS, learned_alike
 from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -37,9 +37,19 @@ def data(tmp_path_factory):
     return folder
 
 
+FEW_STEPS = f"""
+import sys
+from megaman import validation
+validation.STEPS = {SAMPLING_STEPS}
+import megaman_lora
+from megaman.errors import run_script
+sys.exit(run_script(megaman_lora.main, sys.argv[1:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def finished(data, base_folder, run_script, tmp_path_factory):
-    """One whole run as a process."""
+    """One whole run as a process, whose validation images are drawn in SAMPLING_STEPS."""
     cwd = tmp_path_factory.mktemp("run")
     folders = [
         "--pretrained_model_name",
@@ -55,7 +65,7 @@ def finished(data, base_folder, run_script, tmp_path_factory):
         --checkpoints_total_limit 2 --validation_steps 3 --num_validation_images 2 --validation_prompt robot
         --lora_rank 4 --lora_alpha 16 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --seed 0
         --mixed_precision fp16 --random_flip --snr_gamma 5 --noise_offset 0.05"""
-    done = run_script(["megaman_lora.py", *folders, *flags.split()], cwd)
+    done = run_script(["-c", FEW_STEPS, *folders, *flags.split()], cwd)
     assert done.returncode == 0, done.stderr
     return done, cwd
 
@@ -133,7 +143,9 @@ def test_step_0_is_the_base_itself(finished, base_folder):
     states = encode_captions(base.text_encoder, base.tokenizer, ["robot", ""])
     text, empty = (states[prompt].expand(2, -1, -1) for prompt in ("robot", ""))
     sampler = sample.make_sampler(base.scheduler)
-    drawn = sample.draw_images(base.unet, base.vae, sampler, text, empty, [0, 1], 64, 64, steps=25, guidance=7.5)
+    drawn = sample.draw_images(
+        base.unet, base.vae, sampler, text, empty, [0, 1], 64, 64, steps=SAMPLING_STEPS, guidance=7.5
+    )
     for j, image in enumerate(drawn):
         first, last = (
             Image.open(finished[1] / "out" / f"samples-{step}" / f"{j:02d}.png").convert("RGB") for step in (0, 6)
@@ -286,10 +298,10 @@ def test_epochs_give_the_steps(train_here, train, data, tmp_path, capsys):
     assert "steps      3 of 2 pictures" in capsys.readouterr().out
 
 
-def test_without_a_seed_one_is_drawn_and_noted(data, base_folder, run_script, tmp_path):
+def test_without_a_seed_one_is_drawn_and_noted(data, base_folder, forked, tmp_path):
     folders = ["--pretrained_model_name", base_folder, "--data_dir", data]
     flags = ["--resolution", 64, "--max_train_steps", 1, "--num_validation_images", 0]
-    done = run_script(["megaman_lora.py", *folders, *flags], tmp_path)
+    done = forked.run(["megaman_lora.py", *folders, *flags], tmp_path)
     seed = json.loads((tmp_path / "megaman_lora_output/training_config.json").read_text())["settings"]["seed"]
     assert seed > 0
     assert f"seed {seed}" in done.stdout
