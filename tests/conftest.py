@@ -108,6 +108,7 @@ def pictures(tmp_path) -> Path:
 
 
 SAMPLING_STEPS = 3  # of validation images, instead of 25
+FEW_TARGETS = ["--target_modules", "to_q", "to_v"]  # where it does not matter which: a third of the time of two steps
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FEW_TARGETS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,7 +27,7 @@ def train(train_here, pictures, tmp_path, capsys):
 
     def run(name: str, *flags):
         cache = [] if "--no_cache" in flags else ["--cache_dir", "cache"]
-        words = ["--data_dir", pictures, *cache, "--max_train_steps", 2, "--train_batch_size", 2, *flags]
+        words = ["--data_dir", pictures, *cache, "--max_train_steps", 2, "--train_batch_size", 2, *FEW_TARGETS, *flags]
         lora = train_here(tmp_path, name, *words)
         said = capsys.readouterr().out
         counts = re.search(r"encoded +(\d+) now, (\d+) were", said)
@@ -158,7 +159,18 @@ def test_the_cache_keeps_to_its_limit(train, tmp_path):
 
 def command(pictures, *flags) -> list:
     words = ["--pretrained_model_name", ROOT / "demo" / "base", "--data_dir", pictures, "--cache_dir", "cache"]
-    return ["megaman_lora.py", *words, "--seed", 0, "--num_validation_images", 0, "--max_train_steps", 1, *flags]
+    return [
+        "megaman_lora.py",
+        *words,
+        "--seed",
+        0,
+        "--num_validation_images",
+        0,
+        "--max_train_steps",
+        1,
+        *FEW_TARGETS,
+        *flags,
+    ]
 
 
 def test_two_processes_that_fill_one_cache_at_once(forked, train, pictures, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLING_STEPS
+from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,7 +23,7 @@ from megaman.errors import UserError
 from megaman.finite import PATIENCE, SkippedSteps
 from megaman.tracking import TrainingLog
 
-FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3]
+FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, *FEW_TARGETS]
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, learned_alike
+from conftest import FEW_TARGETS, ROOT, learned_alike
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ from megaman import memory
 from megaman.errors import UserError, out_of_memory
 
 # AdamW with a large epsilon steps in proportion to the gradients, so that rounding stays rounding.
-FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--adam_epsilon", 1e-2]
+FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--adam_epsilon", 1e-2, *FEW_TARGETS]
 FIXED += ["--max_train_steps", 4]
 
 

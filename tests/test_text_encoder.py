@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLING_STEPS
+from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -156,7 +156,7 @@ def test_a_text_encoder_part_that_is_damaged_is_named(trained, base_folder, tmp_
 
 # Training. A few steps are enough to see what moves.
 
-DATA = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3]
+DATA = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, *FEW_TARGETS]
 TEXT = ["--train_text_encoder", "--text_encoder_lr", 5e-4]
 
 

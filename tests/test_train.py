@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import ROOT, SAMPLING_STEPS, learned_alike
+from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS, learned_alike
 from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,6 +17,7 @@ from megaman import sample
 from megaman.base import load_base
 from megaman.caption_states import encode_captions
 from megaman.errors import UserError
+from megaman.presets import DEFAULT_TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def train(train_here, data, tmp_path, capsys):
 
     def run(*flags) -> dict[str, torch.Tensor]:
         run.out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
-        state = train_here(tmp_path, run.out.name, "--data_dir", data, "--max_train_steps", 2, *flags)
+        state = train_here(tmp_path, run.out.name, "--data_dir", data, "--max_train_steps", 2, *FEW_TARGETS, *flags)
         run.said = capsys.readouterr().out
         return state
 
@@ -194,7 +195,8 @@ def train(train_here, data, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def plain(train_here, data, tmp_path_factory):
     """The LoRA that train() without flags gives."""
-    return train_here(tmp_path_factory.mktemp("plain"), "out", "--data_dir", data, "--max_train_steps", 2)
+    folder = tmp_path_factory.mktemp("plain")
+    return train_here(folder, "out", "--data_dir", data, "--max_train_steps", 2, *FEW_TARGETS)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -285,7 +287,8 @@ def test_clipping_clips(train, plain):
 
 
 def test_training_lowers_the_loss(train):
-    train("--max_train_steps", 60, "--learning_rate", 3e-3, "--lora_alpha", 8, "--train_batch_size", 4)
+    flags = ["--learning_rate", 3e-3, "--lora_alpha", 8, "--train_batch_size", 4, "--resolution", 32]
+    train("--max_train_steps", 60, "--target_modules", *DEFAULT_TARGETS, *flags)
     (folder,) = (train.out.parent / f"logs-{train.out.name}").iterdir()
     losses = [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
