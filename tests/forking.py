@@ -40,17 +40,20 @@ class Forks:
         assert answer, "the process that forks has ended"
         return json.loads(answer)
 
-    def start(self, args, cwd, patches: dict[str, object] | None = None) -> Fork:
-        """Start one of the root's scripts: start(["megaman_lora.py", "--demo"], cwd). patches are set in the fork
-        alone: {"megaman.validation.STEPS": 3}."""
+    def start(self, args, cwd, patches: dict[str, object] | None = None, hub: dict[str, str] | None = None) -> Fork:
+        """Start one of the root's scripts: start(["megaman_lora.py", "--demo"], cwd), or start(["-c", code], cwd).
+
+        In the fork alone patches are set, as {"megaman.validation.STEPS": 3}, and hub holds environment variables with
+        which huggingface_hub is loaded anew; None removes one.
+        """
         script, *words = map(str, args)
         outputs = [tempfile.NamedTemporaryFile("w+", encoding="utf-8", errors="replace") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in outputs]
         order = {"script": script.removesuffix(".py"), "words": words, "cwd": str(cwd), "outputs": names}
-        return Fork(self, self.ask(order | {"patches": patches or {}}), outputs)
+        return Fork(self, self.ask(order | {"patches": patches or {}, "hub": hub or {}}), outputs)
 
-    def run(self, args, cwd, patches: dict[str, object] | None = None) -> subprocess.CompletedProcess[str]:
-        process = self.start(args, cwd, patches)
+    def run(self, args, cwd, patches=None, hub=None) -> subprocess.CompletedProcess[str]:
+        process = self.start(args, cwd, patches, hub)
         said, errors = process.communicate()
         return subprocess.CompletedProcess(args, process.returncode, said, errors)
 
@@ -112,9 +115,19 @@ def obey(order: dict) -> int:
         module, _, attribute = name.rpartition(".")
         assert hasattr(sys.modules[module], attribute), name
         setattr(sys.modules[module], attribute, value)
+    for name, value in order["hub"].items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    for name in [*sys.modules] if order["hub"] else []:
+        if name.split(".")[0] == "huggingface_hub":
+            del sys.modules[name]
     from megaman.errors import run_script
 
     try:
+        if order["script"] == "-c":
+            code, *words = order["words"]
+            sys.argv = ["-c", *words]
+            exec(code, {"__name__": "__main__"})
+            return 0
         return run_script(sys.modules[order["script"]].main, order["words"])
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FEW_TARGETS, ROOT
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -391,7 +391,8 @@ def test_from_training_to_images_with_the_file_alone(small, train_here, monkeypa
 
     small.write(torch.float16)
     flags = ["--pretrained_model_name", small.file, "--data_dir", ROOT / "demo" / "held_out", "--max_train_steps", 1]
-    train_here(small.folder, "out", *flags, "--mixed_precision", "no")
+    flags += ["--resolution", 32, "--mixed_precision", "no", *FEW_TARGETS]
+    train_here(small.folder, "out", *flags)
     lora = small.folder / "out" / "lora_weights"
     config = json.loads((lora / adapter_config.PEFT_CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(small.file.resolve())
