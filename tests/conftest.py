@@ -35,8 +35,8 @@ settings.register_profile("searching", deadline=None, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-# A test that uses one of these trains, generates or starts a process, and is marked slow.
-SLOW_FIXTURES = {"train_here", "run_script", "forked", "generate", "lora_path"}
+# A test that uses one of these trains, generates, starts a process, or loads or traces whole models; it is marked slow.
+SLOW_FIXTURES = {"train_here", "run_script", "forked", "generate", "lora_path", "small", "trained", "planted", "axe"}
 
 
 def pytest_collection_modifyitems(items):
