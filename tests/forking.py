@@ -130,7 +130,10 @@ def obey(order: dict) -> int:
             return 0
         return run_script(sys.modules[order["script"]].main, order["words"])
     except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 1
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
 
 
 def serve() -> None:

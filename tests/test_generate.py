@@ -257,9 +257,9 @@ def test_the_base_comes_from_the_lora_or_the_flag(generate, base_folder, tmp_pat
         generate("--base_model", str(tmp_path / "nowhere"))
 
 
-def test_a_checkpoint_a_file_and_several_loras(generate, lora_path, base_folder, tmp_path):
+def test_a_checkpoint_a_file_and_several_loras(generate, plain, lora_path, base_folder, tmp_path):
     """A checkpoint's folder works as it is; each layout alone draws what the folder draws; strengths add up."""
-    own = generate(output="own")["megaman_000_00.png"]
+    own = plain
     checkpoint = tmp_path / "run" / "checkpoint-500"
     checkpoint.mkdir(parents=True)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -307,12 +307,12 @@ def test_a_long_prompt_is_used_whole_and_weights_count(generate):
     assert not any(equal(one, other) for n, one in enumerate(drawn) for other in drawn[n + 1 :])
 
 
-def test_a_prompt_draws_the_same_whatever_stands_beside_it(generate, tmp_path):
+def test_a_prompt_draws_the_same_whatever_stands_beside_it(generate, plain, tmp_path):
     """A long neighbour or another size does not touch it, only the batch may round a bit otherwise."""
     (tmp_path / "mixed.txt").write_text("a blue robot\n" + "robot, " * 100 + "red\na red robot --w 96 --h 64 --s 2\n")
     mixed = generate("--prompts_file", "mixed.txt", prompts=(), output="mixed")
     assert mixed["megaman_002_00.png"].size == (96, 64)
-    assert equal(mixed["megaman_000_00.png"], generate(output="alone")["megaman_000_00.png"])
+    assert equal(mixed["megaman_000_00.png"], plain)
 
 
 def test_prompts_with_settings_of_their_own(generate, tmp_path):
@@ -334,8 +334,7 @@ def test_prompts_with_settings_of_their_own(generate, tmp_path):
     assert "dark, red" in page and "72x80" in page
 
 
-def test_strength_sampler_and_clip_skip(generate, lora_path, tmp_path):
-    plain = generate(output="plain")["megaman_000_00.png"]
+def test_strength_sampler_and_clip_skip(generate, plain, lora_path, tmp_path):
     half = generate("--lora_scale", 0.5, output="half")["megaman_000_00.png"]
     behind_colon = generate("--lora_path", f"{lora_path}:0.5", output="colon")["megaman_000_00.png"]
     assert equal(half, behind_colon) and not alike(half, plain)
@@ -546,9 +545,9 @@ def test_too_little_memory_while_drawing(generate, again, monkeypatch, tmp_path)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_end_in_one_line(run_script, tmp_path, flags, code, named):
+def test_mistakes_end_in_one_line(forked, tmp_path, flags, code, named):
     (tmp_path / "empty.txt").write_text("# nothing\n")
-    done = run_script(["generate_megaman.py", *flags], tmp_path)
+    done = forked.run(["generate_megaman.py", *flags], tmp_path)
     assert done.returncode == code
     assert done.stderr.count("\n") == 1, done.stderr
     assert named in done.stderr
