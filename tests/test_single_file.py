@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -243,13 +244,19 @@ def small(tmp_path, monkeypatch) -> Small:
     return Small(tmp_path)
 
 
+@cache
+def small_models() -> tuple[dict[str, torch.nn.Module], dict[str, dict[str, torch.Tensor]]]:
+    """Modules without numbers, and numbers for them; nothing here changes either."""
+    with torch.device("meta"):
+        parts = models(**SMALL)
+    return parts, some_numbers(parts, torch.float32)
+
+
 class Small:
     """A small base in one file at small.file, to be written anew by write()."""
 
     def __init__(self, folder: Path):
-        with torch.device("meta"):
-            self.parts = models(**SMALL)
-        self.numbers = some_numbers(self.parts, torch.float32)
+        self.parts, self.numbers = small_models()
         self.folder, self.file = folder, folder / "models" / "tiny-v1.safetensors"
         self.file.parent.mkdir()
         shutil.copytree(ROOT / "megaman" / "sd15", folder / "sd15")
