@@ -188,7 +188,7 @@ def test_a_folder_without_configurations_ends_in_a_line(tmp_path):
 
 def test_a_run_with_a_limit_says_what_it_needs_and_learns_the_same(train_here, tmp_path, capsys):
     flags = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--max_train_steps", 2]
-    flags += ["--train_batch_size", 4, "--adam_epsilon", 1e-2]
+    flags += ["--train_batch_size", 4, "--adam_epsilon", 1e-2, *FEW_TARGETS]
     whole = train_here(tmp_path, "whole", *flags)
     assert "memory " not in capsys.readouterr().out
     short = train_here(tmp_path, "short", *flags, "--vram_limit", 0.1)
