@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forking import Forks
 from hypothesis import settings
 from PIL import Image, ImageDraw
 
@@ -34,8 +35,8 @@ settings.register_profile("searching", deadline=None, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-# A test that uses one of these trains, generates or starts a process, and is marked slow.
-SLOW_FIXTURES = {"train_here", "run_script", "generate", "lora_path"}
+# A test that uses one of these trains, generates, starts a process, or loads or traces whole models; it is marked slow.
+SLOW_FIXTURES = {"train_here", "run_script", "forked", "generate", "lora_path", "small", "trained", "planted", "axe"}
 
 
 def pytest_collection_modifyitems(items):
@@ -73,6 +74,25 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forks]:
+    """The two scripts as processes whose libraries are there already: forked.run(["megaman_lora.py", "--demo"], cwd),
+    or forked.start(...) for one that can be waited for and killed."""
+    if not hasattr(os, "fork"):
+        pytest.skip("Windows has no fork")
+    forks = Forks()
+    yield forks
+    forks.end()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_flush() -> Iterator[None]:
+    """Nothing here outlasts a power cut: a flush to the disk would be waited for a hundred times a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """A folder with four small PNGs, one of them not square, each with a caption."""
@@ -87,16 +107,22 @@ def pictures(tmp_path) -> Path:
     return folder
 
 
+SAMPLING_STEPS = 3  # of validation images, instead of 25
+FEW_TARGETS = ["--target_modules", "to_q", "to_v"]  # where it does not matter which: a third of the time of two steps
+
+
 @pytest.fixture(scope="session")
 def train_here(base_folder) -> Callable:
     """Train in this process, which saves the seconds of importing torch: train_here(cwd, output_dir, *flags).
 
-    Returns the LoRA's tensors. Without flags: one picture a step at 64 px, no validation images, seed 0.
+    Returns the LoRA's tensors. Without flags: one picture a step at 64 px, no validation images, seed 0. Validation
+    images are drawn in SAMPLING_STEPS.
     """
     from accelerate.state import AcceleratorState, GradientState
     from safetensors.torch import load_file
 
     import megaman_lora
+    from megaman import validation
 
     def run(cwd: Path, output_dir: str, *flags) -> dict:
         AcceleratorState._reset_state(True)
@@ -114,6 +140,7 @@ def train_here(base_folder) -> Callable:
         ]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(cwd)
+            patch.setattr(validation, "STEPS", SAMPLING_STEPS)
             assert megaman_lora.main([str(word) for word in words]) == 0
             return load_file(Path(output_dir) / "lora_weights" / "adapter_model.safetensors")
 
@@ -133,7 +160,7 @@ def learned_alike(one: dict, other: dict, share: float = 1e-3) -> bool:
     return moved > 0 and apart <= share**2 * moved
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def the_browser():
     """A browser for the tests of a page; they are marked with needs_browser."""
     with chromium() as running:

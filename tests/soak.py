@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import megaman_lora
+from megaman import validation
 from megaman.checkpoint import OPTIMIZER, read_progress
 from megaman.errors import run_script
 from megaman.lora_files import PEFT_WEIGHTS
@@ -196,7 +197,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save_steps", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampling_steps", type=int, default=25, help="of each sample image")
     options = parser.parse_args()
+    validation.STEPS = options.sampling_steps
     with tempfile.TemporaryDirectory() as folder:
         print(soak(Path(folder), options.kills, options.steps, options.save_steps, options.seed))
 

@@ -310,9 +310,9 @@ def test_the_script_captions_before_it_trains(blip, bare, base_folder, run_scrip
     assert texts(bare)["0"] == "a person wrote this"
 
 
-def test_with_check_data_it_captions_reports_and_trains_nothing(blip, bare, run_script, tmp_path):
+def test_with_check_data_it_captions_reports_and_trains_nothing(blip, bare, forked, tmp_path):
     flags = ["--data_dir", bare, "--auto_caption", blip, "--check_data", "--caption_extension", ".cap"]
-    done = run_script(["megaman_lora.py", *flags], tmp_path)
+    done = forked.run(["megaman_lora.py", *flags], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "5 written as .cap beside the pictures" in done.stdout
     assert len(list(bare.rglob("*.cap"))) == 5 and not texts(bare)

@@ -296,7 +296,7 @@ def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), SmallHub)
     server.daemon_threads = True
     server.repositories, server.fetched, server.closing = {}, [], threading.Event()
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
 
     def stop() -> None:
@@ -333,13 +333,13 @@ print(json.dumps(results))
 
 
 @pytest.fixture
-def ask(run_script, tmp_path):
+def ask(forked, tmp_path):
     """Load or find bases in a process of its own, whose hub is at the endpoint and whose cache is in tmp_path."""
 
     def asked(endpoint: str, *bases: tuple[str, str]) -> list:
-        env = {"HF_ENDPOINT": endpoint, "HF_HOME": tmp_path / "cache", "HF_HUB_OFFLINE": None,
-               "NO_PROXY": "127.0.0.1", "HF_TOKEN": None}  # fmt: skip
-        done = run_script(["-c", ASK_FOR_BASES, json.dumps(bases)], tmp_path, env)
+        variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": None,
+                     "NO_PROXY": "127.0.0.1", "HF_TOKEN": None}  # fmt: skip
+        done = forked.run(["-c", ASK_FOR_BASES, json.dumps(bases)], tmp_path, hub=variables)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         return json.loads(done.stdout)

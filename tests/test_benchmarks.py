@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import FEW_TARGETS, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,6 +104,7 @@ def test_a_program_is_stamped_at_every_step_of_its_bar(tmp_path):
 @pytest.mark.slow
 def test_bare_steps_stand_between_the_loops_own_and_the_loop_goes_on_to_its_end(tmp_path):
     words = ["--demo", "--output_dir", "out", "--max_train_steps", 24, "--num_validation_images", 0, "--seed", 0]
+    words += ["--train_batch_size", 1, "--lora_rank", 2, *FEW_TARGETS]
     command = [sys.executable, str(ROOT / "benchmarks" / "paired.py"), "3", str(processes.TRAIN), *map(str, words)]
     result = processes.run(command, tmp_path)
     assert len(result["ours_s"]) == 2 and len(result["bare_s"]) == 3  # around steps 4 to 13 and 14 to 23

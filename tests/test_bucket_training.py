@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, learned_alike
+from conftest import FEW_TARGETS, ROOT, learned_alike
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
@@ -24,6 +24,7 @@ from megaman.dataset import MegaManDataset
 from megaman.errors import UserError
 
 FLAGS = ["--enable_bucket", "--train_batch_size", 4, "--learning_rate", 1e-3, "--adam_epsilon", 1e-2, "--center_crop"]
+FLAGS += FEW_TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_other_buckets_are_not_resumed(whole, data, train_here, tmp_path, flags,
 
 
 def test_squares_are_not_resumed_in_buckets(data, train_here, tmp_path):
-    train_here(tmp_path, "out", "--data_dir", data, "--max_train_steps", 1, "--train_batch_size", 4)
+    train_here(tmp_path, "out", "--data_dir", data, "--max_train_steps", 1, "--train_batch_size", 4, *FEW_TARGETS)
     with pytest.raises(UserError, match="enable_bucket was False and is now True"):
         train_here(tmp_path, "out", "--data_dir", data, "--resume_from_checkpoint", "latest", *FLAGS)
 
@@ -143,7 +144,7 @@ def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tm
     for number, source in enumerate(sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:4]):
         shutil.copy(source, folder)
         (folder / f"{source.stem}.txt").write_text(f"volto, pose {number}{', looking left' if number == 0 else ''}")
-    flags = ["--data_dir", folder, "--max_train_steps", 1, "--train_batch_size", 8, "--center_crop"]
+    flags = ["--data_dir", folder, "--max_train_steps", 1, "--train_batch_size", 8, "--center_crop", *FEW_TARGETS]
     train_here(tmp_path, "plain", *flags)
     train_here(tmp_path, "flipped", *flags, "--random_flip")
     assert "not mirrored: 1, whose captions say left or right" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, learned_alike
+from conftest import FEW_TARGETS, ROOT, learned_alike
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -28,7 +28,7 @@ from megaman.problems import MOST_CUT, write_problems
 from megaman.stamps import Stamps
 
 HELD_OUT = ROOT / "demo" / "held_out"
-DATA = ["--data_dir", HELD_OUT, "--train_batch_size", 4, "--learning_rate", 1e-3, "--center_crop"]
+DATA = ["--data_dir", HELD_OUT, "--train_batch_size", 4, "--learning_rate", 1e-3, "--center_crop", *FEW_TARGETS]
 CAPTION = "volto, blue robot, running, white background"
 TAGS = CAPTION.split(", ")
 
@@ -200,7 +200,7 @@ def repeated(tmp_path):
 @pytest.mark.parametrize("text", [[], ["--train_text_encoder"]], ids=["frozen", "trained"])
 def test_a_varied_and_repeated_run_resumes_bit_for_bit(train_here, tmp_path, repeated, text):
     flags = ["--data_dir", repeated, "--train_batch_size", 2, "--learning_rate", 1e-3, "--num_train_epochs", 1,
-             "--save_steps", 2, *VARYING, *text]  # fmt: skip
+             "--save_steps", 2, *FEW_TARGETS, *VARYING, *text]  # fmt: skip
     whole = train_here(tmp_path, "whole", *flags)
     train_here(tmp_path, "halves", *flags)
     for place in ("lora_weights", "checkpoint-4", "checkpoint-5"):
@@ -214,7 +214,7 @@ def test_a_varied_and_repeated_run_resumes_bit_for_bit(train_here, tmp_path, rep
 
 
 def test_repeats_count_for_epochs_and_stand_in_the_header(train_here, tmp_path, repeated, capsys):
-    train_here(tmp_path, "out", "--data_dir", repeated, "--train_batch_size", 5, "--num_train_epochs", 1,
+    train_here(tmp_path, "out", "--data_dir", repeated, "--train_batch_size", 5, "--num_train_epochs", 1, *FEW_TARGETS,
                "--dataset_repeats", 2, "--trigger_word", "zed")  # fmt: skip
     said = capsys.readouterr().out
     assert "6 in 2 folders of" in said and "3_volto x 6" in said and "20 pictures an epoch" in said

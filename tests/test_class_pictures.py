@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FEW_TARGETS, ROOT
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,7 +18,7 @@ from megaman.dataset import MegaManDataset
 from megaman.errors import UserError
 from megaman.options import training_options
 
-FIXED = ["--center_crop", "--train_batch_size", 2, "--learning_rate", 1e-3]
+FIXED = ["--center_crop", "--train_batch_size", 2, "--learning_rate", 1e-3, *FEW_TARGETS]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SAMPLING_STEPS
 from PIL import Image
 from safetensors import safe_open
 
@@ -91,12 +91,13 @@ def test_the_script_draws_the_committed_pictures(run_script, tmp_path):
             assert path.read_text(encoding="utf-8") == (DEMO / folder / path.name).read_text(encoding="utf-8")
 
 
-def test_the_demo_runs_as_the_readme_says(run_script, tmp_path):
+def test_the_demo_runs_as_the_readme_says(forked, tmp_path):
     """The README's two commands, cut short; both scripts find each other's files without a flag."""
-    done = run_script(["megaman_lora.py", "--demo", "--max_train_steps", 2, "--num_validation_images", 1], tmp_path)
+    words = ["megaman_lora.py", "--demo", "--max_train_steps", 2, "--num_validation_images", 1]
+    done = forked.run(words, tmp_path, {"megaman.validation.STEPS": SAMPLING_STEPS})
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("next: python generate_megaman.py --demo")
-    done = run_script(["generate_megaman.py", "--demo", "--num_inference_steps", 2], tmp_path)
+    done = forked.run(["generate_megaman.py", "--demo", "--num_inference_steps", 2], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "each beside the base's" in done.stdout
     page = (tmp_path / "generated_demo" / "index.html").read_text(encoding="utf-8")

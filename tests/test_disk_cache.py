@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import FEW_TARGETS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,7 +27,7 @@ def train(train_here, pictures, tmp_path, capsys):
 
     def run(name: str, *flags):
         cache = [] if "--no_cache" in flags else ["--cache_dir", "cache"]
-        words = ["--data_dir", pictures, *cache, "--max_train_steps", 2, "--train_batch_size", 2, *flags]
+        words = ["--data_dir", pictures, *cache, "--max_train_steps", 2, "--train_batch_size", 2, *FEW_TARGETS, *flags]
         lora = train_here(tmp_path, name, *words)
         said = capsys.readouterr().out
         counts = re.search(r"encoded +(\d+) now, (\d+) were", said)
@@ -159,53 +157,49 @@ def test_the_cache_keeps_to_its_limit(train, tmp_path):
     assert shards() and not set(shards()) & set(first), "this run's own stay"
 
 
-def command(pictures, *flags) -> list[str]:
-    words = [
-        "--pretrained_model_name",
-        ROOT / "demo" / "base",
-        "--data_dir",
-        pictures,
-        "--cache_dir",
-        "cache",
+def command(pictures, *flags) -> list:
+    words = ["--pretrained_model_name", ROOT / "demo" / "base", "--data_dir", pictures, "--cache_dir", "cache"]
+    return [
+        "megaman_lora.py",
+        *words,
         "--seed",
+        0,
+        "--num_validation_images",
+        0,
+        "--max_train_steps",
+        1,
+        *FEW_TARGETS,
+        *flags,
     ]
-    words += [0, "--num_validation_images", 0, "--max_train_steps", 1, *flags]
-    return [sys.executable, str(ROOT / "megaman_lora.py"), *map(str, words)]
 
 
-def test_two_processes_that_fill_one_cache_at_once(train, pictures, tmp_path):
+def test_two_processes_that_fill_one_cache_at_once(forked, train, pictures, tmp_path):
     both = [
-        subprocess.Popen(
-            command(pictures, "--resolution", 64, "--output_dir", name), cwd=tmp_path, stdout=-3, stderr=-1
-        )
-        for name in ("one", "two")
+        forked.start(command(pictures, "--resolution", 64, "--output_dir", name), tmp_path) for name in ("one", "two")
     ]
     for process in both:
-        assert process.communicate(timeout=300)[1].count(b"Traceback") == process.returncode == 0
+        assert process.communicate()[1].count("Traceback") == process.returncode == 0
     assert train("third")[1] == (0, 7)
     one, two = (load_file(tmp_path / name / "lora_weights" / "adapter_model.safetensors") for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGKILL")
-def test_a_kill_while_encoding_loses_one_batch_at_most(pictures, tmp_path):
-    """At 512 px a picture is a batch of its own."""
+def test_a_kill_while_encoding_loses_one_batch_at_most(forked, pictures, tmp_path):
+    """Where a picture is a batch of its own."""
     for number in range(5, 13):
-        Image.new("RGB", (512, 512), (number * 9, 80, 120)).save(pictures / f"megaman_{number:02d}.png")
-    words = command(pictures, "--resolution", 512, "--center_crop", "--output_dir", "out")
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        Image.new("RGB", (256, 256), (number * 9, 80, 120)).save(pictures / f"megaman_{number:02d}.png")
+    one_by_one = {"megaman.cache.PIXELS_ON_OTHERS": 256 * 256}
+    words = command(pictures, "--resolution", 256, "--center_crop", "--output_dir")
+    process = forked.start([*words, "out"], tmp_path, one_by_one)
     deadline = time.monotonic() + 200
     while len(list(tmp_path.glob("cache/moments/*/*.safetensors"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, "it was over before it could be killed"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     kept = len(list(tmp_path.glob("cache/moments/*/*.safetensors")))
     assert 2 <= kept < 12, "it was killed on the way"
-    done = subprocess.run(
-        command(pictures, "--resolution", 512, "--center_crop", "--output_dir", "out2"),
-        cwd=tmp_path, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    done = forked.run([*words, "out2"], tmp_path, one_by_one)
     assert done.returncode == 0, done.stderr
     assert f"encoded    {12 - kept} now, {kept} were" in done.stdout

@@ -63,15 +63,19 @@ def test_shuffled_captions_never_stand_beside_their_own_picture(run_script, tmp_
     assert all(source[stem] != shuffled[stem] for stem in source)
 
 
-def test_the_benchmark_on_an_untrained_lora_gains_nothing(base_folder, run_script, tmp_path):
+@pytest.mark.slow
+def test_the_benchmark_on_an_untrained_lora_gains_nothing(base_folder, tmp_path, monkeypatch, capsys):
     from diffusers import UNet2DConditionModel
 
     from megaman import lora, lora_files
 
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import held_out
+
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
     lora.inject(unet, 2, 2, ["to_q"])
     lora_files.save_lora(tmp_path / "lora", unet, str(base_folder), {})
-    done = run_script([ROOT / "benchmarks" / "held_out.py", "--lora_path", "lora"], tmp_path)
-    (row,) = json.loads(done.stdout.splitlines()[-1])
+    assert held_out.main(["--lora_path", str(tmp_path / "lora")]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["gain"] == [0, 0, 0]
     assert all(0 < loss < 2 for loss in row["without"])

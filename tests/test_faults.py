@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,7 +23,7 @@ from megaman.errors import UserError
 from megaman.finite import PATIENCE, SkippedSteps
 from megaman.tracking import TrainingLog
 
-FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3]
+FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, *FEW_TARGETS]
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -157,7 +157,7 @@ def attempt(train_here, cwd, flags) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "geteuid") or os.geteuid(), reason="mounts a tmpfs")
-def test_a_full_file_system_loses_nothing(run_script, tmp_path):
+def test_a_full_file_system_loses_nothing(forked, tmp_path):
     """20 MB, filled by the run itself: a line for each save that fails, and the LoRA in another place at the end."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -166,7 +166,7 @@ def test_a_full_file_system_loses_nothing(run_script, tmp_path):
     try:
         flags = "--max_train_steps 12 --save_steps 2 --num_validation_images 1 --validation_steps 4 --lora_rank 4"
         words = ["--demo", "--output_dir", disk / "out", "--logging_dir", disk / "logs", *flags.split()]
-        done = run_script(["megaman_lora.py", *words], tmp_path)
+        done = forked.run(["megaman_lora.py", *words], tmp_path, {"megaman.validation.STEPS": SAMPLING_STEPS})
         assert "Traceback" not in done.stderr
         assert "no checkpoint (" in done.stdout and "training goes on" in done.stdout
         assert done.returncode == 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
@@ -39,13 +37,16 @@ def lora_path(base_folder, tmp_path_factory):
     return folder
 
 
+GENERATE = ["--num_inference_steps", 3, "--prompts", "a blue robot"]
+
+
 @pytest.fixture
 def generate(lora_path, tmp_path, monkeypatch, capsys):
     """generate("--flag", value, …) draws with few steps into tmp_path/out and returns {name: RGB image}."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*flags, output="out", prompts=("--prompts", "a blue robot"), lora=("--lora_path", lora_path)):
-        words = [*(lora or ()), "--output_dir", output, "--num_inference_steps", 3, *prompts]
+    def run(*flags, output="out", prompts=tuple(GENERATE[2:]), lora=("--lora_path", lora_path)):
+        words = [*(lora or ()), "--output_dir", output, *GENERATE[:2], *prompts]
         assert generate_megaman.main([str(word) for word in [*words, *flags]]) == 0
         run.said = capsys.readouterr().out
         return {path.name: Image.open(path).convert("RGB") for path in sorted((tmp_path / output).glob("*.png"))}
@@ -177,6 +178,15 @@ def test_a_seed_repeats_bit_for_bit(generate):
     assert equal(one["megaman_000_00.png"], other["megaman_000_00.png"])
 
 
+@pytest.fixture(scope="module")
+def plain(lora_path, tmp_path_factory) -> Image.Image:
+    """What generate() draws without flags."""
+    folder = tmp_path_factory.mktemp("plain")
+    words = ["--lora_path", lora_path, "--output_dir", folder, *GENERATE]
+    assert generate_megaman.main([str(word) for word in words]) == 0
+    return Image.open(folder / "megaman_000_00.png").convert("RGB")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -189,8 +199,8 @@ def test_a_seed_repeats_bit_for_bit(generate):
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_a_flag_changes_the_image(generate, flags):
-    assert not equal(generate(output="a")["megaman_000_00.png"], generate(*flags, output="b")["megaman_000_00.png"])
+def test_a_flag_changes_the_image(generate, plain, flags):
+    assert not equal(plain, generate(*flags, output="b")["megaman_000_00.png"])
 
 
 def test_height_and_width(generate):
@@ -247,9 +257,9 @@ def test_the_base_comes_from_the_lora_or_the_flag(generate, base_folder, tmp_pat
         generate("--base_model", str(tmp_path / "nowhere"))
 
 
-def test_a_checkpoint_a_file_and_several_loras(generate, lora_path, base_folder, tmp_path):
+def test_a_checkpoint_a_file_and_several_loras(generate, plain, lora_path, base_folder, tmp_path):
     """A checkpoint's folder works as it is; each layout alone draws what the folder draws; strengths add up."""
-    own = generate(output="own")["megaman_000_00.png"]
+    own = plain
     checkpoint = tmp_path / "run" / "checkpoint-500"
     checkpoint.mkdir(parents=True)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -297,12 +307,12 @@ def test_a_long_prompt_is_used_whole_and_weights_count(generate):
     assert not any(equal(one, other) for n, one in enumerate(drawn) for other in drawn[n + 1 :])
 
 
-def test_a_prompt_draws_the_same_whatever_stands_beside_it(generate, tmp_path):
+def test_a_prompt_draws_the_same_whatever_stands_beside_it(generate, plain, tmp_path):
     """A long neighbour or another size does not touch it, only the batch may round a bit otherwise."""
     (tmp_path / "mixed.txt").write_text("a blue robot\n" + "robot, " * 100 + "red\na red robot --w 96 --h 64 --s 2\n")
     mixed = generate("--prompts_file", "mixed.txt", prompts=(), output="mixed")
     assert mixed["megaman_002_00.png"].size == (96, 64)
-    assert equal(mixed["megaman_000_00.png"], generate(output="alone")["megaman_000_00.png"])
+    assert equal(mixed["megaman_000_00.png"], plain)
 
 
 def test_prompts_with_settings_of_their_own(generate, tmp_path):
@@ -324,8 +334,7 @@ def test_prompts_with_settings_of_their_own(generate, tmp_path):
     assert "dark, red" in page and "72x80" in page
 
 
-def test_strength_sampler_and_clip_skip(generate, lora_path, tmp_path):
-    plain = generate(output="plain")["megaman_000_00.png"]
+def test_strength_sampler_and_clip_skip(generate, plain, lora_path, tmp_path):
     half = generate("--lora_scale", 0.5, output="half")["megaman_000_00.png"]
     behind_colon = generate("--lora_path", f"{lora_path}:0.5", output="colon")["megaman_000_00.png"]
     assert equal(half, behind_colon) and not alike(half, plain)
@@ -449,7 +458,7 @@ def test_two_runs_into_one_folder_lose_nothing(generate, monkeypatch, tmp_path, 
     assert all(json.loads(Image.open(path).text["megaman"])["prompt"] == "a red cat" for path in pngs)
 
 
-FORTY = ["--num_inference_steps", 8, "--num_images_per_prompt", 20, "--batch_size", 4]
+FORTY = ["--num_inference_steps", 2, "--guidance_scale", 1, "--num_images_per_prompt", 20, "--batch_size", 4]
 
 
 def forty(lora_path, *flags):
@@ -457,10 +466,9 @@ def forty(lora_path, *flags):
     return ["generate_megaman.py", "--lora_path", lora_path, "--output_dir", "g", *prompts, *FORTY, *flags]
 
 
-def test_a_killed_batch_of_forty_goes_on(lora_path, run_script, tmp_path):
+def test_a_killed_batch_of_forty_goes_on(lora_path, forked, tmp_path):
     """SIGKILL in the middle, an image without a place on the page, half a pair: then 40 images, none made twice."""
-    words = [sys.executable, str(ROOT / "generate_megaman.py"), *map(str, forty(lora_path, "--compare", "base")[1:])]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.start(forty(lora_path, "--compare", "base"), tmp_path)
     folder = tmp_path / "g"
     while len(list(folder.glob("*[0-9].png"))) < 9:
         assert process.poll() is None, "it was over before it could be killed"
@@ -470,7 +478,7 @@ def test_a_killed_batch_of_forty_goes_on(lora_path, run_script, tmp_path):
     pngs = sorted(folder.glob("megaman_*.png"))
     assert 9 <= len([path for path in pngs if "_base" not in path.name]) < 40
     kept = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in pngs}
-    done = run_script(forty(lora_path, "--compare", "base", "--resume"), tmp_path)
+    done = forked.run(forty(lora_path, "--compare", "base", "--resume"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"resuming +(\d+) of 40 are there", done.stdout)
     images = sorted(path.name for path in folder.glob("*.png") if "_base" not in path.name)
@@ -537,9 +545,9 @@ def test_too_little_memory_while_drawing(generate, again, monkeypatch, tmp_path)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_end_in_one_line(run_script, tmp_path, flags, code, named):
+def test_mistakes_end_in_one_line(forked, tmp_path, flags, code, named):
     (tmp_path / "empty.txt").write_text("# nothing\n")
-    done = run_script(["generate_megaman.py", *flags], tmp_path)
+    done = forked.run(["generate_megaman.py", *flags], tmp_path)
     assert done.returncode == code
     assert done.stderr.count("\n") == 1, done.stderr
     assert named in done.stderr

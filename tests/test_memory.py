@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, learned_alike
+from conftest import FEW_TARGETS, ROOT, learned_alike
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ from megaman import memory
 from megaman.errors import UserError, out_of_memory
 
 # AdamW with a large epsilon steps in proportion to the gradients, so that rounding stays rounding.
-FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--adam_epsilon", 1e-2]
+FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--adam_epsilon", 1e-2, *FEW_TARGETS]
 FIXED += ["--max_train_steps", 4]
 
 
@@ -46,6 +46,13 @@ def fail_on(monkeypatch, kind, method: str, calls: set[int], error=torch.OutOfMe
     monkeypatch.setattr(kind, method, failing)
 
 
+@pytest.fixture(scope="module")
+def whole(train_here, tmp_path_factory):
+    """A run of four pictures a step that memory suffices for: its folder and its LoRA."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train_here(folder, "whole", *FIXED, "--train_batch_size", 4)
+
+
 @pytest.mark.parametrize(
     ("calls", "said"),
     [
@@ -55,8 +62,8 @@ def fail_on(monkeypatch, kind, method: str, calls: set[int], error=torch.OutOfMe
         ({2, 3, 5}, ["gradient checkpointing is on", "2 micro-batches of 2", "4 micro-batches of 1"]),
     ],
 )
-def test_training_goes_on_with_the_same_mathematics(train_here, tmp_path, monkeypatch, capsys, calls, said):
-    whole = train_here(tmp_path, "whole", *FIXED, "--train_batch_size", 4)
+def test_training_goes_on_with_the_same_mathematics(train_here, whole, tmp_path, monkeypatch, capsys, calls, said):
+    folder, learned = whole
     fail_on(monkeypatch, UNet2DConditionModel, "forward", calls)
     short = train_here(tmp_path, "short", *FIXED, "--train_batch_size", 4)
     printed = capsys.readouterr().out
@@ -64,8 +71,8 @@ def test_training_goes_on_with_the_same_mathematics(train_here, tmp_path, monkey
         line for line in printed.splitlines() if any(words in line for words in said)
     ]
     assert all(words in printed for words in said)
-    assert losses(tmp_path / "logs-short") == pytest.approx(losses(tmp_path / "logs-whole"), rel=1e-4)
-    assert learned_alike(whole, short)
+    assert losses(tmp_path / "logs-short") == pytest.approx(losses(folder / "logs-whole"), rel=1e-4)
+    assert learned_alike(learned, short)
 
 
 def test_a_resumed_run_begins_with_the_room_that_was_made(train_here, tmp_path, monkeypatch, capsys):
@@ -97,12 +104,11 @@ def test_dropout_drops_the_same_when_a_step_is_computed_again(train_here, tmp_pa
     assert all(torch.allclose(whole[key], short[key], atol=1e-6) for key in whole)
 
 
-def test_a_resumed_run_may_split_its_batch_otherwise(train_here, tmp_path):
-    whole = train_here(tmp_path, "whole", *FIXED, "--train_batch_size", 4)
+def test_a_resumed_run_may_split_its_batch_otherwise(train_here, whole, tmp_path):
     train_here(tmp_path, "halves", *FIXED[:-1], 2, "--train_batch_size", 4)
     more = ["--train_batch_size", 1, "--gradient_accumulation_steps", 4, "--resume_from_checkpoint", "latest"]
     halves = train_here(tmp_path, "halves", *FIXED, *more)
-    assert learned_alike(whole, halves)
+    assert learned_alike(whole[1], halves)
 
 
 def test_when_nothing_is_left_a_line_says_what_would_fit(train_here, tmp_path, monkeypatch):

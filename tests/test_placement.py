@@ -74,7 +74,6 @@ def test_a_card_need_not_be_there_to_be_planned_for():
 
 ASK = """
 import json, torch
-from megaman.base import load_base
 from megaman.placement import cpu_has_bf16, place
 placement = place("fp16", torch.device("cpu"), 320)
 print(json.dumps([cpu_has_bf16(), str(placement.dtype), placement.why]))

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, learned_alike
+from conftest import FEW_TARGETS, ROOT, learned_alike
 
 from megaman import memory, peak, room
 from megaman.base_configs import read_configs
@@ -32,6 +32,11 @@ def small() -> Plan:
     return Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, **SHAPE)
 
 
+@pytest.fixture(scope="module")
+def larger() -> Plan:
+    return Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=192, **SHAPE)
+
+
 @pytest.mark.slow
 def test_stable_diffusion_fits_where_it_is_known_to_fit(sd15):
     assert 1.6 * GB < sd15.weights < 1.7 * GB, "860 million numbers of two bytes, and the LoRA"
@@ -48,8 +53,7 @@ def test_checkpointing_keeps_a_quarter_of_the_activations(sd15):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_proportion_is_what_a_trace_gives(small, checkpointing):
-    larger = Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=192, **SHAPE)
+def test_proportion_is_what_a_trace_gives(small, larger, checkpointing):
     assert small.activations(1, checkpointing, 192) == pytest.approx(larger.activations(1, checkpointing), rel=0.1)
 
 
@@ -150,6 +154,7 @@ def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(run_script, tmp
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(config, target)
     flags = ["--plan", "--pretrained_model_name", tmp_path / "base", "--resolution", 64, "--vram_limit", 0.1]
+    flags += FEW_TARGETS
     done = run_script(["megaman_lora.py", *flags], tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": tmp_path / "empty"})
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split()[0] for line in done.stdout.splitlines() if line[:1].isdigit()] == ["1", "2", "4"]
@@ -183,7 +188,7 @@ def test_a_folder_without_configurations_ends_in_a_line(tmp_path):
 
 def test_a_run_with_a_limit_says_what_it_needs_and_learns_the_same(train_here, tmp_path, capsys):
     flags = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--max_train_steps", 2]
-    flags += ["--train_batch_size", 4, "--adam_epsilon", 1e-2]
+    flags += ["--train_batch_size", 4, "--adam_epsilon", 1e-2, *FEW_TARGETS]
     whole = train_here(tmp_path, "whole", *flags)
     assert "memory " not in capsys.readouterr().out
     short = train_here(tmp_path, "short", *flags, "--vram_limit", 0.1)

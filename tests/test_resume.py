@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FEW_TARGETS, ROOT
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,9 +19,9 @@ def train(train_here, tmp_path, capsys):
     """train(output_dir, *flags): saves every third step; .said is what it printed."""
 
     def run(output_dir: str, *flags) -> dict[str, torch.Tensor]:
-        fixed = ["--data_dir", ROOT / "demo" / "held_out", "--train_batch_size", 4, "--learning_rate", 1e-3]
+        fixed = ["--data_dir", ROOT / "demo" / "held_out", "--train_batch_size", 2, "--learning_rate", 1e-3]
         warmup = min(2, flags[flags.index("--max_train_steps") + 1] - 1)  # below the steps, or it is refused
-        schedule = ["--lr_scheduler", "cosine", "--lr_warmup_steps", warmup, "--save_steps", 3]
+        schedule = ["--lr_scheduler", "cosine", "--lr_warmup_steps", warmup, "--save_steps", 3, *FEW_TARGETS]
         state = train_here(tmp_path, output_dir, *fixed, *schedule, *flags)
         run.said = capsys.readouterr().out
         return state
@@ -39,13 +39,13 @@ def stop_at(folder, step: int) -> None:
 
 @pytest.mark.parametrize("how", ["latest", "checkpoint-3"])
 def test_resumed_equals_undisturbed(train, tmp_path, how):
-    undisturbed = train("whole", "--max_train_steps", 8)
-    train("halves", "--max_train_steps", 8)
+    undisturbed = train("whole", "--max_train_steps", 5)
+    train("halves", "--max_train_steps", 5)
     stop_at(tmp_path / "halves", 3)
-    resumed = train("halves", "--max_train_steps", 8, "--resume_from_checkpoint", how)
+    resumed = train("halves", "--max_train_steps", 5, "--resume_from_checkpoint", how)
     assert "resuming   halves/checkpoint-3, step 3" in train.said.replace("\\", "/")
     assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
-    folders = [tmp_path / name / "checkpoint-8" for name in ("whole", "halves")]
+    folders = [tmp_path / name / "checkpoint-5" for name in ("whole", "halves")]
     whole, halves = (load_file(folder / "optimizer.safetensors") for folder in folders)
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
 
@@ -61,7 +61,7 @@ def test_resumed_equals_undisturbed(train, tmp_path, how):
 
 def test_convolutions_resume_bit_exactly_too(train, tmp_path):
     """Their LoRA lies in memory otherwise than in the files, and AdamW goes through its averages by address."""
-    flags = ["--max_train_steps", 6, "--target_modules", "to_q", "conv1", "conv_in"]
+    flags = ["--max_train_steps", 5, "--target_modules", "to_q", "conv1", "conv_in"]
     undisturbed = train("whole", *flags)
     train("halves", *flags)
     stop_at(tmp_path / "halves", 3)

@@ -114,7 +114,7 @@ def test_every_good_picture_is_used_with_its_caption(corpus):
         assert captions[picture] == (caption_from_name(picture) if text is None else text)
 
 
-def test_only_bad_files(run_script, corpus, tmp_path):
+def test_only_bad_files(forked, corpus, tmp_path):
     folder = tmp_path / "bad"
     folder.mkdir()
     for name, (content, _) in rotten.bad_contents().items():
@@ -123,7 +123,7 @@ def test_only_bad_files(run_script, corpus, tmp_path):
     for name in rotten.bad_contents():
         if name.startswith("cut.") or name == "garbled.png":
             (folder / name).unlink(missing_ok=True)  # their headers are good: see below
-    done = run_script(["megaman_lora.py", "--data_dir", folder, "--output_dir", "out"], tmp_path)
+    done = forked.run(["megaman_lora.py", "--data_dir", folder, "--output_dir", "out"], tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "holds no picture that can be used" in done.stderr
     assert listed(tmp_path / "out")["left_out"].keys() == {str(path) for path in folder.iterdir()}
@@ -140,15 +140,15 @@ def mostly_bad(pictures):
     return pictures
 
 
-def test_more_bad_than_good_asks_before_a_model_is_loaded(run_script, pictures, tmp_path):
+def test_more_bad_than_good_asks_before_a_model_is_loaded(forked, pictures, tmp_path):
     for name in ("a.png", "b.gif", "c.jpg", "d.png", "e.png"):
         (pictures / name).write_bytes(b"")
     for flag, remedy in ([], "--skip_bad_images"), (["--skip_bad_images"], "The base nowhere/nothing is not"):
         words = ["megaman_lora.py", "--data_dir", pictures, "--pretrained_model_name", "nowhere/nothing", *flag]
-        done = run_script([*words, "--output_dir", f"out{len(flag)}"], tmp_path)
+        done = forked.run([*words, "--output_dir", f"out{len(flag)}"], tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert remedy in done.stderr
-    done = run_script([*words[:-1], "--output_dir", "out0"], tmp_path)
+    done = forked.run([*words[:-1], "--output_dir", "out0"], tmp_path)
     assert "5 of the 9 files" in done.stderr and "other 4" in done.stderr
     assert len(listed(tmp_path / "out0")["left_out"]) == 5, "it is told of all the same, and can be asked again"
 

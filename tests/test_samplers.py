@@ -71,12 +71,11 @@ def test_it_draws_what_the_pipeline_draws(side_by_side, sampler):
     )
     pipe.scheduler = sample.make_sampler(base.scheduler, sampler)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    wanted = pipe(
-        **prompts, generator=generators, num_inference_steps=5, guidance_scale=5.0, output_type="np"
-    ).images  # fmt: skip
+    settings = {"height": 32, "width": 32, "num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "np"}
+    wanted = pipe(**prompts, generator=generators, **settings).images
     passes = []
     drawn = sample.draw_images(
-        base.unet, base.vae, sample.make_sampler(base.scheduler, sampler), text, negative, [3, 4], 64, 64, 5, 5.0,
+        base.unet, base.vae, sample.make_sampler(base.scheduler, sampler), text, negative, [3, 4], 32, 32, 5, 5.0,
         on_step=lambda: passes.append(1),
     )  # fmt: skip
     assert len(passes) == sample.count_passes(base.scheduler, sampler, 5) >= 5
@@ -91,7 +90,7 @@ def test_the_samplers_differ(side_by_side):
     text, negative = pipe.encode_prompt("a blue robot", "cpu", 1, True, "blurry")
     drawn = {
         sampler.name: sample.draw_images(
-            base.unet, base.vae, sample.make_sampler(base.scheduler, sampler), text, negative, [3], 64, 64, 4, 5.0
+            base.unet, base.vae, sample.make_sampler(base.scheduler, sampler), text, negative, [3], 32, 32, 4, 5.0
         )[0].tobytes()
         for sampler in samplers.SAMPLERS
     }

@@ -6,13 +6,11 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
 
 from megaman.output import find_all, step_of
@@ -20,15 +18,6 @@ from megaman.stops import StoppedError, StopSignal
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent in another way there")
 FLAGS = "--demo --output_dir out --logging_dir logs --max_train_steps 400 --num_validation_images 0 --lora_rank 2"
-
-
-def start(cwd, *more):
-    variables = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
-    words = [sys.executable, str(ROOT / "megaman_lora.py"), *FLAGS.split(), *more]
-    return subprocess.Popen(
-        words, cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
 
 
 def wait_for(condition, process, seconds=300):
@@ -39,10 +28,9 @@ def wait_for(condition, process, seconds=300):
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
-def test_the_first_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
-    process = start(tmp_path, "--save_steps", "3")
+def test_the_first_signal_saves_and_says_how_to_go_on(forked, tmp_path, number, code):
+    process = forked.start(["megaman_lora.py", *FLAGS.split(), "--save_steps", "3"], tmp_path)
     wait_for(lambda: find_all(tmp_path / "out"), process)
     process.send_signal(number)
     said, errors = process.communicate(timeout=300)
@@ -56,16 +44,16 @@ def test_the_first_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     assert not (tmp_path / "out" / "lora_weights").exists()
 
     command = re.search(r"to go on: python megaman_lora.py (.+)", said)[1]
-    words = [sys.executable, str(ROOT / "megaman_lora.py"), *shlex.split(command), "--max_train_steps", str(step + 1)]
-    done = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    words = ["megaman_lora.py", *shlex.split(command), "--max_train_steps", str(step + 1)]
+    done = forked.run(words, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"checkpoint-{step}, step {step}" in done.stdout
 
 
-@pytest.mark.slow
-def test_a_second_signal_leaves_at_once_without_half_a_file(tmp_path):
+def test_a_second_signal_leaves_at_once_without_half_a_file(forked, tmp_path):
     """The first comes while the images of the start are drawn, so that the second finds the run still at work."""
-    process = start(tmp_path, "--num_validation_images", "40", "--save_steps", "1000")
+    words = ["megaman_lora.py", *FLAGS.split(), "--num_validation_images", "40", "--save_steps", "1000"]
+    process = forked.start(words, tmp_path)
     wait_for(lambda: (tmp_path / "out" / "training_config.json").exists(), process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)

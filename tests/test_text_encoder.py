@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -156,7 +156,7 @@ def test_a_text_encoder_part_that_is_damaged_is_named(trained, base_folder, tmp_
 
 # Training. A few steps are enough to see what moves.
 
-DATA = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3]
+DATA = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, *FEW_TARGETS]
 TEXT = ["--train_text_encoder", "--text_encoder_lr", 5e-4]
 
 
@@ -210,7 +210,9 @@ def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_fo
         said = encode_captions(base.text_encoder, base.tokenizer, ["volto, robot", ""])
         text, empty = (said[words][None] for words in ("volto, robot", ""))
         sampler = sample.make_sampler(base.scheduler)
-        return sample.draw_images(base.unet, base.vae, sampler, text, empty, [0], 64, 64, steps=25, guidance=7.5)[0]
+        return sample.draw_images(
+            base.unet, base.vae, sampler, text, empty, [0], 64, 64, steps=SAMPLING_STEPS, guidance=7.5
+        )[0]
 
     theirs = Image.open(tmp_path / "out" / "samples-4" / "00.png").convert("RGB")
     extremes = [
@@ -220,12 +222,19 @@ def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_fo
     assert extremes[0] <= 2 and extremes[1] > 10
 
 
+@pytest.fixture(scope="module")
+def plain(train_here, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The text encoder's LoRA of a run without further flags."""
+    folder = tmp_path_factory.mktemp("plain")
+    train_here(folder, "out", *DATA, *TEXT, "--max_train_steps", 2)
+    return text_state(folder / "out" / "lora_weights")
+
+
 @pytest.mark.parametrize("flags", [["--text_encoder_lr", 1e-4], ["--lora_dropout", 0.5], ["--use_rslora"],
                                    ["--mixed_precision", "bf16"], ["--lora_rank", 2]], ids=str)  # fmt: skip
-def test_a_flag_changes_the_text_encoder_too(train_here, tmp_path, flags):
-    train_here(tmp_path, "plain", *DATA, *TEXT, "--max_train_steps", 2)
+def test_a_flag_changes_the_text_encoder_too(train_here, plain, tmp_path, flags):
     train_here(tmp_path, "other", *DATA, *TEXT, "--max_train_steps", 2, *flags)
-    plain, other = (text_state(tmp_path / name / "lora_weights") for name in ("plain", "other"))
+    other = text_state(tmp_path / "other" / "lora_weights")
     assert any(plain[key].shape != other[key].shape or not torch.equal(plain[key], other[key]) for key in plain)
     assert all(torch.isfinite(tensor).all() for tensor in other.values())
 

@@ -7,7 +7,7 @@ import os
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import FEW_TARGETS, ROOT
 from safetensors.torch import load_file
 
 from megaman import threads
@@ -127,7 +127,8 @@ import torch
 print(json.dumps({**Watch.seen, "threads": torch.get_num_threads()}))
 sys.exit(code)
 """
-FLAGS = ["--demo", "--num_validation_images", "0", "--seed", "3", "--logging_dir", "logs"]
+FLAGS = ["--demo", "--num_validation_images", "0", "--seed", "3", "--logging_dir", "logs", "--train_batch_size", "1"]
+FLAGS += ["--lora_rank", "2", *FEW_TARGETS]
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,13 @@ def watched(run_script, tmp_path_factory):
     return folder, run
 
 
+@pytest.fixture(scope="module")
+def own(watched):
+    """The run whose user has said how many threads there are and how they wait: what was seen and what it said."""
+    _, run = watched
+    return run("own", "--max_train_steps", "2", "--save_steps", "1", OMP_NUM_THREADS="2", GOMP_SPINCOUNT="77")
+
+
 def test_the_policy_is_in_force_before_torch_is_loaded(watched):
     folder, run = watched
     seen, said = run("whole", "--max_train_steps", "2", "--save_steps", "1")
@@ -154,21 +162,19 @@ def test_the_policy_is_in_force_before_torch_is_loaded(watched):
     assert state["choices"]["threads"] == 1
 
 
-def test_a_run_and_its_resumption_have_equal_bits(watched):
+def test_a_run_and_its_resumption_have_equal_bits(watched, own):
     """The checkpoint's count is kept, also where the rule would choose another."""
     folder, run = watched
-    run("two", "--max_train_steps", "2", "--save_steps", "1", OMP_NUM_THREADS="2")
-    whole = load_file(folder / "two" / "lora_weights" / "adapter_model.safetensors")
-    (folder / "two" / "lora_weights").rename(folder / "before")
-    seen, said = run("two", "--max_train_steps", "2", "--save_steps", "1", "--resume_from_checkpoint", "checkpoint-1")
+    whole = load_file(folder / "own" / "lora_weights" / "adapter_model.safetensors")
+    (folder / "own" / "lora_weights").rename(folder / "before")
+    seen, said = run("own", "--max_train_steps", "2", "--save_steps", "1", "--resume_from_checkpoint", "checkpoint-1")
     assert (seen["threads"], seen["OMP_NUM_THREADS"]) == (2, "2") and "; 2 CPU threads\n" in said
-    resumed = load_file(folder / "two" / "lora_weights" / "adapter_model.safetensors")
+    resumed = load_file(folder / "own" / "lora_weights" / "adapter_model.safetensors")
     assert whole.keys() == resumed.keys() and all((whole[key] == resumed[key]).all() for key in whole)
 
 
-def test_the_users_own_count_wins(watched):
-    _, run = watched
-    seen, said = run("own", "--max_train_steps", "1", OMP_NUM_THREADS="2", GOMP_SPINCOUNT="77")
+def test_the_users_own_count_wins(own):
+    seen, said = own
     assert (seen["threads"], seen["OMP_NUM_THREADS"], seen["GOMP_SPINCOUNT"]) == (2, "2", "77")
     assert "; 2 CPU threads\n" in said
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import ROOT, learned_alike
+from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS, learned_alike
 from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,6 +17,7 @@ from megaman import sample
 from megaman.base import load_base
 from megaman.caption_states import encode_captions
 from megaman.errors import UserError
+from megaman.presets import DEFAULT_TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,19 @@ def data(tmp_path_factory):
     return folder
 
 
+FEW_STEPS = f"""
+import sys
+from megaman import validation
+validation.STEPS = {SAMPLING_STEPS}
+import megaman_lora
+from megaman.errors import run_script
+sys.exit(run_script(megaman_lora.main, sys.argv[1:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def finished(data, base_folder, run_script, tmp_path_factory):
-    """One whole run as a process."""
+    """One whole run as a process, whose validation images are drawn in SAMPLING_STEPS."""
     cwd = tmp_path_factory.mktemp("run")
     folders = [
         "--pretrained_model_name",
@@ -55,7 +66,7 @@ def finished(data, base_folder, run_script, tmp_path_factory):
         --checkpoints_total_limit 2 --validation_steps 3 --num_validation_images 2 --validation_prompt robot
         --lora_rank 4 --lora_alpha 16 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --seed 0
         --mixed_precision fp16 --random_flip --snr_gamma 5 --noise_offset 0.05"""
-    done = run_script(["megaman_lora.py", *folders, *flags.split()], cwd)
+    done = run_script(["-c", FEW_STEPS, *folders, *flags.split()], cwd)
     assert done.returncode == 0, done.stderr
     return done, cwd
 
@@ -133,7 +144,9 @@ def test_step_0_is_the_base_itself(finished, base_folder):
     states = encode_captions(base.text_encoder, base.tokenizer, ["robot", ""])
     text, empty = (states[prompt].expand(2, -1, -1) for prompt in ("robot", ""))
     sampler = sample.make_sampler(base.scheduler)
-    drawn = sample.draw_images(base.unet, base.vae, sampler, text, empty, [0, 1], 64, 64, steps=25, guidance=7.5)
+    drawn = sample.draw_images(
+        base.unet, base.vae, sampler, text, empty, [0, 1], 64, 64, steps=SAMPLING_STEPS, guidance=7.5
+    )
     for j, image in enumerate(drawn):
         first, last = (
             Image.open(finished[1] / "out" / f"samples-{step}" / f"{j:02d}.png").convert("RGB") for step in (0, 6)
@@ -172,7 +185,7 @@ def train(train_here, data, tmp_path, capsys):
 
     def run(*flags) -> dict[str, torch.Tensor]:
         run.out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
-        state = train_here(tmp_path, run.out.name, "--data_dir", data, "--max_train_steps", 2, *flags)
+        state = train_here(tmp_path, run.out.name, "--data_dir", data, "--max_train_steps", 2, *FEW_TARGETS, *flags)
         run.said = capsys.readouterr().out
         return state
 
@@ -182,7 +195,8 @@ def train(train_here, data, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def plain(train_here, data, tmp_path_factory):
     """The LoRA that train() without flags gives."""
-    return train_here(tmp_path_factory.mktemp("plain"), "out", "--data_dir", data, "--max_train_steps", 2)
+    folder = tmp_path_factory.mktemp("plain")
+    return train_here(folder, "out", "--data_dir", data, "--max_train_steps", 2, *FEW_TARGETS)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -273,7 +287,8 @@ def test_clipping_clips(train, plain):
 
 
 def test_training_lowers_the_loss(train):
-    train("--max_train_steps", 60, "--learning_rate", 3e-3, "--lora_alpha", 8, "--train_batch_size", 4)
+    flags = ["--learning_rate", 3e-3, "--lora_alpha", 8, "--train_batch_size", 4, "--resolution", 32]
+    train("--max_train_steps", 60, "--target_modules", *DEFAULT_TARGETS, *flags)
     (folder,) = (train.out.parent / f"logs-{train.out.name}").iterdir()
     losses = [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
@@ -286,10 +301,10 @@ def test_epochs_give_the_steps(train_here, train, data, tmp_path, capsys):
     assert "steps      3 of 2 pictures" in capsys.readouterr().out
 
 
-def test_without_a_seed_one_is_drawn_and_noted(data, base_folder, run_script, tmp_path):
+def test_without_a_seed_one_is_drawn_and_noted(data, base_folder, forked, tmp_path):
     folders = ["--pretrained_model_name", base_folder, "--data_dir", data]
     flags = ["--resolution", 64, "--max_train_steps", 1, "--num_validation_images", 0]
-    done = run_script(["megaman_lora.py", *folders, *flags], tmp_path)
+    done = forked.run(["megaman_lora.py", *folders, *flags], tmp_path)
     seed = json.loads((tmp_path / "megaman_lora_output/training_config.json").read_text())["settings"]["seed"]
     assert seed > 0
     assert f"seed {seed}" in done.stdout

@@ -1,0 +1,168 @@
+"""Runs of the two scripts as processes of their own, without the seconds that importing the libraries takes each time.
+
+Run as a program this is the process that has imported them: it reads orders, a line of JSON each, and forks for each
+run. Where the start of a script is what is tested, conftest.py's run_script starts Python itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ["accelerate", "torch.utils.tensorboard", "megaman.base", "megaman.cache", "megaman.sample"]
+LIBRARIES += ["megaman.validation", "megaman.drawing", "generate_megaman", "megaman_lora"]
+
+
+class Forks:
+    """Starts runs in forks of one process, which is itself started when it is first needed."""
+
+    def __init__(self):
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, order: dict) -> int | None:
+        if self._process is None:
+            variables = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}
+            self._process = subprocess.Popen(
+                [sys.executable, __file__], env=variables, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the process that forks has ended"
+        return json.loads(answer)
+
+    def start(self, args, cwd, patches: dict[str, object] | None = None, hub: dict[str, str] | None = None) -> Fork:
+        """Start one of the root's scripts: start(["megaman_lora.py", "--demo"], cwd), or start(["-c", code], cwd).
+
+        In the fork alone patches are set, as {"megaman.validation.STEPS": 3}, and hub holds environment variables with
+        which huggingface_hub is loaded anew; None removes one.
+        """
+        script, *words = map(str, args)
+        outputs = [tempfile.NamedTemporaryFile("w+", encoding="utf-8", errors="replace") for _ in range(2)]  # noqa: SIM115
+        names = [file.name for file in outputs]
+        order = {"script": script.removesuffix(".py"), "words": words, "cwd": str(cwd), "outputs": names}
+        return Fork(self, self.ask(order | {"patches": patches or {}, "hub": hub or {}}), outputs)
+
+    def run(self, args, cwd, patches=None, hub=None) -> subprocess.CompletedProcess[str]:
+        process = self.start(args, cwd, patches, hub)
+        said, errors = process.communicate()
+        return subprocess.CompletedProcess(args, process.returncode, said, errors)
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process.stdin.close()
+            self._process.stdout.close()
+
+
+class Fork:
+    """A run that was forked, as a subprocess.Popen."""
+
+    def __init__(self, forks: Forks, pid: int, outputs: list):
+        self._forks, self.pid, self._outputs = forks, pid, outputs
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._forks.ask({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float = 600) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError("the run did not end in time")
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        """Wait for the end; what it wrote to stdout and to stderr."""
+        self.wait(timeout)
+        texts = []
+        for file in self._outputs:
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        return texts[0], texts[1]
+
+
+def obey(order: dict) -> int:
+    """In the fork: the script's main as it runs when it is started; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in enumerate(order["outputs"], start=1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(order["cwd"])
+    for name, value in order["patches"].items():
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(sys.modules[module], attribute), name
+        setattr(sys.modules[module], attribute, value)
+    for name, value in order["hub"].items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    for name in [*sys.modules] if order["hub"] else []:
+        if name.split(".")[0] == "huggingface_hub":
+            del sys.modules[name]
+    from megaman.errors import run_script
+
+    try:
+        if order["script"] == "-c":
+            code, *words = order["words"]
+            sys.argv = ["-c", *words]
+            exec(code, {"__name__": "__main__"})
+            return 0
+        return run_script(sys.modules[order["script"]].main, order["words"])
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+
+
+def serve() -> None:
+    answers = os.dup(1)
+    os.set_inheritable(answers, False)
+    os.dup2(2, 1)
+    sys.path.insert(0, str(ROOT))
+    for library in LIBRARIES:  # with no work done yet that a fork could not take along
+        importlib.import_module(library)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "poll" in order:
+            process, status = os.waitpid(order["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if process else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                code = 1
+                try:
+                    os.close(answers)
+                    code = obey(order)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+        os.write(answers, json.dumps(answer).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    serve()
