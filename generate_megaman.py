@@ -12,24 +12,27 @@ if sys.version_info < (3, 11):
     sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
 
 import shlex
-from argparse import Namespace
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from megaman import drawn, grid, prompt_weights, records, samplers, threads
-from megaman.adapter_config import base_of, is_base
-from megaman.base_configs import actual_name, moved, unet_width
+from megaman import threads
+from megaman.config import samplers
+from megaman.config.cli import Namespace
+from megaman.config.generate import generation_options
 from megaman.errors import UserError, run_script
-from megaman.gallery import read_images, variant_labels, write_gallery
-from megaman.generation_options import generation_options
-from megaman.jobs import Job, Way, base_file_of, file_of, in_batches, make_jobs, make_ways
-from megaman.names import split_strength
-from megaman.output import find_all
-from megaman.presets import DEFAULT_BASE
-from megaman.prompts import BUILT_IN, Prompt, read_prompts
-from megaman.versions import installed
+from megaman.files import split_strength
+from megaman.hub import DEFAULT_BASE, is_base
+from megaman.lora.peft_config import base_of
+from megaman.models import prompt_weights
+from megaman.models.configs import actual_name, moved, unet_width
+from megaman.pages import grid
+from megaman.pages.gallery import read_images, variant_labels, write_gallery
+from megaman.sampling import output_folder, records
+from megaman.sampling.jobs import Job, Way, base_file_of, file_of, in_batches, make_jobs, make_ways
+from megaman.sampling.prompts import BUILT_IN, Prompt, read_prompts
+from megaman.training.output import find_all
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> int:
     if tags := [tag for prompt in prompts for tag in prompt_weights.tags(prompt.text)]:
         print(f"{', '.join(dict.fromkeys(tags))} in a prompt is left out: name LoRAs in --lora_path")
     output_dir = Path(options.output_dir)
-    gallery = drawn.complete(output_dir, read_images(output_dir))
+    gallery = output_folder.complete(output_dir, read_images(output_dir))
     if not gallery and (output_dir / "index.html").exists():
         raise UserError(f"--output_dir {output_dir} holds an index.html of something else", "Name another folder")
 
@@ -54,23 +57,26 @@ def main(argv: list[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from megaman import allocator, lora, lora_files, room, sample
-    from megaman.base import load_base
-    from megaman.drawing import Drawer
-    from megaman.placement import choose_device, device_lines, place, set_threads
+    from megaman import runtime
+    from megaman.lora import adapter
+    from megaman.lora import files as lora_files
+    from megaman.models.base import load_base
+    from megaman.runtime import choose_device, device_lines, installed, place, set_threads
+    from megaman.sampling import denoise, generator
+    from megaman.sampling.generator import Drawer
 
     # Base and LoRA, which is added to the base's own weights, unless the plain base has to draw beside it.
     base_name = actual_name(plan.base)
     placement = place(plan.precision, choose_device(options.device), width, plan.memory_format)
     set_threads(policy)
-    allocator.keep_freed_memory()
+    runtime.keep_freed_memory()
     print(f"loading {base_name}{' and the LoRA in ' * bool(plan.loras)}{plan.source}")
     if remark := moved(plan.base):
         print(f"  {remark}")
     base = load_base(base_name, placement.dtype, layout=placement.layout)
     configs = lora_files.load_loras(plan.loras, base.unet, base.text_encoder)
     hashes = {path: lora_files.short_hash(path) for path, _ in plan.loras}
-    fused = lora.Fused([base.unet, base.text_encoder], changing=len(plan.ways) > 1) if plan.fused else None
+    fused = adapter.Fused([base.unet, base.text_encoder], changing=len(plan.ways) > 1) if plan.fused else None
 
     # Jobs: what is to be drawn, in which batches, in what room.
     size = tuple(side or min(512, base.native_size) for side in (options.width, options.height))
@@ -80,10 +86,10 @@ def main(argv: list[str]) -> int:
     largest = max(jobs, key=lambda job: job.width * job.height)
     pixels = largest.width * largest.height
     batch_size = len(jobs) if again else options.batch_size
-    space = room.make_room(
-        room.free_memory(placement.device), tuple(map(room.size_of, (base.unet, base.vae, base.text_encoder))),
-        room.pass_sizes(base.unet, base.vae, pixels, base.vae_factor), pixels,
-        batch_size or room.images_at_once(largest.height, largest.width), placement.device.type == "cuda",
+    space = generator.make_room(
+        runtime.free_memory(placement.device), tuple(map(runtime.size_of, (base.unet, base.vae, base.text_encoder))),
+        generator.pass_sizes(base.unet, base.vae, pixels, base.vae_factor), pixels,
+        batch_size or runtime.images_at_once(largest.height, largest.width), placement.device.type == "cuda",
     )  # fmt: skip
     space.tiling |= bool(again and again.vae_tiling)
     drawer = Drawer(base, fused, placement, space, plan.sampler, plan.clip_skip)
@@ -102,15 +108,16 @@ def main(argv: list[str]) -> int:
     stopped = None
     if options.resume:
         wanted = [(job.i, record(job, [job], way)) for way, job in product(plan.ways, jobs)]
-        stopped = drawn.first_of_stopped(output_dir, wanted)
-    first = drawn.first_free(output_dir) if stopped is None else stopped
+        stopped = output_folder.first_of_stopped(output_dir, wanted)
+    first = output_folder.first_free(output_dir) if stopped is None else stopped
 
     def missing(way: Way, batch: list[Job]) -> list[Job]:
         if again:
             return [batch[again.place]]
         return [
             job for job in batch
-            if stopped is None or not drawn.is_there(output_dir / file_of(job, way, first), record(job, batch, way))
+            if stopped is None
+            or not output_folder.is_there(output_dir / file_of(job, way, first), record(job, batch, way))
         ]  # fmt: skip
 
     todo = [(way, batch, left) for way, batch in product(plan.ways, batches) if (left := missing(way, batch))]
@@ -145,7 +152,7 @@ def main(argv: list[str]) -> int:
 
     # Images, batch by batch, each written as it comes. The page is whole at any time.
     output_dir.mkdir(parents=True, exist_ok=True)
-    passes = {job.steps: sample.count_passes(base.scheduler, plan.sampler, job.steps) for job in jobs}
+    passes = {job.steps: denoise.count_passes(base.scheduler, plan.sampler, job.steps) for job in jobs}
     runs = 2 if options.compare else 1
     bar = tqdm(total=sum(passes[batch[0].steps] for _, batch, _ in todo) * runs, desc="drawing", unit="step")
     at_work = None
@@ -161,13 +168,13 @@ def main(argv: list[str]) -> int:
                 if job in left:
                     path = output_dir / base_file_of(file_of(job, way, first))
                     if stopped is None:
-                        drawn.refuse_taken(path)
+                        output_folder.refuse_taken(path)
                     records.save(path, image, record(job, part, way, plain=True))
             for job, part, image in drawer.draw(batch, bar.update):
                 if job in left:
                     file = file_of(job, way, first)
                     own = record(job, part, way)
-                    drawn.refuse_taken(output_dir / file)
+                    output_folder.refuse_taken(output_dir / file)
                     records.save(output_dir / file, image, own)
                     gallery.append(records.gallery_image(file, own, base_file_of(file) if options.compare else None))
             page = write_gallery(output_dir, gallery, "Mega Man LoRA")

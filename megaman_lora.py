@@ -25,17 +25,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megaman import threads
-from megaman.base_configs import actual_name, moved, unet_width
-from megaman.captions import Variation
-from megaman.dataset import MegaManDataset
+from megaman.config.cli import resuming
+from megaman.config.train import MUST_MATCH, bucket_settings, cache_place, plan_request, training_options
+from megaman.data.captions import Variation
+from megaman.data.dataset import MegaManDataset
+from megaman.data.file_index import Stamps
+from megaman.data.problems import first_too_bad, too_bad, write_instructions, write_problems
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json
-from megaman.options import MUST_MATCH, bucket_settings, cache_place, plan_request, resuming, training_options
-from megaman.output import find_all, log_dir_of, open_output, remove, save_somewhere, saved_threads, step_of
-from megaman.problems import first_too_bad, too_bad, write_instructions, write_problems
-from megaman.stamps import Stamps
-from megaman.stops import StopSignal
-from megaman.versions import installed
+from megaman.models.configs import actual_name, moved, unet_width
+from megaman.training.output import find_all, log_dir_of, open_output, remove, save_somewhere, saved_threads, step_of
+from megaman.training.signals import StopSignal
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
 
@@ -43,7 +43,7 @@ LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the d
 def main(argv: list[str]) -> int:
     options = training_options(argv)
     if options.plan:
-        from megaman.fit import table
+        from megaman.training.memory_plan import table
 
         print(*table(options.mixed_precision, options.vram_limit, **plan_request(options)), sep="\n")
         return 0
@@ -61,7 +61,8 @@ def main(argv: list[str]) -> int:
         return int(options.strict)  # no pictures is what a check should find
     output_dir = Path(options.output_dir)
     if options.check_data:
-        from megaman import buckets, doctor, report
+        from megaman.data import buckets
+        from megaman.doctor import checks, report
 
         if options.auto_caption:
             add_captions(options.auto_caption, dataset)
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
         if options.enable_bucket:  # no base is read: the limits are as for Stable Diffusion 1.5, or a smaller one
             dataset.buckets = buckets.make_buckets(native=min(512, options.resolution), **bucket_settings(options))
         bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
-        found = doctor.examine(dataset, options.resolution, options.trigger_word or None, bar)
+        found = checks.examine(dataset, options.resolution, options.trigger_word or None, bar)
         print(*report.write_report(output_dir, found), sep="\n")
         return int(options.strict and found.wrong)
     checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
@@ -94,26 +95,31 @@ def main(argv: list[str]) -> int:
     from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
     from torch.utils.tensorboard import SummaryWriter
 
-    from megaman import allocator, buckets, cache, finite, lora, lora_files, lora_metadata, memory, model_card, schedule
-    from megaman import checkpoint as checkpoints
-    from megaman.base import load_base
-    from megaman.caption_states import CaptionStates, cut_off
-    from megaman.choices import ASKED, choose
-    from megaman.encoded import Encoded
-    from megaman.fit import memory_limit, settle
-    from megaman.fresh import Fresh, drop_damaged
-    from megaman.moments import Moments, folder_of, prune
-    from megaman.placement import choose_device, device_lines, set_threads
-    from megaman.tracking import TrainingLog
-    from megaman.training_step import TrainingStep
-    from megaman.validation import Validation
+    from megaman import runtime
+    from megaman.data import buckets, latents
+    from megaman.data.batches import class_seed
+    from megaman.data.latent_cache import Moments, folder_of, prune
+    from megaman.data.latents import Fresh, drop_damaged
+    from megaman.lora import adapter
+    from megaman.lora import files as lora_files
+    from megaman.models.base import load_base
+    from megaman.models.text_encoding import CaptionStates, cut_off
+    from megaman.runtime import choose_device, device_lines, installed, set_threads
+    from megaman.training import checkpoint as checkpoints
+    from megaman.training import compute, model_card, run_metadata
+    from megaman.training.compute import ASKED, choose
+    from megaman.training.memory_plan import memory_limit, settle
+    from megaman.training.optimizer import rate_at, total_steps, warmup_steps
+    from megaman.training.step import Encoded, SkippedSteps, TrainingStep, step_where_finite
+    from megaman.training.tensorboard import TrainingLog
+    from megaman.training.validation import Validation
 
     # Device, precision and whatever else shapes the computation: by a rule, or as the checkpoint says.
     saved = checkpoints.read_progress(checkpoint) if checkpoint else None
     asked = {flag: getattr(options, flag) for flag in ASKED}
     set_threads(policy)
     chosen, placement, remarks = choose(asked, options.given, choose_device(), width, saved and saved.choices)
-    allocator.keep_freed_memory()
+    runtime.keep_freed_memory()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process writes captions
     accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu",
@@ -154,7 +160,7 @@ def main(argv: list[str]) -> int:
     if remark := moved(options.pretrained_model_name):
         say(f"  {remark}")
     base = load_base(name, placement.dtype, device, placement.layout)
-    lora.check_targets(base.unet_layers, options.target_modules)
+    adapter.check_targets(base.unet_layers, options.target_modules)
     for each in datasets if options.enable_bucket else []:
         each.buckets = buckets.make_buckets(native=base.native_size, **bucket_settings(options))
 
@@ -166,15 +172,15 @@ def main(argv: list[str]) -> int:
         bar = partial(tqdm, unit="picture", disable=process != 0)
         workers = options.dataloader_num_workers
         if options.no_cache:
-            encoder = cache.Encoder(base.vae)
+            encoder = latents.Encoder(base.vae)
             sources = [Fresh(encoder, each, options.random_flip, seed, base.vae_factor, workers) for each in datasets]
             for each in datasets:
                 drop_damaged(each, workers, partial(bar, desc="looking", total=len(each)))
         else:
-            vae = cache.identify(base, seen)
-            sources = [cache.encode_pictures(lambda: base.vae, each, options.crop_variants, options.random_flip, seed,
-                                             seen, Moments(cache_dir and folder_of(cache_dir, vae)), workers,
-                                             partial(bar, desc="encoding", total=len(each)))
+            vae = latents.identify(base, seen)
+            sources = [latents.encode_pictures(lambda: base.vae, each, options.crop_variants, options.random_flip, seed,
+                                               seen, Moments(cache_dir and folder_of(cache_dir, vae)), workers,
+                                               partial(bar, desc="encoding", total=len(each)))
                        for each in datasets]  # fmt: skip
             base.release("vae")
             if cache_dir and process == 0:
@@ -188,35 +194,35 @@ def main(argv: list[str]) -> int:
 
     # LoRA.
     torch.manual_seed(seed)  # for the LoRA's random half
-    add_lora = partial(lora.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
+    add_lora = partial(adapter.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
                        dropout=options.lora_dropout)  # fmt: skip
     chosen.apply(base.unet)
     models = [base.unet]  # those in training, each with its parameters and its peak rate
     groups = [{"params": add_lora(base.unet, target_modules=options.target_modules), "lr": options.learning_rate}]
     if text_encoder := base.text_encoder if options.train_text_encoder else None:
         models.append(text_encoder)
-        groups.append({"params": add_lora(text_encoder, target_modules=lora.TEXT_ENCODER_TARGETS),
+        groups.append({"params": add_lora(text_encoder, target_modules=adapter.TEXT_ENCODER_TARGETS),
                        "lr": options.text_encoder_lr})  # fmt: skip
     trainable = [parameter for group in groups for parameter in group["params"]]
     if fitted.checkpointing:
-        memory.checkpoint_gradients(models)
+        compute.checkpoint_gradients(models)
 
     # Steps, rate, optimizer.
-    kinds = [(variation, seed, 1.0), (Variation(), schedule.class_seed(seed), options.prior_loss_weight)]
+    kinds = [(variation, seed, 1.0), (Variation(), class_seed(seed), options.prior_loss_weight)]
     encoded = [Encoded(*each, base.vae_factor, options.enable_bucket, options.train_batch_size,
                        options.gradient_accumulation_steps, world, *kind)
                for *each, kind in zip(datasets, sources, kinds, strict=False)]  # fmt: skip
     batches, sizes = encoded[0].batches, encoded[0].sizes
-    total = schedule.total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
-                                 options.max_train_steps)  # fmt: skip
+    total = total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
+                        options.max_train_steps)  # fmt: skip
     epochs = total * batches.step_length / batches.epoch_length
     if start > total:
         raise UserError(f"{checkpoint} is at step {start}, beyond the {total} of this run", "Raise --max_train_steps")
     warmup_given = "lr_warmup_steps" in options.given
-    warmup = schedule.warmup_steps(options.lr_scheduler, options.lr_warmup_steps, warmup_given, total)
+    warmup = warmup_steps(options.lr_scheduler, options.lr_warmup_steps, warmup_given, total)
     if warmup_given and options.lr_warmup_steps and options.lr_scheduler == "constant":
         say("--lr_scheduler constant has no warm-up: take constant_with_warmup for one")
-    rates = [schedule.rate_at(options.lr_scheduler, group["lr"], warmup, total) for group in groups]
+    rates = [rate_at(options.lr_scheduler, group["lr"], warmup, total) for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
                                   weight_decay=options.adam_weight_decay, fused=device.type != "mps")  # fmt: skip
     *prepared, optimizer = accelerator.prepare(*models, optimizer)
@@ -298,11 +304,11 @@ def main(argv: list[str]) -> int:
         optimizer.zero_grad()
         if world > 1:
             raise UserError("One of the processes ran out of memory", "Lower --train_batch_size for all of them")
-        say(f"too little memory: {memory.make_room(models, split, options.resolution)}")
+        say(f"too little memory: {compute.make_room(models, split, options.resolution)}")
 
     # The loop. The last step does everything: log, save, draw. So does a step after which a stop is wanted.
     began, elapsed = time.monotonic(), saved.elapsed if saved else 0.0
-    losses, all_finite, skipped = [], [], finite.SkippedSteps()
+    losses, all_finite, skipped = [], [], SkippedSteps()
     for model in models:
         model.train()
     with stop:
@@ -313,13 +319,13 @@ def main(argv: list[str]) -> int:
         for step in range(start + 1, total + 1):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate(step - 1)
-            losses.append(memory.until_it_fits(partial(training.accumulate, step, split), make_room))
+            losses.append(runtime.until_it_fits(partial(training.accumulate, step, split), make_room))
             norm = accelerator.clip_grad_norm_(trainable, options.max_grad_norm)
-            all_finite.append(finite.step_where_finite(optimizer, norm, accelerator.scaler))
+            all_finite.append(step_where_finite(optimizer, norm, accelerator.scaler))
             optimizer.zero_grad()
             bar.update()
             if step == start + 1 and device.type == "cpu":
-                allocator.use_huge_pages()
+                runtime.use_huge_pages()
             last, stopping = step == total, anywhere(accelerator, stop.received is not None)
             saving = step % options.save_steps == 0 or last or stopping
             if step % LOG_EVERY == 0 or saving:  # a checkpoint never stands ahead of the curve
@@ -348,8 +354,8 @@ def main(argv: list[str]) -> int:
     reason = ""
     if accelerator.is_main_process:
         seconds, samples = elapsed + time.monotonic() - began, output_dir / f"samples-{total}"
-        notes = lora_metadata.run_notes(config, dataset.by_folder(), base.scheduler.config.prediction_type,
-                                        samples / "00.png", time.time() - seconds, time.time())  # fmt: skip
+        notes = run_metadata.run_notes(config, dataset.by_folder(), base.scheduler.config.prediction_type,
+                                       samples / "00.png", time.time() - seconds, time.time())  # fmt: skip
         card = model_card.write_card(config, dataset.captions, sum(dataset.found), samples)
         curves.close()
         wanted = output_dir / "lora_weights"
@@ -389,10 +395,10 @@ def find_pictures(data_dir: str, given: bool, seen: Stamps, *settings: object) -
 
 def add_captions(model: str, dataset: MegaManDataset) -> None:
     """Have a model write captions beside the pictures that lack one."""
-    from megaman import auto_caption
+    from megaman.data import captioner
 
     bar = partial(tqdm, desc="captioning", unit="picture")
-    auto_caption.caption_missing(model, dataset, print, bar)
+    captioner.caption_missing(model, dataset, print, bar)
 
 
 def report_problems(datasets: list[MegaManDataset], output_dir: Path) -> None:

@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megaman import allocator, diffusion, lora
-from megaman.base import load_base
+from megaman import runtime
 from megaman.files import read_json
+from megaman.lora import adapter
+from megaman.models.base import load_base
+from megaman.training import loss as diffusion
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -61,10 +63,10 @@ def main() -> None:
     device, dtype = options.device, getattr(torch, options.dtype)
     layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[options.memory_format]
 
-    allocator.keep_freed_memory()  # as ours does
+    runtime.keep_freed_memory()  # as ours does
     torch.manual_seed(0)
     unet = load_base(str(options.base), dtype).unet
-    trainable = lora.inject(unet, options.rank, options.rank, options.targets)
+    trainable = adapter.inject(unet, options.rank, options.rank, options.targets)
     unet.to(device, memory_format=layout).train()
     optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -27,9 +27,11 @@ from backgrounds import PLAIN
 from make_base import to_tensor, vae_psnr
 from PIL import Image
 
-from megaman import caption_states, lora_files, sample
-from megaman.base import Base, load_base
 from megaman.errors import run_script
+from megaman.lora import files as lora_files
+from megaman.models import text_encoding
+from megaman.models.base import Base, load_base
+from megaman.sampling import denoise
 
 ROBOT_COLOURS = ["blue", "brown", "green", "gray", "orange", "pink", "purple", "red", "white", "yellow"]
 KINDS = ["robot", "robot head", "monster", "cat", "person"]
@@ -80,13 +82,13 @@ def drawer(base: Base) -> Drawer:
     """A function that draws prompts with seeds: uint8 [N, 64, 64, 3]."""
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        states = caption_states.encode_captions(base.text_encoder, base.tokenizer, [*prompts, ""])
+        states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, [*prompts, ""])
         images = []
         for start in range(0, len(prompts), AT_ONCE):
             part = slice(start, start + AT_ONCE)
             text = torch.stack([states[prompt] for prompt in prompts[part]])
-            images += sample.draw_images(
-                base.unet, base.vae, sample.make_sampler(base.scheduler), text, states[""].expand_as(text),
+            images += denoise.draw_images(
+                base.unet, base.vae, denoise.make_sampler(base.scheduler), text, states[""].expand_as(text),
                 seeds[part], base.native_size, base.native_size, STEPS, GUIDANCE,
             )  # fmt: skip
         return np.stack([np.asarray(image) for image in images])

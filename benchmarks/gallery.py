@@ -21,8 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from browser import Browser, Visit, chromium
 
-from megaman.gallery import GalleryImage, thumbnail_of, write_gallery
-from megaman.png import save_thumbnail
+from megaman.pages.gallery import GalleryImage, thumbnail_of, write_gallery
+from megaman.sampling.records import save_thumbnail
 
 PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0"
 

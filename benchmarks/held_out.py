@@ -58,18 +58,21 @@ def shuffle_captions(source: Path, target: Path) -> None:
 def measure(lora_path: Path, held_out: Path) -> dict:
     import torch
 
-    from megaman import adapter_config, cache, caption_states, lora_files
-    from megaman.base import load_base
-    from megaman.dataset import MegaManDataset
-    from megaman.evaluate import gain, held_out_loss
-    from megaman.moments import Moments
-    from megaman.stamps import Stamps
+    from megaman.data import latents
+    from megaman.data.dataset import MegaManDataset
+    from megaman.data.file_index import Stamps
+    from megaman.data.latent_cache import Moments
+    from megaman.lora import files as lora_files
+    from megaman.lora import peft_config
+    from megaman.models import text_encoding
+    from megaman.models.base import load_base
+    from megaman.training.validation import gain, held_out_loss
 
-    base = load_base(adapter_config.base_of(lora_path), torch.float32)
+    base = load_base(peft_config.base_of(lora_path), torch.float32)
     dataset = MegaManDataset(held_out, None, base.native_size)
-    moments = cache.encode_pictures(lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None))
+    moments = latents.encode_pictures(lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None))
     means = torch.cat(list(moments)).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
-    states = caption_states.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)
+    states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)
     texts = torch.stack([states[caption] for caption in dataset.captions])
     without = [held_out_loss(base.unet, base.scheduler, means, texts, seed) for seed in SEEDS]
     lora_files.load_lora(lora_path, base.unet)

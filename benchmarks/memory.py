@@ -27,18 +27,24 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     import torch
     from diffusers import UNet2DConditionModel
 
-    from megaman import allocator, diffusion, lora, memory, plan
-    from megaman.base_configs import read_configs, unet_width
-    from megaman.placement import choose_device, place
-    from megaman.presets import DEFAULT_BASE, DEFAULT_TARGETS
+    from megaman import runtime
+    from megaman.config.train import DEFAULT_TARGETS
+    from megaman.hub import DEFAULT_BASE
+    from megaman.lora import adapter
+    from megaman.models.configs import read_configs, unet_width
+    from megaman.runtime import choose_device, place
+    from megaman.training import compute, memory_estimate
+    from megaman.training import loss as diffusion
 
     torch.manual_seed(0)
     configs, _ = read_configs(DEFAULT_BASE)
     placement = place(mixed_precision, choose_device(), unet_width(DEFAULT_BASE))
     device, dtype = placement.device, placement.dtype
     card = device.type != "cpu"
-    planned = plan.Plan(configs, dtype, card, size=size, rank=RANK, targets=DEFAULT_TARGETS).training(1, checkpointing)
-    allocator.keep_freed_memory()
+    planned = memory_estimate.Plan(configs, dtype, card, size=size, rank=RANK, targets=DEFAULT_TARGETS).training(
+        1, checkpointing
+    )
+    runtime.keep_freed_memory()
     before = psutil.Process().memory_info().rss
 
     with torch.device("meta"):
@@ -46,9 +52,9 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     unet.to_empty(device=device).requires_grad_(False).train()
     for parameter in unet.parameters():
         parameter.data.uniform_(-0.02, 0.02)
-    trainable = lora.inject(unet, RANK, RANK, DEFAULT_TARGETS)
+    trainable = adapter.inject(unet, RANK, RANK, DEFAULT_TARGETS)
     if checkpointing:
-        memory.checkpoint_gradients([unet])
+        compute.checkpoint_gradients([unet])
     optimizer = torch.optim.AdamW(trainable, fused=True)
     cells = size // 8
     for _ in range(2):

@@ -26,9 +26,9 @@ from backgrounds import PLAIN
 from base_quality import drawer, figure_colour
 from held_out import measure
 
-from megaman import lora_files
-from megaman.base import load_base
 from megaman.errors import run_script
+from megaman.lora import files as lora_files
+from megaman.models.base import load_base
 
 SAMPLES = 64
 PROMPT = "a red robot, {} background"

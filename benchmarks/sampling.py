@@ -21,14 +21,18 @@ from diffusers import StableDiffusionPipeline
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megaman import lora, lora_files, room, sample, samplers
-from megaman.adapter_config import base_of
-from megaman.base import load_base
-from megaman.base_configs import unet_width
-from megaman.drawing import Drawer
-from megaman.jobs import in_batches, make_jobs
-from megaman.placement import choose_device, place
-from megaman.prompts import Prompt, read_prompts
+from megaman import runtime
+from megaman.config import samplers
+from megaman.lora import adapter
+from megaman.lora import files as lora_files
+from megaman.lora.peft_config import base_of
+from megaman.models.base import load_base
+from megaman.models.configs import unet_width
+from megaman.runtime import choose_device, place
+from megaman.sampling import denoise, generator
+from megaman.sampling.generator import Drawer
+from megaman.sampling.jobs import in_batches, make_jobs
+from megaman.sampling.prompts import Prompt, read_prompts
 
 NEGATIVE = "blurry, low quality"
 
@@ -38,9 +42,9 @@ def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, sid
     placement = place("fp16", choose_device(), unet_width(base_name))
     base = load_base(base_name, placement.dtype, layout=placement.layout)
     lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
-    fused = lora.Fused([base.unet, base.text_encoder], changing=False)
+    fused = adapter.Fused([base.unet, base.text_encoder], changing=False)
     side = side or min(512, base.native_size)
-    space = room.Room(pixels=room.images_at_once(side, side) * side**2, largest=side**2)
+    space = generator.Room(pixels=runtime.images_at_once(side, side) * side**2, largest=side**2)
     drawer = Drawer(base, fused, placement, space, samplers.DEFAULT, clip_skip=1)
     drawer.set_strengths({0: 1.0})
     jobs = make_jobs(prompts, 1, NEGATIVE, 0, (side, side), steps, 7.5)
@@ -58,7 +62,7 @@ def pipeline(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int,
     placement = place("fp16", choose_device(), unet_width(base_name))
     folder = base_name if Path(base_name).is_dir() else ROOT / base_name
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=placement.dtype).to(placement.device)
-    pipe.scheduler = sample.make_sampler(pipe.scheduler)
+    pipe.scheduler = denoise.make_sampler(pipe.scheduler)
     pipe.load_lora_weights(str(lora_path), weight_name="pytorch_lora_weights.safetensors")
     pipe.set_progress_bar_config(disable=True)
 

@@ -62,7 +62,7 @@ def make_tall(source: Path, target: Path) -> None:
 
 def as_seen(picture: Path, size: tuple[int, int]) -> Image.Image:
     """A training picture as it comes out of the crop."""
-    from megaman.images import crop_boxes, fit, open_image
+    from megaman.data.images import crop_boxes, fit, open_image
 
     image = open_image(picture)
     return fit(image, crop_boxes(*image.size, count=1, rng=None, shape=size)[0], size)

@@ -1,13 +1,22 @@
-"""A repository on the Hugging Face hub as a folder on this machine."""
+"""A repository on the Hugging Face hub as a folder on this machine, and the names that a base may have."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megaman.errors import UserError, brief
+from megaman.files import is_network
 
 PATIENCE = 20  # seconds that the hub has to begin its answer
+PROJECT = Path(__file__).resolve().parent.parent
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", flags=re.ASCII)
+# Removed from the hub by its owner in 2024; the same weights stand under the second name.
+ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+
+DEFAULT_BASE = "runwayml/stable-diffusion-v1-5"
 
 
 def download(
@@ -62,3 +71,12 @@ def _answers(name: str) -> bool:
     except Exception:
         return True  # whatever it is, snapshot_download meets it too, and looks into the cache
     return True
+
+
+def is_base(name: str) -> bool:
+    """Whether a name, which may be a stranger's, is a folder or a .safetensors file here, or could be on the hub."""
+    if is_network(name):
+        return False
+    places = (os.path.expanduser(name), PROJECT / name)
+    one_file = name.lower().endswith(".safetensors") and any(map(os.path.isfile, places))
+    return bool(HUB_NAME.fullmatch(name)) or one_file or any(map(os.path.isdir, places))

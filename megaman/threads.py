@@ -28,6 +28,7 @@ SPIN_COUNT = 1_000
 BLOCK_TIME = 1
 
 _applied: dict[str, str] = {}  # what this process has set itself
+MOST_THREADS = 1024  # what a checkpoint may ask for
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def train_here(base_folder) -> Callable:
     from safetensors.torch import load_file
 
     import megaman_lora
-    from megaman import validation
+    from megaman.training import validation
 
     def run(cwd: Path, output_dir: str, *flags) -> dict:
         AcceleratorState._reset_state(True)

@@ -18,8 +18,14 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ["accelerate", "torch.utils.tensorboard", "megaman.base", "megaman.cache", "megaman.sample"]
-LIBRARIES += ["megaman.validation", "megaman.drawing", "generate_megaman", "megaman_lora"]
+LIBRARIES = [
+    "accelerate",
+    "torch.utils.tensorboard",
+    "megaman.models.base",
+    "megaman.data.latents",
+    "megaman.sampling.denoise",
+]
+LIBRARIES += ["megaman.training.validation", "megaman.sampling.generator", "generate_megaman", "megaman_lora"]
 
 
 class Forks:

@@ -28,14 +28,20 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import megaman_lora
-from megaman import validation
-from megaman.checkpoint import OPTIMIZER, read_progress
 from megaman.errors import run_script
-from megaman.lora_files import PEFT_WEIGHTS
-from megaman.lora_metadata import TIMES
-from megaman.output import find_all
+from megaman.lora.files import PEFT_WEIGHTS
+from megaman.training import validation
+from megaman.training.checkpoint import OPTIMIZER, read_progress
+from megaman.training.output import find_all
+from megaman.training.run_metadata import TIMES
 
-for library in ("accelerate", "torch.utils.tensorboard", "megaman.base", "megaman.cache", "megaman.sample"):
+for library in (
+    "accelerate",
+    "torch.utils.tensorboard",
+    "megaman.models.base",
+    "megaman.data.latents",
+    "megaman.sampling.denoise",
+):
     importlib.import_module(library)  # here, once; with no work done yet that a fork could not take along
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from megaman import allocator
+from megaman import runtime
 
 COUNT = """
 import json, resource, sys
 import torch
-from megaman import allocator
+from megaman import runtime
 if sys.argv[1] == "keep":
-    allocator.keep_freed_memory()
+    runtime.keep_freed_memory()
 def churn():
     for _ in range(20):
         torch.ones(16 * 2**20)  # 64 MB
@@ -44,15 +44,15 @@ def test_thresholds_from_outside_stay(run_script, tmp_path):
 HUGE = """
 import pathlib
 import torch
-from megaman import allocator
+from megaman import runtime
 def huge():
     lines = pathlib.Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
-allocator.keep_freed_memory()
+runtime.keep_freed_memory()
 torch.ones(16 * 2**20)  # 64 MB, which stay in the heap
 before = huge()
 kept = torch.arange(2**20)
-allocator.use_huge_pages()
+runtime.use_huge_pages()
 assert torch.equal(kept, torch.arange(2**20)), "what is in the heap stays as it is"
 print(huge() - before)
 """
@@ -64,4 +64,4 @@ def test_the_heap_comes_into_huge_pages(run_script, tmp_path):
     unset = {"MALLOC_TRIM_THRESHOLD_": None, "MALLOC_MMAP_THRESHOLD_": None}
     assert int(run_script(["-c", HUGE], tmp_path, unset).stdout) > 32 * 2**10  # kB
     maps = "55d0-55f2 rw-p 00000000 00:00 0    [heap]\n7f00-7f10 r--p 00000000 fe:00 12  /usr/lib/libc.so.6\n"
-    assert allocator._heap(maps) == [(0x55D0, 0x55F2)]
+    assert runtime._heap(maps) == [(0x55D0, 0x55F2)]

@@ -21,8 +21,8 @@ from transformers import (
     BlipProcessor,
 )
 
-from megaman.auto_caption import caption_missing, load_captioner, without_file, write_captions
-from megaman.dataset import MegaManDataset
+from megaman.data.captioner import caption_missing, load_captioner, without_file, write_captions
+from megaman.data.dataset import MegaManDataset
 from megaman.errors import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "red", "blue", "robot", "cat", "on", "white",

@@ -13,14 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaman.base import (
-    PROJECT,
-    Base,
-    actual_name,
-    find_base,
-    load_base,
-)
 from megaman.errors import UserError
+from megaman.hub import PROJECT
+from megaman.models.base import Base, find_base, load_base
+from megaman.models.configs import actual_name
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -100,16 +96,16 @@ def test_files_of_the_fp16_variant_are_taken_where_there_are_no_others(own_copy)
 
 def test_a_folder_of_the_project_is_found_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_base("megaman/templates", half=False) == PROJECT / "megaman" / "templates"
-    own = tmp_path / "megaman" / "templates"
+    assert find_base("megaman/pages/templates", half=False) == PROJECT / "megaman" / "pages" / "templates"
+    own = tmp_path / "megaman" / "pages" / "templates"
     own.mkdir(parents=True)
-    assert find_base("megaman/templates", half=False).resolve() == own, "one's own comes first"
+    assert find_base("megaman/pages/templates", half=False).resolve() == own, "one's own comes first"
 
 
 def test_the_name_that_is_noted_holds_elsewhere(base_folder, tmp_path, monkeypatch):
     assert actual_name(OLD_NAME) == NEW_NAME
     assert actual_name("someone/model") == "someone/model"
-    assert actual_name(str(PROJECT / "megaman" / "templates")) == "megaman/templates"
+    assert actual_name(str(PROJECT / "megaman" / "pages" / "templates")) == "megaman/pages/templates"
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
     assert actual_name("mine") == actual_name("./mine") == str((tmp_path / "mine").resolve())
@@ -313,7 +309,7 @@ def hub():
 
 ASK_FOR_BASES = """
 import json, sys, torch
-import megaman.base
+import megaman.models.base
 import megaman.hub
 from megaman.errors import UserError
 
@@ -322,9 +318,9 @@ results = []
 for how, name in json.loads(sys.argv[1]):
     try:
         if how == "load":
-            results.append(megaman.base.load_base(name, torch.float32).native_size)
+            results.append(megaman.models.base.load_base(name, torch.float32).native_size)
         else:
-            folder = megaman.base.find_base(name, half=how == "half")
+            folder = megaman.models.base.find_base(name, half=how == "half")
             results.append(sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()))
     except UserError as error:
         results.append(f"UserError: {error}")

@@ -21,9 +21,9 @@ import processes
 import random_bases
 import step_time
 
-from megaman.base import load_base
-from megaman.caption_states import encode_captions
-from megaman.dataset import MegaManDataset
+from megaman.data.dataset import MegaManDataset
+from megaman.models.base import load_base
+from megaman.models.text_encoding import encode_captions
 
 PROGRAM = """
 import sys

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_memory import fail_on
 
-from megaman import schedule
-from megaman.base import load_base
-from megaman.dataset import MegaManDataset
+from megaman.data import batches
+from megaman.data.dataset import MegaManDataset
 from megaman.errors import UserError
+from megaman.models.base import load_base
 
 FLAGS = ["--enable_bucket", "--train_batch_size", 4, "--learning_rate", 1e-3, "--adam_epsilon", 1e-2, "--center_crop"]
 FLAGS += FEW_TARGETS
@@ -157,7 +157,7 @@ def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tm
     def loss(forms: list[list[torch.Tensor]]) -> float:
         errors = []
         for number in range(8):
-            index, generator = schedule.picture_at(number, 4, 0), schedule.random_for(0, number)
+            index, generator = batches.picture_at(number, 4, 0), batches.random_for(0, number)
             pick = int(torch.randint(len(forms[index]), (1,), generator=generator))
             posterior = base.vae.encode(forms[index][pick][None]).latent_dist
             latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.batches import Batches
-from megaman.buckets import Buckets, in_words, make_buckets
+from megaman.data.batches import Batches, picture_at
+from megaman.data.buckets import Buckets, in_words, make_buckets
 from megaman.errors import UserError
-from megaman.schedule import picture_at
 
 SD15 = make_buckets(512, 512, None, None, None, True)
 SIDE = st.integers(16, 5000)

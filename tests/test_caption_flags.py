@@ -16,16 +16,19 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPTokenizer
 
-from megaman import cache, caption_states, diffusion, schedule
-from megaman.base import load_base
-from megaman.captions import Variation, contains, dressed
-from megaman.checkpoint import differences
-from megaman.dataset import MegaManDataset
+from megaman.config.train import training_options
+from megaman.data import batches
+from megaman.data.captions import Variation, contains, dressed
+from megaman.data.dataset import MegaManDataset
+from megaman.data.file_index import Stamps
+from megaman.data.latent_cache import Moments
+from megaman.data.latents import encode_pictures
+from megaman.data.problems import MOST_CUT, write_problems
 from megaman.errors import UserError
-from megaman.moments import Moments
-from megaman.options import training_options
-from megaman.problems import MOST_CUT, write_problems
-from megaman.stamps import Stamps
+from megaman.models import text_encoding
+from megaman.models.base import load_base
+from megaman.training import loss as diffusion
+from megaman.training.checkpoint import differences
 
 HELD_OUT = ROOT / "demo" / "held_out"
 DATA = ["--data_dir", HELD_OUT, "--train_batch_size", 4, "--learning_rate", 1e-3, "--center_crop", *FEW_TARGETS]
@@ -120,7 +123,7 @@ def encoded(base_folder):
     """The base, the dataset and its moments as the script has them."""
     base = load_base(str(base_folder), torch.float32)
     dataset = MegaManDataset(HELD_OUT, None, 64, center_crop=True)
-    moments = cache.encode_pictures(lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None))
+    moments = encode_pictures(lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None))
     return base, dataset, moments
 
 
@@ -130,13 +133,13 @@ def loss_by_hand(encoded, say) -> float:
     parts = []
     with torch.no_grad():
         for row in range(4):
-            index, generator = schedule.picture_at(row, len(dataset), 0), schedule.random_for(0, row)
+            index, generator = batches.picture_at(row, len(dataset), 0), batches.random_for(0, row)
             torch.randint(1, (1,), generator=generator)  # which crop
             latents = diffusion.draw_latents(moments[index][:1], base.vae.config.scaling_factor, generator)
             noise = diffusion.draw_noise(latents.shape, 0.0, generator)
             timesteps = diffusion.draw_timesteps(1, base.scheduler.config.num_train_timesteps, generator)
             caption = say(dataset.captions[index], row)
-            states = caption_states.encode_captions(base.text_encoder, base.tokenizer, [caption])[caption][None]
+            states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, [caption])[caption][None]
             noisy = base.scheduler.add_noise(latents, noise, timesteps)
             noise_pred = base.unet(noisy, timesteps, encoder_hidden_states=states).sample
             parts.append(diffusion.loss(noise_pred, diffusion.target(base.scheduler, latents, noise, timesteps)))
@@ -250,10 +253,10 @@ def test_what_is_cut_off_is_what_stands_behind_75_tokens(base_folder):
     fits = ", ".join(["robot"] * 37) + " robot"
     assert len(tokenizer(fits, add_special_tokens=False).input_ids) == 74
     captions = ["", "short", fits, fits + ", Étoile bleue, x", fits + " a, Étoile  bleue", "洛克人" * 30]
-    cut = caption_states.cut_off(tokenizer, captions)
+    cut = text_encoding.cut_off(tokenizer, captions)
     assert cut[:3] == ["", "", ""] and cut[3] == "Étoile bleue, x" and cut[4] == "Étoile  bleue"
     assert cut[5] and captions[5].endswith(cut[5])
-    assert caption_states.cut_off(tokenizer, []) == []
+    assert text_encoding.cut_off(tokenizer, []) == []
 
 
 def test_the_first_long_captions_are_shown_and_the_rest_counted(train_here, pictures, tmp_path, capsys):

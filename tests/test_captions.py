@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.captions import (
+from megaman.data.captions import (
     COMMON_ENDING,
     JOINERS,
     LARGEST_FILE,

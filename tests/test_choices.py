@@ -14,8 +14,8 @@ from hypothesis import given
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaman.choices import ASKED, XFORMERS, choose
 from megaman.errors import UserError
+from megaman.training.compute import ASKED, XFORMERS, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # what is chosen for a card needs none
 FLAGS = {"mixed_precision": "no", "memory_format": "auto", XFORMERS: False, "compile": False,

@@ -12,11 +12,11 @@ from conftest import FEW_TARGETS, ROOT
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaman import schedule
-from megaman.base import load_base
-from megaman.dataset import MegaManDataset
+from megaman.config.train import training_options
+from megaman.data import batches
+from megaman.data.dataset import MegaManDataset
 from megaman.errors import UserError
-from megaman.options import training_options
+from megaman.models.base import load_base
 
 FIXED = ["--center_crop", "--train_batch_size", 2, "--learning_rate", 1e-3, *FEW_TARGETS]
 
@@ -50,7 +50,7 @@ def loss_by_hand(base, folder, numbers, seed: int) -> float:
     """The base's mean loss of the pictures with these numbers, each with the noise that hangs on seed and number."""
     dataset, errors = MegaManDataset(folder, None, 64), []
     for number in numbers:
-        index, generator = schedule.picture_at(number, len(dataset), seed), schedule.random_for(seed, number)
+        index, generator = batches.picture_at(number, len(dataset), seed), batches.random_for(seed, number)
         torch.randint(1, (1,), generator=generator)  # one crop to choose from
         posterior = base.vae.encode(dataset[index]["pixel_values"][None]).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
@@ -77,7 +77,7 @@ def test_the_loss_is_that_of_the_pictures_and_weight_times_that_of_the_class(
     _, (loss,) = train("with", "--class_data_dir", folders / "others", "--prior_loss_weight", weight, *sizes)
     base = load_base(str(base_folder), torch.float32)
     hero = loss_by_hand(base, folders / "hero", range(4), 0)
-    others = loss_by_hand(base, folders / "others", range(4), schedule.class_seed(0))
+    others = loss_by_hand(base, folders / "others", range(4), batches.class_seed(0))
     assert loss == pytest.approx(hero + weight * others, rel=1e-4)
     assert others > 0.1 * hero, "the weights can be told apart"
 

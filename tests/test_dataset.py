@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from megaman.buckets import make_buckets
-from megaman.captions import COMMON_ENDING
-from megaman.dataset import MegaManDataset, pixel_values
+from megaman.data.buckets import make_buckets
+from megaman.data.captions import COMMON_ENDING
+from megaman.data.dataset import MegaManDataset, pixel_values
+from megaman.data.images import BadImageError
 from megaman.errors import UserError
-from megaman.images import BadImageError
 
 THE_CONTRACTS = "from megaman_lora import MegaManDataset; ds = MegaManDataset('./megaman_images', None); print(len(ds))"
 

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import compute_snr
 
-from megaman import diffusion
+from megaman.training import loss as diffusion
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -189,7 +189,7 @@ def test_a_kill_while_encoding_loses_one_batch_at_most(forked, pictures, tmp_pat
     """Where a picture is a batch of its own."""
     for number in range(5, 13):
         Image.new("RGB", (256, 256), (number * 9, 80, 120)).save(pictures / f"megaman_{number:02d}.png")
-    one_by_one = {"megaman.cache.PIXELS_ON_OTHERS": 256 * 256}
+    one_by_one = {"megaman.data.latents.PIXELS_ON_OTHERS": 256 * 256}
     words = command(pictures, "--resolution", 256, "--center_crop", "--output_dir")
     process = forked.start([*words, "out"], tmp_path, one_by_one)
     deadline = time.monotonic() + 200

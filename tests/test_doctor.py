@@ -24,14 +24,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import doctor as benchmark
 
-from megaman.appearance import SMALL, Appearance, appearance, appearances, sharpness
-from megaman.dataset import MegaManDataset
-from megaman.doctor import BLURRED, Report, examine, shape
-from megaman.duplicates import near_duplicates
+from megaman.data.dataset import MegaManDataset
+from megaman.doctor.caption_checks import estimated_tokens, likely_slips, terms, twice_in_one
+from megaman.doctor.checks import BLURRED, Report, examine, shape
+from megaman.doctor.duplicates import near_duplicates
+from megaman.doctor.findings import Finding
+from megaman.doctor.image_stats import SMALL, Appearance, appearance, appearances, sharpness
+from megaman.doctor.report import DATA, MARK, NAMES, PAGE, lines, write_report
 from megaman.errors import UserError
-from megaman.findings import Finding
-from megaman.report import DATA, MARK, NAMES, PAGE, lines, write_report
-from megaman.wording import estimated_tokens, likely_slips, terms, twice_in_one
 
 DEMO = ROOT / "demo" / "images"
 
@@ -403,7 +403,10 @@ def test_names_and_captions_are_text_and_never_markup(nasty, tmp_path):
 
 
 def test_every_kind_has_a_short_name():
-    sources = [(ROOT / "megaman" / f"{name}.py").read_text(encoding="utf-8") for name in ("doctor", "wording")]
+    sources = [
+        (ROOT / "megaman" / f"{name}.py").read_text(encoding="utf-8")
+        for name in ("doctor/checks", "doctor/caption_checks")
+    ]
     assert {kind for source in sources for kind in re.findall(r'Finding\(\s*"(\w+)"', source)} == set(NAMES)
 
 
@@ -454,7 +457,7 @@ def test_strict_without_pictures_is_no_success(run_script, tmp_path):
 
 
 def test_a_report_does_not_stand_in_the_way_of_a_training(folder, tmp_path):
-    from megaman.output import open_output
+    from megaman.training.output import open_output
 
     write_report(tmp_path / "out", look_at(folder))
     assert open_output(tmp_path / "out", None, False) == (None, [])

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from diffusers import DDPMScheduler
 
-from megaman.evaluate import gain, held_out_loss
+from megaman.training.validation import gain, held_out_loss
 
 
 class Guesser(torch.nn.Module):
@@ -67,13 +67,14 @@ def test_shuffled_captions_never_stand_beside_their_own_picture(run_script, tmp_
 def test_the_benchmark_on_an_untrained_lora_gains_nothing(base_folder, tmp_path, monkeypatch, capsys):
     from diffusers import UNet2DConditionModel
 
-    from megaman import lora, lora_files
+    from megaman.lora import adapter
+    from megaman.lora import files as lora_files
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import held_out
 
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
-    lora.inject(unet, 2, 2, ["to_q"])
+    adapter.inject(unet, 2, 2, ["to_q"])
     lora_files.save_lora(tmp_path / "lora", unet, str(base_folder), {})
     assert held_out.main(["--lora_path", str(tmp_path / "lora")]) == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])

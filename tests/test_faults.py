@@ -16,12 +16,15 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaman import checkpoint, files, lora, lora_files, output
-from megaman.base import load_base
-from megaman.checkpoint import OPTIMIZER, read_progress
+from megaman import files
 from megaman.errors import UserError
-from megaman.finite import PATIENCE, SkippedSteps
-from megaman.tracking import TrainingLog
+from megaman.lora import adapter
+from megaman.lora import files as lora_files
+from megaman.models.base import load_base
+from megaman.training import checkpoint, output
+from megaman.training.checkpoint import OPTIMIZER, read_progress
+from megaman.training.step import PATIENCE, SkippedSteps
+from megaman.training.tensorboard import TrainingLog
 
 FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, *FEW_TARGETS]
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -68,7 +71,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 def adapted(base_folder):
     """The base's UNet and text encoder with a LoRA in each, and an optimizer that took a step."""
     base = load_base(str(base_folder), torch.float32)
-    trainable = lora.inject(base.unet, 2, 4, ["to_q"]) + lora.inject(base.text_encoder, 2, 4, ["q_proj"])
+    trainable = adapter.inject(base.unet, 2, 4, ["to_q"]) + adapter.inject(base.text_encoder, 2, 4, ["q_proj"])
     optimizer = torch.optim.AdamW(trainable, fused=True)
     for parameter in trainable:
         parameter.grad = torch.ones_like(parameter)
@@ -166,7 +169,7 @@ def test_a_full_file_system_loses_nothing(forked, tmp_path):
     try:
         flags = "--max_train_steps 12 --save_steps 2 --num_validation_images 1 --validation_steps 4 --lora_rank 4"
         words = ["--demo", "--output_dir", disk / "out", "--logging_dir", disk / "logs", *flags.split()]
-        done = forked.run(["megaman_lora.py", *words], tmp_path, {"megaman.validation.STEPS": SAMPLING_STEPS})
+        done = forked.run(["megaman_lora.py", *words], tmp_path, {"megaman.training.validation.STEPS": SAMPLING_STEPS})
         assert "Traceback" not in done.stderr
         assert "no checkpoint (" in done.stdout and "training goes on" in done.stdout
         assert done.returncode == 1
@@ -216,7 +219,7 @@ def test_a_replaced_folder_is_never_lost_when_putting_it_back_fails(tmp_path, mo
 @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="workers need a second core")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs workers that are forked, to break them")
 def test_a_worker_that_dies_ends_in_a_line(train_here, tmp_path, monkeypatch):
-    monkeypatch.setattr("megaman.dataset.MegaManDataset.read", lambda *args: os._exit(1))
+    monkeypatch.setattr("megaman.data.dataset.MegaManDataset.read", lambda *args: os._exit(1))
     with pytest.raises(UserError, match="--dataloader_num_workers 0"):
         flags = ["--max_train_steps", 2, "--dataloader_num_workers", 2, "--cache_dir", "cache"]
         train_here(tmp_path, "out", *FIXED, *flags)
@@ -338,12 +341,12 @@ def test_images_that_are_not_numbers_are_reported_and_training_goes_on(train_her
 
 
 def test_validation_that_fails_is_reported_and_training_goes_on(train_here, tmp_path, monkeypatch, capsys):
-    from megaman import sample
+    from megaman.sampling import denoise
 
     def failing(*args, **kwargs):
         raise RuntimeError("something in the sampler")
 
-    monkeypatch.setattr(sample, "draw_images", failing)
+    monkeypatch.setattr(denoise, "draw_images", failing)
     train_here(tmp_path, "out", *FIXED, "--max_train_steps", 2, "--num_validation_images", 1)
     said = capsys.readouterr().out
     assert "step 0: no sample images (something in the sampler)" in said

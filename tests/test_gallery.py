@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from megaman.config.generate import generation_options
 from megaman.errors import UserError
-from megaman.gallery import GalleryImage, command, read_images, thumbnail_of, variant_labels, write_gallery
-from megaman.generation_options import generation_options
+from megaman.pages.gallery import GalleryImage, command, read_images, thumbnail_of, variant_labels, write_gallery
 
 PLAIN = GalleryImage(
     file="megaman_000_00.png", prompt="blue robot", negative_prompt="blurry", seed=42, width=64, height=64,

@@ -15,11 +15,14 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 
 import generate_megaman
-from megaman import lora, lora_files, room, sample
-from megaman.base import load_base
-from megaman.drawing import Drawer
+from megaman import runtime
 from megaman.errors import UserError
-from megaman.gallery import read_images
+from megaman.lora import adapter
+from megaman.lora import files as lora_files
+from megaman.models.base import load_base
+from megaman.pages.gallery import read_images
+from megaman.sampling import denoise
+from megaman.sampling.generator import Drawer
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +30,9 @@ def lora_path(base_folder, tmp_path_factory):
     """A LoRA that visibly changes the base; its folder says which base it belongs to."""
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
     torch.manual_seed(0)
-    lora.inject(unet, 4, 16, ["to_v", "conv1"])
+    adapter.inject(unet, 4, 16, ["to_v", "conv1"])
     with torch.no_grad():
-        for name, parameter in lora.parameters(unet).items():
+        for name, parameter in adapter.parameters(unet).items():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
@@ -420,7 +423,7 @@ def test_from_image_when_the_base_moved(generate, again, tmp_path):
 def test_from_image_with_less_memory_than_then(generate, again, monkeypatch, tmp_path, capsys):
     """The batch is drawn in parts, of which the wanted image is written alone, and a line says so."""
     drawn = generate("--num_images_per_prompt", 3, "--batch_size", 3)
-    monkeypatch.setattr(room, "free_memory", lambda device: 0)
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 0)
     for name, image in drawn.items():
         assert alike(again(tmp_path / "out" / name), image), name
     assert capsys.readouterr().out.count("memory for a smaller batch only: the pixels may differ") == 3
@@ -557,17 +560,17 @@ def test_mistakes_end_in_one_line(forked, tmp_path, flags, code, named):
 def test_validation_and_generation_draw_the_same(generate, base_folder, lora_path):
     """One sampling loop serves both scripts: called directly it gives the gallery's picture."""
     drawn = generate("--seed", 5, "--guidance_scale", 6)
-    from megaman.caption_states import encode_captions
-    from megaman.generation_options import DEFAULT_NEGATIVE_PROMPT
-    from megaman.placement import place
+    from megaman.config.generate import DEFAULT_NEGATIVE_PROMPT
+    from megaman.models.text_encoding import encode_captions
+    from megaman.runtime import place
 
     layout = place("no", torch.device("cpu"), 0).layout  # it shows in the last bits
     base = load_base(str(base_folder), torch.float32, layout=layout)
     lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
-    lora.Fused([base.unet, base.text_encoder], changing=False).set_strengths({0: 1.0})
+    adapter.Fused([base.unet, base.text_encoder], changing=False).set_strengths({0: 1.0})
 
     text, negative = (encode_captions(base.text_encoder, base.tokenizer, [prompt])[prompt][None]
                       for prompt in ("a blue robot", DEFAULT_NEGATIVE_PROMPT))  # fmt: skip
-    sampler = sample.make_sampler(base.scheduler)
-    (image,) = sample.draw_images(base.unet, base.vae, sampler, text, negative, [5], 64, 64, 3, 6.0)
+    sampler = denoise.make_sampler(base.scheduler)
+    (image,) = denoise.draw_images(base.unet, base.vae, sampler, text, negative, [5], 64, 64, 3, 6.0)
     assert equal(image, drawn["megaman_000_00.png"])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megaman.grid import GAP, LONGEST_SIDE, MARGIN, save_grid
+from megaman.pages.grid import GAP, LONGEST_SIDE, MARGIN, save_grid
 
 
 def picture(folder, size):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFile
 
-from megaman.images import (
+from megaman.data.images import (
     SMALLEST_SIDE,
     BadImageError,
     crop_boxes,

@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.jobs import Job, base_file_of, file_of, in_batches, make_jobs, make_ways
-from megaman.prompts import Prompt
+from megaman.sampling.jobs import Job, base_file_of, file_of, in_batches, make_jobs, make_ways
+from megaman.sampling.prompts import Prompt
 
 
 def test_a_prompts_own_settings_win_over_the_command_lines():

@@ -15,15 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megaman import imagefolder
-from megaman.captions import caption_from_name
-from megaman.dataset import MegaManDataset
-from megaman.doctor import examine
-from megaman.imagefolder import Row, inner_path, parse_csv, parse_jsonl, read_metadata
-from megaman.layouts import MOST_REMARKS
-from megaman.options import training_options
-from megaman.problems import write_problems
-from megaman.report import write_report
+from megaman.config.train import training_options
+from megaman.data import folders
+from megaman.data.captions import caption_from_name
+from megaman.data.dataset import MegaManDataset
+from megaman.data.folders import MOST_REMARKS, Row, inner_path, parse_csv, parse_jsonl, read_metadata
+from megaman.data.problems import write_problems
+from megaman.doctor.checks import examine
+from megaman.doctor.report import write_report
 
 PICTURES = sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:24]
 PAIRS = {(path.read_bytes(), path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in PICTURES}
@@ -294,7 +293,7 @@ def test_pipes_and_giants_are_not_opened(tmp_path):
     place(tmp_path, suffix=".txt")
     os.mkfifo(tmp_path / "metadata.csv")
     with open(tmp_path / "metadata.jsonl", "wb") as file:
-        file.truncate(imagefolder.LARGEST + 1)
+        file.truncate(folders.LARGEST + 1)
     dataset = MegaManDataset(tmp_path, None)
     assert len(dataset) == 24 and all("cannot be read" in remark for _, remark in dataset.notes)
     assert len(dataset.notes) == 2
@@ -378,7 +377,7 @@ def test_a_quotation_mark_too_few_costs_only_its_line():
 
 @given(st.binary(max_size=200) | st.text('file_name,text"\n;{}[]:a\0', max_size=120).map(str.encode))
 def test_any_bytes_are_read(tmp_path_factory, content):
-    for name in imagefolder.NAMES:
+    for name in folders.NAMES:
         path = tmp_path_factory.getbasetemp() / name
         path.write_bytes(b"file_name,text\n" * name.endswith("csv") + content)
         found = read_metadata(path)
@@ -403,7 +402,7 @@ def test_hostile_files_end(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content.encode("cp1252"))
     found = read_metadata(path)
-    assert len(found.remarks) <= imagefolder.MOST_BAD + 2
+    assert len(found.remarks) <= folders.MOST_BAD + 2
 
 
 def test_names_that_are_no_unicode_and_names_of_controls(tmp_path):

@@ -14,8 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megaman import adapter_config, kohya, lora, lora_files
 from megaman.errors import UserError
+from megaman.lora import adapter, peft_config
+from megaman.lora import files as lora_files
+from megaman.lora import formats as lora_formats
 
 CONVOLUTIONS = ["conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "proj_in", "proj_out"]
@@ -43,11 +45,11 @@ def trained(base_folder, tmp_path_factory, request):
     unet = fresh_unet(base_folder)
     before = output(unet)
     torch.manual_seed(0)
-    lora.inject(unet, RANK, ALPHA, TARGETS, use_rslora=request.param, dropout=0.25)
+    adapter.inject(unet, RANK, ALPHA, TARGETS, use_rslora=request.param, dropout=0.25)
     unet.eval()
     assert torch.equal(output(unet), before), "B is zero, so an untrained LoRA changes nothing"
     with torch.no_grad():
-        for name, parameter in lora.parameters(unet).items():
+        for name, parameter in adapter.parameters(unet).items():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
@@ -59,7 +61,7 @@ def trained(base_folder, tmp_path_factory, request):
 
 def kohya_alpha(unet) -> float:
     """What kohya divides by the rank: rsLoRA's alpha / sqrt(rank) has to come out of that too."""
-    return ALPHA * (RANK**0.5 if lora.describe(unet).use_rslora else 1)
+    return ALPHA * (RANK**0.5 if adapter.describe(unet).use_rslora else 1)
 
 
 def difference(unet, wanted: torch.Tensor) -> float:
@@ -122,7 +124,7 @@ def test_we_read_it(trained, base_folder):
     assert difference(unet, trained[1]) == 0
     unet.disable_adapters()
     assert difference(unet, trained[2]) == 0
-    assert adapter_config.base_of(trained[3]) == "some/base"
+    assert peft_config.base_of(trained[3]) == "some/base"
 
 
 @pytest.mark.parametrize("name", ["megaman_lora.safetensors", "pytorch_lora_weights.safetensors"])
@@ -132,7 +134,7 @@ def test_we_read_each_layout_alone(trained, base_folder, tmp_path, name, alone_i
     unet = fresh_unet(base_folder)
     lora_files.load_lora(tmp_path if alone_in_a_folder else tmp_path / name, unet)
     assert difference(unet, trained[1]) <= TOLERANCE
-    assert adapter_config.base_of(tmp_path) is None
+    assert peft_config.base_of(tmp_path) is None
 
 
 def test_alpha_stands_in_every_layout(trained):
@@ -140,7 +142,7 @@ def test_alpha_stands_in_every_layout(trained):
     assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == ALPHA
     with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert (told["unet.lora_alpha"], told["unet.use_rslora"]) == (ALPHA, lora.describe(trained[0]).use_rslora)
+    assert (told["unet.lora_alpha"], told["unet.use_rslora"]) == (ALPHA, adapter.describe(trained[0]).use_rslora)
     kohya = load_file(folder / "megaman_lora.safetensors")
     alphas = [tensor for key, tensor in kohya.items() if key.endswith(".alpha")]
     assert len(alphas) == len(kohya) / 3
@@ -161,7 +163,7 @@ def test_saving_again_replaces_the_folder_whole(trained, tmp_path):
     lora_files.save_lora(folder, trained[0], "one", {})
     (folder / "stray").write_text("from before")
     lora_files.save_lora(folder, trained[0], "some/other", {})
-    assert adapter_config.base_of(folder) == "some/other"
+    assert peft_config.base_of(folder) == "some/other"
     assert not (folder / "stray").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["lora_weights"]
 
@@ -202,16 +204,16 @@ def test_half_precision_files_are_close(trained, base_folder, tmp_path):
 
 def test_parameters_are_float32_in_a_half_precision_base(base_folder):
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float16)
-    trainable = lora.inject(unet, 2, 2, ["to_q"])
+    trainable = adapter.inject(unet, 2, 2, ["to_q"])
     assert {parameter.dtype for parameter in trainable} == {torch.float32}
     assert unet.conv_in.weight.dtype == torch.float16
-    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in lora.parameters(unet)} == {"to_q"}
+    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in adapter.parameters(unet)} == {"to_q"}
 
 
 @pytest.mark.parametrize("target", ["to_x", "norm1", "q"])
 def test_a_target_that_cannot_be_is_named(base_folder, target):
     with pytest.raises(UserError, match="--target_modules"):
-        lora.inject(fresh_unet(base_folder), 2, 2, ["to_q", target])
+        adapter.inject(fresh_unet(base_folder), 2, 2, ["to_q", target])
 
 
 # Stable Diffusion 1.5's UNet as its config.json tells it; the rest are the class's defaults.
@@ -260,8 +262,8 @@ def test_comfyui_knows_every_name_of_a_stable_diffusion_15_lora():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD_15)
         everything = [*TARGETS, "linear_1", "linear_2"]
-        lora.inject(unet, RANK, ALPHA, everything)
-        tensors = kohya.renamed(
+        adapter.inject(unet, RANK, ALPHA, everything)
+        tensors = lora_formats.renamed(
             {"unet": {name: torch.empty_like(tensor) for name, tensor in get_peft_model_state_dict(unet).items()}},
             {"unet": unet},
         )
@@ -278,7 +280,7 @@ def test_comfyui_knows_every_name_of_a_stable_diffusion_15_lora():
 def test_the_short_hash_is_that_of_the_kohya_file_and_tells_every_part(base_folder, tmp_path):
     """A1111's digits of a whole LoRA; a checkpoint's change with each of its files."""
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
-    lora.inject(unet, 2, 2, ["to_v"])
+    adapter.inject(unet, 2, 2, ["to_v"])
     lora_files.save_lora(tmp_path / "lora", unet, "base", {})
     kohya_file = tmp_path / "lora" / "megaman_lora.safetensors"
     with safe_open(kohya_file, "pt") as file:

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
-from megaman import lora, lora_files, lora_formats
 from megaman.errors import UserError
+from megaman.lora import adapter
+from megaman.lora import files as lora_files
+from megaman.lora import formats as lora_formats
+from megaman.models import identify
 
 TOLERANCE = 1e-5
 UNET_LAYERS = ["attn2.to_k", "attn1.to_out.0", "ff.net.0.proj", "conv1", "downsamplers.0.conv", "conv_in", "proj_in"]
@@ -160,7 +163,7 @@ def test_several_loras_each_at_its_strength(made, base_folder, tmp_path):
     both = loaded(base_folder, (tmp_path / "one.safetensors", 0.7), (tmp_path / "other.safetensors", -0.4))
     merged = Models(base_folder).merge(made, 0.7).merge(other, -0.4)
     assert apart(both, merged) <= TOLERANCE
-    with lora.switched_off(both.unet, both.text_encoder):
+    with adapter.switched_off(both.unet, both.text_encoder):
         assert apart(both, Models(base_folder)) == 0
     assert apart(both, merged) <= TOLERANCE
     assert apart(loaded(base_folder, (tmp_path / "one.safetensors", 0.0)), Models(base_folder)) == 0
@@ -263,7 +266,7 @@ def test_any_file_is_sorted_out_or_refused_in_a_line(shape_of_unet, tmp_path_fac
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
     metadata = {"lora_adapter_metadata": said, "ss_base_model_version": said}
-    lora_formats.foreign_base(metadata, tensors)
+    identify.foreign_base(metadata, tensors)
     told = lora_formats.told_config(metadata, "unet")
     assert told is None or isinstance(told, dict)
     try:

@@ -8,7 +8,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Conv2d, Linear
 from torch import nn
 
-from megaman import lora, lora_files, lora_forward
+from megaman.lora import files as lora_files
+from megaman.lora import forward as lora_forward
+from megaman.lora.adapter import ADAPTER, _layers, inject, parameters, set_strengths, switched_off
 
 TOLERANCE = 2e-6  # of the largest element: float32's last bits
 RANK = 4
@@ -37,14 +39,14 @@ class Layers(nn.Module):
 TARGETS = ["first", "down", "pointwise", "up", "back"]
 
 
-def with_lora(model, alpha=RANK, fast=True, adapter=lora.ADAPTER, **settings):
+def with_lora(model, alpha=RANK, fast=True, adapter=ADAPTER, **settings):
     """The model with a LoRA whose both halves are random, by our layers or by PEFT's own."""
     config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=TARGETS, **settings)
     if fast:
         config._register_custom_module(lora_forward.FAST_LAYERS)
     inject_adapter_in_model(config, model, adapter)
     torch.manual_seed(1)
-    for parameter in lora.parameters(model).values():
+    for parameter in parameters(model).values():
         nn.init.normal_(parameter, std=0.2)
     lora_forward.match_memory_format(model)  # PEFT's too: its bits may differ with it
     return model
@@ -56,7 +58,7 @@ def results(model, dtype=torch.float32):
     x = torch.randn(2, 8, 6, 6).to(dtype).requires_grad_()
     y = model(x)
     (y.float() * torch.randn(y.shape)).sum().backward()
-    return {"y": y.detach(), "x": x.grad, **{name: value.grad for name, value in lora.parameters(model).items()}}
+    return {"y": y.detach(), "x": x.grad, **{name: value.grad for name, value in parameters(model).items()}}
 
 
 def distance(ours, peft) -> float:
@@ -146,12 +148,12 @@ def test_what_is_not_plain_is_left_to_peft(fused):
     def second(model):
         config = LoraConfig(r=2, target_modules=TARGETS)
         inject_adapter_in_model(config, model, "second")
-        lora.set_strengths([model], {0: 1.0})
-        for layer in lora._layers([model]):
+        set_strengths([model], {0: 1.0})
+        for layer in _layers([model]):
             layer.set_adapter(["default", "second"])
 
     def merged(model):
-        for layer in lora._layers([model]):
+        for layer in _layers([model]):
             layer.merge()
 
     assert same_bits(*both(second))
@@ -175,7 +177,7 @@ def test_sampling_has_pefts_bits(fused):
 def test_a_bf16_base_and_autocast_are_left_to_peft(fused):
     def in_bf16(fast):
         model = with_lora(Layers(), fast=fast).to(torch.bfloat16)
-        for parameter in lora.parameters(model).values():
+        for parameter in parameters(model).values():
             parameter.data = parameter.data.float()
         return results(model, torch.bfloat16)
 
@@ -186,13 +188,13 @@ def test_a_bf16_base_and_autocast_are_left_to_peft(fused):
 
 
 def test_strengths_and_switching_off_are_honored(fused):
-    ours, peft = both(lambda model: lora.set_strengths([model], {0: 0.3}))
+    ours, peft = both(lambda model: set_strengths([model], {0: 0.3}))
     assert distance(ours, peft) <= TOLERANCE
     assert fused
     fused.clear()
     model = with_lora(Layers())
     x = torch.randn(2, 8, 6, 6)
-    with lora.switched_off(model):
+    with switched_off(model):
         assert torch.equal(model(x), Layers()(x))
     assert not fused
     assert not torch.equal(model(x), Layers()(x))
@@ -204,12 +206,12 @@ def test_inject_makes_fast_layers_that_are_pefts_to_everyone(base_folder):
 
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet").to(memory_format=torch.channels_last)
     plain = UNet2DConditionModel.from_pretrained(base_folder / "unet")
-    lora.inject(unet, RANK, RANK, ["to_q", "conv1"])
+    inject(unet, RANK, RANK, ["to_q", "conv1"])
     plain.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_q", "conv1"]))
-    layers = lora._layers([unet])
+    layers = _layers([unet])
     assert {type(layer) for layer in layers} == {lora_forward.FastLinear, lora_forward.FastConv2d}
     assert all(isinstance(layer, (Linear, Conv2d)) for layer in layers)
-    assert list(lora.parameters(unet)) == list(lora.parameters(plain))
+    assert list(parameters(unet)) == list(parameters(plain))
     assert lora_files.config_dict(unet).keys() == lora_files.config_dict(plain).keys()
     for layer in layers:
         if isinstance(layer, Conv2d):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from megaman import lora_metadata
+from megaman.data.captions import MOST_TAGS, tags, trigger_words
+from megaman.training import run_metadata
 
 FLAGS = ["--save_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--save_precision", "fp16"]
 
@@ -99,27 +100,27 @@ def test_the_precision_is_that_of_the_finished_files_alone(folder):
     ],
 )
 def test_trigger_words_begin_most_captions(captions, words):
-    assert lora_metadata.trigger_words(captions) == words
+    assert trigger_words(captions) == words
 
 
 @given(st.lists(st.text(), max_size=5))
 def test_tags_are_what_stands_between_commas(captions):
-    counted = lora_metadata.tags(captions)
+    counted = tags(captions)
     assert all(tag == tag.strip() and tag and "," not in tag for tag in counted)
     assert sum(counted.values()) == sum(bool(tag.strip()) for caption in captions for tag in caption.split(","))
 
 
 def test_many_tags_keep_the_most_frequent():
     captions = ["volto, " + ", ".join(f"tag {i} {j}" for j in range(100)) for i in range(30)]
-    counted = lora_metadata.tags(captions)
-    assert len(counted) == lora_metadata.MOST_TAGS
+    counted = tags(captions)
+    assert len(counted) == MOST_TAGS
     assert counted.most_common(1) == [("volto", 30)]
 
 
 def test_a_missing_or_broken_picture_costs_only_the_thumbnail(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
-    assert lora_metadata.thumbnail(tmp_path / "none.png") is None
-    assert lora_metadata.thumbnail(tmp_path / "broken.png") is None
+    assert run_metadata.thumbnail(tmp_path / "none.png") is None
+    assert run_metadata.thumbnail(tmp_path / "broken.png") is None
     Image.new("RGBA", (1024, 512)).save(tmp_path / "wide.png")
-    data = lora_metadata.thumbnail(tmp_path / "wide.png").partition(",")[2]
+    data = run_metadata.thumbnail(tmp_path / "wide.png").partition(",")[2]
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (256, 128)

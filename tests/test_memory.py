@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaman import memory
 from megaman.errors import UserError, out_of_memory
+from megaman.training import compute
 
 # AdamW with a large epsilon steps in proportion to the gradients, so that rounding stays rounding.
 FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--adam_epsilon", 1e-2, *FEW_TARGETS]
@@ -151,7 +151,7 @@ def test_an_encoding_that_never_fits_ends_in_a_line(train_here, tmp_path, monkey
 
 @given(st.integers(1, 64), st.integers(1, 8))
 def test_shrinking_keeps_the_effective_batch(size, count):
-    split = memory.Split(size, count)
+    split = compute.Split(size, count)
     while split.shrink():
         assert split.size * split.count == size * count
         assert split.size <= size // 2

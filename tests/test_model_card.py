@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman import model_card
-from megaman.captions import tidy
-from megaman.options import training_options
+from megaman.config.train import training_options
+from megaman.data.captions import tidy
+from megaman.training import model_card
 
 SETTINGS = {key: value for key, value in vars(training_options([])).items() if key != "given"}
 CONFIG = {"settings": {**SETTINGS, "seed": 7}, "base": "stable-diffusion-v1-5/stable-diffusion-v1-5", "total_steps": 12,

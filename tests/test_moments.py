@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megaman.data.latent_cache import FORSAKEN, READS, Moments, folder_of, prune
 from megaman.files import ASIDE
-from megaman.moments import FORSAKEN, READS, Moments, folder_of, prune
 
 
 def moments(first: int, count: int = 2) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.names import below, is_inside, refused_by_windows, safe_name, split_strength
+from megaman.files import below, is_inside, refused_by_windows, safe_name, split_strength
 
 ODD = ["con", "CON", "nul.txt", "aux ", "com1", "LPT³", "conout$", ".", "..", "", " ", "a.", "a:b", "a/b", "\\\\x",
        "\0", "\x1b", "x" * 300, "洛" * 300, "?*|<>\"", "out"]  # fmt: skip

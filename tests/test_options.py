@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.commandline import side
-from megaman.generation_options import DEMO_GENERATION, generation_options, generation_parser
-from megaman.options import cache_place, training_options, training_parser
-from megaman.presets import DEMO_TRAINING
+from megaman.config.cli import side
+from megaman.config.generate import DEMO_GENERATION, generation_options, generation_parser
+from megaman.config.train import DEMO_TRAINING, cache_place, training_options, training_parser
 
 TRAINING_DEFAULTS = {
     "vram_limit": None,
@@ -475,7 +474,7 @@ def test_words_after_a_list():
 )
 def test_windows_refuses_some_folders(monkeypatch, name):
     assert training_options(["--output_dir", name]).output_dir == name
-    monkeypatch.setattr("megaman.commandline.WINDOWS", True)
+    monkeypatch.setattr("megaman.config.cli.WINDOWS", True)
     assert "--output_dir: Windows takes no folder" in refusal(training_options, ["--output_dir", name])
     assert "--logging_dir" in refusal(training_options, ["--logging_dir", name])
     for good in ("../out", "C:/x y/console", ".", "./com10", r"C:\bilder\ü"):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaman import lora
-from megaman.base import load_base
-from megaman.base_configs import unet_width
 from megaman.errors import UserError
-from megaman.placement import (
+from megaman.lora import adapter
+from megaman.models.base import load_base
+from megaman.models.configs import unet_width
+from megaman.runtime import (
     WIDE,
     choose_device,
     device_lines,
@@ -74,7 +74,7 @@ def test_a_card_need_not_be_there_to_be_planned_for():
 
 ASK = """
 import json, torch
-from megaman.placement import cpu_has_bf16, place
+from megaman.runtime import cpu_has_bf16, place
 placement = place("fp16", torch.device("cpu"), 320)
 print(json.dumps([cpu_has_bf16(), str(placement.dtype), placement.why]))
 """
@@ -110,7 +110,7 @@ def test_a_base_is_laid_out_and_its_lora_like_it(base_folder):
     unet = load_base(str(base_folder), torch.float32, layout=place("no", CPU, 64).layout).unet
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert not unet.conv_in.weight.is_contiguous()
-    trained = lora.inject(unet, 4, 4, ["conv_in", "conv1"])
+    trained = adapter.inject(unet, 4, 4, ["conv_in", "conv1"])
     last = {"memory_format": torch.channels_last}
     assert all(p.is_contiguous() or p.is_contiguous(**last) for p in trained)
     convolved = [layer for name, layer in unet.named_modules() if name.endswith("conv1.lora_A.default")]

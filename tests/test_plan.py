@@ -9,12 +9,14 @@ import pytest
 import torch
 from conftest import FEW_TARGETS, ROOT, learned_alike
 
-from megaman import memory, peak, room
-from megaman.base_configs import read_configs
+from megaman import runtime
+from megaman.config.train import DEFAULT_TARGETS, DEMO_TRAINING
 from megaman.errors import UserError
-from megaman.fit import Fit, fit
-from megaman.plan import GB, RESIDENT, Plan
-from megaman.presets import DEFAULT_BASE, DEFAULT_TARGETS, DEMO_TRAINING
+from megaman.hub import DEFAULT_BASE
+from megaman.models.configs import read_configs
+from megaman.training import compute, memory_estimate
+from megaman.training.memory_estimate import GB, RESIDENT, Plan
+from megaman.training.memory_plan import Fit, fit
 
 DEMO_BASE = str(ROOT / "demo" / "base")
 SHAPE = {"rank": 8, "targets": DEFAULT_TARGETS}
@@ -66,9 +68,9 @@ def test_on_a_cpu_activations_take_more_and_nothing_else_does(small):
 @pytest.mark.slow
 def test_a_vae_that_encodes_at_every_step_stays(small):
     fresh = Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, encodes=True, **SHAPE)
-    assert fresh.weights - small.weights == peak.size_of(small.vae) == small.comes_back
+    assert fresh.weights - small.weights == memory_estimate.size_of(small.vae) == small.comes_back
     assert fresh.comes_back == 0 and fresh.drawing(False) == small.drawing(False)
-    assert fresh.training(1, True) >= small.training(1, True) + peak.size_of(small.vae)
+    assert fresh.training(1, True) >= small.training(1, True) + memory_estimate.size_of(small.vae)
 
 
 @pytest.mark.slow
@@ -79,21 +81,21 @@ def test_a_text_encoder_in_training_and_wider_targets_cost_more(small):
     for more in (both, wide):
         assert more.gradients > small.gradients
         assert more.training(1, False) > small.training(1, False)
-    assert both.weights - small.weights > peak.size_of(small.text_encoder), "and its LoRA"
+    assert both.weights - small.weights > memory_estimate.size_of(small.text_encoder), "and its LoRA"
 
 
 def test_each_measure_is_taken_where_it_is_needed_and_in_its_order(sd15):
     """From a card with room for everything down to one on which nothing fits."""
     found = []
     for tenths in range(100, 0, -1):
-        limit, split = tenths / 10 * GB, memory.Split(4, 2)
+        limit, split = tenths / 10 * GB, compute.Split(4, 2)
         try:
             chosen = fit(sd15, split, False, limit, can_shrink=True)
         except UserError:
             break
         assert split.size * split.count == 8, "the effective batch stays"
         needed = max(sd15.training(split.size, chosen.checkpointing), sd15.drawing(chosen.tile > 0))
-        assert needed <= limit * room.USABLE or (chosen.checkpointing and chosen.tile and split.size == 1)
+        assert needed <= limit * runtime.USABLE or (chosen.checkpointing and chosen.tile and split.size == 1)
         found.append((chosen.checkpointing, chosen.tile, split.size))
     steps = list(dict.fromkeys(found))
     assert steps == [(False, 0, 4), (True, 0, 4), (True, 0, 2), (True, 256, 2), (True, 256, 1)]
@@ -101,8 +103,8 @@ def test_each_measure_is_taken_where_it_is_needed_and_in_its_order(sd15):
 
 
 def test_what_fits_is_left_alone_and_said(small):
-    limit = int(small.training(1, False) / room.USABLE * 2)
-    chosen = fit(small, split := memory.Split(1, 1), False, limit, True)
+    limit = int(small.training(1, False) / runtime.USABLE * 2)
+    chosen = fit(small, split := compute.Split(1, 1), False, limit, True)
     assert (chosen.checkpointing, chosen.tile, split.size) == (False, 0, 1)
     (line,) = chosen.lines
     assert line.startswith("memory     needs about ")
@@ -110,7 +112,7 @@ def test_what_fits_is_left_alone_and_said(small):
 
 
 def test_several_processes_keep_their_micro_batches(small):
-    split = memory.Split(4, 1)
+    split = compute.Split(4, 1)
     chosen = fit(small, split, False, int(small.training(4, True) * 1.02), can_shrink=False)
     assert (chosen.checkpointing, split.size) == (True, 4)
     with pytest.raises(UserError, match=r"4 pictures of 128 px .* --train_batch_size \d would fit"):
@@ -119,13 +121,13 @@ def test_several_processes_keep_their_micro_batches(small):
 
 def test_a_refusal_names_what_would_fit(sd15):
     with pytest.raises(UserError) as refused:
-        fit(sd15, memory.Split(1, 1), False, int(1.9 * GB), True)
+        fit(sd15, compute.Split(1, 1), False, int(1.9 * GB), True)
     size = int(str(refused.value).partition("--resolution ")[2].split()[0])
     assert size < 512
     assert sd15.training(1, True, size) <= 1.9 * GB < sd15.training(1, True)
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match=r"the weights alone take 1\.6"):
-        fit(sd15, memory.Split(1, 1), False, GB, True)
+        fit(sd15, compute.Split(1, 1), False, GB, True)
 
 
 def test_the_vae_draws_in_the_tiles_that_were_planned(small):
@@ -135,7 +137,7 @@ def test_the_vae_draws_in_the_tiles_that_were_planned(small):
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(read_configs(DEMO_BASE)[0]["vae"]).requires_grad_(False)
     Fit(False, small.tile).tile_vae(vae)
-    hollow = peak.Hollow(vae)
+    hollow = memory_estimate.Hollow(vae)
     measured = hollow.peak(lambda: vae.decode(torch.empty(1, vae.config.latent_channels, 32, 32)))
     assert measured == pytest.approx(small.decoding(True) - small.comes_back, rel=0.25)
     assert measured < small.decoding(False) - small.comes_back
@@ -143,7 +145,7 @@ def test_the_vae_draws_in_the_tiles_that_were_planned(small):
 
 def test_nothing_is_computed():
     """A peak of many terabytes, from models of no size at all."""
-    hollow = peak.Hollow()
+    hollow = memory_estimate.Hollow()
     assert hollow.peak(lambda: torch.empty(2**40) + torch.empty(2**40)) == 3 * 4 * 2**40
     assert hollow.peak(lambda: [torch.empty(2**40).sum() for _ in range(9)]) == 4 * 2**40 + 9 * 4, "one after another"
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megaman.png import parameters_text, save_png, save_thumbnail
+from megaman.sampling.records import a1111_text, save_png, save_thumbnail
 
 A1111_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
@@ -35,7 +35,7 @@ def read_pairs(text: str) -> dict[str, str]:
 
 @given(prompt=line, negative=line, model=line.map(str.strip).filter(bool))
 def test_a1111_reads_it_back(prompt, negative, model):
-    text = parameters_text(prompt, negative, {**VALUES, "Model": model})
+    text = a1111_text(prompt, negative, {**VALUES, "Model": model})
     pairs = read_pairs(text)
     assert pairs == {**{name: str(value) for name, value in VALUES.items()}, "Model": model}
     head = text.split("\n")[:-1]
@@ -44,13 +44,13 @@ def test_a1111_reads_it_back(prompt, negative, model):
 
 
 def test_values_with_marks_are_quoted():
-    text = parameters_text("p", "", {"Model": 'a, b: "c"\nd', "Steps": 1})
+    text = a1111_text("p", "", {"Model": 'a, b: "c"\nd', "Steps": 1})
     assert text == 'p\nModel: "a, b: \\"c\\"\\nd", Steps: 1'
 
 
 def test_the_picture_carries_it(tmp_path):
     prompt = "洛克人, 🤖 <lora:x:1>, “quotes”"
-    text = parameters_text(prompt, "blurry", VALUES)
+    text = a1111_text(prompt, "blurry", VALUES)
     save_png(tmp_path / "a.png", Image.new("RGB", (8, 8), "red"), text)
     with Image.open(tmp_path / "a.png") as image:
         assert image.text["parameters"] == text

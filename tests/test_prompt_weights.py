@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.prompt_weights import HEAVIEST, parse, tags
+from megaman.models.prompt_weights import HEAVIEST, parse, tags
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaman.errors import UserError
-from megaman.prompts import BUILT_IN, Prompt, read_prompts
+from megaman.sampling.prompts import BUILT_IN, Prompt, read_prompts
 
 
 def texts(path: Path) -> list[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megaman import problems, prompts
-from megaman.generation_options import generation_options, generation_parser
-from megaman.options import training_options, training_parser
-from megaman.presets import PRESETS
+from megaman.config.generate import generation_options, generation_parser
+from megaman.config.train import PRESETS, training_options, training_parser
+from megaman.data import problems
+from megaman.sampling import prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-TW.md"
@@ -183,7 +183,9 @@ def test_the_tree_names_what_is_there(page):
 
 def test_the_architecture_names_every_module():
     tree = next(content for language, content in blocks(ROOT / "docs" / "architecture.md") if language == "text")
-    modules = {f"megaman/{path.name}" for path in (ROOT / "megaman").glob("*.py") if path.name != "__init__.py"}
+    modules = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "megaman").rglob("*.py") if path.name != "__init__.py"
+    }
     assert modules <= set(tree.split())
 
 

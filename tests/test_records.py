@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_png import A1111_PAIR, read_pairs
 
-from megaman import png, records, samplers
+from megaman.config import samplers
 from megaman.errors import UserError
-from megaman.jobs import Job, make_ways
-from megaman.records import KEY, Record
+from megaman.sampling import records
+from megaman.sampling.jobs import Job, make_ways
+from megaman.sampling.records import KEY, Record
 
 JOB = Job(3, 1, "a blue robot", "blurry", 43, 64, 128, 20, 7.5)
 SHARED = {"scheduler": "euler_a", "clip_skip": 2, "base": "demo/base", "device": "cpu", "dtype": "float32",
@@ -80,7 +81,7 @@ def test_any_record_is_read_or_refused_in_a_line(tmp_path_factory, data):
     content = asdict(RECORD)
     name = data.draw(st.sampled_from(sorted(content)))
     content[name] = data.draw(json_value)
-    png.save_png(folder / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(content)})
+    records.save_png(folder / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(content)})
     try:
         record = records.read(folder / "a.png")
     except UserError as error:
@@ -116,7 +117,7 @@ def test_any_record_is_read_or_refused_in_a_line(tmp_path_factory, data):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_no_image_of_ours_can_say_is_refused(tmp_path, changes, named):
-    png.save_png(
+    records.save_png(
         tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps({**asdict(RECORD), **changes})}
     )  # fmt: skip
     with pytest.raises(UserError, match=rf"a\.png: {named} in its record"):
@@ -126,8 +127,8 @@ def test_what_no_image_of_ours_can_say_is_refused(tmp_path, changes, named):
 def test_other_files_are_refused_in_a_line(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png", format="JPEG")
-    png.save_png(tmp_path / "half.png", Image.new("RGB", (8, 8)), "", {KEY: '{"prompt":'})
-    png.save_png(tmp_path / "old.png", Image.new("RGB", (8, 8)), "", {KEY: '{"prompt": "a"}'})
+    records.save_png(tmp_path / "half.png", Image.new("RGB", (8, 8)), "", {KEY: '{"prompt":'})
+    records.save_png(tmp_path / "old.png", Image.new("RGB", (8, 8)), "", {KEY: '{"prompt": "a"}'})
     (tmp_path / "text.png").write_text("no picture")
     reasons = {"plain": "no record", "photo": "no PNG", "half": "damaged", "old": "damaged", "text": "no PNG",
                "none": "missing"}  # fmt: skip
@@ -139,7 +140,7 @@ def test_other_files_are_refused_in_a_line(tmp_path):
 def test_an_earlier_record_tells_no_memory_format(tmp_path):
     later = ("memory_format", "threads")
     earlier = {key: value for key, value in asdict(RECORD).items() if key not in later}
-    png.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(earlier)})
+    records.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(earlier)})
     assert records.read(tmp_path / "a.png").memory_format == "contiguous"
     assert records.read(tmp_path / "a.png").threads == 0
 

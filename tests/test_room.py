@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman import room
-from megaman.base import load_base
+from megaman import runtime
 from megaman.errors import UserError
-from megaman.room import Room, make_room
+from megaman.models.base import load_base
+from megaman.sampling import generator
+from megaman.sampling.generator import Room, make_room
 
 GB = 10**9
 SD15 = (1.72 * GB, 0.33 * GB, 0.25 * GB)  # bytes of fp16 weights, the VAE in float32
@@ -59,7 +60,9 @@ def test_a_room_gets_tighter_step_by_step_and_then_says_no():
 
 def test_the_figures_of_a_base(base_folder):
     base = load_base(str(base_folder), torch.float32)
-    assert room.size_of(base.unet) == 4 * base.unet.num_parameters()
-    small, large = (room.pass_sizes(base.unet, base.vae, pixels, base.vae_factor) for pixels in (64 * 64, 128 * 128))
+    assert runtime.size_of(base.unet) == 4 * base.unet.num_parameters()
+    small, large = (
+        generator.pass_sizes(base.unet, base.vae, pixels, base.vae_factor) for pixels in (64 * 64, 128 * 128)
+    )
     assert [b / a for a, b in zip(small, large, strict=True)] == [4, 4, 1]
-    assert 0 < room.free_memory(torch.device("cpu")) < 2**50
+    assert 0 < runtime.free_memory(torch.device("cpu")) < 2**50

@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from megaman.base import load_base
-from megaman.cache import encode_pictures
-from megaman.captions import JOINERS, caption_for, caption_from_name
-from megaman.dataset import MegaManDataset
+from megaman.data.captions import JOINERS, caption_for, caption_from_name
+from megaman.data.dataset import MegaManDataset
+from megaman.data.file_index import Stamps
+from megaman.data.images import find_images, open_image
+from megaman.data.latent_cache import Moments
+from megaman.data.latents import encode_pictures
+from megaman.data.problems import printable, too_bad, write_problems
 from megaman.errors import UserError
-from megaman.images import find_images, open_image
-from megaman.moments import Moments
-from megaman.problems import printable, too_bad, write_problems
-from megaman.stamps import Stamps
+from megaman.models.base import load_base
 
 # As on Windows and macOS: workers start anew, and what is printed goes into an old code page.
 SPAWNING = """

@@ -19,11 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save, save_file
 
-from megaman import adapter_config, checkpoint, lora, lora_files, safety
-from megaman.base import load_base
+from megaman import safe_loading
 from megaman.errors import UserError
+from megaman.lora import adapter, peft_config
+from megaman.lora import files as lora_files
+from megaman.models.base import load_base
+from megaman.training import checkpoint, output
 
-SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "megaman").glob("*.py")])
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "megaman").rglob("*.py")])
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(0, 4), "c": torch.tensor(1.5)}
 
 
@@ -95,7 +98,7 @@ LYING = {
 def test_a_sound_header_passes(tmp_path, name):
     path = tmp_path / "a.safetensors"
     path.write_bytes(GOOD[name])
-    safety.check_safetensors(path)
+    safe_loading.check_safetensors(path)
     load_file(path)
 
 
@@ -104,7 +107,7 @@ def test_a_lying_header_is_refused_in_one_line(tmp_path, name):
     path = tmp_path / "a.safetensors"
     path.write_bytes(LYING[name])
     with pytest.raises(UserError) as error:
-        safety.check_safetensors(path)
+        safe_loading.check_safetensors(path)
     assert str(path) in one_line(error) and "cannot be loaded" in one_line(error)
 
 
@@ -149,7 +152,7 @@ def test_any_file_is_refused_in_one_line_or_sound(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(content)
     try:
-        safety.check_safetensors(path)
+        safe_loading.check_safetensors(path)
     except UserError as error:
         assert "any.safetensors" in str(error) and len(str(error).splitlines()) == 1
     else:
@@ -182,7 +185,7 @@ def pickles(bomb: Bomb, folder: Path) -> dict[str, bytes]:
 def plain_lora(base_folder, tmp_path_factory):
     """A LoRA's folder as PEFT has it, to be broken."""
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
-    lora.inject(unet, 2, 4, ["to_q", "conv_in"])
+    adapter.inject(unet, 2, 4, ["to_q", "conv_in"])
     folder = tmp_path_factory.mktemp("plain") / "lora"
     folder.mkdir()
     lora_files.write_peft(folder, unet, "some/base")
@@ -282,7 +285,7 @@ def test_nothing_in_the_sources_loads_pickles_or_foreign_code(path):
 
 
 def set_config(folder: Path, **values) -> None:
-    path = folder / adapter_config.PEFT_CONFIG
+    path = folder / peft_config.PEFT_CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
 
 
@@ -325,7 +328,7 @@ def test_nothing_that_a_configuration_names_is_imported_or_fetched(own_lora, bas
 
 
 def test_a_configuration_nested_deep(own_lora, unet_shape):
-    (own_lora / adapter_config.PEFT_CONFIG).write_text('{"r":' + "[" * 100_000 + "]" * 100_000 + "}", encoding="utf-8")
+    (own_lora / peft_config.PEFT_CONFIG).write_text('{"r":' + "[" * 100_000 + "]" * 100_000 + "}", encoding="utf-8")
     assert "nested too deep" in lora_refusal(own_lora, unet_shape)
 
 
@@ -339,17 +342,17 @@ def test_a_configuration_nested_deep(own_lora, unet_shape):
 def test_a_base_named_oddly_is_refused(own_lora, name):
     set_config(own_lora, base_model_name_or_path=name)
     with pytest.raises(UserError, match="--base_model") as error:
-        adapter_config.base_of(own_lora)
+        peft_config.base_of(own_lora)
     assert "adapter_config.json names" in one_line(error)
 
 
 def test_a_base_named_well(own_lora, tmp_path):
     for name in ("some/base", "demo/base", str(tmp_path), "stable-diffusion-v1-5/stable-diffusion-v1-5"):
         set_config(own_lora, base_model_name_or_path=name)
-        assert adapter_config.base_of(own_lora) == name
+        assert peft_config.base_of(own_lora) == name
     for name in (None, ""):
         set_config(own_lora, base_model_name_or_path=name)
-        assert adapter_config.base_of(own_lora) is None
+        assert peft_config.base_of(own_lora) is None
 
 
 def resave(path: Path, change) -> None:
@@ -395,7 +398,7 @@ def spare(unet_shape) -> list:
     return [copy.deepcopy(unet_shape)]
 
 
-KEYS = [*adapter_config.KEYS, "peft_type", "base_model_name_or_path", "auto_mapping"]
+KEYS = [*peft_config.KEYS, "peft_type", "base_model_name_or_path", "auto_mapping"]
 near_value = st.sampled_from([2, 4, "LORA", ["to_q", "conv_in"], {"to_q": 2}, True, "to_q", float("nan"), 2**70])
 
 
@@ -408,8 +411,8 @@ def test_any_configuration_is_refused_in_one_line_or_harmless(plain_lora, unet_s
     if isinstance(values, dict):
         set_config(folder, **values)
     else:
-        (folder / adapter_config.PEFT_CONFIG).write_text(json.dumps(values), encoding="utf-8")
-    for load_it in (adapter_config.base_of, lambda folder: lora_files.load_lora(folder, spare[-1])):
+        (folder / peft_config.PEFT_CONFIG).write_text(json.dumps(values), encoding="utf-8")
+    for load_it in (peft_config.base_of, lambda folder: lora_files.load_lora(folder, spare[-1])):
         try:
             load_it(folder)
         except UserError as error:
@@ -425,7 +428,7 @@ def test_any_configuration_is_refused_in_one_line_or_harmless(plain_lora, unet_s
 def saved(base_folder, tmp_path):
     """A checkpoint after one step, with the UNet and the optimizer that it came from."""
     unet = fresh(base_folder)
-    trainable = lora.inject(unet, 2, 4, ["to_q"])
+    trainable = adapter.inject(unet, 2, 4, ["to_q"])
     optimizer = torch.optim.AdamW(trainable)
     sum(parameter.square().sum() for parameter in trainable).backward()
     optimizer.step()
@@ -467,7 +470,7 @@ def test_a_checkpoint_names_no_folder_outside_the_logs(train_here, tmp_path, nam
     flags = ["--data_dir", ROOT / "demo" / "held_out", "--lora_rank", 1, "--target_modules", "to_q"]
     train_here(tmp_path / ".", "run", *flags, "--max_train_steps", 1)
     (before,) = (tmp_path / "logs-run").iterdir()
-    state = tmp_path / "run" / "checkpoint-1" / checkpoint.STATE
+    state = tmp_path / "run" / "checkpoint-1" / output.STATE
     content = json.loads(state.read_text(encoding="utf-8"))
     assert Path(content["log_dir"]) == Path("logs-run", before.name)
     state.write_text(json.dumps({**content, "log_dir": named}), encoding="utf-8")

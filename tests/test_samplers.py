@@ -10,9 +10,10 @@ from diffusers import StableDiffusionPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman import sample, samplers
-from megaman.base import load_base
-from megaman.samplers import SAMPLERS, find
+from megaman.config import samplers
+from megaman.config.samplers import SAMPLERS, find
+from megaman.models.base import load_base
+from megaman.sampling import denoise
 
 
 @pytest.mark.parametrize(
@@ -69,16 +70,16 @@ def test_it_draws_what_the_pipeline_draws(side_by_side, sampler):
     text, negative = pipe.encode_prompt(
         device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, **prompts
     )
-    pipe.scheduler = sample.make_sampler(base.scheduler, sampler)
+    pipe.scheduler = denoise.make_sampler(base.scheduler, sampler)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     settings = {"height": 32, "width": 32, "num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "np"}
     wanted = pipe(**prompts, generator=generators, **settings).images
     passes = []
-    drawn = sample.draw_images(
-        base.unet, base.vae, sample.make_sampler(base.scheduler, sampler), text, negative, [3, 4], 32, 32, 5, 5.0,
+    drawn = denoise.draw_images(
+        base.unet, base.vae, denoise.make_sampler(base.scheduler, sampler), text, negative, [3, 4], 32, 32, 5, 5.0,
         on_step=lambda: passes.append(1),
     )  # fmt: skip
-    assert len(passes) == sample.count_passes(base.scheduler, sampler, 5) >= 5
+    assert len(passes) == denoise.count_passes(base.scheduler, sampler, 5) >= 5
     for image, want in zip(drawn, wanted, strict=True):
         assert np.abs(np.asarray(image) / 255 - want).max() < 1 / 255
 
@@ -89,8 +90,8 @@ def test_the_samplers_differ(side_by_side):
     base, pipe = side_by_side
     text, negative = pipe.encode_prompt("a blue robot", "cpu", 1, True, "blurry")
     drawn = {
-        sampler.name: sample.draw_images(
-            base.unet, base.vae, sample.make_sampler(base.scheduler, sampler), text, negative, [3], 32, 32, 4, 5.0
+        sampler.name: denoise.draw_images(
+            base.unet, base.vae, denoise.make_sampler(base.scheduler, sampler), text, negative, [3], 32, 32, 4, 5.0
         )[0].tobytes()
         for sampler in samplers.SAMPLERS
     }

@@ -8,8 +8,9 @@ from diffusers.optimization import get_scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.presets import POLYNOMIAL_END, SCHEDULERS
-from megaman.schedule import epoch_order, picture_at, random_for, rate_at, seed_dropout, total_steps
+from megaman.config.train import POLYNOMIAL_END, SCHEDULERS
+from megaman.data.batches import epoch_order, picture_at, random_for, seed_dropout
+from megaman.training.optimizer import rate_at, total_steps
 
 SEED = st.integers(0, 2**63 - 1)
 

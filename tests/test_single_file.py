@@ -20,9 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from megaman import adapter_config, single_file
-from megaman.base import Base, actual_name, find_base, load_base, vae_identity
 from megaman.errors import UserError
+from megaman.lora import peft_config
+from megaman.models import single_file
+from megaman.models.base import Base, find_base, load_base, vae_identity
+from megaman.models.configs import actual_name
 
 # Published sizes, and smaller ones for what does not hang on the size.
 FULL = {"channels": (320, 640, 1280, 1280), "vae_channels": (128, 256, 512, 512), "width": 768, "layers": 12}
@@ -259,7 +261,7 @@ class Small:
         self.parts, self.numbers = small_models()
         self.folder, self.file = folder, folder / "models" / "tiny-v1.safetensors"
         self.file.parent.mkdir()
-        shutil.copytree(ROOT / "megaman" / "sd15", folder / "sd15")
+        shutil.copytree(ROOT / "megaman" / "models" / "sd15", folder / "sd15")
         for part, model in self.parts.items():
             config = model.config.to_dict() if part == "text_encoder" else dict(model.config)
             (folder / "sd15" / f"{part}.json").write_text(json.dumps(config))
@@ -379,8 +381,8 @@ def test_a_lora_may_name_a_file_as_its_base(small, tmp_path):
     folder.mkdir()
 
     def base_named(name: str) -> str | None:
-        (folder / adapter_config.PEFT_CONFIG).write_text(json.dumps({"base_model_name_or_path": name}))
-        return adapter_config.base_of(folder)
+        (folder / peft_config.PEFT_CONFIG).write_text(json.dumps({"base_model_name_or_path": name}))
+        return peft_config.base_of(folder)
 
     small.write()
     assert base_named(str(small.file)) == str(small.file)
@@ -401,7 +403,7 @@ def test_from_training_to_images_with_the_file_alone(small, train_here, monkeypa
     flags += ["--resolution", 32, "--mixed_precision", "no", *FEW_TARGETS]
     train_here(small.folder, "out", *flags)
     lora = small.folder / "out" / "lora_weights"
-    config = json.loads((lora / adapter_config.PEFT_CONFIG).read_text())
+    config = json.loads((lora / peft_config.PEFT_CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(small.file.resolve())
     with safe_open(lora / "megaman_lora.safetensors", framework="pt") as file:
         assert file.metadata()["ss_sd_model_name"] == "tiny-v1.safetensors"

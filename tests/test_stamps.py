@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megaman.stamps import NAME, Stamp, Stamps, digest_of, stamp_of
+from megaman.data.file_index import NAME, Stamps
+from megaman.files import Stamp, digest_of, stamp_of
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megaman.output import find_all, step_of
-from megaman.stops import StoppedError, StopSignal
+from megaman.training.output import find_all, step_of
+from megaman.training.signals import StoppedError, StopSignal
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent in another way there")
 FLAGS = "--demo --output_dir out --logging_dir logs --max_train_steps 400 --num_validation_images 0 --lora_rank 2"

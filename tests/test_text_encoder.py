@@ -16,8 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_lora_files import ALPHA, RANK, TARGETS, TOLERANCE, fresh_unet, output
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from megaman import kohya, lora, lora_files
 from megaman.errors import UserError
+from megaman.lora import adapter
+from megaman.lora import files as lora_files
+from megaman.lora import formats as lora_formats
 
 
 def fresh_text_encoder(base_folder) -> CLIPTextModel:
@@ -35,13 +37,13 @@ def trained(base_folder, tmp_path_factory, request):
     models = {"unet": fresh_unet(base_folder), "text_encoder": fresh_text_encoder(base_folder)}
     before = states(models["text_encoder"])
     torch.manual_seed(0)
-    for part, targets in (("unet", TARGETS), ("text_encoder", lora.TEXT_ENCODER_TARGETS)):
-        lora.inject(models[part], RANK, ALPHA, targets, use_rslora=request.param, dropout=0.25)
+    for part, targets in (("unet", TARGETS), ("text_encoder", adapter.TEXT_ENCODER_TARGETS)):
+        adapter.inject(models[part], RANK, ALPHA, targets, use_rslora=request.param, dropout=0.25)
         models[part].eval()
     assert torch.equal(states(models["text_encoder"]), before), "B is zero, so an untrained LoRA changes nothing"
     with torch.no_grad():
         for model in models.values():
-            for name, parameter in lora.parameters(model).items():
+            for name, parameter in adapter.parameters(model).items():
                 if "lora_B" in name:
                     parameter.normal_(std=0.02)
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
@@ -60,7 +62,7 @@ def test_every_linear_layer_of_clip_has_one(trained):
     text_encoder = trained[0]["text_encoder"]
     linear = [module for module in text_encoder.modules() if type(module) is torch.nn.Linear]
     layers = text_encoder.config.num_hidden_layers
-    assert len(lora.parameters(text_encoder)) == 2 * 6 * layers
+    assert len(adapter.parameters(text_encoder)) == 2 * 6 * layers
     assert len(linear) == 3 * 6 * layers, "each layer, its A and its B"
 
 
@@ -86,7 +88,7 @@ def test_we_read_folder_and_files(trained, base_folder, name):
     unet, text_encoder = fresh_unet(base_folder), fresh_text_encoder(base_folder)
     lora_files.load_loras([(path, 1.0)], unet, text_encoder)
     assert_same(trained, unet, text_encoder)
-    with lora.switched_off(text_encoder):
+    with adapter.switched_off(text_encoder):
         assert torch.equal(states(text_encoder), states(fresh_text_encoder(base_folder)))
 
 
@@ -117,7 +119,7 @@ def test_the_diffusers_header_tells_both_configurations_and_no_path(trained, bas
         text, keys = file.metadata()["lora_adapter_metadata"], list(file.keys())
     told = json.loads(text)
     assert (told["text_encoder.r"], told["text_encoder.lora_alpha"]) == (RANK, ALPHA)
-    assert told["text_encoder.use_rslora"] == told["unet.use_rslora"] == lora.describe(trained[0]["unet"]).use_rslora
+    assert told["text_encoder.use_rslora"] == told["unet.use_rslora"] == adapter.describe(trained[0]["unet"]).use_rslora
     assert told["text_encoder.lora_dropout"] == 0
     assert any(key.startswith("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A") for key in keys)
     assert str(base_folder) not in text
@@ -137,9 +139,9 @@ def test_comfyui_knows_every_name_of_a_text_encoder_lora():
         text_encoder = CLIPTextModel(CLIPTextConfig(
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         ))  # fmt: skip
-        lora.inject(text_encoder, RANK, ALPHA, lora.TEXT_ENCODER_TARGETS)
+        adapter.inject(text_encoder, RANK, ALPHA, adapter.TEXT_ENCODER_TARGETS)
         state = get_peft_model_state_dict(text_encoder, save_embedding_layers=False)
-        tensors = kohya.renamed(
+        tensors = lora_formats.renamed(
             {"text_encoder": {name: torch.empty_like(tensor) for name, tensor in state.items()}},
             {"text_encoder": text_encoder},
         )
@@ -196,9 +198,9 @@ def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_fo
     """What a checkpoint draws elsewhere is what the run drew, pixel by pixel as near as rounding allows."""
     from PIL import Image, ImageChops
 
-    from megaman import sample
-    from megaman.base import load_base
-    from megaman.caption_states import encode_captions
+    from megaman.models.base import load_base
+    from megaman.models.text_encoding import encode_captions
+    from megaman.sampling import denoise
 
     train_here(tmp_path, "out", *DATA, "--train_text_encoder", "--text_encoder_lr", 2e-2, "--max_train_steps", 4,
                "--num_validation_images", 1, "--validation_prompt", "volto, robot", "--lora_dropout", 0.2)  # fmt: skip
@@ -206,11 +208,11 @@ def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_fo
     def drawn(with_text: bool):
         base = load_base(str(base_folder), torch.float32)
         lora_files.load_loras([(tmp_path / "out" / "checkpoint-4", 1.0)], base.unet, base.text_encoder)
-        lora.set_strengths([base.text_encoder], {0: float(with_text)})
+        adapter.set_strengths([base.text_encoder], {0: float(with_text)})
         said = encode_captions(base.text_encoder, base.tokenizer, ["volto, robot", ""])
         text, empty = (said[words][None] for words in ("volto, robot", ""))
-        sampler = sample.make_sampler(base.scheduler)
-        return sample.draw_images(
+        sampler = denoise.make_sampler(base.scheduler)
+        return denoise.draw_images(
             base.unet, base.vae, sampler, text, empty, [0], 64, 64, steps=SAMPLING_STEPS, guidance=7.5
         )[0]
 

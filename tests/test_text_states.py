@@ -12,12 +12,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from megaman.base import load_base
-from megaman.caption_states import encode_captions
+from megaman.config.generate import DEFAULT_NEGATIVE_PROMPT
 from megaman.errors import UserError
-from megaman.generation_options import DEFAULT_NEGATIVE_PROMPT
-from megaman.prompt_weights import parse
-from megaman.text_states import count_chunks, encode_prompt, pad_chunks, weigh
+from megaman.models.base import load_base
+from megaman.models.prompt_weights import parse
+from megaman.models.text_encoding import count_chunks, encode_captions, encode_prompt, pad_chunks, weigh
 
 PROMPT = "mega man, blue robot, helmet, arm cannon"
 LONG = "robot " * 75 + "red"  # one word more than a chunk holds

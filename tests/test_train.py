@@ -13,11 +13,11 @@ from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS, learned_alike
 from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaman import sample
-from megaman.base import load_base
-from megaman.caption_states import encode_captions
+from megaman.config.train import DEFAULT_TARGETS
 from megaman.errors import UserError
-from megaman.presets import DEFAULT_TARGETS
+from megaman.models.base import load_base
+from megaman.models.text_encoding import encode_captions
+from megaman.sampling import denoise
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +143,8 @@ def test_step_0_is_the_base_itself(finished, base_folder):
     base = load_base(str(base_folder), torch.float32)
     states = encode_captions(base.text_encoder, base.tokenizer, ["robot", ""])
     text, empty = (states[prompt].expand(2, -1, -1) for prompt in ("robot", ""))
-    sampler = sample.make_sampler(base.scheduler)
-    drawn = sample.draw_images(
+    sampler = denoise.make_sampler(base.scheduler)
+    drawn = denoise.draw_images(
         base.unet, base.vae, sampler, text, empty, [0, 1], 64, 64, steps=SAMPLING_STEPS, guidance=7.5
     )
     for j, image in enumerate(drawn):
@@ -159,7 +159,7 @@ def test_step_0_is_the_base_itself(finished, base_folder):
 def test_the_checkpoint_is_a_lora_folder(finished, base_folder):
     from diffusers import UNet2DConditionModel
 
-    from megaman import lora_files
+    from megaman.lora import files as lora_files
 
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
     config = lora_files.load_lora(finished[1] / "out" / "checkpoint-6", unet)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from megaman import weights
-from megaman.base import Base, load_base, vae_identity
 from megaman.errors import UserError
-from megaman.validation import Validation
+from megaman.models import weights
+from megaman.models.base import Base, load_base, vae_identity
+from megaman.training.validation import Validation
 
 KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -246,7 +246,7 @@ def test_a_vaes_identity_hangs_on_its_numbers_alone(own_copy, tmp_path):
 PEAK = """
 import sys
 import torch
-from megaman.base import load_base
+from megaman.models.base import load_base
 
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -267,7 +267,9 @@ def test_a_load_takes_the_model_and_a_portion(own_copy, run_script):
     zeros = {name: torch.zeros(tensor.shape) for name, tensor in unet.state_dict().items()}
     save_file(zeros, weights_of(own_copy, "unet"))
     unet.save_config(own_copy / "unet")
-    script = PEAK.replace("import torch\n", "import torch\nfrom megaman import weights\nweights.PORTION = 2**23\n", 1)
+    script = PEAK.replace(
+        "import torch\n", "import torch\nfrom megaman.models import weights\nweights.PORTION = 2**23\n", 1
+    )
     done = run_script(["-c", script, own_copy], own_copy)
     assert done.returncode == 0, done.stderr
     rise, size = map(int, done.stdout.split())

@@ -8,7 +8,7 @@ import os
 import pytest
 from conftest import ROOT
 
-SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "megaman").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "megaman").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 
 
 def opens_text(call: ast.Call) -> bool:

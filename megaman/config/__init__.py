@@ -1,0 +1,1 @@
+"""Settings of both scripts: flags, defaults, presets, the parser; no torch."""

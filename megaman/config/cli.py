@@ -1,0 +1,208 @@
+"""A parser that tells all the mistakes of a command line together, and the types of its values."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+from megaman.config import samplers
+from megaman.errors import WRONG_USAGE
+from megaman.files import refused_by_windows, split_strength
+
+WINDOWS = os.name == "nt"
+STRONGEST = 10  # a LoRA at many times its trained strength draws noise; this leaves room to see that
+Mistake = argparse.ArgumentTypeError  # what the types below raise, for modules that know no argparse
+Namespace = argparse.Namespace  # what holds the values, for the same
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that collects mistakes, with the nearest flag proposed for a mistyped one."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, exit_on_error=False, formatter_class=_HelpFormatter, **settings)
+
+    def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """The values that were given, under their flags' names, and a line for each mistake.
+
+        argparse stops at the first mistake, so every flag is parsed alone, with the words that belong to it. The last
+        of a repeated flag wins, as with argparse.
+        """
+        given: dict[str, Any] = {}
+        mistakes: list[str] = []
+        for flag, *words in self._parts(argv):
+            action = self._option_string_actions.get(flag.split("=")[0])
+            if action is None:
+                mistakes.append(self._unknown(flag) if flag else f"{_short(' '.join(words))} belongs to no flag")
+                continue
+            if flag.partition("=")[2] == "--":  # argparse drops the dashes and would hand on an empty list
+                mistakes.append(f"{flag}: '--' is no value")
+                continue
+            try:
+                values, stray = self.parse_known_args([flag, *words])
+            except argparse.ArgumentError as error:
+                mistakes.append(f"{error.argument_name}: {error.message}")
+                continue
+            flag = action.option_strings[-1]
+            if stray:
+                remedy = "it takes none" if action.nargs == 0 else "put quotes around a value with spaces"
+                mistakes.append(f"{flag}: {_short(' '.join(stray))} is one value too many: {remedy}")
+            given[action.dest] = getattr(values, action.dest)
+        return given, mistakes
+
+    def _parts(self, argv: Sequence[str]) -> list[list[str]]:
+        """The command line cut before each flag; words that no flag stands before come behind an empty one."""
+        parts: list[list[str]] = []
+        for word in argv:
+            if word.split("=")[0] in self._option_string_actions or re.match(r"--\S*$|-[a-zA-Z]\S*$", word):
+                parts.append([word])
+            elif parts:
+                parts[-1].append(word)
+            else:
+                parts.append(["", word])
+        return parts
+
+    def _unknown(self, word: str) -> str:
+        flag = word.split("=")[0]
+        name, names = flag.strip("-"), [known[2:] for known in self._option_string_actions if known.startswith("--")]
+        near = [known for known in names if len(name) > 2 and known.startswith(name)]
+        near += difflib.get_close_matches(name[:100], names, n=1, cutoff=0.7)
+        return f"{flag[:100]} is not a flag" + (f", did you mean --{near[0]}" if near else "")
+
+    def refuse(self, mistakes: Iterable[str]) -> NoReturn:
+        """Write each mistake as a line and end with the exit code for wrong usage."""
+        lines = [f"error: {' '.join(mistake.split())[:400]}" for mistake in dict.fromkeys(mistakes)]
+        print("\n".join(lines) + f". See {self.prog} --help", file=sys.stderr)
+        raise SystemExit(WRONG_USAGE)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds defaults, but not where there is none to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:  # 0 is worth telling
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _short(text: str) -> str:
+    """A word of the command line as an error quotes it."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def number(kind: Callable[[str], Any], low: float, high: float, exclusive: bool = False) -> Callable[[str], Any]:
+    """Make a type: an int or float from low (itself excluded where exclusive) to high, never NaN."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{_short(text)} is not {wanted}") from None
+        if not (low < value if exclusive else low <= value) or not value <= high:
+            limits = f"{'above' if exclusive else 'at least'} {low}, at most {high}"
+            raise argparse.ArgumentTypeError(f"{_short(text)} is out of range: it must be {limits}")
+        return value
+
+    return parse
+
+
+def choice(*words: str) -> dict[str, Any]:
+    """The settings of a flag that takes one of some words; the nearest is proposed for a mistyped one."""
+
+    def parse(text: str) -> str:
+        if text in words:
+            return text
+        near = difflib.get_close_matches(text[:100].lower(), words, n=1)
+        proposal = f", did you mean {near[0]}" if near else ""
+        raise argparse.ArgumentTypeError(f"{_short(text)} is none of {', '.join(words)}{proposal}")
+
+    return {"type": parse, "choices": words}
+
+
+def sampler(value: str) -> str:
+    """The word for a sampler, whichever of its names is given."""
+    if found := samplers.find(value):
+        return found.name
+    names = [name for known in samplers.SAMPLERS for name in (known.name, known.title, *known.others)]
+    near = difflib.get_close_matches(value[:100].lower(), names, n=1)
+    proposal = f", did you mean {near[0]}" if near else ""
+    known = ", ".join(each.name for each in samplers.SAMPLERS)
+    raise argparse.ArgumentTypeError(f"{_short(value)} is none of {known}{proposal}")
+
+
+def text(value: str) -> str:
+    """A prompt; bytes that are no text arrive from the command line as lone surrogates, which no file can hold."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not valid UTF-8: save or type it anew") from None
+    return value
+
+
+def name(value: str) -> str:
+    """A name that has to say something: an empty path would mean the folder one is in."""
+    if not value.strip() or "\0" in value:
+        raise argparse.ArgumentTypeError("the name is empty" if not value.strip() else "no name can hold a NUL")
+    return text(value)
+
+
+def lora(value: str) -> str:
+    """NAME or NAME:STRENGTH; it stays one word, so that defaults and the command line show the same."""
+    path, strength = split_strength(value)
+    if abs(strength) > STRONGEST:
+        raise argparse.ArgumentTypeError(f"a strength of {strength:g} is out of range: -{STRONGEST} to {STRONGEST}")
+    name(path)
+    return text(value)
+
+
+def folder(value: str) -> str:
+    """A folder that is made where it is missing, with no name that Windows refuses if that is where we are."""
+    if WINDOWS and (part := refused_by_windows(name(value))):
+        raise argparse.ArgumentTypeError(f"Windows takes no folder of the name {_short(part)}: choose another")
+    return name(value)
+
+
+def extension(value: str) -> str:
+    """How caption files' names end, with the dot or without."""
+    pictures = r"(.*\.)?(jpe?g|png|bmp|webp|gif|tiff?|avif|hei[cf])"
+    if not re.fullmatch(r"\.?\w[\w.-]{0,30}", value, re.ASCII) or re.fullmatch(pictures, value.lower()):
+        raise argparse.ArgumentTypeError(f"{_short(value)} is no extension such as .txt")
+    return f".{value.removeprefix('.')}"
+
+
+def strengths(value: str) -> list[float]:
+    """How strongly to apply a LoRA, one number or several with commas between them, in the order given."""
+    return list(dict.fromkeys(number(float, -10, 10)(part) for part in value.split(",")))
+
+
+def side(value: str) -> int:
+    """Pixels of a side: whole cells of the latents."""
+    pixels = number(int, 8, 8192)(value)
+    if pixels % 8:
+        near = max(8, round(pixels / 8) * 8)
+        raise argparse.ArgumentTypeError(f"{value} is not a multiple of 8: take {near}")
+    return pixels
+
+
+# What one image may be drawn with, on the command line and in a prompts file alike.
+SEED = number(int, 0, 2**63 - 1)
+
+
+STEPS = number(int, 1, 999)
+
+
+GUIDANCE = number(float, 0, 100)
+
+
+def resuming(argv: list[str]) -> list[str]:
+    """The command line that goes on where this one was stopped."""
+    words = [word for word in argv if word != "--overwrite_output" and not word.startswith("--resume_from_checkpoint=")]
+    if "--resume_from_checkpoint" in words:
+        place = words.index("--resume_from_checkpoint")
+        del words[place : place + 2]
+    return [*words, "--resume_from_checkpoint", "latest"]

@@ -1,0 +1,1 @@
+"""An image's way from a folder up to the micro-batch."""

@@ -1,0 +1,1 @@
+"""A Stable Diffusion base: where it comes from, its configurations, its weights, its text encoder."""

@@ -1,0 +1,1 @@
+"""Self-contained HTML and comparison sheets; no torch."""

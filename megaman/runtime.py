@@ -1,0 +1,237 @@
+"""Where a run computes and how: device, number format and memory format, by a rule and with the reason in words.
+
+Also the memory there is, how to go on when it runs out, and the versions that a result depends on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+
+from megaman.errors import UserError, out_of_memory
+from megaman.threads import ThreadPolicy
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's words
+# Channels of a UNet's first block from which on a CPU that computes in bf16 is faster in it: docs/performance.md.
+WIDE = 128
+UNUSED_CARD = "there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt(3)
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux's madvise(2); the second since Linux 6.1
+HUGE_PAGE = 2**21  # bytes
+KEPT = 2**30  # bytes: no tensor of a training step on a CPU is larger
+
+PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
+
+Result = TypeVar("Result")
+
+PIXELS_AT_ONCE = 512 * 512  # images drawn together come to this many pixels at most: more are not drawn faster
+USABLE = 0.85  # share of the free memory: the rest goes to workspaces and fragments
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in which number format and memory format to compute, with the number format's reason in words."""
+
+    device: torch.device
+    dtype: torch.dtype
+    mixed_precision: str  # accelerate's word: no, fp16 or bf16
+    why: str
+    channels_last: bool
+
+    @property
+    def memory_format(self) -> str:
+        """contiguous or channels_last: the order in which activations and convolutions' weights lie in memory."""
+        return "channels_last" if self.channels_last else "contiguous"
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The same as torch calls it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def choose_device(wanted: str | None = None) -> torch.device:
+    """The wanted device, or the best there is; raises UserError where the wanted one is missing."""
+    if wanted is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        wanted = "cpu"  # what accelerate launch --cpu sets
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted and not present[wanted]:
+        raise UserError(f"--device {wanted}: this torch sees no such device", "Leave the flag out or take cpu")
+    return torch.device(wanted or next(name for name, there in present.items() if there))
+
+
+def place(mixed_precision: str, device: torch.device, width: int, memory_format: str = "auto") -> Placement:
+    """Decide how to compute on the device: the same on each run on the same kind of machine, nothing is timed.
+
+    Args:
+        mixed_precision: accelerate's word for what is asked for; see precision.
+        width: channels of the UNet's first block.
+        memory_format: auto, or contiguous or channels_last as asked for; see prefers_channels_last.
+    """
+    matters = (device.type, mixed_precision) in {("cuda", "bf16"), ("cpu", "fp16")}
+    word, why = precision(mixed_precision, device.type, matters and _computes_in_bf16(device), width)
+    last = prefers_channels_last(device.type, word) if memory_format == "auto" else memory_format == "channels_last"
+    return Placement(device, DTYPES[word], word, why, last)
+
+
+def precision(asked: str, device: str, bf16: bool, width: int) -> tuple[str, str]:
+    """accelerate's word for what to compute in on a kind of device, and the reason.
+
+    What is asked for is taken where the device can compute in it. On a CPU fp16 stands for the half precision that
+    pays: bf16, where the processor has instructions for it (bf16 says so) and the UNet is wide enough to gain by it.
+    """
+    if asked == "no":
+        return "no", "float32 as asked for"
+    if device == "cuda" and asked == "bf16" and not bf16:
+        return "fp16", "this card has no bf16, so it uses fp16"
+    if device == "mps":
+        refused = {"fp16": "fp16 needs an NVIDIA card, so mps", "bf16": "bf16 is not used on mps, so it"}
+        return "no", f"{refused[asked]} uses float32"
+    if device == "cpu" and asked == "fp16" and not bf16:
+        return "no", "fp16 needs an NVIDIA card and bf16 a processor with instructions for it, so cpu uses float32"
+    if device == "cpu" and asked == "fp16" and width < WIDE:
+        return "no", "fp16 needs an NVIDIA card and bf16 a wider UNet to be faster, so cpu uses float32"
+    if device == "cpu" and asked == "fp16":
+        return "bf16", "base in bf16, for which this processor has instructions, LoRA in float32"
+    return asked, f"base in {asked}, LoRA in float32"
+
+
+def prefers_channels_last(device: str, mixed_precision: str) -> bool:
+    """Whether convolutions are at least as fast with the channels last: on a CPU, and on a card's tensor cores."""
+    return device == "cpu" or (device == "cuda" and mixed_precision != "no")
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    return torch.cuda.is_bf16_supported(False) if device.type == "cuda" else cpu_has_bf16()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor has instructions for bf16: AVX512-BF16 or AMX-BF16, or ARM's extension.
+
+    oneDNN's own answer is also yes where it emulates them by AVX-512; the processor's flags know nothing of the
+    variables that emulate a lesser one, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA. So all three are asked. False
+    where this torch cannot tell.
+    """
+    try:
+        has = torch.cpu.get_capabilities()
+        on_x86 = has.get("avx512_bf16") or has.get("amx_bf16")
+        on_x86 = on_x86 and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        return bool((on_x86 or has.get("bf16")) and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+def unused_nvidia_card() -> bool:
+    """Whether this machine has NVIDIA's driver while the installed torch cannot use it."""
+    return not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
+
+
+def set_threads(policy: ThreadPolicy) -> None:
+    """Set the count in a torch that may have been loaded before the policy was applied, in a notebook for example."""
+    if policy.count is not None:
+        torch.set_num_threads(policy.count)
+
+
+def device_lines(placement: Placement, *more: str) -> list[str]:
+    """What to say of the device before a run: how it computes and why, what else is told, and a card that lies idle."""
+    count = torch.get_num_threads()
+    threads = "1 CPU thread" if count == 1 else f"{count} CPU threads"
+    line = f"device     {placement.device}: {'; '.join([placement.why, placement.memory_format, *more, threads])}"
+    return [line, *([f"           {UNUSED_CARD}"] if unused_nvidia_card() else [])]
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed instead of giving it back to the system, and all threads take from one place.
+
+    The system clears every page before it hands it out again, and a training step frees and takes nearly all of its
+    memory: with Stable Diffusion 1.5 in bf16 at 256 px that was a fifth of the step on two cores. Only both thresholds
+    together help; one alone makes it slower. The backward pass is a thread of its own, which would otherwise not take
+    what the forward pass had freed. Nothing happens where there is no glibc, or where somebody has set a threshold from
+    outside.
+    """
+    if sys.platform != "linux" or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_TRIM_THRESHOLD, KEPT), (M_MMAP_THRESHOLD, KEPT), (M_ARENA_MAX, 1)):
+            mallopt(option, value)
+
+
+def use_huge_pages() -> None:
+    """Have Linux put the memory that `keep_freed_memory` keeps into pages of 2 MB instead of 4 KB.
+
+    A step goes through all of it, and the processor then finds it with fewer look-ups: with the embedded base a step
+    on one thread takes 7 % less time. Call it after the first step, when the memory has its size. Nothing happens
+    outside Linux or where the administrator forbids it (/sys/kernel/mm/transparent_hugepage/enabled: never).
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for start, end in _heap(Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")):
+            start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+            if start < end and madvise(start, end - start, MADV_HUGEPAGE) == 0:
+                madvise(start, end - start, MADV_COLLAPSE)  # now rather than bit by bit; where it cannot, it does not
+
+
+def _heap(maps: str) -> list[tuple[int, int]]:
+    """First address and end of each part of the heap, from /proc/self/maps."""
+    ranges = [line.split()[0].split("-") for line in maps.splitlines() if line.endswith("[heap]")]
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]
+
+
+def installed() -> dict[str, str]:
+    """The version of each package."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def until_it_fits(compute: Callable[[], Result], make_room: Callable[[], None]) -> Result:
+    """The result of compute, which is called anew after make_room as often as memory runs out."""
+    while True:
+        try:
+            return compute()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # Only here, outside the handler, is the error gone, and with it the tensors of its frames.
+        free()
+        make_room()
+
+
+def free() -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def images_at_once(height: int, width: int) -> int:
+    """How many images of this size are drawn in one batch where nothing else is asked for."""
+    return max(1, PIXELS_AT_ONCE // (height * width))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return psutil.virtual_memory().available
+
+
+def size_of(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

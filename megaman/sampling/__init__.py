@@ -1,0 +1,1 @@
+"""Prompts and seeds to images, for validation and generation alike."""
