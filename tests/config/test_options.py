@@ -687,7 +687,7 @@ def test_any_generation_command_line_is_options_help_or_lines(argv):
     ids=["train help", "generate help", "train wrong", "generate wrong"],
 )
 def test_help_and_usage_errors_come_before_the_heavy_imports(run_script, tmp_path, script, argv, code):
-    path = Path(__file__).resolve().parent.parent / script
+    path = Path(__file__).resolve().parent.parent.parent / script
     done = run_script(["-c", RUN_AND_TELL, str(path), *argv], tmp_path)
     *lines, last = done.stderr.splitlines()
     assert json.loads(last) == [code, []]
@@ -709,7 +709,7 @@ def test_nonsense_as_a_process_is_exit_code_2_and_one_line(run_script, tmp_path,
 def test_bad_command_lines_as_processes(run_script, tmp_path, script):
     """A few of the generated ones; HYPOTHESIS_PROFILE=searching runs a hundred."""
     options = PARSERS[script]
-    path = Path(__file__).resolve().parent.parent / script
+    path = Path(__file__).resolve().parent.parent.parent / script
 
     @hypothesis.settings(max_examples=50 if SEARCHING else 3, phases=[hypothesis.Phase.generate])
     @given(command_lines(options).filter(lambda argv: bad_and_typable(options, argv)))

@@ -1,6 +1,6 @@
 """Kill a training run with SIGKILL at random moments, resume it each time, and compare its end with an undisturbed one.
 
-    python tests/soak.py --kills 50          the long form, by hand; the suite runs a short one
+    python tests/helpers/soak.py --kills 50          the long form, by hand; the suite runs a short one
 
 Every checkpoint found on the way must load, and the LoRA, the optimizer, the curves and the sample images of the end
 must be the same bit for bit. Half of the kills are timed to hit a save: as soon as an unfinished folder shows.
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import FEW_TARGETS, ROOT, learned_alike
 from diffusers import UNet2DConditionModel
+from failing import fail_on
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_memory import fail_on
 
 from megaman.data import batches
 from megaman.data.dataset import MegaManDataset

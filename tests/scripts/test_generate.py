@@ -518,7 +518,7 @@ def test_resume_draws_what_the_undisturbed_run_draws(generate, tmp_path):
 
 def test_too_little_memory_while_drawing(generate, again, monkeypatch, tmp_path):
     """Fewer at once, then the VAE in tiles: the run goes on, and each image's record tells how it was drawn."""
-    from test_memory import fail_on
+    from failing import fail_on
 
     fail_on(monkeypatch, UNet2DConditionModel, "forward", {2, 3})
     drawn = generate("--num_images_per_prompt", 4, "--batch_size", 4)

@@ -1,6 +1,6 @@
 """A folder of everything that can be wrong with pictures and captions, and as many good ones.
 
-    python tests/rotten.py FOLDER
+    python tests/helpers/rotten.py FOLDER
 
 makes it by hand, to be looked at or trained on with --data_dir FOLDER.
 """

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import FEW_TARGETS, ROOT, learned_alike
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from failing import fail_on
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -30,20 +31,6 @@ def moments(cache_dir):
     """What the VAE made of the images: float32 tensors by their key."""
     shards = [load_file(path) for path in cache_dir.rglob("*.safetensors")]
     return {key: tensor for shard in shards for key, tensor in shard.items()}
-
-
-def fail_on(monkeypatch, kind, method: str, calls: set[int], error=torch.OutOfMemoryError):
-    """Let the model's method run out of memory at these calls, counted from 1."""
-    real, count = getattr(kind, method), 0
-
-    def failing(self, *args, **kwargs):
-        nonlocal count
-        count += 1
-        if count in calls:
-            raise error("CUDA out of memory (on purpose)")
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(kind, method, failing)
 
 
 @pytest.fixture(scope="module")
