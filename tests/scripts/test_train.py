@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 FEW_STEPS = f"""
 import sys
-from megaman import validation
+from megaman.training import validation
 validation.STEPS = {SAMPLING_STEPS}
 import megaman_lora
 from megaman.errors import run_script
