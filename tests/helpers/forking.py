@@ -49,8 +49,8 @@ class Forks:
     def start(self, args, cwd, patches: dict[str, object] | None = None, hub: dict[str, str] | None = None) -> Fork:
         """Start one of the root's scripts: start(["megaman_lora.py", "--demo"], cwd), or start(["-c", code], cwd).
 
-        In the fork alone patches are set, as {"megaman.training.validation.STEPS": 3}, and hub holds environment variables with
-        which huggingface_hub is loaded anew; None removes one.
+        In the fork alone patches are set, as {"megaman.training.validation.STEPS": 3}, and hub holds environment
+        variables with which huggingface_hub is loaded anew; None removes one.
         """
         script, *words = map(str, args)
         outputs = [tempfile.NamedTemporaryFile("w+", encoding="utf-8", errors="replace") for _ in range(2)]  # noqa: SIM115
