@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
     from megaman.training.validation import Validation
 
     # Device, precision and whatever else shapes the computation: by a rule, or as the checkpoint says.
-    saved = checkpoints.read_progress(checkpoint) if checkpoint else None
+    saved = checkpoints.read_train_state(checkpoint) if checkpoint else None
     asked = {flag: getattr(options, flag) for flag in ASKED}
     set_threads(policy)
     chosen, placement, remarks = choose(asked, options.given, choose_device(), width, saved and saved.choices)
@@ -286,10 +286,10 @@ def main(argv: list[str]) -> int:
         """Save the whole state; a disk that is full or gone is named, and the next save tries again."""
         if not accelerator.is_main_process:
             return True
-        progress = checkpoints.Progress(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match,
-                                        chosen.record(base.unet))  # fmt: skip
+        state = checkpoints.TrainState(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match,
+                                       chosen.record(base.unet))  # fmt: skip
         try:
-            checkpoints.save(output_dir, base.unet, optimizer.optimizer, accelerator.scaler, progress, name,
+            checkpoints.save(output_dir, base.unet, optimizer.optimizer, accelerator.scaler, state, name,
                              options.checkpoints_total_limit, text_encoder)  # fmt: skip
         except (OSError, UserError) as error:
             say(f"step {step}: no checkpoint ({brief(error)}); training goes on, the next save tries again")

@@ -12,6 +12,7 @@ from sources import MODULES, ROOT, SCRIPTS, at_import, imports, ours, tree
 STANDARD_ONLY = [
     "errors",
     "files",
+    "schema",
     "threads",
     "safe_loading",
     "config.samplers",

@@ -432,8 +432,8 @@ def saved(base_folder, tmp_path):
     optimizer = torch.optim.AdamW(trainable)
     sum(parameter.square().sum() for parameter in trainable).backward()
     optimizer.step()
-    progress = checkpoint.Progress(1, 0, "logs/x", 1.0, {})
-    return checkpoint.save(tmp_path, unet, optimizer, None, progress, "some/base", None), unet, optimizer
+    state = checkpoint.TrainState(1, 0, "logs/x", 1.0, {})
+    return checkpoint.save(tmp_path, unet, optimizer, None, state, "some/base", None), unet, optimizer
 
 
 @pytest.mark.parametrize("file", [lora_files.PEFT_WEIGHTS, checkpoint.OPTIMIZER])

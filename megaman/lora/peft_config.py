@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megaman import schema
 from megaman.errors import UserError
 from megaman.files import read_json
 from megaman.hub import is_base
@@ -82,33 +83,32 @@ def base_of(folder: Path) -> str | None:
 
 def checked(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:
     """What LoraConfig is to be told, given the ranks that the tensors have; raises UserError where they disagree."""
-    rank_pattern, alpha_pattern = (content.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-    rank, targets = content.get("r"), content.get("target_modules")
-    sound = {
-        "peft_type": content.get("peft_type", "LORA") == "LORA",
-        "r": type(rank) is int and 0 < rank <= HIGHEST_RANK and (rank in ranks or bool(rank_pattern)),
-        "lora_alpha": _is_strength(content.get("lora_alpha")),
-        "target_modules": _are_names(targets, list) and bool(targets),
-        "use_rslora": isinstance(content.get("use_rslora", False), bool),
-        "rank_pattern": _are_names(rank_pattern, dict)
-        and all(_is_one_of(value, ranks) for value in rank_pattern.values()),
-        "alpha_pattern": _are_names(alpha_pattern, dict) and all(map(_is_strength, alpha_pattern.values())),
+    patterns = {name: content.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    values = {"peft_type": "LORA", "use_rslora": False, **content, **patterns}
+
+    def is_known_rank(value: Any) -> bool:
+        return type(value) is int and value in ranks
+
+    def is_rank(value: Any) -> bool:
+        return _is_rank(value) and (value in ranks or bool(patterns["rank_pattern"]))
+
+    checks = {
+        "peft_type": schema.one_of("LORA"),
+        "r": is_rank,
+        "lora_alpha": _is_strength,
+        "target_modules": schema.list_of(_is_module, least=1, most=MOST_NAMES),
+        "use_rslora": schema.instance(bool),
+        "rank_pattern": schema.mapping(is_known_rank, _is_module, MOST_NAMES),
+        "alpha_pattern": schema.mapping(_is_strength, _is_module, MOST_NAMES),
     }
-    if wrong := [key for key, holds in sound.items() if not holds]:
-        raise UserError(f"{folder / PEFT_CONFIG}: {wrong[0]} is not what a LoRA with these tensors can have", ANOTHER)
+    if wrong := schema.first_unsound(values, checks):
+        raise UserError(f"{folder / PEFT_CONFIG}: {wrong} is not what a LoRA with these tensors can have", ANOTHER)
     return {key: content[key] for key in KEYS if content.get(key)}
 
 
-def _is_strength(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= HIGHEST_ALPHA
+def _is_module(value: Any) -> bool:
+    return isinstance(value, str) and MODULE_NAME.fullmatch(value) is not None
 
 
-def _is_one_of(value: Any, ranks: set[int]) -> bool:
-    return type(value) is int and value in ranks
-
-
-def _are_names(names: Any, kind: type) -> bool:
-    """A list of modules, or a table with them as keys."""
-    if not isinstance(names, kind) or len(names) > MOST_NAMES:
-        return False
-    return all(isinstance(name, str) and MODULE_NAME.fullmatch(name) for name in names)
+_is_rank = schema.whole(1, HIGHEST_RANK)
+_is_strength = schema.number(0, HIGHEST_ALPHA, exclusive=True)

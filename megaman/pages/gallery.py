@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megaman import schema
 from megaman.errors import UserError
 from megaman.files import read_json, write_json, write_text
 from megaman.pages.html import href, render
@@ -35,8 +36,14 @@ class GalleryImage:
     loras: list[str] = field(default_factory=list)  # as the command line names them, the strength behind a colon
 
 
-FIELD_TYPES = {"file": str, "prompt": str, "negative_prompt": str, "seed": int, "width": int, "height": int,
-               "settings": dict, "base_file": str | None, "loras": list}  # fmt: skip
+_is_text, _is_int = schema.instance(str), schema.instance(int)
+CHECKS = {"file": _is_text, "prompt": _is_text, "negative_prompt": _is_text, "seed": _is_int, "width": _is_int,
+          "height": _is_int, "settings": schema.instance(dict), "base_file": schema.instance(str, type(None)),
+          "loras": schema.instance(list)}  # fmt: skip
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
 
 
 def read_images(folder: Path) -> list[GalleryImage]:
@@ -53,7 +60,7 @@ def _read(path: Path) -> tuple[str, list[Any]]:
     if not isinstance(content, dict) or content.keys() != {"gallery", "images"}:
         raise _broken(path, "it holds neither a list nor an object with gallery and images")
     gallery, records = content["gallery"], content["images"]
-    if not (isinstance(gallery, str) and re.fullmatch("[0-9a-f]{16}", gallery)) or not isinstance(records, list):
+    if not _is_id(gallery) or not isinstance(records, list):
         raise _broken(path, "gallery is no id of 16 digits, or images is no list")
     try:
         json.dumps(records, ensure_ascii=False).encode("utf-8")
@@ -70,9 +77,8 @@ def _image(path: Path, number: int, record: Any) -> GalleryImage:
     except TypeError:  # a field too many or too few
         names = ", ".join(field.name for field in fields(GalleryImage))
         raise _broken(path, f"entry {number} does not have the fields {names}") from None
-    for name, kind in FIELD_TYPES.items():
-        if not isinstance(getattr(image, name), kind):
-            raise _broken(path, f"{name} of entry {number} is of the wrong kind")
+    if name := schema.first_unsound(vars(image), CHECKS):
+        raise _broken(path, f"{name} of entry {number} is of the wrong kind")
     return image
 
 

@@ -6,7 +6,6 @@ A1111's parameters text and the gallery's entry are made of the same record.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from megaman import schema
 from megaman.config import samplers
 from megaman.errors import UserError
 from megaman.files import is_network, replacing
@@ -185,58 +185,38 @@ def read(path: Path) -> Record:
         known = {field.name: content[field.name] for field in fields(Record)}
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"--from_image {path}: its record is damaged", another) from None
-    if wrong := [name for name, value in known.items() if not _SOUND[name](value)]:
-        raise UserError(f"--from_image {path}: {wrong[0]} in its record is not what it can be", another)
+    if wrong := schema.first_unsound(known, CHECKS):
+        raise UserError(f"--from_image {path}: {wrong} in its record is not what it can be", another)
     record = Record(**known)
     if not record.place < len(record.batch):
         raise UserError(f"--from_image {path}: place in its record is not what it can be", another)
     return record
 
 
-def _whole(low: int, high: int) -> Any:
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def _number(low: float, high: float) -> Any:
-    return lambda value: type(value) in (int, float) and low <= value <= high
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= LONGEST and not re.search("[\ud800-\udfff]", value)
-
-
-def _row(value: Any, *kinds: Any) -> bool:
-    fits = isinstance(value, list) and len(value) == len(kinds)
-    return fits and all(kind(part) for kind, part in zip(kinds, value, strict=True))
-
-
-def _some(least: int, each: Any) -> Any:
-    return lambda value: isinstance(value, list) and least <= len(value) <= MOST and all(map(each, value))
-
-
-def _side(value: Any) -> bool:
-    return _whole(8, 8192)(value) and value % 8 == 0
+def _is_side(value: Any) -> bool:
+    return schema.whole(8, 8192)(value) and value % 8 == 0
 
 
 def _is_path(value: Any) -> bool:
-    return _text(value) and bool(value) and not is_network(value)
+    return _is_text(value) and bool(value) and not is_network(value)
 
 
-def _is_lora(value: Any) -> bool:
-    return _row(value, _is_path, _number(-10, 10), _text)
+def _is_sampler(value: Any) -> bool:
+    return _is_text(value) and samplers.find(value) is not None
 
 
+_is_text = schema.text(LONGEST)
+_is_seed = schema.whole(0, 2**64 - 1)
+_is_strength = schema.number(-10, 10)
 # The limits are those of the command line; a path that would log in elsewhere is none. Whether base and LoRAs are still
-# there is asked where they are loaded: they may have moved.
-_SOUND = {
-    "prompt": _text, "negative_prompt": _text, "seed": _whole(0, 2**64 - 1), "width": _side, "height": _side,
-    "steps": _whole(1, 999), "guidance_scale": _number(0, 100),
-    "scheduler": lambda value: _text(value) and samplers.find(value) is not None, "clip_skip": _whole(1, 64),
-    "base": _is_path, "loras": _some(0, _is_lora), "lora_scale": _number(-10, 10),
-    "batch": _some(1, lambda value: _row(value, _text, _text, _whole(0, 2**64 - 1))), "place": _whole(0, MOST),
-    "device": _text, "dtype": lambda value: value in ("float32", "float16", "bfloat16"),
-    "fused": lambda value: type(value) is bool, "vae_tiling": lambda value: type(value) is bool,
-    "memory_format": lambda value: value in ("contiguous", "channels_last"),
-    "threads": _whole(0, MOST_THREADS),
-    "versions": lambda value: isinstance(value, dict) and all(map(_text, value.values())),
+# there is checked when they are loaded: they may have moved.
+CHECKS = {
+    "prompt": _is_text, "negative_prompt": _is_text, "seed": _is_seed, "width": _is_side, "height": _is_side,
+    "steps": schema.whole(1, 999), "guidance_scale": schema.number(0, 100), "scheduler": _is_sampler,
+    "clip_skip": schema.whole(1, 64), "base": _is_path,
+    "loras": schema.list_of(schema.row(_is_path, _is_strength, _is_text), most=MOST), "lora_scale": _is_strength,
+    "batch": schema.list_of(schema.row(_is_text, _is_text, _is_seed), least=1, most=MOST),
+    "place": schema.whole(0, MOST), "device": _is_text, "dtype": schema.one_of("float32", "float16", "bfloat16"),
+    "fused": schema.instance(bool), "vae_tiling": schema.instance(bool), "versions": schema.mapping(_is_text),
+    "memory_format": schema.one_of("contiguous", "channels_last"), "threads": schema.whole(0, MOST_THREADS),
 }  # fmt: skip

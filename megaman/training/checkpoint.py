@@ -6,12 +6,13 @@ state has to be kept.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megaman import schema
 from megaman.data.captions import Variation
 from megaman.errors import UserError
 from megaman.files import read_json, remove_folder, replacing_folder, write_json
@@ -27,9 +28,10 @@ OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass
-class Progress:
-    """Where a run stands: optimizer steps done, its seed, TensorBoard folder, seconds spent, the settings that a
-    resumed run has to share, and those of compute.py, which it may (None in earlier checkpoints)."""
+class TrainState:
+    """What a checkpoint holds in addition to tensors: optimizer steps done, the run's seed, TensorBoard folder, seconds
+    spent, the settings that a resumed run has to share, those of compute.py, which it may (None in earlier
+    checkpoints), and the loss scale's state if there is one."""
 
     step: int
     seed: int
@@ -37,6 +39,7 @@ class Progress:
     elapsed: float
     settings: dict[str, Any]
     choices: Any = None
+    scaler: dict[str, Any] | None = None
 
 
 def save(
@@ -44,7 +47,7 @@ def save(
     unet: UNet2DConditionModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
-    progress: Progress,
+    state: TrainState,
     base_name: str,
     limit: int | None,
     text_encoder: CLIPTextModel | None = None,
@@ -53,13 +56,13 @@ def save(
 
     text_encoder is given where it is trained too.
     """
-    folder = output_dir / f"checkpoint-{progress.step}"
+    folder = output_dir / f"checkpoint-{state.step}"
     with replacing_folder(folder) as aside:
         lora_files.write_peft(aside, unet, base_name, text_encoder=text_encoder)
         lora_files.write_tensors(aside / OPTIMIZER, _optimizer_tensors(_parameters(unet, text_encoder), optimizer))
-        content = {**asdict(progress), "scaler": scaler.state_dict() if scaler else None}
-        write_json(aside / STATE, content)
-    prune(output_dir, progress.step, limit)
+        whole_state = replace(state, scaler=scaler.state_dict() if scaler else None)
+        write_json(aside / STATE, asdict(whole_state))
+    prune(output_dir, state.step, limit)
     return folder
 
 
@@ -88,19 +91,24 @@ def _optimizer_tensors(
     }
 
 
-def read_progress(folder: Path) -> Progress:
-    """What the checkpoint says of its run; raises UserError where it does not say it all, or something else."""
+def read_train_state(folder: Path) -> TrainState:
+    """What the checkpoint says of its run; raises UserError if it does not say it all, or something else."""
     content = read_json(folder / STATE)
-    kinds = {"step": int, "seed": int, "log_dir": (str, type(None)), "elapsed": (int, float), "settings": dict}
-    known = isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
-    scaler = (content.get("scaler") or {}) if known else None
-    if not known or not isinstance(scaler, dict) or not all(map(_is_number, [content["elapsed"], *scaler.values()])):
+    if not _is_train_state(content):
         raise UserError(f"{folder / STATE} is damaged", "Resume from an earlier checkpoint")
-    return Progress(**{key: content.get(key) for key in Progress.__dataclass_fields__})
+    return TrainState(**{field.name: content.get(field.name) for field in fields(TrainState)})
 
 
-def _is_number(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e30
+
+
+_is_train_state = schema.record(
+    {"step": schema.instance(int), "seed": schema.instance(int), "elapsed": _is_finite,
+     "settings": schema.instance(dict)},
+    optional={"log_dir": schema.instance(str, type(None)),
+              "scaler": lambda value: not value or schema.mapping(_is_finite)(value)},
+)  # fmt: skip
 
 
 def restore(
@@ -125,7 +133,7 @@ def restore(
             raise UserError(f"{folder / OPTIMIZER} does not fit its adapter", "Resume from an earlier checkpoint")
         fused = optimizer.defaults["fused"]
         optimizer.state[parameter] = {key.split(":")[1]: _beside(parameter, moments[key], fused) for key in keys}
-    saved_scaler = read_json(folder / STATE).get("scaler")
+    saved_scaler = read_train_state(folder).scaler
     if scaler and saved_scaler:
         scaler.load_state_dict(saved_scaler)
 

@@ -5,13 +5,14 @@ And what to do when memory was not enough: make room step by step, and keep the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import is_xformers_available
 
+from megaman import schema
 from megaman.errors import UserError, brief
 from megaman.runtime import DTYPES, Placement, place
 from megaman.threads import MOST_THREADS
@@ -183,13 +184,13 @@ def _earlier(saved: Any, device: str) -> tuple[Choices | None, list[str]]:
         return None, []
     if isinstance(saved, dict):
         saved = {"threads": torch.get_num_threads(), **saved}  # earlier checkpoints do not say
-    names = Choices.__dataclass_fields__
-    sound = isinstance(saved, dict) and all(name in saved and _SOUND[name](saved[name]) for name in names)
-    if not sound:
+    if not _is_choices(saved):
         return None, ["           what the checkpoint says of how it computed is damaged: chosen anew"]
     if saved["device"] != device:
         return None, [f"           the checkpoint was computed on {saved['device']}: chosen anew for {device}"]
-    return Choices(**{name: saved[name] for name in names} | {"split": Split(**saved["split"])}), []
+    return Choices(
+        **{field.name: saved[field.name] for field in fields(Choices)} | {"split": Split(**saved["split"])}
+    ), []
 
 
 def _in_words(choices: Choices, name: str) -> str:
@@ -199,25 +200,12 @@ def _in_words(choices: Choices, name: str) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
-def _count(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def _one_of(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: any(type(value) is type(each) and value == each for each in values)
-
-
-_SOUND: dict[str, Callable[[Any], bool]] = {
-    "device": _one_of("cuda", "mps", "cpu"), "dtype": _one_of(*WORDS),
-    "memory_format": _one_of("contiguous", "channels_last"), "attention": _one_of("sdpa", "xformers"),
-    "compile": _one_of(True, False), "gradient_checkpointing": _one_of(True, False),
-    "vae_tile": _count(0, 8192),
-    "split": lambda value: isinstance(value, dict) and value.keys() == {"size", "count"}
-    and all(map(_count(1, 2**28), value.values())),
-    "asked": lambda value: isinstance(value, dict) and all(map(_is_plain, value.values())),
-    "threads": _count(1, MOST_THREADS),
-}  # fmt: skip
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, str))
+_is_on_or_off = schema.one_of(True, False)
+_is_part = schema.whole(1, 2**28)
+_is_choices = schema.record(
+    {"device": schema.one_of("cuda", "mps", "cpu"), "dtype": schema.one_of(*WORDS),
+     "memory_format": schema.one_of("contiguous", "channels_last"), "attention": schema.one_of("sdpa", "xformers"),
+     "compile": _is_on_or_off, "gradient_checkpointing": _is_on_or_off, "vae_tile": schema.whole(0, 8192),
+     "split": schema.record({"size": _is_part, "count": _is_part}, exact=True),
+     "asked": schema.mapping(schema.instance(bool, int, str, type(None))), "threads": schema.whole(1, MOST_THREADS)}
+)  # fmt: skip

@@ -31,7 +31,7 @@ import megaman_lora
 from megaman.errors import run_script
 from megaman.lora.files import PEFT_WEIGHTS
 from megaman.training import validation
-from megaman.training.checkpoint import OPTIMIZER, read_progress
+from megaman.training.checkpoint import OPTIMIZER, read_train_state
 from megaman.training.output import find_all
 from megaman.training.run_metadata import TIMES
 
@@ -118,7 +118,7 @@ def check_checkpoints(output: Path) -> int:
     """Every checkpoint that stands there loads; returns their number."""
     found = find_all(output)
     for folder in found:
-        read_progress(folder)
+        read_train_state(folder)
         load_file(folder / PEFT_WEIGHTS)
         load_file(folder / OPTIMIZER)
     unfinished = [

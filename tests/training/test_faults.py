@@ -22,7 +22,7 @@ from megaman.lora import adapter
 from megaman.lora import files as lora_files
 from megaman.models.base import load_base
 from megaman.training import checkpoint, output
-from megaman.training.checkpoint import OPTIMIZER, read_progress
+from megaman.training.checkpoint import OPTIMIZER, read_train_state
 from megaman.training.step import PATIENCE, SkippedSteps
 from megaman.training.tensorboard import TrainingLog
 
@@ -61,7 +61,7 @@ def trained(train_here, tmp_path_factory) -> Path:
 def whole_checkpoints(folder: Path) -> list[Path]:
     found = output.find_all(folder)
     for path in found:
-        assert read_progress(path).step == output.step_of(path)
+        assert read_train_state(path).step == output.step_of(path)
         load_file(path / "adapter_model.safetensors")
         load_file(path / OPTIMIZER)
     return found
@@ -87,8 +87,8 @@ def test_every_call_of_a_save_fails_once(adapted, tmp_path):
     out = tmp_path / "out"
 
     def save(step: int) -> None:
-        progress = checkpoint.Progress(step, 0, "logs", 1.0, {})
-        checkpoint.save(out, unet, optimizer, None, progress, "base", 1, text_encoder)
+        state = checkpoint.TrainState(step, 0, "logs", 1.0, {})
+        checkpoint.save(out, unet, optimizer, None, state, "base", 1, text_encoder)
         lora_files.save_lora(out / "lora_weights", unet, "base", {"ss_steps": str(step)}, text_encoder=text_encoder)
 
     save(1)
