@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 from megaman import threads
 from megaman.config import samplers
-from megaman.config.cli import Namespace
-from megaman.config.generate import generation_options
+from megaman.config.generate import GenerateConfig, parse_generate_config
 from megaman.errors import UserError, run_script
 from megaman.files import split_strength
 from megaman.hub import DEFAULT_BASE, is_base
@@ -36,14 +35,14 @@ from megaman.training.output import find_all
 
 
 def main(argv: list[str]) -> int:
-    options = generation_options(argv)
-    again = records.read(Path(options.from_image)) if options.from_image else None
-    prompts, bad_lines = ([], []) if again else asked_for(options)
-    plan = plan_again(options, again) if again else plan_anew(options)
+    config = parse_generate_config(argv)
+    again = records.read(Path(config.again.from_image)) if config.again.from_image else None
+    prompts, bad_lines = ([], []) if again else asked_for(config)
+    plan = plan_again(config, again) if again else plan_anew(config)
     print("".join(f"{line}\n" for line in bad_lines), end="")
     if tags := [tag for prompt in prompts for tag in prompt_weights.tags(prompt.text)]:
         print(f"{', '.join(dict.fromkeys(tags))} in a prompt is left out: name LoRAs in --lora_path")
-    output_dir = Path(options.output_dir)
+    output_dir = Path(config.output.output_dir)
     gallery = output_folder.complete(output_dir, read_images(output_dir))
     if not gallery and (output_dir / "index.html").exists():
         raise UserError(f"--output_dir {output_dir} holds an index.html of something else", "Name another folder")
@@ -67,25 +66,25 @@ def main(argv: list[str]) -> int:
 
     # Base and LoRA, which is added to the base's own weights, unless the plain base has to draw beside it.
     base_name = actual_name(plan.base)
-    placement = place(plan.precision, choose_device(options.device), width, plan.memory_format)
+    placement = place(plan.precision, choose_device(config.compute.device), width, plan.memory_format)
     set_threads(policy)
     runtime.keep_freed_memory()
     print(f"loading {base_name}{' and the LoRA in ' * bool(plan.loras)}{plan.source}")
     if remark := moved(plan.base):
         print(f"  {remark}")
     base = load_base(base_name, placement.dtype, layout=placement.layout)
-    configs = lora_files.load_loras(plan.loras, base.unet, base.text_encoder)
+    lora_configs = lora_files.load_loras(plan.loras, base.unet, base.text_encoder)
     hashes = {path: lora_files.short_hash(path) for path, _ in plan.loras}
     fused = adapter.Fused([base.unet, base.text_encoder], changing=len(plan.ways) > 1) if plan.fused else None
 
     # Jobs: what is to be drawn, in which batches, in what room.
-    size = tuple(side or min(512, base.native_size) for side in (options.width, options.height))
+    size = tuple(side or min(512, base.native_size) for side in (config.sampling.width, config.sampling.height))
     jobs = again.jobs() if again else make_jobs(
-        prompts, options.num_images_per_prompt, options.negative_prompt, options.seed, size,
-        options.num_inference_steps, options.guidance_scale)  # fmt: skip
+        prompts, config.prompts.num_images_per_prompt, config.prompts.negative_prompt, config.sampling.seed, size,
+        config.sampling.num_inference_steps, config.sampling.guidance_scale)  # fmt: skip
     largest = max(jobs, key=lambda job: job.width * job.height)
     pixels = largest.width * largest.height
-    batch_size = len(jobs) if again else options.batch_size
+    batch_size = len(jobs) if again else config.compute.batch_size
     space = generator.make_room(
         runtime.free_memory(placement.device), tuple(map(runtime.size_of, (base.unet, base.vae, base.text_encoder))),
         generator.pass_sizes(base.unet, base.vae, pixels, base.vae_factor), pixels,
@@ -106,7 +105,7 @@ def main(argv: list[str]) -> int:
 
     # What is there already. A batch of which something is missing is drawn whole, so that its pixels stay the same.
     stopped = None
-    if options.resume:
+    if config.again.resume:
         wanted = [(job.i, record(job, [job], way)) for way, job in product(plan.ways, jobs)]
         stopped = output_folder.first_of_stopped(output_dir, wanted)
     first = output_folder.first_free(output_dir) if stopped is None else stopped
@@ -127,33 +126,33 @@ def main(argv: list[str]) -> int:
 
     # What will happen.
     if again:
-        print(f"again      {options.from_image}, seed {again.seed}, drawn in a batch of {len(jobs)} as it was")
+        print(f"again      {config.again.from_image}, seed {again.seed}, drawn in a batch of {len(jobs)} as it was")
         less = space.at_once(again.height, again.width) < len(jobs)
         for remark in [*["there is memory for a smaller batch only"] * less, *differences(again, shared, hashes)]:
             print(f"           {remark}: the pixels may differ")
     else:
         scales = len({way.scale for way in plan.ways})
-        print(f"images     {len(jobs)}: {len(prompts)} prompts x {options.num_images_per_prompt}, "
+        print(f"images     {len(jobs)}: {len(prompts)} prompts x {config.prompts.num_images_per_prompt}, "
               f"{spread(f'{job.width}x{job.height}' for job in jobs)}, {spread(job.steps for job in jobs)} steps of "
               f"{plan.sampler.title}, guidance {spread(f'{job.guidance:g}' for job in jobs)}, seed {jobs[0].seed}"
-              + (", each beside the base's" if options.compare else "")
+              + (", each beside the base's" if config.comparison.compare else "")
               + (f", each {len(plan.ways)} times: {len(plan.ways) // scales} LoRAs x {scales} strengths"
                  if len(plan.ways) > 1 else ""))  # fmt: skip
-    for config, (path, strength) in zip(configs, plan.loras, strict=True):
+    for lora, (path, strength) in zip(lora_configs, plan.loras, strict=True):
         strength *= plan.ways[0].scale if len(plan.ways) == 1 else 1
-        print(f"LoRA       rank {config.r}, alpha {config.lora_alpha:g}"
+        print(f"LoRA       rank {lora.r}, alpha {lora.lora_alpha:g}"
               + (f", strength {strength:g}: {path}" if len(plan.loras) > 1 or strength != 1 else ""))  # fmt: skip
     print(*device_lines(placement, str(space)), sep="\n")
     if policy.remark:
         print(f"           {policy.remark}")
-    if options.resume:
+    if config.again.resume:
         there = f"{count - left_to_draw} of {count} are" if stopped is not None else "nothing of this run is"
         print(f"resuming   {there} there")
 
     # Images, batch by batch, each written as it comes. The page is whole at any time.
     output_dir.mkdir(parents=True, exist_ok=True)
     passes = {job.steps: denoise.count_passes(base.scheduler, plan.sampler, job.steps) for job in jobs}
-    runs = 2 if options.compare else 1
+    runs = 2 if config.comparison.compare else 1
     bar = tqdm(total=sum(passes[batch[0].steps] for _, batch, _ in todo) * runs, desc="drawing", unit="step")
     at_work = None
     if not todo:  # the page may still gain images that no page named
@@ -163,7 +162,7 @@ def main(argv: list[str]) -> int:
             if way is not at_work:
                 drawer.set_strengths(way.strengths)
             at_work = way
-            bases = drawer.draw(batch, bar.update, plain=True) if options.compare else []
+            bases = drawer.draw(batch, bar.update, plain=True) if config.comparison.compare else []
             for job, part, image in bases:
                 if job in left:
                     path = output_dir / base_file_of(file_of(job, way, first))
@@ -176,7 +175,8 @@ def main(argv: list[str]) -> int:
                     own = record(job, part, way)
                     output_folder.refuse_taken(output_dir / file)
                     records.save(output_dir / file, image, own)
-                    gallery.append(records.gallery_image(file, own, base_file_of(file) if options.compare else None))
+                    base_file = base_file_of(file) if config.comparison.compare else None
+                    gallery.append(records.gallery_image(file, own, base_file))
             page = write_gallery(output_dir, gallery, "Mega Man LoRA")
     except KeyboardInterrupt:
         bar.close()
@@ -211,40 +211,41 @@ class Plan(NamedTuple):
     clip_skip: int
 
 
-def plan_anew(options: Namespace) -> Plan:
+def plan_anew(config: GenerateConfig) -> Plan:
     """The plan of a command line."""
-    given = [(Path(path), strength) for path, strength in map(split_strength, options.lora_path)]
-    loras = [(path, 1.0) for path in trained(Path(options.checkpoints))] if options.checkpoints else given
-    base = options.base_model or next(filter(None, [base_of(path) for path, _ in loras]), DEFAULT_BASE)
-    scales = options.lora_scales or [1.0 if options.lora_scale is None else options.lora_scale]
-    ways = make_ways(loras, scales, one_by_one=bool(options.checkpoints))
-    source = options.checkpoints or ", ".join(options.lora_path)
-    return Plan(base, loras, source, ways, not options.compare, "fp16", "auto", samplers.find(options.scheduler),
-                options.clip_skip)  # fmt: skip
+    given = [(Path(path), strength) for path, strength in map(split_strength, config.model.lora_path)]
+    comparison = config.comparison
+    loras = [(path, 1.0) for path in trained(Path(comparison.checkpoints))] if comparison.checkpoints else given
+    base = config.model.base_model or next(filter(None, [base_of(path) for path, _ in loras]), DEFAULT_BASE)
+    scales = comparison.lora_scales or [1.0 if comparison.lora_scale is None else comparison.lora_scale]
+    ways = make_ways(loras, scales, one_by_one=bool(comparison.checkpoints))
+    source = comparison.checkpoints or ", ".join(config.model.lora_path)
+    return Plan(base, loras, source, ways, not comparison.compare, "fp16", "auto",
+                samplers.find(config.sampling.scheduler), config.sampling.clip_skip)  # fmt: skip
 
 
-def plan_again(options: Namespace, again: records.Record) -> Plan:
+def plan_again(config: GenerateConfig, again: records.Record) -> Plan:
     """The plan of an image; the flags may say where its base and its LoRAs lie now."""
-    told = [split_strength(path)[0] for path in options.lora_path] if "lora_path" in options.given else None
+    told = [split_strength(path)[0] for path in config.model.lora_path] if "lora_path" in config.explicit else None
     paths = told or [path for path, _, _ in again.loras]
     if len(paths) != len(again.loras):
         raise UserError(
             f"--lora_path: the image was drawn with {len(again.loras)} LoRAs", "Name as many, in that order"
         )
-    if not options.base_model and not is_base(again.base):
+    if not config.model.base_model and not is_base(again.base):
         raise UserError(f"--from_image: its base {again.base} is not here nor on the hub", "Name it in --base_model")
     loras = [(Path(path), strength) for path, (_, strength, _) in zip(paths, again.loras, strict=True)]
     precision = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[again.dtype]
     ways = make_ways(loras, [again.lora_scale], one_by_one=False)
-    return Plan(options.base_model or again.base, loras, ", ".join(paths), ways, again.fused, precision,
+    return Plan(config.model.base_model or again.base, loras, ", ".join(paths), ways, again.fused, precision,
                 again.memory_format, samplers.find(again.scheduler), again.clip_skip)  # fmt: skip
 
 
-def asked_for(options: Namespace) -> tuple[list[Prompt], list[str]]:
+def asked_for(config: GenerateConfig) -> tuple[list[Prompt], list[str]]:
     """The prompts of the command line or of a file, and what is wrong with that file's lines."""
-    if options.prompts:
-        return [Prompt(text) for text in options.prompts], []
-    return read_prompts(BUILT_IN if options.prompts_file is None else Path(options.prompts_file))
+    if config.prompts.prompts:
+        return [Prompt(text) for text in config.prompts.prompts], []
+    return read_prompts(BUILT_IN if config.prompts.prompts_file is None else Path(config.prompts.prompts_file))
 
 
 def trained(folder: Path) -> list[Path]:

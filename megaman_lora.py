@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from megaman import threads
 from megaman.config.cli import resuming
-from megaman.config.train import MUST_MATCH, bucket_settings, cache_place, plan_request, training_options
+from megaman.config.train import parse_train_config
 from megaman.data.captions import Variation
 from megaman.data.dataset import MegaManDataset
 from megaman.data.file_index import Stamps
@@ -41,48 +41,55 @@ LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the d
 
 
 def main(argv: list[str]) -> int:
-    options = training_options(argv)
-    if options.plan:
+    config = parse_train_config(argv)
+    if config.run.plan:
         from megaman.training.memory_plan import table
 
-        print(*table(options.mixed_precision, options.vram_limit, **plan_request(options)), sep="\n")
+        print(*table(config.compute.mixed_precision, config.compute.vram_limit, **config.memory_request()), sep="\n")
         return 0
 
     # Pictures: found and looked at before anything heavy is imported. Where there are 100,000 of them, Python would
     # otherwise look through all of them again and again while others are made.
     gc.set_threshold(50_000, 10, 10)
-    given = options.demo or "data_dir" in options.given
-    cache_dir = cache_place(options)
+    explicit_data = config.run.demo or "data_dir" in config.explicit
+    cache_dir = config.cache.path()
     seen = Stamps(cache_dir)
-    find = partial(find_pictures, options.data_dir, given, seen, options.resolution, options.center_crop,
-                   options.caption_extension, options.dataset_repeats)  # fmt: skip
+    find = partial(find_pictures, config.data.data_dir, explicit_data, seen, config.data.resolution,
+                   config.data.center_crop, config.captions.caption_extension, config.data.dataset_repeats)  # fmt: skip
     dataset = find()
     if dataset is None:
-        return int(options.strict)  # no pictures is what a check should find
-    output_dir = Path(options.output_dir)
-    if options.check_data:
+        return int(config.run.strict)  # no pictures is what a check should find
+    output_dir = Path(config.output.output_dir)
+    if config.run.check_data:
         from megaman.data import buckets
         from megaman.doctor import checks, report
 
-        if options.auto_caption:
-            add_captions(options.auto_caption, dataset)
+        if config.captions.auto_caption:
+            add_captions(config.captions.auto_caption, dataset)
             dataset = find()
-        if options.enable_bucket:  # no base is read: the limits are as for Stable Diffusion 1.5, or a smaller one
-            dataset.buckets = buckets.make_buckets(native=min(512, options.resolution), **bucket_settings(options))
+        if (
+            config.buckets.enable_bucket
+        ):  # no base is read: the limits are as for Stable Diffusion 1.5, or a smaller one
+            dataset.buckets = buckets.make_buckets(
+                native=min(512, config.data.resolution), **config.buckets.limits(config.data.resolution)
+            )
         bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
-        found = checks.examine(dataset, options.resolution, options.trigger_word or None, bar)
+        found = checks.examine(dataset, config.data.resolution, config.captions.trigger_word or None, bar)
         print(*report.write_report(output_dir, found), sep="\n")
-        return int(options.strict and found.wrong)
-    checkpoint, leftovers = open_output(output_dir, options.resume_from_checkpoint, options.overwrite_output)
+        return int(config.run.strict and found.wrong)
+    checkpoint, leftovers = open_output(
+        output_dir, config.output.resume_from_checkpoint, config.output.overwrite_output
+    )
     datasets = [dataset]  # and, where there are any, the class pictures
-    if options.class_data_dir:
-        datasets.append(find_pictures(options.class_data_dir, True, seen, options.resolution, options.center_crop,
-                                      options.caption_extension, 1, "--class_data_dir"))  # fmt: skip
-    if error := first_too_bad(datasets, options.skip_bad_images):
+    if config.data.class_data_dir:
+        datasets.append(find_pictures(config.data.class_data_dir, True, seen, config.data.resolution,
+                                      config.data.center_crop, config.captions.caption_extension, 1,
+                                      "--class_data_dir"))  # fmt: skip
+    if error := first_too_bad(datasets, config.data.skip_bad_images):
         report_problems(datasets, output_dir)
         raise error
 
-    width, cpus = unet_width(options.pretrained_model_name), threads.usable_cpus()
+    width, cpus = unet_width(config.base.pretrained_model_name), threads.usable_cpus()
     policy = threads.choose_threads(
         threads.threads_for_training(width, cpus), cpus, threads.user_environment(),
         saved_threads(checkpoint) if checkpoint else None,
@@ -116,9 +123,10 @@ def main(argv: list[str]) -> int:
 
     # Device, precision and whatever else shapes the computation: by a rule, or as the checkpoint says.
     saved = checkpoints.read_train_state(checkpoint) if checkpoint else None
-    asked = {flag: getattr(options, flag) for flag in ASKED}
+    settings = config.settings()
+    asked = {flag: settings[flag] for flag in ASKED}
     set_threads(policy)
-    chosen, placement, remarks = choose(asked, options.given, choose_device(), width, saved and saved.choices)
+    chosen, placement, remarks = choose(asked, config.explicit, choose_device(), width, saved and saved.choices)
     runtime.keep_freed_memory()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process writes captions
@@ -128,153 +136,167 @@ def main(argv: list[str]) -> int:
     say = accelerator.print
 
     # Captions that are missing, before anything is made of them: one process writes, the others wait.
-    if options.auto_caption:
+    if config.captions.auto_caption:
         if accelerator.is_main_process:
-            add_captions(options.auto_caption, dataset)
+            add_captions(config.captions.auto_caption, dataset)
         accelerator.wait_for_everyone()
         dataset = datasets[0] = find()
-    dataset.dress(options.trigger_word, options.caption_prefix, options.caption_suffix)
-    variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
+    dataset.dress(config.captions.trigger_word, config.captions.caption_prefix, config.captions.caption_suffix)
+    variation = Variation(**{flag: settings[flag] for flag in Variation._fields})
 
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
-    seed = options.seed if options.seed is not None else saved.seed if saved else secrets.randbelow(2**31)
+    seed = config.run.seed if config.run.seed is not None else saved.seed if saved else secrets.randbelow(2**31)
     (seed,) = broadcast_object_list([seed])  # every process draws its own otherwise
-    name = actual_name(options.pretrained_model_name)
-    split, at_once = chosen.split, options.train_batch_size * world
-    effective = at_once * options.gradient_accumulation_steps
+    name = actual_name(config.base.pretrained_model_name)
+    split, at_once = chosen.split, config.optimizer.train_batch_size * world
+    effective = at_once * config.optimizer.gradient_accumulation_steps
     must_match = {"pretrained_model_name": name, "seed": seed, "data": dataset.fingerprint(),
-                  "class data": datasets[1].fingerprint() if options.class_data_dir else "none",
-                  **{flag: getattr(options, flag) for flag in MUST_MATCH}, "pictures a step": effective,
-                  "pictures of one bucket": at_once if options.enable_bucket else None}  # fmt: skip
+                  "class data": datasets[1].fingerprint() if config.data.class_data_dir else "none",
+                  **config.resume_settings(), "pictures a step": effective,
+                  "pictures of one bucket": at_once if config.buckets.enable_bucket else None}  # fmt: skip
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
         raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
     start = saved.step if saved else 0
 
     # What it will need, before anything is loaded; in each process the same.
-    limit = min(gather_object([memory_limit(device, options.vram_limit)]))
-    fitted = settle(placement, limit, split, chosen.gradient_checkpointing, world == 1, say, **plan_request(options))
+    limit = min(gather_object([memory_limit(device, config.compute.vram_limit)]))
+    fitted = settle(placement, limit, split, chosen.gradient_checkpointing, world == 1, say, **config.memory_request())
     chosen.vae_tile = fitted.tile = fitted.tile or chosen.vae_tile
 
     # The base, whose parts are loaded as they are needed.
     say(f"loading {name}")
-    if remark := moved(options.pretrained_model_name):
+    if remark := moved(config.base.pretrained_model_name):
         say(f"  {remark}")
     base = load_base(name, placement.dtype, device, placement.layout)
-    adapter.check_targets(base.unet_layers, options.target_modules)
-    for each in datasets if options.enable_bucket else []:
-        each.buckets = buckets.make_buckets(native=base.native_size, **bucket_settings(options))
+    adapter.check_targets(base.unet_layers, config.lora.target_modules)
+    for each in datasets if config.buckets.enable_bucket else []:
+        each.buckets = buckets.make_buckets(native=base.native_size, **config.buckets.limits(config.data.resolution))
 
     # The frozen parts run once, for every caption and every form of every picture, and leave device and memory.
     captions = [caption for each in datasets for caption in each.captions]
-    texts = CaptionStates(base, captions, [options.validation_prompt, ""], variation.makes_new,
-                          options.train_text_encoder, device)  # fmt: skip
+    texts = CaptionStates(base, captions, [config.validation.validation_prompt, ""], variation.makes_new,
+                          config.lora.train_text_encoder, device)  # fmt: skip
     with accelerator.local_main_process_first():  # the others find it done
         bar = partial(tqdm, unit="picture", disable=process != 0)
-        workers = options.dataloader_num_workers
-        if options.no_cache:
+        workers = config.data.dataloader_num_workers
+        if config.cache.no_cache:
             encoder = latents.Encoder(base.vae)
-            sources = [Fresh(encoder, each, options.random_flip, seed, base.vae_factor, workers) for each in datasets]
+            sources = [
+                Fresh(encoder, each, config.data.random_flip, seed, base.vae_factor, workers) for each in datasets
+            ]
             for each in datasets:
                 drop_damaged(each, workers, partial(bar, desc="looking", total=len(each)))
         else:
             vae = latents.identify(base, seen)
-            sources = [latents.encode_pictures(lambda: base.vae, each, options.crop_variants, options.random_flip, seed,
-                                               seen, Moments(cache_dir and folder_of(cache_dir, vae)), workers,
+            sources = [latents.encode_pictures(lambda: base.vae, each, config.data.crop_variants,
+                                               config.data.random_flip, seed, seen,
+                                               Moments(cache_dir and folder_of(cache_dir, vae)), workers,
                                                partial(bar, desc="encoding", total=len(each)))
                        for each in datasets]  # fmt: skip
             base.release("vae")
             if cache_dir and process == 0:
-                prune(cache_dir, options.cache_limit * 2**30, set().union(*(each.files for each in sources)))
+                prune(cache_dir, config.cache.cache_limit * 2**30, set().union(*(each.files for each in sources)))
     for each in datasets:
         each.cut = cut_off(base.tokenizer, each.captions)
     if process == 0:
         report_problems(datasets, output_dir)
-    if error := first_too_bad(datasets, options.skip_bad_images):
+    if error := first_too_bad(datasets, config.data.skip_bad_images):
         raise error
 
     # LoRA.
     torch.manual_seed(seed)  # for the LoRA's random half
-    add_lora = partial(adapter.inject, rank=options.lora_rank, alpha=options.lora_alpha, use_rslora=options.use_rslora,
-                       dropout=options.lora_dropout)  # fmt: skip
+    add_lora = partial(adapter.inject, rank=config.lora.lora_rank, alpha=config.lora.lora_alpha,
+                       use_rslora=config.lora.use_rslora, dropout=config.lora.lora_dropout)  # fmt: skip
     chosen.apply(base.unet)
     models = [base.unet]  # those in training, each with its parameters and its peak rate
-    groups = [{"params": add_lora(base.unet, target_modules=options.target_modules), "lr": options.learning_rate}]
-    if text_encoder := base.text_encoder if options.train_text_encoder else None:
+    groups = [
+        {
+            "params": add_lora(base.unet, target_modules=config.lora.target_modules),
+            "lr": config.optimizer.learning_rate,
+        }
+    ]
+    if text_encoder := base.text_encoder if config.lora.train_text_encoder else None:
         models.append(text_encoder)
         groups.append({"params": add_lora(text_encoder, target_modules=adapter.TEXT_ENCODER_TARGETS),
-                       "lr": options.text_encoder_lr})  # fmt: skip
+                       "lr": config.optimizer.text_encoder_lr})  # fmt: skip
     trainable = [parameter for group in groups for parameter in group["params"]]
     if fitted.checkpointing:
         compute.checkpoint_gradients(models)
 
     # Steps, rate, optimizer.
-    kinds = [(variation, seed, 1.0), (Variation(), class_seed(seed), options.prior_loss_weight)]
-    encoded = [Encoded(*each, base.vae_factor, options.enable_bucket, options.train_batch_size,
-                       options.gradient_accumulation_steps, world, *kind)
+    kinds = [(variation, seed, 1.0), (Variation(), class_seed(seed), config.loss.prior_loss_weight)]
+    encoded = [Encoded(*each, base.vae_factor, config.buckets.enable_bucket, config.optimizer.train_batch_size,
+                       config.optimizer.gradient_accumulation_steps, world, *kind)
                for *each, kind in zip(datasets, sources, kinds, strict=False)]  # fmt: skip
     batches, sizes = encoded[0].batches, encoded[0].sizes
-    total = total_steps(batches.epoch_length, batches.step_length, options.num_train_epochs,
-                        options.max_train_steps)  # fmt: skip
+    total = total_steps(batches.epoch_length, batches.step_length, config.optimizer.num_train_epochs,
+                        config.optimizer.max_train_steps)  # fmt: skip
     epochs = total * batches.step_length / batches.epoch_length
     if start > total:
         raise UserError(f"{checkpoint} is at step {start}, beyond the {total} of this run", "Raise --max_train_steps")
-    warmup_given = "lr_warmup_steps" in options.given
-    warmup = warmup_steps(options.lr_scheduler, options.lr_warmup_steps, warmup_given, total)
-    if warmup_given and options.lr_warmup_steps and options.lr_scheduler == "constant":
+    warmup_given = "lr_warmup_steps" in config.explicit
+    warmup = warmup_steps(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, warmup_given, total)
+    if warmup_given and config.optimizer.lr_warmup_steps and config.optimizer.lr_scheduler == "constant":
         say("--lr_scheduler constant has no warm-up: take constant_with_warmup for one")
-    rates = [rate_at(options.lr_scheduler, group["lr"], warmup, total) for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
-                                  weight_decay=options.adam_weight_decay, fused=device.type != "mps")  # fmt: skip
+    rates = [rate_at(config.optimizer.lr_scheduler, group["lr"], warmup, total) for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+                                  eps=config.optimizer.adam_epsilon, weight_decay=config.optimizer.adam_weight_decay,
+                                  fused=device.type != "mps")  # fmt: skip
     *prepared, optimizer = accelerator.prepare(*models, optimizer)
     if text_encoder:
         texts.reader = prepared[-1]
     if checkpoint:
         checkpoints.restore(checkpoint, base.unet, optimizer.optimizer, accelerator.scaler, text_encoder)
         if accelerator.is_main_process and checkpoint.resolve().parent == output_dir.resolve():
-            checkpoints.prune(output_dir, start, options.checkpoints_total_limit)
+            checkpoints.prune(output_dir, start, config.output.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    say(*dataset.describe(None if options.no_cache else sources[0].total, options.random_flip), sep="\n")
-    if not options.no_cache:
+    say(*dataset.describe(None if config.cache.no_cache else sources[0].total, config.data.random_flip), sep="\n")
+    if not config.cache.no_cache:
         say(*sources[0].describe(cache_dir), sep="\n")
-    if options.class_data_dir:
-        say(f"class      {len(datasets[1])} in {options.class_data_dir}, loss times {options.prior_loss_weight:g}")
-    if options.enable_bucket:
+    if config.data.class_data_dir:
+        weight = config.loss.prior_loss_weight
+        say(f"class      {len(datasets[1])} in {config.data.class_data_dir}, loss times {weight:g}")
+    if config.buckets.enable_bucket:
         say(f"buckets    {buckets.in_words(sizes)}; {batches.epoch_length} batches an epoch")
-    say(f"steps      {total} of {'up to ' * options.enable_bucket}{effective} pictures ({options.train_batch_size} x "
-        f"{options.gradient_accumulation_steps} accumulated x {world} process{'es' * (world > 1)}), "
-        f"{epochs:.1f} epochs, {options.lr_scheduler} rate up to "
-        f"{options.learning_rate:g}{f' and {options.text_encoder_lr:g} (text encoder)' if text_encoder else ''}, "
-        f"{warmup} warm-up")  # fmt: skip
-    say(f"LoRA       rank {options.lora_rank}, alpha {options.lora_alpha:g}{' (rsLoRA)' * options.use_rslora}, "
-        f"{sum(p.numel() for p in trainable):,} trainable parameters in {len(trainable) // 2} layers"
+    say(f"steps      {total} of {'up to ' * config.buckets.enable_bucket}{effective} pictures "
+        f"({config.optimizer.train_batch_size} x {config.optimizer.gradient_accumulation_steps} accumulated "
+        f"x {world} process{'es' * (world > 1)}), {epochs:.1f} epochs, {config.optimizer.lr_scheduler} rate up to "
+        f"{config.optimizer.learning_rate:g}"
+        + (f" and {config.optimizer.text_encoder_lr:g} (text encoder)" if text_encoder else "")
+        + f", {warmup} warm-up")  # fmt: skip
+    say(f"LoRA       rank {config.lora.lora_rank}, alpha {config.lora.lora_alpha:g}"
+        f"{' (rsLoRA)' * config.lora.use_rslora}, {sum(p.numel() for p in trainable):,} trainable parameters in "
+        f"{len(trainable) // 2} layers"
         + (f", {len(groups[1]['params']) // 2} of them in the text encoder" if text_encoder else ""))  # fmt: skip
-    say(*device_lines(placement, chosen.attention, f"{options.resolution} px", f"seed {seed}"), *remarks, sep="\n")
+    say(*device_lines(placement, chosen.attention, f"{config.data.resolution} px", f"seed {seed}"), *remarks, sep="\n")
     if policy.remark:
         say(f"           {policy.remark}")
-    if options.resume_from_checkpoint:
+    if config.output.resume_from_checkpoint:
         say(f"resuming   {checkpoint}, step {start}" if checkpoint else "resuming   no checkpoint yet: starting afresh")
         for later in [path for path in find_all(output_dir) if checkpoint and step_of(path) > start]:
             say(f"           {later} is later and stays until this run comes to its step")
 
     # Where it is recorded.
-    log_dir = log_dir_of(saved and saved.log_dir, options.logging_dir, output_dir)
-    settings = {**{key: value for key, value in vars(options).items() if key != "given"}, "seed": seed}
+    log_dir = log_dir_of(saved and saved.log_dir, config.output.logging_dir, output_dir)
     curves = TrainingLog(partial(SummaryWriter, str(log_dir), ""), start + 1 if saved else None, say)
     if accelerator.is_main_process:
         remove(leftovers)
-        config = {"settings": settings, "base": name, "total_steps": total, "warmup_steps": warmup, "epochs": epochs,
-                  "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes), "device": str(device),
-                  "dtype": str(placement.dtype).removeprefix("torch."), "versions": installed(),
-                  "class_pictures": sum(map(len, datasets[1:])), "python": sys.version.split()[0],
-                  "log_dir": str(log_dir), "choices": chosen.record(base.unet)}  # fmt: skip
-        write_json(output_dir / "training_config.json", config)
-        curves.add("add_text", "settings", f"```json\n{json.dumps(config, indent=2)}\n```", start)
+        training_config = {"settings": settings | {"seed": seed}, "base": name, "total_steps": total,
+                           "warmup_steps": warmup, "epochs": epochs,
+                           "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes),
+                           "device": str(device), "dtype": str(placement.dtype).removeprefix("torch."),
+                           "versions": installed(), "class_pictures": sum(map(len, datasets[1:])),
+                           "python": sys.version.split()[0], "log_dir": str(log_dir),
+                           "choices": chosen.record(base.unet)}  # fmt: skip
+        write_json(output_dir / "training_config.json", training_config)
+        curves.add("add_text", "settings", f"```json\n{json.dumps(training_config, indent=2)}\n```", start)
 
     stop = StopSignal()
-    seeds = [seed + j for j in range(options.num_validation_images)]
-    validation = Validation(base, texts.states, options.validation_prompt, seeds, options.resolution, fitted.tile_vae,
-                            options.no_cache, accelerator.autocast, say, stop.raise_if_received)  # fmt: skip
+    seeds = [seed + j for j in range(config.validation.num_validation_images)]
+    validation = Validation(base, texts.states, config.validation.validation_prompt, seeds, config.data.resolution,
+                            fitted.tile_vae, config.cache.no_cache, accelerator.autocast, say,
+                            stop.raise_if_received)  # fmt: skip
 
     def validate(step: int) -> None:
         """Draw the fixed-seed images with the model in hand."""
@@ -290,21 +312,21 @@ def main(argv: list[str]) -> int:
                                        chosen.record(base.unet))  # fmt: skip
         try:
             checkpoints.save(output_dir, base.unet, optimizer.optimizer, accelerator.scaler, state, name,
-                             options.checkpoints_total_limit, text_encoder)  # fmt: skip
+                             config.output.checkpoints_total_limit, text_encoder)  # fmt: skip
         except (OSError, UserError) as error:
             say(f"step {step}: no checkpoint ({brief(error)}); training goes on, the next save tries again")
             return False
         return True
 
     training = TrainingStep(prepared, base.scheduler, encoded, texts, accelerator.backward, accelerator.no_sync,
-                            process, device, placement.dtype, base.scaling_factor, options.noise_offset,
-                            options.snr_gamma, options.lora_dropout > 0)  # fmt: skip
+                            process, device, placement.dtype, base.scaling_factor, config.loss.noise_offset,
+                            config.loss.snr_gamma, config.lora.lora_dropout > 0)  # fmt: skip
 
     def make_room() -> None:
         optimizer.zero_grad()
         if world > 1:
             raise UserError("One of the processes ran out of memory", "Lower --train_batch_size for all of them")
-        say(f"too little memory: {compute.make_room(models, split, options.resolution)}")
+        say(f"too little memory: {compute.make_room(models, split, config.data.resolution)}")
 
     # The loop. The last step does everything: log, save, draw. So does a step after which a stop is wanted.
     began, elapsed = time.monotonic(), saved.elapsed if saved else 0.0
@@ -312,7 +334,7 @@ def main(argv: list[str]) -> int:
     for model in models:
         model.train()
     with stop:
-        due = start % options.validation_steps == 0 or start == total
+        due = start % config.validation.validation_steps == 0 or start == total
         if start == 0 or (due and not (output_dir / f"samples-{start}").exists()):  # killed before it came to that
             validate(start)
         bar = tqdm(total=total, initial=start, desc="training", unit="step", disable=not accelerator.is_main_process)
@@ -320,14 +342,14 @@ def main(argv: list[str]) -> int:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate(step - 1)
             losses.append(runtime.until_it_fits(partial(training.accumulate, step, split), make_room))
-            norm = accelerator.clip_grad_norm_(trainable, options.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(trainable, config.optimizer.max_grad_norm)
             all_finite.append(step_where_finite(optimizer, norm, accelerator.scaler))
             optimizer.zero_grad()
             bar.update()
             if step == start + 1 and device.type == "cpu":
                 runtime.use_huge_pages()
             last, stopping = step == total, anywhere(accelerator, stop.received is not None)
-            saving = step % options.save_steps == 0 or last or stopping
+            saving = step % config.output.save_steps == 0 or last or stopping
             if step % LOG_EVERY == 0 or saving:  # a checkpoint never stands ahead of the curve
                 values = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
                 if bad := skipped.note(torch.stack(all_finite).tolist(), step):
@@ -345,7 +367,7 @@ def main(argv: list[str]) -> int:
                 say(f"stopped after step {step}" + (f": {output_dir / f'checkpoint-{step}'}" if saved_now else ""))
                 say(f"to go on: python megaman_lora.py {shlex.join(resuming(argv))}")
                 return stop.exit_code
-            if step % options.validation_steps == 0 or last:
+            if step % config.validation.validation_steps == 0 or last:
                 validate(step)
         bar.close()
 
@@ -354,19 +376,19 @@ def main(argv: list[str]) -> int:
     reason = ""
     if accelerator.is_main_process:
         seconds, samples = elapsed + time.monotonic() - began, output_dir / f"samples-{total}"
-        notes = run_metadata.run_notes(config, dataset.by_folder(), base.scheduler.config.prediction_type,
+        notes = run_metadata.run_notes(training_config, dataset.by_folder(), base.scheduler.config.prediction_type,
                                        samples / "00.png", time.time() - seconds, time.time())  # fmt: skip
-        card = model_card.write_card(config, dataset.captions, sum(dataset.found), samples)
+        card = model_card.write_card(training_config, dataset.captions, sum(dataset.found), samples)
         curves.close()
         wanted = output_dir / "lora_weights"
         save = partial(lora_files.save_lora, unet=base.unet, base_name=name, notes=notes, others=card,
-                       precision=options.save_precision, text_encoder=text_encoder)  # fmt: skip
+                       precision=config.output.save_precision, text_encoder=text_encoder)  # fmt: skip
         folder, reason = save_somewhere(wanted, save)
         if reason:
             say(f"{wanted} cannot be written ({reason}): the LoRA is in {folder} instead")
         say(f"done in {math.floor(seconds / 60)} min {seconds % 60:.0f} s: {folder}")
-        flags = ["--demo"] if options.demo else []
-        if not options.demo or "output_dir" in options.given or folder != wanted:
+        flags = ["--demo"] if config.run.demo else []
+        if not config.run.demo or "output_dir" in config.explicit or folder != wanted:
             flags += ["--lora_path", folder.as_posix()]
         say(f"next: python generate_megaman.py {shlex.join(flags)}")
     accelerator.end_training()

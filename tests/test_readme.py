@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megaman.config.generate import generation_options, generation_parser
-from megaman.config.train import PRESETS, training_options, training_parser
+from megaman.config.generate import generate_parser, parse_generate_config
+from megaman.config.train import PRESETS, parse_train_config, train_parser
 from megaman.data import problems
 from megaman.sampling import prompts
 
@@ -19,9 +19,10 @@ README, CHINESE = ROOT / "README.md", ROOT / "README.zh-TW.md"
 READMES = [README, CHINESE]
 PAGES = [*READMES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "demo" / "CREDITS.md"]
 SCRIPTS = {
-    "megaman_lora.py": (training_parser, training_options),
-    "generate_megaman.py": (generation_parser, generation_options),
+    "megaman_lora.py": (train_parser, parse_train_config),
+    "generate_megaman.py": (generate_parser, parse_generate_config),
 }
+HELP = ("help", argparse.SUPPRESS)  # what --help and --help_all are called
 INSTALL = "python -m venv .venv && . .venv/bin/activate && pip install -r requirements_megaman_lora.txt"
 
 in_both = pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
@@ -77,7 +78,7 @@ def is_default(cell: str, action: argparse.Action) -> bool:
 def test_the_table_of_flags_is_the_parser(readme, script):
     rows = table(section(readme, f"`{script}`"))
     cells = {flag.strip("`"): default for flag, default, _ in rows}
-    actions = {action.option_strings[-1]: action for action in SCRIPTS[script][0]()._actions if action.dest != "help"}
+    actions = {action.option_strings[-1]: action for action in SCRIPTS[script][0]()._actions if action.dest not in HELP}
     assert list(cells) == list(actions)
     wrong = {flag: cells[flag] for flag, action in actions.items() if not is_default(cells[flag], action)}
     assert not wrong
@@ -131,9 +132,9 @@ def test_the_strategies_are_the_presets(readme):
     rows = [[cell.strip("`") for cell in row[:2]] for row in table(prose(readme)) if row[0].startswith("`--preset ")]
     assert [preset.split()[1] for preset, _ in rows] == list(PRESETS)
     for preset, flags in rows:
-        short, spelled = training_options(preset.split()), training_options(flags.split())
-        assert all(getattr(short, name) == getattr(spelled, name) for name in PRESETS[preset.split()[1]])
-        assert spelled.given == set(PRESETS[preset.split()[1]])
+        short, spelled = parse_train_config(preset.split()), parse_train_config(flags.split())
+        assert all(short.settings()[name] == spelled.settings()[name] for name in PRESETS[preset.split()[1]])
+        assert spelled.explicit == set(PRESETS[preset.split()[1]])
 
 
 @in_both

@@ -1,4 +1,9 @@
-"""A parser that tells all the mistakes of a command line together, and the types of its values."""
+"""The parser of both scripts, made from config dataclasses; it reports all the mistakes of a command line together.
+
+A config is a frozen dataclass of groups, and each group a frozen dataclass whose fields are flags:
+
+    lora_rank: int = flag(4, "rank of the LoRA's matrices", number(int, 1, 1024), common=True, resume=True)
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,9 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from megaman.config import samplers
 from megaman.errors import WRONG_USAGE
@@ -17,14 +23,121 @@ from megaman.files import refused_by_windows, split_strength
 WINDOWS = os.name == "nt"
 STRONGEST = 10  # a LoRA at many times its trained strength draws noise; this leaves room to see that
 Mistake = argparse.ArgumentTypeError  # what the types below raise, for modules that know no argparse
-Namespace = argparse.Namespace  # what holds the values, for the same
+Config = TypeVar("Config")
+METAVARS = {"int": "N", "float": "X", "str": "TEXT"}  # by the type of the field
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What the parser has to know of a field; without a type the flag takes no value and turns something on."""
+
+    help: str
+    type: Callable[[str], Any] | None
+    choices: Sequence[str] | None
+    nargs: str | None
+    metavar: str | None
+    common: bool  # whether --help shows it
+    resume: bool  # whether a resumed run has to share its value
+
+
+def flag(
+    default: Any,
+    help: str,
+    type: Callable[[str], Any] | None = None,
+    *,
+    choices: Sequence[str] | None = None,
+    nargs: str | None = None,
+    metavar: str | None = None,
+    common: bool = False,
+    resume: bool = False,
+) -> Any:
+    """Make a field of a config group; the flag has the field's name."""
+    if choices:
+        type = choice(*choices)
+    return field(default=_frozen(default), metadata={"flag": Flag(help, type, choices, nargs, metavar, common, resume)})
+
+
+def groups_of(config_type: type) -> dict[str, type]:
+    """The groups of a config by their names."""
+    return {name: kind for name, kind in get_type_hints(config_type).items() if is_dataclass(kind)}
+
+
+def flags_of(config_type: type) -> dict[str, Field]:
+    """The fields of all groups by their names, which are the flags' names."""
+    return {each.name: each for group in groups_of(config_type).values() for each in fields(group)}
+
+
+def fill(config_type: type[Config], values: Mapping[str, Any], explicit: Iterable[str]) -> Config:
+    """Make a config from the value of every flag and the names of the flags that were typed."""
+    groups = {
+        name: group(**{each.name: _frozen(values[each.name]) for each in fields(group)})
+        for name, group in groups_of(config_type).items()
+    }
+    return config_type(**groups, explicit=frozenset(explicit))
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The value of every flag, as JSON would hold it."""
+    groups = [getattr(config, name) for name in groups_of(type(config))]
+    return {each.name: _as_json(getattr(group, each.name)) for group in groups for each in fields(group)}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that collects mistakes, with the nearest flag proposed for a mistyped one."""
+    """An ArgumentParser that collects mistakes, with the nearest flag proposed for a mistyped one.
 
-    def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, exit_on_error=False, formatter_class=_HelpFormatter, **settings)
+    Its flags are the fields of a config's groups, under headings that are the groups' docstrings; order names all of
+    them where it is another than that of the fields.
+    """
+
+    def __init__(
+        self, config_type: type, prog: str, description: str, examples: Sequence[str], order: Sequence[str] = ()
+    ):
+        more = "\n  ".join(["--help_all shows every flag.\n\nexamples:", *examples])
+        super().__init__(
+            prog=prog, usage="python %(prog)s [--FLAG [VALUE ...]] ...", description=description, epilog=more,
+            allow_abbrev=False, exit_on_error=False, formatter_class=_HelpFormatter,
+        )  # fmt: skip
+        self.add_argument("--help_all", action=_HelpAll, help="show every flag and exit")
+        self._config_type = config_type
+        homes = {}
+        for group in groups_of(config_type).values():
+            home = self.add_argument_group(group.__doc__)
+            homes |= {each.name: home for each in fields(group)}
+        known = flags_of(config_type)
+        for each in order or known:
+            _add(homes[each], known[each])
+
+    def defaults(self) -> dict[str, Any]:
+        """The plain default of every flag."""
+        return {each.name: each.default for each in flags_of(self._config_type).values()}
+
+    def format_help(self) -> str:
+        """The flags that most runs use, by group."""
+        known = flags_of(self._config_type)
+        return self._format(lambda name: name not in known or known[name].metadata["flag"].common)
+
+    def format_help_all(self) -> str:
+        """Every flag, by group."""
+        return self._format(lambda name: True)
+
+    def _format(self, is_shown: Callable[[str], bool]) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_arguments([action for action in group._group_actions if is_shown(action.dest)])
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """The values that were given, under their flags' names, and a line for each mistake.
@@ -80,8 +193,37 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(WRONG_USAGE)
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds defaults, but not where there is none to tell."""
+def _add(group: argparse._ArgumentGroup, config_field: Field) -> None:
+    """Give the group the flag of a field."""
+    known: Flag = config_field.metadata["flag"]
+    option = f"--{config_field.name}"
+    if known.type is None:
+        group.add_argument(option, action="store_true", help=known.help)
+        return
+    metavar = known.metavar or (None if known.choices else METAVARS[str(config_field.type).partition(" ")[0]])
+    default = None if config_field.default == "" else _as_json(config_field.default)  # nothing to tell
+    group.add_argument(
+        option, type=known.type, default=default, choices=known.choices, nargs=known.nargs,
+        metavar=metavar, help=known.help,
+    )  # fmt: skip
+
+
+class _HelpAll(argparse.Action):
+    """Prints every flag and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str):
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+        parser._print_message(parser.format_help_all(), sys.stdout)
+        parser.exit()
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds defaults, but not if there is none to tell."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=29)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:  # 0 is worth telling
@@ -111,8 +253,8 @@ def number(kind: Callable[[str], Any], low: float, high: float, exclusive: bool 
     return parse
 
 
-def choice(*words: str) -> dict[str, Any]:
-    """The settings of a flag that takes one of some words; the nearest is proposed for a mistyped one."""
+def choice(*words: str) -> Callable[[str], str]:
+    """Make a type: one of some words; the nearest is proposed for a mistyped one."""
 
     def parse(text: str) -> str:
         if text in words:
@@ -121,7 +263,7 @@ def choice(*words: str) -> dict[str, Any]:
         proposal = f", did you mean {near[0]}" if near else ""
         raise argparse.ArgumentTypeError(f"{_short(text)} is none of {', '.join(words)}{proposal}")
 
-    return {"type": parse, "choices": words}
+    return parse
 
 
 def sampler(value: str) -> str:
@@ -191,11 +333,7 @@ def side(value: str) -> int:
 
 # What one image may be drawn with, on the command line and in a prompts file alike.
 SEED = number(int, 0, 2**63 - 1)
-
-
 STEPS = number(int, 1, 999)
-
-
 GUIDANCE = number(float, 0, 100)
 
 

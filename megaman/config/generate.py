@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megaman.config import samplers
@@ -10,14 +11,15 @@ from megaman.config.cli import (
     GUIDANCE,
     SEED,
     STEPS,
-    Namespace,
     Parser,
-    choice,
+    fill,
+    flag,
     folder,
     lora,
     name,
     number,
     sampler,
+    settings_of,
     side,
     strengths,
     text,
@@ -37,81 +39,164 @@ DEMO_GENERATION: dict[str, Any] = {
 MAY_DIFFER = {"from_image", "output_dir", "device", "lora_path", "base_model"}  # what an image's record need not settle
 
 
-def generation_parser() -> Parser:
-    parser = Parser(prog="generate_megaman.py", description="Draw pictures with a trained LoRA and put them on a page.")
-    add = parser.add_argument
-    add("--demo", action="store_true", help="the embedded base with the LoRA that megaman_lora.py --demo trained")
-    add(
-        "--base_model",
-        type=name,
-        help="the base: a name on the hub, a local folder or a .safetensors file (default: the LoRA's)",
-    )
-    add(
-        "--lora_path",
-        type=lora,
-        nargs="+",
-        default=["./megaman_lora_output/lora_weights"],
-        metavar="NAME[:STRENGTH]",
-        help="LoRAs, folders or .safetensors files, each with a strength behind a colon if not 1",
-    )
-    add(
-        "--output_dir",
-        type=folder,
-        default="./generated_megaman",
-        help="images and index.html go here; existing ones stay",
-    )
-    add("--prompts", type=text, nargs="+", metavar="PROMPT", help="one or more prompts (default: ten about Mega Man)")
-    add("--prompts_file", type=name, help="a file with one prompt a line; # begins a comment")
-    add("--negative_prompt", type=text, default=DEFAULT_NEGATIVE_PROMPT, help="what the images should not show")
-    add("--num_images_per_prompt", type=number(int, 1, 10000), default=1, help="images of each prompt")
-    add("--num_inference_steps", type=STEPS, default=25, help="sampling steps")
-    add("--guidance_scale", type=GUIDANCE, default=7.5, help="how closely the prompt is followed")
-    add("--height", type=side, help="image height in pixels (default: 512; the base's own size where it is smaller)")
-    add("--width", type=side, help="image width in pixels (default: as for --height)")
-    add("--seed", type=SEED, default=42, help="image j of a prompt uses seed + j")
-    add(
-        "--scheduler",
-        type=sampler,
-        default=samplers.DEFAULT.name,
-        metavar="NAME",
-        help="the sampler, by A1111's name, kohya's or diffusers'",
-    )
-    add("--clip_skip", type=number(int, 1, 64), default=1, help="2 takes the text states one layer earlier, as A1111")
-    add("--batch_size", type=number(int, 1, 1024), help="images drawn at once (default: what is fast and fits)")
-    add("--device", **choice("cuda", "mps", "cpu"), help="where to compute (default: the best there is)")
-    add("--compare", **choice("base"), help="draw each image without the LoRA too and show both side by side")
-    add("--lora_scale", type=number(float, -10, 10), help="a factor on the strength of all LoRAs (default: 1)")
-    add("--lora_scales", type=strengths, metavar="S,S,...", help="draw at each of these strengths; 0 is the base alone")
-    add("--checkpoints", type=name, metavar="FOLDER", help="draw with every checkpoint of this training output")
-    add("--resume", action="store_true", help="go on with the stopped run of the same flags; nothing is drawn twice")
-    add("--from_image", type=name, metavar="PNG", help="draw an image again, with all the settings that it carries")
-    return parser
+@dataclass(frozen=True)
+class ModelConfig:
+    """Base model and LoRAs"""
+
+    demo: bool = flag(False, "the embedded base with the LoRA that megaman_lora.py --demo trained", common=True)
+    base_model: str | None = flag(
+        None, "the base: a name on the hub, a local folder or a .safetensors file (default: the LoRA's)", name,
+        metavar="NAME", common=True,
+    )  # fmt: skip
+    lora_path: tuple[str, ...] = flag(
+        ["./megaman_lora_output/lora_weights"],
+        "LoRAs, folders or .safetensors files, each with a strength behind a colon if not 1", lora,
+        nargs="+", metavar="NAME[:STRENGTH]", common=True,
+    )  # fmt: skip
 
 
-def generation_options(argv: Sequence[str]) -> Namespace:
-    """Parse generate_megaman.py's command line: plain defaults, then --demo's, then the flags given.
+@dataclass(frozen=True)
+class OutputConfig:
+    """Output"""
 
-    The names of the flags given are in options.given. All mistakes are told together, with exit code 2.
+    output_dir: str = flag(
+        "./generated_megaman", "images and index.html go here; existing ones stay", folder,
+        metavar="FOLDER", common=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Prompts"""
+
+    prompts: tuple[str, ...] | None = flag(
+        None, "one or more prompts (default: ten about Mega Man)", text, nargs="+", metavar="PROMPT", common=True
+    )
+    prompts_file: str | None = flag(
+        None, "a file with one prompt a line; # begins a comment", name, metavar="FILE", common=True
+    )
+    negative_prompt: str = flag(DEFAULT_NEGATIVE_PROMPT, "what the images should not show", text, common=True)
+    num_images_per_prompt: int = flag(1, "images of each prompt", number(int, 1, 10000), common=True)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Sampling"""
+
+    num_inference_steps: int = flag(25, "sampling steps", STEPS, common=True)
+    guidance_scale: float = flag(7.5, "how closely the prompt is followed", GUIDANCE, common=True)
+    height: int | None = flag(
+        None, "image height in pixels (default: 512; the base's own size if it is smaller)", side, common=True
+    )
+    width: int | None = flag(None, "image width in pixels (default: as for --height)", side, common=True)
+    seed: int = flag(42, "image j of a prompt uses seed + j", SEED, common=True)
+    scheduler: str = flag(
+        samplers.DEFAULT.name, "the sampler, by A1111's name, kohya's or diffusers'", sampler, metavar="NAME"
+    )
+    clip_skip: int = flag(1, "2 takes the text states one layer earlier, as A1111", number(int, 1, 64))
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Speed and memory"""
+
+    batch_size: int | None = flag(
+        None, "images generated at once (default: what is fast and fits)", number(int, 1, 1024)
+    )
+    device: str | None = flag(
+        None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"), common=True
+    )
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """Comparison"""
+
+    compare: str | None = flag(
+        None, "generate each image without the LoRA too and show both side by side", choices=("base",), common=True
+    )
+    lora_scale: float | None = flag(
+        None, "a factor on the strength of all LoRAs (default: 1)", number(float, -10, 10), common=True
+    )
+    lora_scales: tuple[float, ...] | None = flag(
+        None, "generate at each of these strengths; 0 is the base alone", strengths, metavar="S,S,...", common=True
+    )
+    checkpoints: str | None = flag(
+        None, "generate with every checkpoint of this training output", name, metavar="FOLDER"
+    )
+
+
+@dataclass(frozen=True)
+class AgainConfig:
+    """Earlier runs and images"""
+
+    resume: bool = flag(False, "continue the stopped run of the same flags; nothing is generated twice", common=True)
+    from_image: str | None = flag(
+        None, "generate an image again, with all the settings that it carries", name, metavar="PNG"
+    )
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """All settings of a generation, by concern; nobody changes them after parsing."""
+
+    model: ModelConfig
+    output: OutputConfig
+    prompts: PromptConfig
+    sampling: SamplingConfig
+    compute: ComputeConfig
+    comparison: ComparisonConfig
+    again: AgainConfig
+    explicit: frozenset[str]  # flags that were typed
+
+    def settings(self) -> dict[str, Any]:
+        """The value of every flag, as JSON would hold it."""
+        return settings_of(self)
+
+
+def generate_parser() -> Parser:
+    """The parser of generate_megaman.py."""
+    return Parser(
+        GenerateConfig,
+        prog="generate_megaman.py",
+        description="Generate images with a trained LoRA and put them on a page.",
+        examples=[
+            "python generate_megaman.py --demo",
+            "python generate_megaman.py --lora_path ./megaman_lora_output/lora_weights",
+            "python generate_megaman.py --prompts_file prompts.txt --num_images_per_prompt 4",
+        ],
+    )
+
+
+def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
+    """Parse generate_megaman.py's command line: plain defaults, then --demo's, then the typed flags.
+
+    All mistakes are reported together, with exit code 2.
     """
-    parser = generation_parser()
-    given, mistakes = parser.read(argv)
-    demo = DEMO_GENERATION if given.get("demo") else {}
-    if "prompts" in given:
+    parser = generate_parser()
+    typed, mistakes = parser.read(argv)
+    demo = DEMO_GENERATION if typed.get("demo") else {}
+    if "prompts" in typed:
         demo = {**demo, "prompts_file": None}
-    if {"lora_scales", "checkpoints"} & set(given):
+    if {"lora_scales", "checkpoints"} & set(typed):
         demo = {**demo, "compare": None}
-    options = Namespace(**{**vars(parser.parse_args([])), **demo, **given}, given=set(given))
-    if options.prompts and options.prompts_file:
-        mistakes.append("--prompts and --prompts_file contradict each other: leave one out")
-    if options.compare and (options.lora_scales or options.checkpoints):
-        mistakes.append("--compare base is for one LoRA at one strength: write --lora_scales 0,1 instead")
-    if options.lora_scale is not None and options.lora_scales:
-        mistakes.append("--lora_scale and --lora_scales contradict each other: leave one out")
-    if options.from_image:
-        settled = options.given - MAY_DIFFER
-        mistakes += [f"--{flag} and --from_image contradict each other: leave one out" for flag in sorted(settled)]
-    if options.checkpoints and "lora_path" in options.given:
-        mistakes.append("--checkpoints and --lora_path contradict each other: leave one out")
-    if mistakes:
+    config = fill(GenerateConfig, {**parser.defaults(), **demo, **typed}, explicit=typed)
+    if mistakes := [*mistakes, *contradictions(config)]:
         parser.refuse(mistakes)
-    return options
+    return config
+
+
+def contradictions(config: GenerateConfig) -> Iterator[str]:
+    """What cannot be meant together."""
+    comparison = config.comparison
+    if config.prompts.prompts and config.prompts.prompts_file:
+        yield "--prompts and --prompts_file contradict each other: leave one out"
+    if comparison.compare and (comparison.lora_scales or comparison.checkpoints):
+        yield "--compare base is for one LoRA at one strength: write --lora_scales 0,1 instead"
+    if comparison.lora_scale is not None and comparison.lora_scales:
+        yield "--lora_scale and --lora_scales contradict each other: leave one out"
+    if config.again.from_image:
+        for known in sorted(config.explicit - MAY_DIFFER):
+            yield f"--{known} and --from_image contradict each other: leave one out"
+    if comparison.checkpoints and "lora_path" in config.explicit:
+        yield "--checkpoints and --lora_path contradict each other: leave one out"

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megaman.config.cli import SEED, Namespace, Parser, choice, extension, folder, name, number, side, text
+from megaman.config.cli import (
+    SEED,
+    Parser,
+    extension,
+    fill,
+    flag,
+    flags_of,
+    folder,
+    name,
+    number,
+    settings_of,
+    side,
+    text,
+)
 from megaman.files import below
 from megaman.hub import DEFAULT_BASE
 
@@ -16,7 +30,6 @@ DEFAULT_PROMPT = "mega man, blue robot, helmet, game character, high quality"
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 REPLACED = r"((checkpoint|samples)-\d+|lora_weights)(?![^/\\])"  # the folders in --output_dir that a run replaces
-BUCKET_FLAGS = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
 POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "demo"
@@ -57,230 +70,380 @@ COUNT_OR_ZERO = number(int, 0, MANY)
 SHARE = number(float, 0, 0.999999)
 PROBABILITY = number(float, 0, 1)
 RATE = number(float, 0, 1, exclusive=True)
-# What a resumed run has to share, beside base, seed, pictures and their number a step.
-MUST_MATCH = (
-    "lora_rank", "lora_alpha", "use_rslora", "target_modules", "train_text_encoder", "resolution", "center_crop",
-    "crop_variants", "random_flip", "no_cache", *BUCKET_FLAGS, "shuffle_caption", "keep_tokens", "caption_dropout_rate",
-    "caption_tag_dropout_rate",
+
+# The order of the settings in training_config.json, in which they came to be.
+ORDER = (
+    "preset", "demo", "pretrained_model_name", "data_dir", "caption_extension", "trigger_word", "caption_prefix",
+    "caption_suffix", "shuffle_caption", "keep_tokens", "caption_dropout_rate", "caption_tag_dropout_rate",
+    "dataset_repeats", "auto_caption", "class_data_dir", "prior_loss_weight", "output_dir", "overwrite_output",
+    "logging_dir", "resolution", "check_data", "plan", "strict", "skip_bad_images", "center_crop", "crop_variants",
+    "random_flip", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale",
+    "cache_dir", "cache_limit", "no_cache", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+    "max_train_steps", "learning_rate", "train_text_encoder", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps",
+    "lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "adam_beta1", "adam_beta2",
+    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers", "save_steps",
+    "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps", "validation_prompt",
+    "num_validation_images", "snr_gamma", "noise_offset", "mixed_precision", "save_precision", "memory_format",
+    "enable_xformers_memory_efficient_attention", "compile", "gradient_checkpointing", "vram_limit", "seed",
 )  # fmt: skip
 
 
-def contradictions(options: Namespace) -> Iterator[str]:
+@dataclass(frozen=True)
+class RunConfig:
+    """Run"""
+
+    preset: str | None = flag(None, "a recipe; flags that are typed win", choices=tuple(PRESETS), common=True)
+    demo: bool = flag(False, "everything embedded: a whole run in minutes", common=True)
+    check_data: bool = flag(False, "report on pictures and captions, train nothing", common=True)
+    plan: bool = flag(False, "say what memory it would need, train nothing", common=True)
+    strict: bool = flag(False, "with --check_data: exit 1 if something is wrong")
+    seed: int | None = flag(None, "makes a run repeatable (default: drawn and noted)", SEED, common=True)
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Base model"""
+
+    pretrained_model_name: str = flag(
+        DEFAULT_BASE, "a name on the hub, a local folder or a .safetensors file", name, metavar="NAME", common=True
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Pictures"""
+
+    data_dir: str = flag(
+        "./megaman_images", "the pictures, each with an optional caption in NAME.txt", name,
+        metavar="FOLDER", common=True,
+    )  # fmt: skip
+    class_data_dir: str | None = flag(
+        None, "regularization pictures: what the base should still generate as before", name, metavar="FOLDER"
+    )
+    dataset_repeats: int = flag(1, "times that an epoch sees every picture", number(int, 1, 10**5))
+    skip_bad_images: bool = flag(False, "train even if most of the pictures cannot be used")
+    resolution: int = flag(
+        512, "side of the square pictures in pixels, a multiple of 8", side, common=True, resume=True
+    )
+    center_crop: bool = flag(False, "crop the middle; otherwise at random", resume=True)
+    crop_variants: int = flag(4, "random crops kept of a picture that is not square", number(int, 1, 64), resume=True)
+    random_flip: bool = flag(
+        False, "mirror pictures at random, unless the caption says left or right", common=True, resume=True
+    )
+    dataloader_num_workers: int = flag(0, "processes that decode pictures", number(int, 0, 64))
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """Captions"""
+
+    caption_extension: str | None = flag(
+        None, "of the caption files (default: .txt, if there is none .caption)", extension, metavar="EXT"
+    )
+    trigger_word: str = flag("", "put in front of captions that do not contain it", text, common=True)
+    caption_prefix: str = flag("", "put in front of every caption, with a space", text)
+    caption_suffix: str = flag("", "put behind every caption, with a space", text)
+    auto_caption: str | None = flag(
+        None, "BLIP (a name on the hub or a folder) writes missing captions", name, metavar="MODEL", common=True
+    )
+    shuffle_caption: bool = flag(False, "the tags between commas in another order at every visit", resume=True)
+    keep_tokens: int = flag(  # parse_train_config derives what is not typed
+        None, "first tags that stay (default: the trigger word's, or 0)", number(int, 0, 1000), resume=True
+    )
+    caption_dropout_rate: float = flag(0.0, "probability that a caption is dropped", PROBABILITY, resume=True)
+    caption_tag_dropout_rate: float = flag(0.0, "probability that a tag is dropped", PROBABILITY, resume=True)
+
+    @property
+    def makes_new(self) -> bool:
+        """Whether captions come to be that cannot be known beforehand."""
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """Aspect-ratio buckets"""
+
+    enable_bucket: bool = flag(False, "train on pictures in their own shape", common=True, resume=True)
+    min_bucket_reso: int | None = flag(
+        None, "shortest side of a bucket (default: half of the base's size)", side, resume=True
+    )
+    max_bucket_reso: int | None = flag(
+        None, "longest side of a bucket (default: twice the base's size)", side, resume=True
+    )
+    bucket_reso_steps: int | None = flag(
+        None, "what the sides are multiples of (default: an eighth of the base's size)", side, resume=True
+    )
+    bucket_no_upscale: bool = flag(
+        False, "small pictures get buckets of their own instead of being enlarged", resume=True
+    )
+
+    def limits(self, resolution: int) -> dict[str, Any]:
+        """What is given for the buckets, under the names of make_buckets."""
+        return {"resolution": resolution, "smallest": self.min_bucket_reso, "largest": self.max_bucket_reso,
+                "step": self.bucket_reso_steps, "upscale": not self.bucket_no_upscale}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Cache of encoded pictures"""
+
+    cache_dir: str | None = flag(
+        None, "where encoded pictures are kept for later runs (default: ~/.cache/megaman_lora)", folder,
+        metavar="FOLDER",
+    )  # fmt: skip
+    cache_limit: float = flag(10.0, "how large it may grow", number(float, 0, MANY), metavar="GB")
+    no_cache: bool = flag(False, "encode a picture anew at every visit, with a new random crop each time", resume=True)
+
+    def path(self) -> Path | None:
+        """The folder of the cache; None without one, as when the system knows no home."""
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        place = os.path.expanduser(self.cache_dir or os.path.join(home, "megaman_lora"))
+        return None if self.no_cache or place.startswith("~") else Path(place)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA"""
+
+    lora_rank: int = flag(4, "rank of the LoRA's matrices", number(int, 1, 1024), common=True, resume=True)
+    lora_alpha: float = flag(
+        32, "strength: scale = alpha / rank", number(float, 0, 65536, exclusive=True), common=True, resume=True
+    )
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(rank), so that high ranks learn as fast", resume=True)
+    lora_dropout: float = flag(0.0, "share of each layer's inputs that the LoRA misses at a step", SHARE)
+    target_modules: tuple[str, ...] = flag(
+        DEFAULT_TARGETS, "UNet layers that get a LoRA", name, nargs="+", metavar="NAME", resume=True
+    )
+    train_text_encoder: bool = flag(False, "a LoRA for the text encoder too", common=True, resume=True)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Steps and learning rate"""
+
+    train_batch_size: int = flag(1, "pictures a forward pass and device", number(int, 1, 4096), common=True)
+    gradient_accumulation_steps: int = flag(1, "forward passes an optimizer step", number(int, 1, 65536), common=True)
+    num_train_epochs: int = flag(100, "times every picture is seen", number(int, 1, 10**6), common=True)
+    max_train_steps: int | None = flag(None, "optimizer steps; wins over --num_train_epochs", COUNT, common=True)
+    learning_rate: float = flag(1e-4, "peak learning rate", RATE, common=True)
+    text_encoder_lr: float | None = flag(
+        None, "the text encoder's peak learning rate (default: as --learning_rate)", RATE
+    )
+    lr_scheduler: str = flag(
+        "constant", f"how the rate changes: {', '.join(SCHEDULERS)}", choices=tuple(SCHEDULERS),
+        metavar="NAME", common=True,
+    )  # fmt: skip
+    lr_warmup_steps: int = flag(500, "steps over which the rate rises", COUNT_OR_ZERO)
+    adam_beta1: float = flag(0.9, "AdamW's first decay", SHARE)
+    adam_beta2: float = flag(0.999, "AdamW's second decay", SHARE)
+    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay", number(float, 0, 100))
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", number(float, 0, 1, exclusive=True))
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", number(float, 0, MANY, exclusive=True))
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Loss"""
+
+    snr_gamma: float | None = flag(None, "min-SNR loss weighting; 5 is usual", number(float, 0, 1000, exclusive=True))
+    noise_offset: float = flag(0.0, "strength of an offset noise; 0.05 is usual", PROBABILITY)
+    prior_loss_weight: float = flag(1.0, "weight of the loss on --class_data_dir", number(float, 0, 1000))
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Speed and memory"""
+
+    mixed_precision: str = flag("fp16", "what the frozen base computes in", choices=("no", "fp16", "bf16"), common=True)
+    memory_format: str = flag("auto", "of the convolutions", choices=("auto", "contiguous", "channels_last"))
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "xformers' attention instead of torch's own (sdpa); for NVIDIA GPUs"
+    )
+    compile: bool = flag(False, "compile the UNet's repeated blocks; for NVIDIA GPUs")
+    gradient_checkpointing: bool = flag(False, "less memory, slower steps", common=True)
+    vram_limit: float | None = flag(
+        None, "keep to so much of the GPU's memory (default: what is free)", number(float, 0, 1024, exclusive=True),
+        metavar="GB", common=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Sample images"""
+
+    validation_prompt: str = flag(DEFAULT_PROMPT, "what the sample images show", text, common=True)
+    validation_steps: int = flag(100, "steps between sample images", COUNT, common=True)
+    num_validation_images: int = flag(4, "sample images each time; 0 for none", number(int, 0, 1000), common=True)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Output and checkpoints"""
+
+    output_dir: str = flag(
+        "./megaman_lora_output", "checkpoints, samples and the LoRA go here", folder, metavar="FOLDER", common=True
+    )
+    overwrite_output: bool = flag(False, "delete what an earlier run left in --output_dir")
+    logging_dir: str = flag("./logs", "TensorBoard's folder", folder, metavar="FOLDER")
+    save_steps: int = flag(500, "steps between checkpoints", COUNT, common=True)
+    checkpoints_total_limit: int | None = flag(None, "checkpoints kept; older ones are deleted", COUNT)
+    resume_from_checkpoint: str | None = flag(
+        None, "continue from a checkpoint", name, metavar="latest|FOLDER", common=True
+    )
+    save_precision: str = flag("float", "what lora_weights/ is written in", choices=("float", "fp16", "bf16"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a training run, by concern; nobody changes them after parsing."""
+
+    run: RunConfig
+    base: BaseConfig
+    data: DataConfig
+    captions: CaptionConfig
+    buckets: BucketConfig
+    cache: CacheConfig
+    lora: LoraConfig
+    optimizer: OptimizerConfig
+    loss: LossConfig
+    compute: ComputeConfig
+    validation: ValidationConfig
+    output: OutputConfig
+    explicit: frozenset[str]  # flags that were typed
+
+    def settings(self) -> dict[str, Any]:
+        """The value of every flag, as training_config.json holds it."""
+        values = settings_of(self)
+        return {name: values[name] for name in ORDER}
+
+    def resume_settings(self) -> dict[str, Any]:
+        """What a resumed run has to share, in addition to base, seed, pictures and their number a step."""
+        known = flags_of(TrainConfig)
+        return {name: value for name, value in self.settings().items() if known[name].metadata["flag"].resume}
+
+    def memory_request(self) -> dict[str, Any]:
+        """What the memory of a run depends on, under the names of memory_estimate.Plan, and the base's name."""
+        return {"name": self.base.pretrained_model_name, "size": self.data.resolution, "rank": self.lora.lora_rank,
+                "targets": list(self.lora.target_modules), "dropout": self.lora.lora_dropout,
+                "reads": self.captions.makes_new, "trains_text_encoder": self.lora.train_text_encoder,
+                "encodes": self.cache.no_cache, "images": self.validation.num_validation_images}  # fmt: skip
+
+
+def train_parser() -> Parser:
+    """The parser of megaman_lora.py."""
+    return Parser(
+        TrainConfig,
+        prog="megaman_lora.py",
+        description="Train a LoRA for Stable Diffusion on a folder of pictures.",
+        examples=[
+            "python megaman_lora.py --demo",
+            "python megaman_lora.py --data_dir ./megaman_images --check_data",
+            "python megaman_lora.py --data_dir ./megaman_images --preset quality",
+        ],
+        order=ORDER,
+    )
+
+
+def parse_train_config(argv: Sequence[str]) -> TrainConfig:
+    """Parse megaman_lora.py's command line: plain defaults, then --demo's, then --preset's, then the typed flags.
+
+    All mistakes are reported together, with exit code 2.
+    """
+    parser = train_parser()
+    typed, mistakes = parser.read(argv)
+    demo = DEMO_TRAINING if typed.get("demo") else {}
+    if "crop_variants" in typed and "center_crop" not in typed:  # the demo's own center would leave it without effect
+        demo = {**demo, "center_crop": False}
+    preset = PRESETS.get(typed.get("preset"), {})
+    values = {**parser.defaults(), **demo, **preset, **typed}
+    config = fill(TrainConfig, {**values, **derived(values)}, explicit=typed)
+    if mistakes := [*mistakes, *contradictions(config)]:
+        parser.refuse(mistakes)
+    return config
+
+
+def derived(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that follow from others."""
+    affixes = {
+        flag: " ".join((values[flag] or "").split()) for flag in ("trigger_word", "caption_prefix", "caption_suffix")
+    }
+    text_encoder_lr, keep_tokens = values["text_encoder_lr"], values["keep_tokens"]
+    if values["train_text_encoder"] and text_encoder_lr is None:
+        text_encoder_lr = values["learning_rate"]
+    if keep_tokens is None:  # what calls the character must not be lost by accident
+        trigger_word = affixes["trigger_word"]
+        keep_tokens = trigger_word.count(",") + 1 if trigger_word else 0
+    return {**affixes, "text_encoder_lr": text_encoder_lr, "keep_tokens": keep_tokens}
+
+
+def contradictions(config: TrainConfig) -> Iterator[str]:
     """What cannot be meant together. What is merely without effect, such as more steps than epochs, is no mistake."""
-    if options.strict and not options.check_data:
+    if config.run.strict and not config.run.check_data:
         yield "--strict belongs to --check_data: add that or leave it out"
-    if options.plan and options.check_data:
+    if config.run.plan and config.run.check_data:
         yield "--plan and --check_data are two questions: ask one at a time"
-    if options.resume_from_checkpoint and options.overwrite_output:
+    if config.output.resume_from_checkpoint and config.output.overwrite_output:
         yield "--resume_from_checkpoint and --overwrite_output contradict each other: leave one out"
-    if options.text_encoder_lr is not None and not options.train_text_encoder:
+    yield from _rate_contradictions(config)
+    yield from _crop_contradictions(config)
+    yield from _bucket_contradictions(config.buckets, config.data.resolution)
+    if config.validation.num_validation_images == 0:
+        for flag_name in sorted({"validation_steps", "validation_prompt"} & config.explicit):
+            yield f"--{flag_name} and --num_validation_images 0 contradict each other: leave one out"
+    if "prior_loss_weight" in config.explicit and not config.data.class_data_dir:
+        yield "--prior_loss_weight has no effect without --class_data_dir: add that, or leave this out"
+    yield from _folder_contradictions(config)
+
+
+def _rate_contradictions(config: TrainConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    if "text_encoder_lr" in config.explicit and not config.lora.train_text_encoder:
         yield "--text_encoder_lr has no effect without --train_text_encoder: add that, or leave this out"
-    for flag in ("learning_rate", "text_encoder_lr"):
-        if options.lr_scheduler == "polynomial" and (getattr(options, flag) or 1) <= POLYNOMIAL_END:
-            yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: give a higher --{flag}"
-    if (
-        "lr_warmup_steps" in options.given
-        and options.lr_scheduler != "constant"
-        and options.max_train_steps
-        and options.lr_warmup_steps >= options.max_train_steps
-    ):
+    rates = {"learning_rate": optimizer.learning_rate}
+    if "text_encoder_lr" in config.explicit:
+        rates["text_encoder_lr"] = optimizer.text_encoder_lr
+    for flag_name, rate in rates.items():
+        if optimizer.lr_scheduler == "polynomial" and rate <= POLYNOMIAL_END:
+            yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: give a higher --{flag_name}"
+    warmup, total = optimizer.lr_warmup_steps, optimizer.max_train_steps
+    if "lr_warmup_steps" in config.explicit and optimizer.lr_scheduler != "constant" and total and warmup >= total:
         yield (
-            f"--lr_warmup_steps {options.lr_warmup_steps} is not below --max_train_steps {options.max_train_steps}: "
+            f"--lr_warmup_steps {warmup} is not below --max_train_steps {total}: "
             "the rate would never be reached; lower the one or raise the other"
         )
-    if options.center_crop and options.crop_variants > 1 and "crop_variants" in options.given:
+
+
+def _crop_contradictions(config: TrainConfig) -> Iterator[str]:
+    if config.data.center_crop and config.data.crop_variants > 1 and "crop_variants" in config.explicit:
         yield "--center_crop and --crop_variants contradict each other: leave one out"
-    for flag in ("cache_dir", "cache_limit", "crop_variants"):
-        if options.no_cache and flag in options.given:
-            yield f"--no_cache and --{flag} contradict each other: leave one out"
-    for flag in BUCKET_FLAGS:
-        if getattr(options, flag) and not options.enable_bucket:
-            yield f"--{flag} has no effect without --enable_bucket: add that, or leave this out"
-    limits = options.resolution, options.min_bucket_reso, options.max_bucket_reso, options.bucket_reso_steps
-    if options.enable_bucket and (mistake := contradiction(*limits)):
+    for flag_name in ("cache_dir", "cache_limit", "crop_variants"):
+        if config.cache.no_cache and flag_name in config.explicit:
+            yield f"--no_cache and --{flag_name} contradict each other: leave one out"
+
+
+def _bucket_contradictions(config: BucketConfig, resolution: int) -> Iterator[str]:
+    for flag_name in (each.name for each in fields(BucketConfig)):
+        if getattr(config, flag_name) and not config.enable_bucket:
+            yield f"--{flag_name} has no effect without --enable_bucket: add that, or leave this out"
+    limits = resolution, config.min_bucket_reso, config.max_bucket_reso, config.bucket_reso_steps
+    if config.enable_bucket and (mistake := contradiction(*limits)):
         yield ": ".join(mistake)
-    if options.num_validation_images == 0:
-        for flag in sorted({"validation_steps", "validation_prompt"} & options.given):
-            yield f"--{flag} and --num_validation_images 0 contradict each other: leave one out"
-    if "prior_loss_weight" in options.given and not options.class_data_dir:
-        yield "--prior_loss_weight has no effect without --class_data_dir: add that, or leave this out"
-    for flag in ("data_dir", "class_data_dir"):
-        if (place := getattr(options, flag)) and below(options.output_dir, place):
-            yield f"--output_dir {options.output_dir} is within --{flag}: its samples would be trained on; name another"
-    if (own := options.class_data_dir) and (below(own, options.data_dir) or below(options.data_dir, own)):
-        yield f"--class_data_dir {own} and --data_dir share pictures, which would be learnt and held back: part them"
-    for flag in ("data_dir", "class_data_dir", "logging_dir"):
-        place = getattr(options, flag)
-        if place and re.match(REPLACED, below(place, options.output_dir) or ""):
-            yield f"--{flag} {place} is where the run in --output_dir puts its own: name another"
 
 
-def training_parser() -> Parser:
-    parser = Parser(prog="megaman_lora.py", description="Train a LoRA for Stable Diffusion on a folder of pictures.")
-    add = parser.add_argument
-    add("--preset", **choice(*PRESETS), help="a recipe; flags given beside it win")
-    add("--demo", action="store_true", help="the embedded base and pictures: a whole run on a CPU in minutes")
-    add(
-        "--pretrained_model_name",
-        type=name,
-        default=DEFAULT_BASE,
-        help="the base: a name on the hub, a local folder or a .safetensors file",
-    )
-    add(
-        "--data_dir",
-        type=name,
-        default="./megaman_images",
-        help="the pictures, each with an optional caption in NAME.txt",
-    )
-    add("--caption_extension", type=extension, help="of the caption files (default: .txt, where missing .caption)")
-    add("--trigger_word", type=text, help="put in front of every caption that does not contain it")
-    add("--caption_prefix", type=text, help="put in front of every caption, with a space")
-    add("--caption_suffix", type=text, help="put behind every caption, with a space")
-    add("--shuffle_caption", action="store_true", help="the tags between commas in another order at every visit")
-    add("--keep_tokens", type=number(int, 0, 1000), help="first tags that stay (default: the trigger word's, or 0)")
-    add("--caption_dropout_rate", type=PROBABILITY, default=0.0, help="probability that a caption is left out")
-    add("--caption_tag_dropout_rate", type=PROBABILITY, default=0.0, help="probability that a tag is left out")
-    add("--dataset_repeats", type=number(int, 1, 10**5), default=1, help="times that an epoch sees every picture")
-    add(
-        "--auto_caption",
-        type=name,
-        metavar="MODEL",
-        help="BLIP (a name on the hub or a folder) writes missing captions",
-    )
-    add("--class_data_dir", type=name, help="regularisation pictures: what the base should go on drawing as it does")
-    add("--prior_loss_weight", type=number(float, 0, 1000), default=1.0, help="what their loss counts")
-    add("--output_dir", type=folder, default="./megaman_lora_output", help="checkpoints, samples and the LoRA go here")
-    add("--overwrite_output", action="store_true", help="delete what an earlier run left in --output_dir")
-    add("--logging_dir", type=folder, default="./logs", help="TensorBoard's folder")
-    add("--resolution", type=side, default=512, help="side of the square pictures in pixels, a multiple of 8")
-    add("--check_data", action="store_true", help="look at the pictures and captions, write a report, train nothing")
-    add("--plan", action="store_true", help="tell what memory training would need; load, download and train nothing")
-    add("--strict", action="store_true", help="with --check_data: exit 1 where something is wrong")
-    add("--skip_bad_images", action="store_true", help="train even where most of the pictures cannot be used")
-    add("--center_crop", action="store_true", help="crop the middle; otherwise at random")
-    add("--crop_variants", type=number(int, 1, 64), default=4, help="random crops kept of a picture that is not square")
-    add("--random_flip", action="store_true", help="mirror pictures at random, unless the caption says left or right")
-    add("--enable_bucket", action="store_true", help="train on pictures in their own shape, in aspect-ratio buckets")
-    add("--min_bucket_reso", type=side, help="shortest side of a bucket (default: half of the base's size)")
-    add("--max_bucket_reso", type=side, help="longest side of a bucket (default: twice the base's size)")
-    add(
-        "--bucket_reso_steps", type=side, help="what the sides are multiples of (default: an eighth of the base's size)"
-    )
-    add("--bucket_no_upscale", action="store_true", help="small pictures get buckets of their own instead of enlarging")
-    add(
-        "--cache_dir",
-        type=folder,
-        help="where the encoded pictures are kept for later runs (default: ~/.cache/megaman_lora)",
-    )
-    add("--cache_limit", type=number(float, 0, MANY), default=10.0, metavar="GB", help="how large it may grow")
-    add(
-        "--no_cache", action="store_true", help="encode a picture anew at every visit, with a new random crop each time"
-    )
-    add("--train_batch_size", type=number(int, 1, 4096), default=1, help="pictures a forward pass and device")
-    add("--gradient_accumulation_steps", type=number(int, 1, 65536), default=1, help="forward passes an optimizer step")
-    add("--num_train_epochs", type=number(int, 1, 10**6), default=100, help="times every picture is seen")
-    add("--max_train_steps", type=COUNT, help="optimizer steps; wins over --num_train_epochs")
-    add("--learning_rate", type=RATE, default=1e-4, help="peak learning rate")
-    add("--train_text_encoder", action="store_true", help="a LoRA for the text encoder too")
-    add("--text_encoder_lr", type=RATE, help="the text encoder's peak learning rate (default: as --learning_rate)")
-    add("--lr_scheduler", **choice(*SCHEDULERS), default="constant", help="how the rate changes")
-    add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="steps over which the rate rises")
-    add("--lora_rank", type=number(int, 1, 1024), default=4, help="rank of the LoRA's matrices")
-    add("--lora_alpha", type=number(float, 0, 65536, exclusive=True), default=32, help="strength: scale = alpha / rank")
-    add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank), so that high ranks learn as fast")
-    add("--lora_dropout", type=SHARE, default=0.0, help="share of each layer's inputs that the LoRA misses at a step")
-    add(
-        "--target_modules",
-        type=name,
-        nargs="+",
-        default=DEFAULT_TARGETS,
-        metavar="NAME",
-        help="UNet layers that get a LoRA",
-    )
-    add("--adam_beta1", type=SHARE, default=0.9, help="AdamW's first decay")
-    add("--adam_beta2", type=SHARE, default=0.999, help="AdamW's second decay")
-    add("--adam_weight_decay", type=number(float, 0, 100), default=1e-2, help="AdamW's weight decay")
-    add("--adam_epsilon", type=number(float, 0, 1, exclusive=True), default=1e-8, help="AdamW's epsilon")
-    add(
-        "--max_grad_norm",
-        type=number(float, 0, MANY, exclusive=True),
-        default=1.0,
-        help="gradients are clipped to this norm",
-    )
-    add("--dataloader_num_workers", type=number(int, 0, 64), default=0, help="processes that decode pictures")
-    add("--save_steps", type=COUNT, default=500, help="steps between checkpoints")
-    add("--checkpoints_total_limit", type=COUNT, help="checkpoints kept; older ones are deleted")
-    add("--resume_from_checkpoint", type=name, metavar="latest|FOLDER", help="go on from a checkpoint")
-    add("--validation_steps", type=COUNT, default=100, help="steps between sample images")
-    add("--validation_prompt", type=text, default=DEFAULT_PROMPT, help="what the sample images show")
-    add("--num_validation_images", type=number(int, 0, 1000), default=4, help="sample images each time; 0 for none")
-    add("--snr_gamma", type=number(float, 0, 1000, exclusive=True), help="min-SNR loss weighting; 5 is usual")
-    add("--noise_offset", type=number(float, 0, 1), default=0.0, help="strength of an offset noise; 0.05 is usual")
-    add("--mixed_precision", **choice("no", "fp16", "bf16"), default="fp16", help="what the frozen base computes in")
-    add("--save_precision", **choice("float", "fp16", "bf16"), default="float", help="what lora_weights/ is written in")
-    add("--memory_format", **choice("auto", "contiguous", "channels_last"), default="auto", help="of the convolutions")
-    add(
-        "--enable_xformers_memory_efficient_attention",
-        action="store_true",
-        help="xformers' attention instead of torch's own (sdpa); for NVIDIA cards",
-    )
-    add("--compile", action="store_true", help="compile the UNet's repeated blocks; for NVIDIA cards")
-    add("--gradient_checkpointing", action="store_true", help="less memory, slower steps")
-    add(
-        "--vram_limit",
-        type=number(float, 0, 1024, exclusive=True),
-        metavar="GB",
-        help="keep to so much of the card's memory (default: what is free)",
-    )
-    add("--seed", type=SEED, help="makes a run repeatable; drawn and noted where none is given")
-    return parser
-
-
-def training_options(argv: Sequence[str]) -> Namespace:
-    """Parse megaman_lora.py's command line: plain defaults, then --demo's, then --preset's, then the flags given.
-
-    The names of the flags given are in options.given. All mistakes are told together, with exit code 2.
-    """
-    parser = training_parser()
-    given, mistakes = parser.read(argv)
-    demo = DEMO_TRAINING if given.get("demo") else {}
-    if "crop_variants" in given and "center_crop" not in given:  # the demo's own centre would leave it without effect
-        demo = {**demo, "center_crop": False}
-    preset = PRESETS.get(given.get("preset"), {})
-    options = Namespace(**{**vars(parser.parse_args([])), **demo, **preset, **given}, given=set(given))
-    if mistakes := [*mistakes, *contradictions(options)]:
-        parser.refuse(mistakes)
-    if options.train_text_encoder and options.text_encoder_lr is None:
-        options.text_encoder_lr = options.learning_rate
-    options.trigger_word, options.caption_prefix, options.caption_suffix = (
-        " ".join((words or "").split())
-        for words in (options.trigger_word, options.caption_prefix, options.caption_suffix)
-    )
-    if options.keep_tokens is None:  # what calls the character must not be lost by accident
-        options.keep_tokens = options.trigger_word.count(",") + 1 if options.trigger_word else 0
-    return options
-
-
-def bucket_settings(options: Namespace) -> dict[str, Any]:
-    """What is given for the buckets, under the names of make_buckets."""
-    return {"resolution": options.resolution, "smallest": options.min_bucket_reso, "largest": options.max_bucket_reso,
-            "step": options.bucket_reso_steps, "upscale": not options.bucket_no_upscale}  # fmt: skip
-
-
-def cache_place(options: Namespace) -> Path | None:
-    """The folder of the cache; None without one, as where the system knows no home."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    place = os.path.expanduser(options.cache_dir or os.path.join(home, "megaman_lora"))
-    return None if options.no_cache or place.startswith("~") else Path(place)
-
-
-def plan_request(options: Namespace) -> dict[str, object]:
-    """What the memory of a run hangs on, under the names of memory_estimate.Plan, and the base's name."""
-    return {"name": options.pretrained_model_name, "size": options.resolution, "rank": options.lora_rank,
-            "targets": options.target_modules, "dropout": options.lora_dropout,
-            "reads": options.shuffle_caption or options.caption_tag_dropout_rate > 0,
-            "trains_text_encoder": options.train_text_encoder, "encodes": options.no_cache,
-            "images": options.num_validation_images}  # fmt: skip
+def _folder_contradictions(config: TrainConfig) -> Iterator[str]:
+    data_dir, class_data_dir, output_dir = config.data.data_dir, config.data.class_data_dir, config.output.output_dir
+    places = {"data_dir": data_dir, "class_data_dir": class_data_dir, "logging_dir": config.output.logging_dir}
+    for flag_name in ("data_dir", "class_data_dir"):
+        if places[flag_name] and below(output_dir, places[flag_name]):
+            yield f"--output_dir {output_dir} is within --{flag_name}: its samples would be trained on; name another"
+    if class_data_dir and (below(class_data_dir, data_dir) or below(data_dir, class_data_dir)):
+        yield (
+            f"--class_data_dir {class_data_dir} and --data_dir share pictures, which would be learnt and held back: "
+            "part them"
+        )
+    for flag_name, place in places.items():
+        if place and re.match(REPLACED, below(place, output_dir) or ""):
+            yield f"--{flag_name} {place} is where the run in --output_dir puts its own: name another"
 
 
 def contradiction(

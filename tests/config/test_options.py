@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.config.cli import side
-from megaman.config.generate import DEMO_GENERATION, generation_options, generation_parser
-from megaman.config.train import DEMO_TRAINING, cache_place, training_options, training_parser
+from megaman.config.cli import flags_of, groups_of, side
+from megaman.config.generate import DEMO_GENERATION, GenerateConfig, generate_parser, parse_generate_config
+from megaman.config.train import DEMO_TRAINING, ORDER, TrainConfig, parse_train_config, train_parser
 
 TRAINING_DEFAULTS = {
     "vram_limit": None,
@@ -121,15 +121,15 @@ RECIPES = {
     "quality": {"lora_rank": 8, "lora_alpha": 32, "learning_rate": 5e-5, "max_train_steps": 2000},
     "professional": {"lora_rank": 16, "lora_alpha": 64, "learning_rate": 2e-5, "max_train_steps": 3000},
 }
-PARSERS = {"megaman_lora.py": training_options, "generate_megaman.py": generation_options}
+PARSERS = {"megaman_lora.py": parse_train_config, "generate_megaman.py": parse_generate_config}
 
 
-def settings(options: argparse.Namespace) -> dict:
-    return {name: value for name, value in vars(options).items() if name != "given"}
+def settings(config: TrainConfig | GenerateConfig) -> dict:
+    return config.settings()
 
 
-def parse(options, argv: list[str]) -> tuple[argparse.Namespace | int, str, str]:
-    """What parsing comes to, a Namespace or an exit code, and what it wrote to stdout and stderr."""
+def parse(options, argv: list[str]) -> tuple[TrainConfig | GenerateConfig | int, str, str]:
+    """What parsing comes to, a config or an exit code, and what it wrote to stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -165,55 +165,59 @@ def refusal(options, argv: list[str]) -> str:
 
 FLAGS = {
     options: [flag for action in parser()._actions for flag in action.option_strings]
-    for options, parser in ((training_options, training_parser), (generation_options, generation_parser))
+    for options, parser in ((parse_train_config, train_parser), (parse_generate_config, generate_parser))
+}
+COMMON = {
+    parse: [f"--{name}" for name, field in flags_of(config).items() if field.metadata["flag"].common]
+    for parse, config in ((parse_train_config, TrainConfig), (parse_generate_config, GenerateConfig))
 }
 FLAGS_WITH_NUMBERS = [
     (action.option_strings[-1], options)
-    for options, parser in ((training_options, training_parser), (generation_options, generation_parser))
+    for options, parser in ((parse_train_config, train_parser), (parse_generate_config, generate_parser))
     for action in parser()._actions
     if "number" in getattr(action.type, "__qualname__", "") or action.type is side
 ]
 
 
 def test_training_defaults_are_the_contract():
-    assert settings(training_options([])) == TRAINING_DEFAULTS
+    assert settings(parse_train_config([])) == TRAINING_DEFAULTS
 
 
 def test_generation_defaults_are_the_contract():
-    assert settings(generation_options([])) == GENERATION_DEFAULTS
+    assert settings(parse_generate_config([])) == GENERATION_DEFAULTS
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_preset_sets_its_recipe_and_nothing_else(name):
-    assert settings(training_options(["--preset", name])) == {**TRAINING_DEFAULTS, "preset": name, **RECIPES[name]}
-    assert training_options([f"--preset={name}"]).lora_alpha == RECIPES[name]["lora_alpha"]
+    assert settings(parse_train_config(["--preset", name])) == {**TRAINING_DEFAULTS, "preset": name, **RECIPES[name]}
+    assert settings(parse_train_config([f"--preset={name}"]))["lora_alpha"] == RECIPES[name]["lora_alpha"]
 
 
 @pytest.mark.parametrize("flags", [["--lora_rank", "2", "--preset", "quality"], ["--preset=quality", "--lora_rank=2"]])
 def test_a_flag_wins_over_a_preset_on_either_side_of_it(flags):
-    options = training_options(flags)
-    assert options.lora_rank == 2
-    assert {**settings(options), "lora_rank": 8} == settings(training_options(["--preset", "quality"]))
+    options = parse_train_config(flags)
+    assert options.lora.lora_rank == 2
+    assert {**settings(options), "lora_rank": 8} == settings(parse_train_config(["--preset", "quality"]))
 
 
 def test_a_flag_that_repeats_the_plain_default_still_wins_over_a_preset():
-    assert training_options(["--preset", "professional", "--lora_rank", "4"]).lora_rank == 4
+    assert settings(parse_train_config(["--preset", "professional", "--lora_rank", "4"]))["lora_rank"] == 4
 
 
 def test_precedence_is_demo_then_preset_then_flags():
-    demo = settings(training_options(["--demo"]))
+    demo = settings(parse_train_config(["--demo"]))
     assert demo == {**TRAINING_DEFAULTS, "demo": True, **DEMO_TRAINING}
     recipe = RECIPES["quality"]
-    both = settings(training_options(["--demo", "--preset", "quality"]))
+    both = settings(parse_train_config(["--demo", "--preset", "quality"]))
     assert both == {**demo, "preset": "quality", **recipe}
-    all_three = training_options(["--max_train_steps", "7", "--demo", "--preset", "quality", "--resolution", "128"])
+    all_three = parse_train_config(["--max_train_steps", "7", "--demo", "--preset", "quality", "--resolution", "128"])
     assert settings(all_three) == {**both, "max_train_steps": 7, "resolution": 128}
 
 
 def test_the_demos_settings_are_options_and_its_inputs_exist():
     assert DEMO_TRAINING.keys() <= TRAINING_DEFAULTS.keys()
     assert DEMO_GENERATION.keys() <= GENERATION_DEFAULTS.keys()
-    assert settings(generation_options(["--demo"])) == {**GENERATION_DEFAULTS, "demo": True, **DEMO_GENERATION}
+    assert settings(parse_generate_config(["--demo"])) == {**GENERATION_DEFAULTS, "demo": True, **DEMO_GENERATION}
     assert (Path(DEMO_TRAINING["data_dir"])).is_dir()
     assert Path(DEMO_GENERATION["prompts_file"]).is_file()
     assert "base_model" not in DEMO_GENERATION, "the LoRA's folder names it"
@@ -222,21 +226,30 @@ def test_the_demos_settings_are_options_and_its_inputs_exist():
 
 
 def test_prompts_on_the_line_take_the_place_of_the_demos_file():
-    options = generation_options(["--demo", "--prompts", "a robot", "two robots"])
-    assert options.prompts == ["a robot", "two robots"] and options.prompts_file is None
-    assert generation_options(["--demo", "--prompts_file", "mine.txt"]).prompts_file == "mine.txt"
+    options = parse_generate_config(["--demo", "--prompts", "a robot", "two robots"])
+    assert settings(options)["prompts"] == ["a robot", "two robots"] and options.prompts.prompts_file is None
+    assert settings(parse_generate_config(["--demo", "--prompts_file", "mine.txt"]))["prompts_file"] == "mine.txt"
 
 
 def test_given_names_what_stands_on_the_command_line():
-    options = training_options(["--preset", "quality", "--data_dir=./x", "--center_crop", "--target_modules", "to_q"])
-    assert options.given == {"preset", "data_dir", "center_crop", "target_modules"}
-    assert training_options([]).given == set()
+    options = parse_train_config(["--preset", "quality", "--data_dir=./x", "--center_crop", "--target_modules", "to_q"])
+    assert options.explicit == {"preset", "data_dir", "center_crop", "target_modules"}
+    assert parse_train_config([]).explicit == set()
 
 
 def test_lists_take_several_words():
-    assert generation_options(["--lora_path", "a", "b.safetensors:-0.5"]).lora_path == ["a", "b.safetensors:-0.5"]
-    assert training_options(["--target_modules", "to_q", "conv_in"]).target_modules == ["to_q", "conv_in"]
-    assert generation_options(["--prompts", "one", "two, with a comma"]).prompts == ["one", "two, with a comma"]
+    assert settings(parse_generate_config(["--lora_path", "a", "b.safetensors:-0.5"]))["lora_path"] == [
+        "a",
+        "b.safetensors:-0.5",
+    ]
+    assert settings(parse_train_config(["--target_modules", "to_q", "conv_in"]))["target_modules"] == [
+        "to_q",
+        "conv_in",
+    ]
+    assert settings(parse_generate_config(["--prompts", "one", "two, with a comma"]))["prompts"] == [
+        "one",
+        "two, with a comma",
+    ]
 
 
 TOO_SMALL_COUNTS = ["0", "-1", "1.5", "nan", "many", ""]
@@ -287,7 +300,7 @@ WRONG_GENERATION = {
 }
 WRONG = [
     (options, flag, value)
-    for options, table in ((training_options, WRONG_TRAINING), (generation_options, WRONG_GENERATION))
+    for options, table in ((parse_train_config, WRONG_TRAINING), (parse_generate_config, WRONG_GENERATION))
     for flag, values in table.items()
     for value in values
 ]
@@ -323,7 +336,7 @@ def test_a_wrong_value_ends_in_one_line_that_names_the_flag(options, flag, value
     ids=shown,
 )
 def test_the_line_tells_the_remedy(argv, remedy):
-    assert remedy in refusal(training_options, argv)
+    assert remedy in refusal(parse_train_config, argv)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +358,7 @@ def test_the_line_tells_the_remedy(argv, remedy):
     ids=shown,
 )
 def test_the_limits_themselves_are_accepted(argv, name, value):
-    assert getattr(training_options(argv), name) == value
+    assert settings(parse_train_config(argv))[name] == value
 
 
 @pytest.mark.parametrize("digits", [30, 400, 5000])
@@ -365,12 +378,12 @@ def test_no_number_is_not_finite(value):
 @pytest.mark.parametrize(
     ("options", "typed", "meant"),
     [
-        (training_options, ["--learning_rat", "1e-4"], "--learning_rate"),
-        (training_options, ["--lora-rank=8"], "--lora_rank"),
-        (training_options, ["--resoluton", "512"], "--resolution"),
-        (training_options, ["--max_training_steps", "10"], "--max_train_steps"),
-        (generation_options, ["--prompt", "a robot"], "--prompts"),
-        (generation_options, ["--num_images", "4"], "--num_images_per_prompt"),
+        (parse_train_config, ["--learning_rat", "1e-4"], "--learning_rate"),
+        (parse_train_config, ["--lora-rank=8"], "--lora_rank"),
+        (parse_train_config, ["--resoluton", "512"], "--resolution"),
+        (parse_train_config, ["--max_training_steps", "10"], "--max_train_steps"),
+        (parse_generate_config, ["--prompt", "a robot"], "--prompts"),
+        (parse_generate_config, ["--num_images", "4"], "--num_images_per_prompt"),
     ],
     ids=shown,
 )
@@ -379,22 +392,22 @@ def test_a_mistyped_flag_proposes_the_nearest(options, typed, meant):
 
 
 def test_flags_are_not_abbreviated():
-    assert "--lora is not a flag, did you mean --lora_rank" in refusal(training_options, ["--lora", "8"])
+    assert "--lora is not a flag, did you mean --lora_rank" in refusal(parse_train_config, ["--lora", "8"])
 
 
 def test_nothing_is_proposed_where_nothing_is_near():
     for word in ("-x", "--nonsense", "--", "-"):
-        assert "did you mean" not in refusal(training_options, [word, "y"])
+        assert "did you mean" not in refusal(parse_train_config, [word, "y"])
 
 
 def test_every_wrong_flag_is_named_and_a_stray_word_too():
-    lines = refusals(training_options, ["--nonsense", "--lora_rnk", "8"])
+    lines = refusals(parse_train_config, ["--nonsense", "--lora_rnk", "8"])
     assert "--nonsense is not a flag" in lines[0]
     assert "--lora_rnk is not a flag, did you mean --lora_rank" in lines[1]
-    assert "'pictures' belongs to no flag" in refusal(training_options, ["pictures"])
-    assert "quotes around" in refusal(training_options, ["--data_dir", "my", "pictures"])
+    assert "'pictures' belongs to no flag" in refusal(parse_train_config, ["pictures"])
+    assert "quotes around" in refusal(parse_train_config, ["--data_dir", "my", "pictures"])
     assert "--center_crop: 'yes' is one value too many: it takes none" in refusal(
-        training_options, ["--center_crop", "yes"]
+        parse_train_config, ["--center_crop", "yes"]
     )
 
 
@@ -406,14 +419,14 @@ def test_all_the_mistakes_of_a_command_line_come_together():
     wanted = ["'stray' belongs", "did you mean --resolution", "--learning_rate: 'fast' is not a number",
               "--seed: expected one", "did you mean cosine", "--data_dir: the name is empty", "--lora_rank: '16' is",
               "--resume_from_checkpoint and --overwrite_output", "--validation_steps and --num_valid"]  # fmt: skip
-    lines = refusals(training_options, argv)
+    lines = refusals(parse_train_config, argv)
     assert [part in line for part, line in zip(wanted, lines, strict=True)] == [True] * len(wanted), lines
     argv = ["--height", "5", "--device", "gpu", "--prompts", "a", "--prompts_file", "b"]
-    assert len(refusals(generation_options, argv)) == 3
+    assert len(refusals(parse_generate_config, argv)) == 3
 
 
 def test_help_is_shown_beside_mistakes():
-    code, out, err = parse(training_options, ["--nonsense", "--help"])
+    code, out, err = parse(parse_train_config, ["--nonsense", "--help"])
     assert code == 0 and "usage:" in out and err == ""
 
 
@@ -427,17 +440,18 @@ def test_help_is_shown_beside_mistakes():
     ids=shown,
 )
 def test_a_mistyped_word_proposes_the_nearest(argv, meant):
-    assert meant in refusal(training_options, argv)
-    assert "did you mean" not in refusal(training_options, ["--preset", "xyz"])
+    assert meant in refusal(parse_train_config, argv)
+    assert "did you mean" not in refusal(parse_train_config, ["--preset", "xyz"])
 
 
 @pytest.mark.parametrize("value", ["", " ", "a\0b", "\udcff"])
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
-        *[(training_options, f"--{name}") for name in ("pretrained_model_name", "data_dir", "output_dir", "logging_dir",
-                                                       "auto_caption", "resume_from_checkpoint", "target_modules")],
-        *[(generation_options, f"--{name}") for name in ("base_model", "lora_path", "output_dir", "prompts_file")],
+        *[(parse_train_config, f"--{name}")
+          for name in ("pretrained_model_name", "data_dir", "output_dir", "logging_dir", "auto_caption",
+                       "resume_from_checkpoint", "target_modules")],
+        *[(parse_generate_config, f"--{name}") for name in ("base_model", "lora_path", "output_dir", "prompts_file")],
     ],
     ids=shown,
 )  # fmt: skip
@@ -446,65 +460,73 @@ def test_a_name_that_says_nothing_is_refused(options, flag, value):
 
 
 def test_prompts_may_be_empty_but_have_to_be_text():
-    assert generation_options(["--prompts", "", "--negative_prompt", ""]).prompts == [""]
-    assert "not valid UTF-8" in refusal(generation_options, ["--prompts", "\udcff"])
+    assert settings(parse_generate_config(["--prompts", "", "--negative_prompt", ""]))["prompts"] == [""]
+    assert "not valid UTF-8" in refusal(parse_generate_config, ["--prompts", "\udcff"])
 
 
 def test_the_last_of_a_repeated_flag_wins():
-    assert training_options(["--seed", "1", "--seed=2"]).seed == 2
-    assert generation_options(["--prompts", "a", "b", "--prompts", "c"]).prompts == ["c"]
+    assert settings(parse_train_config(["--seed", "1", "--seed=2"]))["seed"] == 2
+    assert settings(parse_generate_config(["--prompts", "a", "b", "--prompts", "c"]))["prompts"] == ["c"]
 
 
 @pytest.mark.parametrize(
     "flag", ["--seed", "--data_dir", "--target_modules", "--lr_scheduler", "--demo", "--learning_rate"]
 )
 def test_two_dashes_are_no_value(flag):
-    assert f"{flag}=--: '--' is no value" in refusal(training_options, [f"{flag}=--"])
+    assert f"{flag}=--: '--' is no value" in refusal(parse_train_config, [f"{flag}=--"])
 
 
 def test_words_after_a_list():
     """A prompt may begin with dashes where a space follows in it; a single word cannot be told from a flag."""
-    assert generation_options(["--prompts", "--ar 16:9 robot", "- b"]).prompts == ["--ar 16:9 robot", "- b"]
-    assert generation_options(["--prompts=--robot"]).prompts == ["--robot"]
-    assert len(refusals(generation_options, ["--prompts", "--robot"])) == 2
+    assert settings(parse_generate_config(["--prompts", "--ar 16:9 robot", "- b"]))["prompts"] == [
+        "--ar 16:9 robot",
+        "- b",
+    ]
+    assert settings(parse_generate_config(["--prompts=--robot"]))["prompts"] == ["--robot"]
+    assert len(refusals(parse_generate_config, ["--prompts", "--robot"])) == 2
 
 
 @pytest.mark.parametrize(
     "name", ["con", "out/NUL.txt", "ab:c", "out/..x./y", "ends ", "ends.", "lpt¹", "what?", "CONIN$", "C:/aux"]
 )
 def test_windows_refuses_some_folders(monkeypatch, name):
-    assert training_options(["--output_dir", name]).output_dir == name
+    assert settings(parse_train_config(["--output_dir", name]))["output_dir"] == name
     monkeypatch.setattr("megaman.config.cli.WINDOWS", True)
-    assert "--output_dir: Windows takes no folder" in refusal(training_options, ["--output_dir", name])
-    assert "--logging_dir" in refusal(training_options, ["--logging_dir", name])
+    assert "--output_dir: Windows takes no folder" in refusal(parse_train_config, ["--output_dir", name])
+    assert "--logging_dir" in refusal(parse_train_config, ["--logging_dir", name])
     for good in ("../out", "C:/x y/console", ".", "./com10", r"C:\bilder\ü"):
-        assert training_options(["--output_dir", good]).output_dir == good
+        assert settings(parse_train_config(["--output_dir", good]))["output_dir"] == good
 
 
 def test_a_polynomial_rate_has_to_begin_above_its_end():
-    line = refusal(training_options, ["--lr_scheduler", "polynomial", "--learning_rate", "1e-7"])
+    line = refusal(parse_train_config, ["--lr_scheduler", "polynomial", "--learning_rate", "1e-7"])
     assert "--lr_scheduler polynomial" in line and "--learning_rate" in line
-    assert training_options(["--lr_scheduler", "polynomial", "--learning_rate", "1.1e-7"]).learning_rate == 1.1e-7
-    assert training_options(["--learning_rate", "1e-8"]).learning_rate == 1e-8
+    assert (
+        settings(parse_train_config(["--lr_scheduler", "polynomial", "--learning_rate", "1.1e-7"]))["learning_rate"]
+        == 1.1e-7
+    )
+    assert settings(parse_train_config(["--learning_rate", "1e-8"]))["learning_rate"] == 1e-8
     text = ["--train_text_encoder", "--text_encoder_lr", "1e-7"]
-    assert "give a higher --text_encoder_lr" in refusal(training_options, ["--lr_scheduler", "polynomial", *text])
+    assert "give a higher --text_encoder_lr" in refusal(parse_train_config, ["--lr_scheduler", "polynomial", *text])
 
 
 def test_the_text_encoders_rate_is_the_other_one_unless_it_is_given():
-    assert training_options(["--learning_rate", "3e-5"]).text_encoder_lr is None
-    assert training_options(["--train_text_encoder", "--learning_rate", "3e-5"]).text_encoder_lr == 3e-5
-    assert training_options(["--train_text_encoder", "--preset", "quality"]).text_encoder_lr == 5e-5
-    assert training_options(["--train_text_encoder", "--text_encoder_lr", "1e-6"]).text_encoder_lr == 1e-6
-    assert "without --train_text_encoder" in refusal(training_options, ["--text_encoder_lr", "1e-6"])
+    assert settings(parse_train_config(["--learning_rate", "3e-5"]))["text_encoder_lr"] is None
+    assert settings(parse_train_config(["--train_text_encoder", "--learning_rate", "3e-5"]))["text_encoder_lr"] == 3e-5
+    assert settings(parse_train_config(["--train_text_encoder", "--preset", "quality"]))["text_encoder_lr"] == 5e-5
+    assert (
+        settings(parse_train_config(["--train_text_encoder", "--text_encoder_lr", "1e-6"]))["text_encoder_lr"] == 1e-6
+    )
+    assert "without --train_text_encoder" in refusal(parse_train_config, ["--text_encoder_lr", "1e-6"])
 
 
 @pytest.mark.parametrize(
     ("options", "argv", "flags"),
     [
-        (generation_options, ["--prompts", "a", "--prompts_file", "b.txt"], ["--prompts", "--prompts_file"]),
-        (generation_options, ["--demo", "--prompts", "a", "--prompts_file", "b"], ["--prompts", "--prompts_file"]),
+        (parse_generate_config, ["--prompts", "a", "--prompts_file", "b.txt"], ["--prompts", "--prompts_file"]),
+        (parse_generate_config, ["--demo", "--prompts", "a", "--prompts_file", "b"], ["--prompts", "--prompts_file"]),
         (
-            training_options,
+            parse_train_config,
             ["--resume_from_checkpoint", "latest", "--overwrite_output"],
             ["--resume_from_checkpoint", "--overwrite_output"],
         ),
@@ -518,30 +540,30 @@ def test_contradictions_fail_at_the_door(options, argv, flags):
 
 @pytest.mark.parametrize("flags", [["--cache_dir", "c"], ["--cache_limit", "5"], ["--crop_variants", "4"]])
 def test_without_a_cache_its_flags_mean_nothing(flags):
-    assert f"--no_cache and {flags[0]} contradict" in refusal(training_options, ["--no_cache", *flags])
+    assert f"--no_cache and {flags[0]} contradict" in refusal(parse_train_config, ["--no_cache", *flags])
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_place(training_options([])) == tmp_path / "megaman_lora"
-    assert cache_place(training_options(["--cache_dir", "here"])) == Path("here")
-    assert cache_place(training_options(["--no_cache"])) is None
+    assert parse_train_config([]).cache.path() == tmp_path / "megaman_lora"
+    assert parse_train_config(["--cache_dir", "here"]).cache.path() == Path("here")
+    assert parse_train_config(["--no_cache"]).cache.path() is None
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_place(training_options([])) == Path.home() / ".cache" / "megaman_lora"
+    assert parse_train_config([]).cache.path() == Path.home() / ".cache" / "megaman_lora"
 
 
 def test_more_contradictions():
     warmup = ["--lr_scheduler", "cosine", "--lr_warmup_steps", "10"]
-    assert "--lr_warmup_steps 10 is not below" in refusal(training_options, [*warmup, "--max_train_steps", "10"])
-    assert "--lr_warmup_steps 1000" in refusal(training_options, ["--demo", "--lr_warmup_steps", "1000"])
-    assert "--center_crop and" in refusal(training_options, ["--center_crop", "--crop_variants", "4"])
+    assert "--lr_warmup_steps 10 is not below" in refusal(parse_train_config, [*warmup, "--max_train_steps", "10"])
+    assert "--lr_warmup_steps 1000" in refusal(parse_train_config, ["--demo", "--lr_warmup_steps", "1000"])
+    assert "--center_crop and" in refusal(parse_train_config, ["--center_crop", "--crop_variants", "4"])
     for flags in (["--min_bucket_reso", "256"], ["--bucket_no_upscale"]):
-        assert "without --enable_bucket" in refusal(training_options, flags)
+        assert "without --enable_bucket" in refusal(parse_train_config, flags)
     for flags in (["--min_bucket_reso", "520"], ["--max_bucket_reso", "504"], ["--bucket_reso_steps", "520"]):
-        assert f"{flags[0]} {flags[1]} is " in refusal(training_options, ["--enable_bucket", *flags])
-    assert "not a multiple of 8" in refusal(training_options, ["--enable_bucket", "--bucket_reso_steps", "20"])
+        assert f"{flags[0]} {flags[1]} is " in refusal(parse_train_config, ["--enable_bucket", *flags])
+    assert "not a multiple of 8" in refusal(parse_train_config, ["--enable_bucket", "--bucket_reso_steps", "20"])
     for flag in ("--validation_steps", "--validation_prompt"):
-        assert flag in refusal(training_options, ["--num_validation_images", "0", flag, "5"])
+        assert flag in refusal(parse_train_config, ["--num_validation_images", "0", flag, "5"])
 
 
 @pytest.mark.parametrize(
@@ -575,12 +597,12 @@ def test_more_contradictions():
     ids=shown,
 )
 def test_harmless_combinations_are_not_refused(argv):
-    training_options(argv)
+    parse_train_config(argv)
 
 
 def test_crop_variants_take_the_place_of_the_demos_centre():
-    assert training_options(["--demo"]).center_crop
-    assert not training_options(["--demo", "--crop_variants", "2"]).center_crop
+    assert settings(parse_train_config(["--demo"]))["center_crop"]
+    assert not settings(parse_train_config(["--demo", "--crop_variants", "2"]))["center_crop"]
 
 
 @pytest.mark.parametrize("output_dir", ["pictures", "pictures/out", "./x/../pictures", "pictures/.", "link/out"])
@@ -589,34 +611,100 @@ def test_no_output_into_the_pictures(tmp_path, monkeypatch, output_dir):
     Path("pictures").mkdir()
     if "link" in output_dir:
         Path("link").symlink_to("pictures")
-    line = refusal(training_options, ["--data_dir", "pictures", "--output_dir", output_dir])
+    line = refusal(parse_train_config, ["--data_dir", "pictures", "--output_dir", output_dir])
     assert "--output_dir" in line and "--data_dir" in line
 
 
 @pytest.mark.parametrize("part", ["samples-0", "checkpoint-100/x", "lora_weights", "./lora_weights/logs"])
 def test_nothing_is_kept_where_a_run_replaces_its_folders(part):
     for flag in ("--data_dir", "--logging_dir"):
-        assert flag in refusal(training_options, ["--output_dir", "out", flag, f"out/{part}"])
+        assert flag in refusal(parse_train_config, ["--output_dir", "out", flag, f"out/{part}"])
 
 
 @pytest.mark.parametrize(
     "argv", [["--demo=yes"], ["--demo", "--demo=1"], ["--preset"], ["--preset", "--demo"]], ids=shown
 )
 def test_mistakes_in_the_flags_that_change_defaults_are_usage_errors_too(argv):
-    refusal(training_options, argv)
+    refusal(parse_train_config, argv)
 
 
 def test_a_line_break_in_an_argument_does_not_make_two_lines():
-    refusal(training_options, ["two\nlines"])
-    refusal(training_options, ["--data_dir", "a", "b\n--nonsense\nc"])
+    refusal(parse_train_config, ["two\nlines"])
+    refusal(parse_train_config, ["--data_dir", "a", "b\n--nonsense\nc"])
 
 
 def test_help_tells_defaults_that_are_zero_but_none_that_are_missing():
-    text = " ".join(training_parser().format_help().split())
+    text = " ".join(train_parser().format_help_all().split())
     assert "processes that decode pictures (default: 0)" in text
     assert "an offset noise; 0.05 is usual (default: 0.0)" in text
     assert "default: None" not in text and "default: False" not in text
-    assert "default: None" not in generation_parser().format_help()
+    assert "default: None" not in generate_parser().format_help_all()
+
+
+CONFIGS = [(train_parser, TrainConfig), (generate_parser, GenerateConfig)]
+
+
+@pytest.mark.parametrize("parser", [train_parser, generate_parser])
+def test_help_is_short_and_names_the_whole_help(monkeypatch, parser):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = parser().format_help().splitlines()
+    assert len(lines) <= 80
+    assert lines[0].startswith("usage:") and lines[1] == "", "a usage line, not a block"
+    assert sum("--help_all" in line for line in lines) == 2
+    examples = lines[lines.index("examples:") + 1 :]
+    assert len(examples) == 3 and all(line.startswith("  python ") for line in examples)
+
+
+@pytest.mark.parametrize(("parser", "config"), CONFIGS)
+def test_help_shows_the_common_flags_by_group(parser, config):
+    flags = re.findall(r"^  (--\w+)", parser().format_help(), flags=re.MULTILINE)
+    common = {f"--{name}" for name, field in flags_of(config).items() if field.metadata["flag"].common}
+    assert sorted(flags) == sorted({*common, "--help_all"}) and len(common) < 35
+
+
+@pytest.mark.parametrize(("parser", "config"), CONFIGS)
+def test_the_whole_help_names_every_flag_once_under_its_heading(parser, config):
+    sections = re.split(r"^(\S.*):$", parser().format_help_all(), flags=re.MULTILINE)
+    shown = {
+        heading: re.findall(r"^  (--\w+)", content, flags=re.MULTILINE)
+        for heading, content in zip(sections[1::2], sections[2::2], strict=True)
+    }
+    assert shown.pop("options") == ["--help_all"] and shown.pop("examples") == []
+    assert list(shown) == [group.__doc__ for group in groups_of(config).values()]
+    for group in groups_of(config).values():
+        assert sorted(shown[group.__doc__]) == sorted(f"--{field.name}" for field in dataclasses.fields(group))
+
+
+@pytest.mark.parametrize("config", [TrainConfig, GenerateConfig])
+def test_every_field_has_a_help_text(config):
+    assert all(field.metadata["flag"].help for field in flags_of(config).values())
+    assert len(flags_of(config)) == sum(len(dataclasses.fields(group)) for group in groups_of(config).values())
+
+
+def test_the_order_of_the_settings_names_every_flag_once():
+    assert sorted(ORDER) == sorted(flags_of(TrainConfig))
+
+
+@pytest.mark.parametrize("config", [parse_train_config([]), parse_generate_config([])])
+def test_nobody_changes_a_config(config):
+    for name in groups_of(type(config)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, name, None)
+        for field in dataclasses.fields(getattr(config, name)):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(getattr(config, name), field.name, None)
+    assert hash(config) == hash(dataclasses.replace(config)), "nothing in it can be changed either"
+
+
+def test_what_a_resumed_run_has_to_share():
+    settings = parse_train_config(["--lora_rank", "3", "--target_modules", "to_q", "to_k"]).resume_settings()
+    assert settings["lora_rank"] == 3 and settings["target_modules"] == ["to_q", "to_k"]
+    assert settings.keys() == {
+        "lora_rank", "lora_alpha", "use_rslora", "target_modules", "train_text_encoder", "resolution", "center_crop",
+        "crop_variants", "random_flip", "no_cache", "enable_bucket", "min_bucket_reso", "max_bucket_reso",
+        "bucket_reso_steps", "bucket_no_upscale", "shuffle_caption", "keep_tokens", "caption_dropout_rate",
+        "caption_tag_dropout_rate",
+    }  # fmt: skip
 
 
 HEAVY = ["torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "tensorboard"]
@@ -648,10 +736,10 @@ def command_lines(options) -> st.SearchStrategy[list[str]]:
 def check_any_command_line(options, argv: list[str]) -> None:
     result, out, err = parse(options, argv)
     hypothesis.event("refused" if result == 2 else "taken")  # counted by --hypothesis-show-statistics
-    if isinstance(result, argparse.Namespace):
+    if isinstance(result, TrainConfig | GenerateConfig):
         assert out == err == ""
-        values = vars(result)
-        json.dumps({name: value for name, value in values.items() if name != "given"}, allow_nan=False)
+        values = settings(result)
+        json.dumps(values, allow_nan=False)
         assert all((values.get(side) or 8) % 8 == 0 for side in ("resolution", "height", "width"))
         assert values.get("learning_rate", 1) > 0 and (values["seed"] is None or values["seed"] >= 0)
     elif result == 0:
@@ -665,15 +753,15 @@ many = hypothesis.settings(max_examples=max(250, hypothesis.settings().max_examp
 
 
 @many
-@given(command_lines(training_options))
+@given(command_lines(parse_train_config))
 def test_any_training_command_line_is_options_help_or_lines(argv):
-    check_any_command_line(training_options, argv)
+    check_any_command_line(parse_train_config, argv)
 
 
 @many
-@given(command_lines(generation_options))
+@given(command_lines(parse_generate_config))
 def test_any_generation_command_line_is_options_help_or_lines(argv):
-    check_any_command_line(generation_options, argv)
+    check_any_command_line(parse_generate_config, argv)
 
 
 @pytest.mark.parametrize(
@@ -681,10 +769,12 @@ def test_any_generation_command_line_is_options_help_or_lines(argv):
     [
         ("megaman_lora.py", ["--help"], 0),
         ("generate_megaman.py", ["--help"], 0),
+        ("megaman_lora.py", ["--help_all"], 0),
+        ("generate_megaman.py", ["--help_all"], 0),
         ("megaman_lora.py", ["--nonsense"], 2),
         ("generate_megaman.py", ["--prompts", "a", "--prompts_file", "b"], 2),
     ],
-    ids=["train help", "generate help", "train wrong", "generate wrong"],
+    ids=["train help", "generate help", "train whole help", "generate whole help", "train wrong", "generate wrong"],
 )
 def test_help_and_usage_errors_come_before_the_heavy_imports(run_script, tmp_path, script, argv, code):
     path = Path(__file__).resolve().parent.parent.parent / script
@@ -694,7 +784,8 @@ def test_help_and_usage_errors_come_before_the_heavy_imports(run_script, tmp_pat
     assert len(lines) == (1 if code else 0)
     assert list(tmp_path.iterdir()) == [], "a question about usage leaves nothing behind"
     if not code:
-        assert all(flag in done.stdout for flag in FLAGS[PARSERS[script]])
+        shown = FLAGS[PARSERS[script]] if argv == ["--help_all"] else COMMON[PARSERS[script]]
+        assert all(flag in done.stdout for flag in shown)
 
 
 @pytest.mark.parametrize("script", PARSERS)

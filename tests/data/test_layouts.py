@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megaman.config.train import training_options
+from megaman.config.train import parse_train_config
 from megaman.data import folders
 from megaman.data.captions import caption_from_name
 from megaman.data.dataset import MegaManDataset
@@ -260,13 +260,15 @@ def test_the_doctor_tells_of_metadata_lines(tmp_path):
 
 @pytest.mark.parametrize("value", ["caption", ".caption", ".en.txt"])
 def test_an_extension_has_its_dot(value):
-    assert training_options(["--caption_extension", value]).caption_extension == f".{value.removeprefix('.')}"
+    assert (
+        parse_train_config(["--caption_extension", value]).captions.caption_extension == f".{value.removeprefix('.')}"
+    )
 
 
 @pytest.mark.parametrize("value", ["", ".", "a/b", "..", ".png", "JPG", ".x.webp", "a b", "\x1b"])
 def test_what_is_no_extension_of_a_caption_file(value, capsys):
     with pytest.raises(SystemExit):
-        training_options(["--caption_extension", value])
+        parse_train_config(["--caption_extension", value])
     assert capsys.readouterr().err.startswith("error: --caption_extension: ")
 
 

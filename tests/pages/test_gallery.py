@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megaman.config.generate import generation_options
+from megaman.config.generate import parse_generate_config
 from megaman.errors import UserError
 from megaman.pages.gallery import GalleryImage, command, read_images, thumbnail_of, variant_labels, write_gallery
 
@@ -279,19 +279,19 @@ def test_a_command_is_what_its_words_are_or_none(prompt, value):
 def test_a_command_draws_that_image():
     settings = {"LoRA": "a b", "base": "c", "steps": 20, "guidance": 5.0, "sampler": "Euler a", "clip skip": 2}
     line = command(replace(PLAIN, settings=settings))
-    options = generation_options(shlex.split(line)[2:])
-    assert (options.prompts, options.lora_path, options.base_model) == (["blue robot"], ["a b"], "c")
-    assert (options.seed, options.num_inference_steps, options.guidance_scale) == (42, 20, 5.0)
-    assert (options.height, options.width, options.negative_prompt) == (64, 64, "blurry")
-    assert (options.scheduler, options.clip_skip) == ("euler_a", 2)
+    options = parse_generate_config(shlex.split(line)[2:]).settings()
+    assert (options["prompts"], options["lora_path"], options["base_model"]) == (["blue robot"], ["a b"], "c")
+    assert (options["seed"], options["num_inference_steps"], options["guidance_scale"]) == (42, 20, 5.0)
+    assert (options["height"], options["width"], options["negative_prompt"]) == (64, 64, "blurry")
+    assert (options["scheduler"], options["clip_skip"]) == ("euler_a", 2)
 
 
 def test_a_command_names_loras_that_drew_together():
     together = {"LoRA": "my loras/a:0.8, b:-0.5", "strength": "0.5"}
-    options = generation_options(
+    options = parse_generate_config(
         shlex.split(command(replace(PLAIN, settings=together, loras=["my loras/a:0.8", "b:-0.5"])))[2:]
-    )
-    assert (options.lora_path, options.lora_scale) == (["my loras/a:0.8", "b:-0.5"], 0.5)
+    ).settings()
+    assert (options["lora_path"], options["lora_scale"]) == (["my loras/a:0.8", "b:-0.5"], 0.5)
 
 
 # In a real browser, from the disk.

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPTokenizer
 
-from megaman.config.train import training_options
+from megaman.config.train import parse_train_config
 from megaman.data import batches
 from megaman.data.captions import Variation, contains, dressed
 from megaman.data.dataset import MegaManDataset
@@ -114,7 +114,7 @@ def test_kept_tags_are_never_dropped(rate, tags):
     ],
 )
 def test_the_trigger_words_are_kept_unless_said_otherwise(flags, kept):
-    options = training_options(flags)
+    options = parse_train_config(flags).captions
     assert options.keep_tokens == kept and options.trigger_word in ("", "volto", "volto, blue robot")
 
 
@@ -165,7 +165,7 @@ VARIED = {
 @pytest.mark.parametrize("flags", VARIED.values(), ids=VARIED.keys())
 def test_the_loss_of_a_step_is_that_of_its_captions(train_here, encoded, tmp_path, flags):
     train_here(tmp_path, "out", *DATA, "--max_train_steps", 1, *flags)
-    options = training_options([str(flag) for flag in flags])
+    options = parse_train_config([str(flag) for flag in flags]).captions
     variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
 
     def say(caption: str, row: int) -> str:

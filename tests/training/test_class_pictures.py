@@ -12,7 +12,7 @@ from conftest import FEW_TARGETS, ROOT
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaman.config.train import training_options
+from megaman.config.train import parse_train_config
 from megaman.data import batches
 from megaman.data.dataset import MegaManDataset
 from megaman.errors import UserError
@@ -159,5 +159,5 @@ def test_a_folder_that_is_no_good_is_named_with_its_flag(train, tmp_path):
 )
 def test_contradictions(flags, said, capsys):
     with pytest.raises(SystemExit):
-        training_options(flags)
+        parse_train_config(flags)
     assert said in capsys.readouterr().err

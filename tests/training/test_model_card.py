@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.config.train import training_options
+from megaman.config.train import parse_train_config
 from megaman.data.captions import tidy
 from megaman.training import model_card
 
-SETTINGS = {key: value for key, value in vars(training_options([])).items() if key != "given"}
+SETTINGS = parse_train_config([]).settings()
 CONFIG = {"settings": {**SETTINGS, "seed": 7}, "base": "stable-diffusion-v1-5/stable-diffusion-v1-5", "total_steps": 12,
           "warmup_steps": 1, "buckets": None, "class_pictures": 0, "dtype": "float32",
           "versions": {"torch": "2", "peft": "0"}}  # fmt: skip
