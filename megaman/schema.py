@@ -47,7 +47,7 @@ def text(max_length: int) -> Check:
 
 def one_of(*values: Any) -> Check:
     """One of these values and of its type."""
-    return lambda value: any(type(value) is type(known) and value == known for known in values)
+    return lambda value: any(type(value) is type(allowed) and value == allowed for allowed in values)
 
 
 def list_of(check: Check, least: int = 0, most: int | None = None) -> Check:

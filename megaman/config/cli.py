@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from itertools import chain
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from megaman.config import samplers
@@ -64,22 +65,26 @@ def groups_of(config_type: type) -> dict[str, type]:
 
 def flags_of(config_type: type) -> dict[str, Field]:
     """The fields of all groups by their names, which are the flags' names."""
-    return {each.name: each for group in groups_of(config_type).values() for each in fields(group)}
+    all_fields = [fields(group) for group in groups_of(config_type).values()]
+    return {config_field.name: config_field for config_field in chain.from_iterable(all_fields)}
 
 
 def fill(config_type: type[Config], values: Mapping[str, Any], explicit: Iterable[str]) -> Config:
     """Make a config from the value of every flag and the names of the flags that were typed."""
-    groups = {
-        name: group(**{each.name: _frozen(values[each.name]) for each in fields(group)})
-        for name, group in groups_of(config_type).items()
-    }
+    groups = {}
+    for name, group in groups_of(config_type).items():
+        flags = [config_field.name for config_field in fields(group)]
+        groups[name] = group(**{flag: _frozen(values[flag]) for flag in flags})
     return config_type(**groups, explicit=frozenset(explicit))
 
 
 def settings_of(config: Any) -> dict[str, Any]:
     """The value of every flag, as JSON would hold it."""
-    groups = [getattr(config, name) for name in groups_of(type(config))]
-    return {each.name: _as_json(getattr(group, each.name)) for group in groups for each in fields(group)}
+    settings: dict[str, Any] = {}
+    for name in groups_of(type(config)):
+        group = getattr(config, name)
+        settings |= {flag.name: _as_json(getattr(group, flag.name)) for flag in fields(group)}
+    return settings
 
 
 def _frozen(value: Any) -> Any:
@@ -107,34 +112,36 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
         self.add_argument("--help_all", action=_HelpAll, help="show every flag and exit")
         self._config_type = config_type
-        homes = {}
+        sections = {}
         for group in groups_of(config_type).values():
-            home = self.add_argument_group(group.__doc__)
-            homes |= {each.name: home for each in fields(group)}
-        known = flags_of(config_type)
-        for each in order or known:
-            _add(homes[each], known[each])
+            section = self.add_argument_group(group.__doc__)
+            sections |= {config_field.name: section for config_field in fields(group)}
+        flags = flags_of(config_type)
+        for name in order or flags:
+            _add(sections[name], flags[name])
 
     def defaults(self) -> dict[str, Any]:
         """The plain default of every flag."""
-        return {each.name: each.default for each in flags_of(self._config_type).values()}
+        return {name: config_field.default for name, config_field in flags_of(self._config_type).items()}
 
     def format_help(self) -> str:
         """The flags that most runs use, by group."""
-        known = flags_of(self._config_type)
-        return self._format(lambda name: name not in known or known[name].metadata["flag"].common)
+        flags = flags_of(self._config_type)
+        return self._format(lambda name: name not in flags or flags[name].metadata["flag"].common)
 
     def format_help_all(self) -> str:
         """Every flag, by group."""
         return self._format(lambda name: True)
 
     def _format(self, is_shown: Callable[[str], bool]) -> str:
+        places = {name: place for place, name in enumerate(flags_of(self._config_type), start=1)}
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, [])
         formatter.add_text(self.description)
         for group in self._action_groups:
             formatter.start_section(group.title)
-            formatter.add_arguments([action for action in group._group_actions if is_shown(action.dest)])
+            actions = [action for action in group._group_actions if is_shown(action.dest)]
+            formatter.add_arguments(sorted(actions, key=lambda action: places.get(action.dest, 0)))
             formatter.end_section()
         formatter.add_text(self.epilog)
         return formatter.format_help()
@@ -193,19 +200,20 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(WRONG_USAGE)
 
 
-def _add(group: argparse._ArgumentGroup, config_field: Field) -> None:
-    """Give the group the flag of a field."""
-    known: Flag = config_field.metadata["flag"]
+def _add(section: argparse._ArgumentGroup, config_field: Field) -> None:
+    """Give the section the flag of a field."""
+    flag: Flag = config_field.metadata["flag"]
     option = f"--{config_field.name}"
-    if known.type is None:
-        group.add_argument(option, action="store_true", help=known.help)
+    if flag.type is None:
+        section.add_argument(option, action="store_true", help=flag.help)
         return
-    metavar = known.metavar or (None if known.choices else METAVARS[str(config_field.type).partition(" ")[0]])
-    default = None if config_field.default == "" else _as_json(config_field.default)  # nothing to tell
-    group.add_argument(
-        option, type=known.type, default=default, choices=known.choices, nargs=known.nargs,
-        metavar=metavar, help=known.help,
-    )  # fmt: skip
+    metavar = flag.metavar or (None if flag.choices else METAVARS[str(config_field.type).partition(" ")[0]])
+    default = (
+        None if config_field.default == "" else _as_json(config_field.default)
+    )  # help has no empty default to show
+    section.add_argument(
+        option, type=flag.type, default=default, choices=flag.choices, nargs=flag.nargs, metavar=metavar, help=flag.help
+    )
 
 
 class _HelpAll(argparse.Action):
@@ -228,6 +236,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:  # 0 is worth telling
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(action.default)})"
         return super()._get_help_string(action)
 
 

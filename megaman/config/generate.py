@@ -196,7 +196,7 @@ def contradictions(config: GenerateConfig) -> Iterator[str]:
     if comparison.lora_scale is not None and comparison.lora_scales:
         yield "--lora_scale and --lora_scales contradict each other: leave one out"
     if config.again.from_image:
-        for known in sorted(config.explicit - MAY_DIFFER):
-            yield f"--{known} and --from_image contradict each other: leave one out"
+        for flag_name in sorted(config.explicit - MAY_DIFFER):
+            yield f"--{flag_name} and --from_image contradict each other: leave one out"
     if comparison.checkpoints and "lora_path" in config.explicit:
         yield "--checkpoints and --lora_path contradict each other: leave one out"

@@ -318,8 +318,8 @@ class TrainConfig:
 
     def resume_settings(self) -> dict[str, Any]:
         """What a resumed run has to share, in addition to base, seed, pictures and their number a step."""
-        known = flags_of(TrainConfig)
-        return {name: value for name, value in self.settings().items() if known[name].metadata["flag"].resume}
+        flags = flags_of(TrainConfig)
+        return {name: value for name, value in self.settings().items() if flags[name].metadata["flag"].resume}
 
     def memory_request(self) -> dict[str, Any]:
         """What the memory of a run depends on, under the names of memory_estimate.Plan, and the base's name."""
@@ -422,9 +422,9 @@ def _crop_contradictions(config: TrainConfig) -> Iterator[str]:
 
 
 def _bucket_contradictions(config: BucketConfig, resolution: int) -> Iterator[str]:
-    for flag_name in (each.name for each in fields(BucketConfig)):
-        if getattr(config, flag_name) and not config.enable_bucket:
-            yield f"--{flag_name} has no effect without --enable_bucket: add that, or leave this out"
+    for bucket_field in fields(BucketConfig):
+        if getattr(config, bucket_field.name) and not config.enable_bucket:
+            yield f"--{bucket_field.name} has no effect without --enable_bucket: add that, or leave this out"
     limits = resolution, config.min_bucket_reso, config.max_bucket_reso, config.bucket_reso_steps
     if config.enable_bucket and (mistake := contradiction(*limits)):
         yield ": ".join(mistake)
