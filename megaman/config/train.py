@@ -97,7 +97,7 @@ class RunConfig:
     check_data: bool = flag(False, "report on pictures and captions, train nothing", common=True)
     plan: bool = flag(False, "say what memory it would need, train nothing", common=True)
     strict: bool = flag(False, "with --check_data: exit 1 if something is wrong")
-    seed: int | None = flag(None, "makes a run repeatable (default: drawn and noted)", SEED, common=True)
+    seed: int | None = flag(None, "makes a run repeatable (default: a random one)", SEED, common=True)
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class ComputeConfig:
     compile: bool = flag(False, "compile the UNet's repeated blocks; for NVIDIA GPUs")
     gradient_checkpointing: bool = flag(False, "less memory, slower steps", common=True)
     vram_limit: float | None = flag(
-        None, "keep to so much of the GPU's memory (default: what is free)", number(float, 0, 1024, exclusive=True),
+        None, "GPU memory to stay within (default: what is free)", number(float, 0, 1024, exclusive=True),
         metavar="GB", common=True,
     )  # fmt: skip
 
