@@ -208,9 +208,10 @@ class Head:
         field, ink = self._field_and_ink()
         panel = canvas.box(x - half, y - 2.6 * size, x + half, y + 3.8 * size, size)
         canvas.paint(panel, field)
+        radius = min(1.5 * size, half * 0.36)
         for side in (-1, 1):
-            paint_eye(canvas, (x + side * half * 0.5, y - 0.3 * size), 1.6 * size, side, mood, ink)
-        paint_mouth(canvas, (x, y + 2.5 * size), 1.4 * size, mood, ink)
+            paint_eye(canvas, (x + side * half * 0.5, y - 0.3 * size), radius, side, mood, ink)
+        paint_mouth(canvas, (x, y + 2.7 * size), 0.85 * radius, mood, ink)
 
     def _field_and_ink(self) -> tuple[Color, Color]:
         return (PLATE, OUTLINE) if self.face == "face plate" else (GLASS, self.glow)
