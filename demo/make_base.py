@@ -52,7 +52,7 @@ WARMUP_STEPS = 300
 AVERAGE_DECAY = 0.9995
 MIN_SNR_STEPS = 4000  # of a run from nothing
 SAVE_STEPS = 250
-SHEET_STEPS = 1000
+SHEET_STEPS = 2000
 
 SHEET_PROMPTS = [
     "a blue robot, white background", "a red robot, antenna, green background",
@@ -480,10 +480,11 @@ class DenoiserRun:
             if done % SAVE_STEPS == 0 or ending:
                 bar.set_postfix(loss=f"{self.log():.4f}")
                 save_state(self.work / "unet.pt", trainer.state())
+            if done % (SHEET_STEPS // 2) == 0:
+                with trainer.averaged_weights():
+                    append_log(self.work / "held_out.jsonl", step=done, loss=trainer.held_out_loss())
             if done % SHEET_STEPS == 0:
                 with trainer.averaged_weights():
-                    held_out = trainer.held_out_loss()
-                    append_log(self.work / "held_out.jsonl", step=done, loss=held_out)
                     draw_sheet(self.pipeline, self.work / f"sheet-{done:06d}.png")
             if ending or time.monotonic() - last_snapshot > self.snapshot_seconds:
                 self.write_snapshot()
@@ -523,7 +524,7 @@ def assemble(
     )  # fmt: skip
 
 
-def draw_sheet(pipeline: StableDiffusionPipeline, path: Path, across: int = 8) -> None:
+def draw_sheet(pipeline: StableDiffusionPipeline, path: Path, across: int = 4) -> None:
     """Samples of SHEET_PROMPTS, a row a prompt, the seeds 0 ... across - 1 side by side, at twice their size."""
     pipeline.set_progress_bar_config(disable=True)
     sheet = Image.new("RGB", (across * SIZE * 2, len(SHEET_PROMPTS) * SIZE * 2))
@@ -564,7 +565,7 @@ def export(run: DenoiserRun, folder: Path, decay_steps: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         curves[name] = [json.loads(line) for line in lines]
     (folder / "training_curve.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
-    draw_sheet(run.pipeline, folder / "samples.png")
+    draw_sheet(run.pipeline, folder / "samples.png", across=6)
     print(f"The base is in {folder}: {run.trainer.step - decay_steps} steps and {decay_steps} of decay")
 
 
