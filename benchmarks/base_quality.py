@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -78,15 +79,15 @@ def main(argv: list[str]) -> int:
     results["VAE PSNR on the hero, dB"] = vae_psnr(base.vae, hero_files())
     judge_colors(results, generate, images, captions, kinds)
     judge_kinds(results, base, generate, images, kinds)
-    poses, expressions = pose_judge(base), expression_judge(base)
-    for judge in (poses, expressions):
+    judges = load_judges(base, images, options.work_dir)
+    for judge in (judges.poses, judges.expressions):
         results |= judge.checks
         results |= judge.shares("base", generate, ROBOT_PROMPT, options.samples)
     judge_copies(results, generate, options.work_dir)
     if options.lora_path:
         lora_files.load_lora(options.lora_path, base.unet)
-        judge_hero(results, generate, hero_judge(base, images), poses, options.samples)
-        results |= expressions.shares("hero", generate, HERO_PROMPT, options.samples)
+        judge_hero(results, generate, judges, options.samples)
+        results |= judges.expressions.shares("hero", generate, HERO_PROMPT, options.samples)
         results["named color without the trigger, with the LoRA"] = color_share(generate, seeds=8)
     for name, value in results.items():
         unitless = "dB" in name or "distance" in name or "number" in name
@@ -203,21 +204,19 @@ def background_of(caption: str) -> str:
 # ---------------------------------------------------------------- kinds, poses, expressions, by classifier
 
 
-def train_judge(images: torch.Tensor, labels: torch.Tensor, classes: int, epochs: int = 6) -> torch.nn.Module:
-    """A small convolutional classifier; images [N, 3, 64, 64]."""
+def new_classifier(classes: int) -> torch.nn.Module:
+    """A small convolutional classifier of images [N, 3, 64, 64]."""
 
     def block(inside: int, outside: int) -> torch.nn.Sequential:
         layers = [torch.nn.Conv2d(inside, outside, 3, 2, 1), torch.nn.GroupNorm(8, outside), torch.nn.SiLU()]
         return torch.nn.Sequential(*layers)
 
-    judge = torch.nn.Sequential(
-        block(3, 32),
-        block(32, 64),
-        block(64, 96),
-        block(96, 128),
-        torch.nn.Flatten(),
-        torch.nn.Linear(128 * 16, classes),
-    )
+    blocks = [block(3, 32), block(32, 64), block(64, 96), block(96, 128)]
+    return torch.nn.Sequential(*blocks, torch.nn.Flatten(), torch.nn.Linear(128 * 16, classes))
+
+
+def train_judge(images: torch.Tensor, labels: torch.Tensor, classes: int, epochs: int = 6) -> torch.nn.Module:
+    judge = new_classifier(classes)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=1e-2)
     weight = 1 / torch.bincount(labels, minlength=classes).clamp(min=1).float()
     for _ in range(epochs):
@@ -259,10 +258,13 @@ class WordJudge:
     """A classifier for words of the caption: for each class the texts that name it, and how the judge did on art."""
 
     what: str
-    classes: list[str]
     texts: dict[str, list[str]]
     classifier: torch.nn.Module
     checks: dict[str, float]
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.texts)
 
     def prompts(self, template: str, samples: int) -> list[tuple[str, int]]:
         """Every class equally often, with its label; texts, colors and plain backgrounds take turns."""
@@ -301,18 +303,13 @@ def texts_of_pose(pose: str) -> list[str]:
     return [f"{named}, {view}" for view in views]
 
 
-def pose_judge(base: Base) -> WordJudge:
-    return make_word_judge(base, "pose", POSES, {pose: texts_of_pose(pose) for pose in POSES}, count=5000)
+POSE_TEXTS = {pose: texts_of_pose(pose) for pose in POSES}
+EXPRESSION_TEXTS = {name: [f"portrait, {name}"] for name in EXPRESSIONS}
 
 
-def expression_judge(base: Base) -> WordJudge:
-    texts = {name: [f"portrait, {name}"] for name in EXPRESSIONS}
-    return make_word_judge(base, "expression", list(EXPRESSIONS), texts, count=2500)
-
-
-def make_word_judge(base: Base, what: str, classes: list[str], texts: dict[str, list[str]], count: int) -> WordJudge:
+def make_word_judge(base: Base, what: str, texts: dict[str, list[str]], count: int) -> WordJudge:
     """Train a judge on sprites and on the hero before other backgrounds than the demo's; check it on what is left."""
-    rng = np.random.default_rng(997)
+    rng, classes = np.random.default_rng(997), list(texts)
     sprites = list(sprites_of(classes, count, rng))
     heroes = list(heroes_of(texts, count // 5, rng))
     checks = {}
@@ -330,7 +327,7 @@ def make_word_judge(base: Base, what: str, classes: list[str], texts: dict[str, 
     _, images, labels = held_out[0]
     shuffled = labels[torch.randperm(len(labels))]
     checks[f"{what} judge on held-out art in random order"] = share_right(classifier, images, shuffled)
-    return WordJudge(what, classes, texts, classifier, checks)
+    return WordJudge(what, texts, classifier, checks)
 
 
 def sprites_of(classes: list[str], count: int, rng: np.random.Generator) -> list[tuple[np.ndarray, str]]:
@@ -395,18 +392,53 @@ class HeroJudge:
         return (verdicts(self.classifier, to_tensor(images)) == 1).numpy()
 
 
-def hero_judge(base: Base, images: np.ndarray) -> HeroJudge:
+def make_hero_judge(base: Base, images: np.ndarray) -> HeroJudge:
     rng = np.random.default_rng(996)
-    texts = {pose: texts_of_pose(pose) for pose in POSES}
-    texts["portrait"] = [f"portrait, {name}" for name in EXPRESSIONS]
-    hero = through_vae(base, np.stack([image for image, _ in heroes_of(texts, 1500, rng)]))
+    texts = POSE_TEXTS | {"portrait": [f"portrait, {name}" for name in EXPRESSIONS]}
+    hero = through_vae(base, np.stack([image for image, _ in heroes_of(texts, 800, rng)]))
     own = through_vae(base, hero_files()[-8:])
-    rest = through_vae(base, images[:4000])
+    rest = through_vae(base, images[:3000])
     pixels = torch.cat([hero, rest[500:]])
     labels = torch.cat([torch.ones(len(hero)), torch.zeros(len(rest) - 500)]).long()
     classifier = train_judge(pixels, labels, 2)
     right = torch.cat([verdicts(classifier, own) == 1, verdicts(classifier, rest[:500]) == 0])
     return HeroJudge(classifier, float(right.float().mean()))
+
+
+@dataclass(frozen=True)
+class Judges:
+    poses: WordJudge
+    expressions: WordJudge
+    hero: HeroJudge
+
+
+def load_judges(base: Base, images: np.ndarray, work_dir: Path) -> Judges:
+    """Trained once for a VAE and a state of the art, and kept in work_dir."""
+    digest = hashlib.sha256()
+    for name, value in sorted(base.vae.state_dict().items()):
+        digest.update(name.encode() + value.float().numpy().tobytes())
+    for file in (Path(__file__), *(ROOT / "demo" / f"{name}.py" for name in ("rig", "sprites", "make_images"))):
+        digest.update(file.read_bytes())
+    path = work_dir / f"judges-{digest.hexdigest()[:12]}.pt"
+    if not path.is_file():
+        trained = {
+            "poses": make_word_judge(base, "pose", POSE_TEXTS, count=3000),
+            "expressions": make_word_judge(base, "expression", EXPRESSION_TEXTS, count=1500),
+        }
+        hero = make_hero_judge(base, images)
+        state = {name: (judge.classifier.state_dict(), judge.checks) for name, judge in trained.items()}
+        torch.save(state | {"hero": (hero.classifier.state_dict(), hero.check)}, path)
+    state = torch.load(path, weights_only=True)
+
+    def restored(name: str, classes: int) -> torch.nn.Module:
+        classifier = new_classifier(classes).eval()
+        classifier.load_state_dict(state[name][0])
+        return classifier
+
+    poses = WordJudge("pose", POSE_TEXTS, restored("poses", len(POSE_TEXTS)), state["poses"][1])
+    expressions = restored("expressions", len(EXPRESSION_TEXTS))
+    expressions = WordJudge("expression", EXPRESSION_TEXTS, expressions, state["expressions"][1])
+    return Judges(poses, expressions, HeroJudge(restored("hero", 2), state["hero"][1]))
 
 
 def palette_distance(image: np.ndarray) -> float:
@@ -417,10 +449,9 @@ def palette_distance(image: np.ndarray) -> float:
     return float(np.linalg.norm(pixels[:, None] - np.array(PALETTE), axis=-1).min(axis=1).mean())
 
 
-def judge_hero(
-    results: dict[str, float], generate: GenerateImages, judge: HeroJudge, poses: WordJudge, samples: int
-) -> None:
+def judge_hero(results: dict[str, float], generate: GenerateImages, judges: Judges, samples: int) -> None:
     """Does the trigger word give the hero, and only it? In the pose asked for, and in its own colors?"""
+    judge = judges.hero
     results["hero judge on held-out images"] = judge.check
     grounds = list(PLAIN)
     prompts = [HERO_PROMPT.format(HERO_WORDS[i % 4], grounds[i % 13]) for i in range(64)]
@@ -428,15 +459,16 @@ def judge_hero(
     names = [color for color in ROBOT_COLORS if color not in ("gray", "white")]
     without = [OTHER_PROMPTS[i % 2].format(names[i % 8] if i % 2 else grounds[i % 13]) for i in range(64)]
     results["hero without it, 64"] = float(judge.is_hero(generate(without, range(64))).mean())
-    results |= hero_in_pose(generate, judge, poses, samples)
+    results |= hero_in_pose(generate, judges, samples)
 
 
-def hero_in_pose(generate: GenerateImages, judge: HeroJudge, poses: WordJudge, samples: int) -> dict[str, float]:
+def hero_in_pose(generate: GenerateImages, judges: Judges, samples: int) -> dict[str, float]:
     """Poses of the hero, and the palette distance of those images that show the hero in the pose asked for."""
+    poses = judges.poses
     prompts, labels = zip(*poses.prompts(HERO_PROMPT, samples), strict=True)
     images = generate(prompts, range(len(prompts)))
     obeyed = poses.obeyed(images, labels)
-    right = obeyed & judge.is_hero(images)
+    right = obeyed & judges.hero.is_hero(images)
     return {
         **poses.summary("hero", obeyed, labels),
         "hero in the pose asked for": float(right.mean()),

@@ -41,16 +41,15 @@ def main(argv: list[str]) -> int:
     base = load_base(options.base_model, torch.float32)
     fetch(options.work_dir / "art")
     images, _, _ = compose_images(options.work_dir / "art", 4000, seed=999)
-    poses, expressions = quality.pose_judge(base), quality.expression_judge(base)
-    hero = quality.hero_judge(base, images)
+    judges = quality.load_judges(base, images, options.work_dir)
     lora_files.load_lora(options.lora_path, base.unet)
     results = {}
     print(f"| guidance | {' | '.join(COLUMNS.values())} |")
     print("| --- |" + " --- |" * len(COLUMNS))
     for scale in options.guidance_scale:
         generate = quality.generator(base, scale)
-        row = quality.hero_in_pose(generate, hero, poses, options.samples)
-        row |= expressions.shares("hero", generate, quality.HERO_PROMPT, options.samples)
+        row = quality.hero_in_pose(generate, judges, options.samples)
+        row |= judges.expressions.shares("hero", generate, quality.HERO_PROMPT, options.samples)
         results[scale] = row
         shown = [f"{row[key]:.1f}" if "distance" in key else f"{row[key]:.1%}" for key in COLUMNS]
         print(f"| {scale:g} | {' | '.join(shown)} |", flush=True)
