@@ -193,26 +193,28 @@ def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return error.abs().mean() + 2 * (error**2).mean() + hue.abs().mean() + 6 * (clash**2).mean() + 2e-5 * kl
 
 
-def vae_batch(images: np.ndarray, mosaics: np.ndarray, rng: np.random.Generator, whole: bool) -> np.ndarray:
-    """Three parts images and five parts mosaics; unless whole, crops of half the side, and three times as many:
-    they teach the same textures at a quarter of the cost."""
-    size = images.shape[1]
-    parts = 1 if whole else 3
-    train_count = len(images) - HELD_OUT
-    chosen = [
-        source[np.sort(rng.integers(0, count, parts * share))]
-        for source, count, share in ((images, train_count, 3), (mosaics, len(mosaics), 5))
-    ]
-    batch = np.concatenate(chosen)
-    if whole:
-        return batch
-    top, left = rng.integers(0, size // 2 + 1, 2)
-    return batch[:, top : top + size // 2, left : left + size // 2]
+@dataclass(frozen=True)
+class VaeData:
+    """What the VAE learns from: images, of which the last HELD_OUT are never trained on, and mosaics."""
+
+    images: np.ndarray
+    mosaics: np.ndarray
+
+    def batch(self, rng: np.random.Generator, whole: bool) -> np.ndarray:
+        """Three parts images and five parts mosaics; unless whole, crops of half the side, and three times as many:
+        they teach the same textures at a quarter of the cost."""
+        size = self.images.shape[1]
+        parts = 1 if whole else 3
+        from_images = rng.integers(0, len(self.images) - HELD_OUT, parts * 3)
+        from_mosaics = rng.integers(0, len(self.mosaics), parts * 5)
+        batch = np.concatenate([self.images[np.sort(from_images)], self.mosaics[np.sort(from_mosaics)]])
+        if whole:
+            return batch
+        top, left = rng.integers(0, size // 2 + 1, 2)
+        return batch[:, top : top + size // 2, left : left + size // 2]
 
 
-def train_vae(
-    work: Path, vae: AutoencoderKL, images: np.ndarray, mosaics: np.ndarray, steps: int, seed: int, stop: StopSignal
-) -> bool:
+def train_vae(work: Path, vae: AutoencoderKL, data: VaeData, steps: int, seed: int, stop: StopSignal) -> bool:
     """Train the VAE, four steps of five on crops; False if stopped before the last step."""
     vae.to(memory_format=torch.channels_last).train()
     parameters = list(vae.parameters())
@@ -225,7 +227,7 @@ def train_vae(
     bar = tqdm(range(start, steps), desc="VAE", initial=start, total=steps, unit="step", mininterval=10)
     for step in bar:
         torch.manual_seed(seed * 1_000_003 + step)
-        batch = vae_batch(images, mosaics, np.random.default_rng((seed, 1, step)), step % 5 == 4)
+        batch = data.batch(np.random.default_rng((seed, 1, step)), whole=step % 5 == 4)
         share = max(step / steps - 0.3, 0) / 0.7  # from 30 % of the run the rate falls along a cosine
         rate = 1.5e-3 * min((step + 1) / 200, 1) * (0.5 + 0.5 * math.cos(math.pi * share))
         set_rate(optimizer, rate)
@@ -236,7 +238,7 @@ def train_vae(
         optimizer.zero_grad()
         done = step + 1
         if done % 500 == 0 or done == steps:
-            psnr = vae_psnr(vae, images[-256:])
+            psnr = vae_psnr(vae, data.images[-256:])
             bar.set_postfix(psnr=f"{psnr:.2f}")
             append_log(work / "vae.jsonl", step=done, loss=loss.item(), held_out_psnr=psnr, time=time.time())
         if done % 500 == 0 or done == steps or stop.received:
@@ -581,7 +583,8 @@ def prepare_vae(args: argparse.Namespace, images: np.ndarray, stop: StopSignal) 
         vae.to(args.device)
         if args.vae_steps:
             mosaics = make_mosaics(args.work_dir, args.images // 2, args.seed)
-            if not train_vae(args.work_dir, vae, images, mosaics, args.vae_steps, args.seed, stop):
+            data = VaeData(images, mosaics)
+            if not train_vae(args.work_dir, vae, data, args.vae_steps, args.seed, stop):
                 return None
             fold_statistics(vae, images)
         vae.save_pretrained(finished)
