@@ -3,13 +3,16 @@
     python generate_megaman.py --demo                                 the LoRA of megaman_lora.py --demo
     python generate_megaman.py --lora_path ./megaman_lora_output/lora_weights --prompts_file prompts.txt
 
-The story, top to bottom: options, prompts, base and LoRA, jobs, what is there already, images, gallery.
+The story, top to bottom: options, prompts, base and LoRA, jobs, what is there already, images,
+gallery.
 """
 
 import sys
 
 if sys.version_info < (3, 11):
-    sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
+    sys.exit(
+        "error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2]
+    )
 
 import shlex
 from collections.abc import Iterable
@@ -41,15 +44,23 @@ def main(argv: list[str]) -> int:
     plan = plan_again(config, again) if again else plan_anew(config)
     print("".join(f"{line}\n" for line in bad_lines), end="")
     if tags := [tag for prompt in prompts for tag in prompt_weights.tags(prompt.text)]:
-        print(f"{', '.join(dict.fromkeys(tags))} in a prompt is left out: name LoRAs in --lora_path")
+        print(
+            f"{', '.join(dict.fromkeys(tags))} in a prompt is left out: name LoRAs in --lora_path"
+        )
     output_dir = Path(config.output.output_dir)
     gallery = output_folder.complete(output_dir, read_images(output_dir))
     if not gallery and (output_dir / "index.html").exists():
-        raise UserError(f"--output_dir {output_dir} holds an index.html of something else", "Name another folder")
+        raise UserError(
+            f"--output_dir {output_dir} holds an index.html of something else",
+            "Name another folder",
+        )
 
     width, cpus = unet_width(plan.base), threads.usable_cpus()
     policy = threads.choose_threads(
-        threads.threads_for_generation(cpus), cpus, threads.user_environment(), again.threads if again else None
+        threads.threads_for_generation(cpus),
+        cpus,
+        threads.user_environment(),
+        again.threads if again else None,
     )
     threads.apply(policy)  # before torch is loaded
 
@@ -64,9 +75,12 @@ def main(argv: list[str]) -> int:
     from megaman.sampling import denoise, generator
     from megaman.sampling.generator import Drawer
 
-    # Base and LoRA, which is added to the base's own weights, unless the plain base has to draw beside it.
+    # Base and LoRA, which is added to the base's own weights, unless the plain base has to draw
+    # beside it.
     base_name = actual_name(plan.base)
-    placement = place(plan.precision, choose_device(config.compute.device), width, plan.memory_format)
+    placement = place(
+        plan.precision, choose_device(config.compute.device), width, plan.memory_format
+    )
     set_threads(policy)
     runtime.keep_freed_memory()
     print(f"loading {base_name}{' and the LoRA in ' * bool(plan.loras)}{plan.source}")
@@ -75,35 +89,68 @@ def main(argv: list[str]) -> int:
     base = load_base(base_name, placement.dtype, layout=placement.layout)
     lora_configs = lora_files.load_loras(plan.loras, base.unet, base.text_encoder)
     hashes = {path: lora_files.short_hash(path) for path, _ in plan.loras}
-    fused = adapter.Fused([base.unet, base.text_encoder], changing=len(plan.ways) > 1) if plan.fused else None
+    fused = (
+        adapter.Fused([base.unet, base.text_encoder], changing=len(plan.ways) > 1)
+        if plan.fused
+        else None
+    )
 
     # Jobs: what is to be drawn, in which batches, in what room.
-    size = tuple(side or min(512, base.native_size) for side in (config.sampling.width, config.sampling.height))
-    jobs = again.jobs() if again else make_jobs(
-        prompts, config.prompts.num_images_per_prompt, config.prompts.negative_prompt, config.sampling.seed, size,
-        config.sampling.num_inference_steps, config.sampling.guidance_scale)  # fmt: skip
+    size = tuple(
+        side or min(512, base.native_size)
+        for side in (config.sampling.width, config.sampling.height)
+    )
+    jobs = (
+        again.jobs()
+        if again
+        else make_jobs(
+            prompts,
+            config.prompts.num_images_per_prompt,
+            config.prompts.negative_prompt,
+            config.sampling.seed,
+            size,
+            config.sampling.num_inference_steps,
+            config.sampling.guidance_scale,
+        )
+    )
     largest = max(jobs, key=lambda job: job.width * job.height)
     pixels = largest.width * largest.height
     batch_size = len(jobs) if again else config.compute.batch_size
     space = generator.make_room(
-        runtime.free_memory(placement.device), tuple(map(runtime.size_of, (base.unet, base.vae, base.text_encoder))),
-        generator.pass_sizes(base.unet, base.vae, pixels, base.vae_factor), pixels,
-        batch_size or runtime.images_at_once(largest.height, largest.width), placement.device.type == "cuda",
-    )  # fmt: skip
+        runtime.free_memory(placement.device),
+        tuple(map(runtime.size_of, (base.unet, base.vae, base.text_encoder))),
+        generator.pass_sizes(base.unet, base.vae, pixels, base.vae_factor),
+        pixels,
+        batch_size or runtime.images_at_once(largest.height, largest.width),
+        placement.device.type == "cuda",
+    )
     space.tiling |= bool(again and again.vae_tiling)
     drawer = Drawer(base, fused, placement, space, plan.sampler, plan.clip_skip)
     at_most = batch_size or len(jobs)
-    batches = [jobs] if again else in_batches(  # what does not fit at once is drawn in parts
-        jobs, lambda job: min(at_most, space.at_once(job.height, job.width)), drawer.chunks)  # fmt: skip
-    shared = {"scheduler": plan.sampler.name, "clip_skip": plan.clip_skip, "base": base_name, "fused": plan.fused,
-              "device": placement.device.type, "dtype": str(placement.dtype).removeprefix("torch."),
-              "memory_format": placement.memory_format, "threads": torch.get_num_threads(),
-              "versions": installed()}  # fmt: skip
+    batches = (
+        [jobs]
+        if again
+        else in_batches(  # what does not fit at once is drawn in parts
+            jobs, lambda job: min(at_most, space.at_once(job.height, job.width)), drawer.chunks
+        )
+    )
+    shared = {
+        "scheduler": plan.sampler.name,
+        "clip_skip": plan.clip_skip,
+        "base": base_name,
+        "fused": plan.fused,
+        "device": placement.device.type,
+        "dtype": str(placement.dtype).removeprefix("torch."),
+        "memory_format": placement.memory_format,
+        "threads": torch.get_num_threads(),
+        "versions": installed(),
+    }
 
     def record(job: Job, part: list[Job], way: Way, plain: bool = False) -> records.Record:
         return records.make(job, part, way, hashes, {**shared, "vae_tiling": space.tiling}, plain)
 
-    # What is there already. A batch of which something is missing is drawn whole, so that its pixels stay the same.
+    # What is there already. A batch of which something is missing is drawn whole, so that its
+    # pixels stay the same.
     stopped = None
     if config.again.resume:
         wanted = [(job.i, record(job, [job], way)) for way, job in product(plan.ways, jobs)]
@@ -114,46 +161,80 @@ def main(argv: list[str]) -> int:
         if again:
             return [batch[again.place]]
         return [
-            job for job in batch
+            job
+            for job in batch
             if stopped is None
-            or not output_folder.is_there(output_dir / file_of(job, way, first), record(job, batch, way))
-        ]  # fmt: skip
+            or not output_folder.is_there(
+                output_dir / file_of(job, way, first), record(job, batch, way)
+            )
+        ]
 
-    todo = [(way, batch, left) for way, batch in product(plan.ways, batches) if (left := missing(way, batch))]
+    todo = [
+        (way, batch, left)
+        for way, batch in product(plan.ways, batches)
+        if (left := missing(way, batch))
+    ]
     drawn_anew = {file_of(job, way, first) for way, _, left in todo for job in left}
-    gallery = [image for image in gallery if image.file not in drawn_anew]  # what it names there was deleted
-    count, left_to_draw = (1 if again else len(plan.ways) * len(jobs)), sum(len(left) for _, _, left in todo)
+    gallery = [
+        image for image in gallery if image.file not in drawn_anew
+    ]  # what it names there was deleted
+    count, left_to_draw = (
+        (1 if again else len(plan.ways) * len(jobs)),
+        sum(len(left) for _, _, left in todo),
+    )
 
     # What will happen.
     if again:
-        print(f"again      {config.again.from_image}, seed {again.seed}, drawn in a batch of {len(jobs)} as it was")
+        print(
+            f"again      {config.again.from_image}, seed {again.seed}, drawn in a batch of {len(jobs)} as it was"
+        )
         less = space.at_once(again.height, again.width) < len(jobs)
-        for remark in [*["there is memory for a smaller batch only"] * less, *differences(again, shared, hashes)]:
+        for remark in [
+            *["there is memory for a smaller batch only"] * less,
+            *differences(again, shared, hashes),
+        ]:
             print(f"           {remark}: the pixels may differ")
     else:
         scales = len({way.scale for way in plan.ways})
-        print(f"images     {len(jobs)}: {len(prompts)} prompts x {config.prompts.num_images_per_prompt}, "
-              f"{spread(f'{job.width}x{job.height}' for job in jobs)}, {spread(job.steps for job in jobs)} steps of "
-              f"{plan.sampler.title}, guidance {spread(f'{job.guidance:g}' for job in jobs)}, seed {jobs[0].seed}"
-              + (", each beside the base's" if config.comparison.compare else "")
-              + (f", each {len(plan.ways)} times: {len(plan.ways) // scales} LoRAs x {scales} strengths"
-                 if len(plan.ways) > 1 else ""))  # fmt: skip
+        print(
+            f"images     {len(jobs)}: {len(prompts)} prompts x {config.prompts.num_images_per_prompt}, "
+            f"{spread(f'{job.width}x{job.height}' for job in jobs)}, {spread(job.steps for job in jobs)} steps of "
+            f"{plan.sampler.title}, guidance {spread(f'{job.guidance:g}' for job in jobs)}, seed {jobs[0].seed}"
+            + (", each beside the base's" if config.comparison.compare else "")
+            + (
+                f", each {len(plan.ways)} times: {len(plan.ways) // scales} LoRAs x {scales} strengths"
+                if len(plan.ways) > 1
+                else ""
+            )
+        )
     for lora, (path, strength) in zip(lora_configs, plan.loras, strict=True):
         strength *= plan.ways[0].scale if len(plan.ways) == 1 else 1
-        print(f"LoRA       rank {lora.r}, alpha {lora.lora_alpha:g}"
-              + (f", strength {strength:g}: {path}" if len(plan.loras) > 1 or strength != 1 else ""))  # fmt: skip
+        print(
+            f"LoRA       rank {lora.r}, alpha {lora.lora_alpha:g}"
+            + (f", strength {strength:g}: {path}" if len(plan.loras) > 1 or strength != 1 else "")
+        )
     print(*device_lines(placement, str(space)), sep="\n")
     if policy.remark:
         print(f"           {policy.remark}")
     if config.again.resume:
-        there = f"{count - left_to_draw} of {count} are" if stopped is not None else "nothing of this run is"
+        there = (
+            f"{count - left_to_draw} of {count} are"
+            if stopped is not None
+            else "nothing of this run is"
+        )
         print(f"resuming   {there} there")
 
     # Images, batch by batch, each written as it comes. The page is whole at any time.
     output_dir.mkdir(parents=True, exist_ok=True)
-    passes = {job.steps: denoise.count_passes(base.scheduler, plan.sampler, job.steps) for job in jobs}
+    passes = {
+        job.steps: denoise.count_passes(base.scheduler, plan.sampler, job.steps) for job in jobs
+    }
     runs = 2 if config.comparison.compare else 1
-    bar = tqdm(total=sum(passes[batch[0].steps] for _, batch, _ in todo) * runs, desc="drawing", unit="step")
+    bar = tqdm(
+        total=sum(passes[batch[0].steps] for _, batch, _ in todo) * runs,
+        desc="drawing",
+        unit="step",
+    )
     at_work = None
     if not todo:  # the page may still gain images that no page named
         page = write_gallery(output_dir, gallery, "Mega Man LoRA")
@@ -180,7 +261,9 @@ def main(argv: list[str]) -> int:
             page = write_gallery(output_dir, gallery, "Mega Man LoRA")
     except KeyboardInterrupt:
         bar.close()
-        print(f"stopped; what was drawn stays. To go on: python generate_megaman.py {shlex.join(resuming(argv))}")
+        print(
+            f"stopped; what was drawn stays. To go on: python generate_megaman.py {shlex.join(resuming(argv))}"
+        )
         return 130
     bar.close()
 
@@ -188,17 +271,26 @@ def main(argv: list[str]) -> int:
         sheet = output_dir / f"grid_{first:03d}.png"
         labels = dict(zip((image.file for image in gallery), variant_labels(gallery), strict=True))
         rows = [[file_of(job, way, first) for way in plan.ways] for job in jobs]
-        grid.save_grid(sheet, [labels[file] for file in rows[0]],
-                       [(f"{first + job.i:03d}, seed {job.seed}\n{job.prompt}", [output_dir / file for file in files])
-                        for job, files in zip(jobs, rows, strict=True)])  # fmt: skip
+        grid.save_grid(
+            sheet,
+            [labels[file] for file in rows[0]],
+            [
+                (
+                    f"{first + job.i:03d}, seed {job.seed}\n{job.prompt}",
+                    [output_dir / file for file in files],
+                )
+                for job, files in zip(jobs, rows, strict=True)
+            ],
+        )
         print(f"the comparison as one picture: {sheet}")
     print(f"{count} images; open {page.resolve().as_uri()} in a browser")
     return 0
 
 
 class Plan(NamedTuple):
-    """How a run draws: the base, the LoRAs with their own strengths and where they come from, the ways to draw, whether
-    the LoRAs are fused into the base, precision and memory format (place's words), the sampler, A1111's clip skip."""
+    """How a run draws: the base, the LoRAs with their own strengths and where they come from, the
+    ways to draw, whether the LoRAs are fused into the base, precision and memory format (place's
+    words), the sampler, A1111's clip skip."""
 
     base: str
     loras: list[tuple[Path, float]]
@@ -213,54 +305,103 @@ class Plan(NamedTuple):
 
 def plan_anew(config: GenerateConfig) -> Plan:
     """The plan of a command line."""
-    given = [(Path(path), strength) for path, strength in map(split_strength, config.model.lora_path)]
+    given = [
+        (Path(path), strength) for path, strength in map(split_strength, config.model.lora_path)
+    ]
     comparison = config.comparison
-    loras = [(path, 1.0) for path in trained(Path(comparison.checkpoints))] if comparison.checkpoints else given
-    base = config.model.base_model or next(filter(None, [base_of(path) for path, _ in loras]), DEFAULT_BASE)
-    scales = comparison.lora_scales or [1.0 if comparison.lora_scale is None else comparison.lora_scale]
+    loras = (
+        [(path, 1.0) for path in trained(Path(comparison.checkpoints))]
+        if comparison.checkpoints
+        else given
+    )
+    base = config.model.base_model or next(
+        filter(None, [base_of(path) for path, _ in loras]), DEFAULT_BASE
+    )
+    scales = comparison.lora_scales or [
+        1.0 if comparison.lora_scale is None else comparison.lora_scale
+    ]
     ways = make_ways(loras, scales, one_by_one=bool(comparison.checkpoints))
     source = comparison.checkpoints or ", ".join(config.model.lora_path)
-    return Plan(base, loras, source, ways, not comparison.compare, "fp16", "auto",
-                samplers.find(config.sampling.scheduler), config.sampling.clip_skip)  # fmt: skip
+    return Plan(
+        base,
+        loras,
+        source,
+        ways,
+        not comparison.compare,
+        "fp16",
+        "auto",
+        samplers.find(config.sampling.scheduler),
+        config.sampling.clip_skip,
+    )
 
 
 def plan_again(config: GenerateConfig, again: records.Record) -> Plan:
     """The plan of an image; the flags may say where its base and its LoRAs lie now."""
-    told = [split_strength(path)[0] for path in config.model.lora_path] if "lora_path" in config.explicit else None
+    told = (
+        [split_strength(path)[0] for path in config.model.lora_path]
+        if "lora_path" in config.explicit
+        else None
+    )
     paths = told or [path for path, _, _ in again.loras]
     if len(paths) != len(again.loras):
         raise UserError(
-            f"--lora_path: the image was drawn with {len(again.loras)} LoRAs", "Name as many, in that order"
+            f"--lora_path: the image was drawn with {len(again.loras)} LoRAs",
+            "Name as many, in that order",
         )
     if not config.model.base_model and not is_base(again.base):
-        raise UserError(f"--from_image: its base {again.base} is not here nor on the hub", "Name it in --base_model")
-    loras = [(Path(path), strength) for path, (_, strength, _) in zip(paths, again.loras, strict=True)]
+        raise UserError(
+            f"--from_image: its base {again.base} is not here nor on the hub",
+            "Name it in --base_model",
+        )
+    loras = [
+        (Path(path), strength) for path, (_, strength, _) in zip(paths, again.loras, strict=True)
+    ]
     precision = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[again.dtype]
     ways = make_ways(loras, [again.lora_scale], one_by_one=False)
-    return Plan(config.model.base_model or again.base, loras, ", ".join(paths), ways, again.fused, precision,
-                again.memory_format, samplers.find(again.scheduler), again.clip_skip)  # fmt: skip
+    return Plan(
+        config.model.base_model or again.base,
+        loras,
+        ", ".join(paths),
+        ways,
+        again.fused,
+        precision,
+        again.memory_format,
+        samplers.find(again.scheduler),
+        again.clip_skip,
+    )
 
 
 def asked_for(config: GenerateConfig) -> tuple[list[Prompt], list[str]]:
     """The prompts of the command line or of a file, and what is wrong with that file's lines."""
     if config.prompts.prompts:
         return [Prompt(text) for text in config.prompts.prompts], []
-    return read_prompts(BUILT_IN if config.prompts.prompts_file is None else Path(config.prompts.prompts_file))
+    return read_prompts(
+        BUILT_IN if config.prompts.prompts_file is None else Path(config.prompts.prompts_file)
+    )
 
 
 def trained(folder: Path) -> list[Path]:
-    """The LoRAs that a training left in its output: the checkpoints, oldest first, then the finished one."""
+    """The LoRAs that a training left in its output: the checkpoints, oldest first, then the
+    finished one."""
     loras = [*find_all(folder), *(path for path in [folder / "lora_weights"] if path.is_dir())]
     if not loras:
-        raise UserError(f"--checkpoints {folder} holds no checkpoint", "Name the --output_dir of a training")
+        raise UserError(
+            f"--checkpoints {folder} holds no checkpoint", "Name the --output_dir of a training"
+        )
     return loras
 
 
 def differences(again: records.Record, shared: dict, hashes: dict[Path, str]) -> list[str]:
     """What is not as it was when the image was drawn, in words."""
     pairs = [(name, getattr(again, name), shared[name]) for name in ("device", "dtype", "base")]
-    pairs += [(package, version, shared["versions"].get(package)) for package, version in again.versions.items()]
-    pairs += [(f"LoRA {path}", was, now) for (_, _, was), (path, now) in zip(again.loras, hashes.items(), strict=True)]
+    pairs += [
+        (package, version, shared["versions"].get(package))
+        for package, version in again.versions.items()
+    ]
+    pairs += [
+        (f"LoRA {path}", was, now)
+        for (_, _, was), (path, now) in zip(again.loras, hashes.items(), strict=True)
+    ]
     return [f"{name} was {was} and is now {now}" for name, was, now in pairs if was != now]
 
 

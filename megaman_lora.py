@@ -9,7 +9,9 @@ The story, top to bottom: options, pictures, base, LoRA, encode once, loop, save
 import sys
 
 if sys.version_info < (3, 11):
-    sys.exit("error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
+    sys.exit(
+        "error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2]
+    )
 
 import gc
 import json
@@ -34,7 +36,15 @@ from megaman.data.problems import first_too_bad, too_bad, write_instructions, wr
 from megaman.errors import UserError, brief, run_script
 from megaman.files import write_json
 from megaman.models.configs import actual_name, moved, unet_width
-from megaman.training.output import find_all, log_dir_of, open_output, remove, save_somewhere, saved_threads, step_of
+from megaman.training.output import (
+    find_all,
+    log_dir_of,
+    open_output,
+    remove,
+    save_somewhere,
+    saved_threads,
+    step_of,
+)
 from megaman.training.signals import StopSignal
 
 LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the device
@@ -45,17 +55,30 @@ def main(argv: list[str]) -> int:
     if config.run.plan:
         from megaman.training.memory_plan import table
 
-        print(*table(config.compute.mixed_precision, config.compute.vram_limit, **config.memory_request()), sep="\n")
+        print(
+            *table(
+                config.compute.mixed_precision, config.compute.vram_limit, **config.memory_request()
+            ),
+            sep="\n",
+        )
         return 0
 
-    # Pictures: found and looked at before anything heavy is imported. Where there are 100,000 of them, Python would
-    # otherwise look through all of them again and again while others are made.
+    # Pictures: found and looked at before anything heavy is imported. Where there are 100,000 of
+    # them, Python would otherwise look through all of them again and again while others are made.
     gc.set_threshold(50_000, 10, 10)
     explicit_data = config.run.demo or "data_dir" in config.explicit
     cache_dir = config.cache.path()
     seen = Stamps(cache_dir)
-    find = partial(find_pictures, config.data.data_dir, explicit_data, seen, config.data.resolution,
-                   config.data.center_crop, config.captions.caption_extension, config.data.dataset_repeats)  # fmt: skip
+    find = partial(
+        find_pictures,
+        config.data.data_dir,
+        explicit_data,
+        seen,
+        config.data.resolution,
+        config.data.center_crop,
+        config.captions.caption_extension,
+        config.data.dataset_repeats,
+    )
     dataset = find()
     if dataset is None:
         return int(config.run.strict)  # no pictures is what a check should find
@@ -71,10 +94,15 @@ def main(argv: list[str]) -> int:
             config.buckets.enable_bucket
         ):  # no base is read: the limits are as for Stable Diffusion 1.5, or a smaller one
             dataset.buckets = buckets.make_buckets(
-                native=min(512, config.data.resolution), **config.buckets.limits(config.data.resolution)
+                native=min(512, config.data.resolution),
+                **config.buckets.limits(config.data.resolution),
             )
-        bar = partial(tqdm, desc="looking", unit="picture", total=len(dataset), disable=None)  # no bar in a file
-        found = checks.examine(dataset, config.data.resolution, config.captions.trigger_word or None, bar)
+        bar = partial(
+            tqdm, desc="looking", unit="picture", total=len(dataset), disable=None
+        )  # no bar in a file
+        found = checks.examine(
+            dataset, config.data.resolution, config.captions.trigger_word or None, bar
+        )
         print(*report.write_report(output_dir, found), sep="\n")
         return int(config.run.strict and found.wrong)
     checkpoint, leftovers = open_output(
@@ -82,18 +110,29 @@ def main(argv: list[str]) -> int:
     )
     datasets = [dataset]  # and, where there are any, the class pictures
     if config.data.class_data_dir:
-        datasets.append(find_pictures(config.data.class_data_dir, True, seen, config.data.resolution,
-                                      config.data.center_crop, config.captions.caption_extension, 1,
-                                      "--class_data_dir"))  # fmt: skip
+        datasets.append(
+            find_pictures(
+                config.data.class_data_dir,
+                True,
+                seen,
+                config.data.resolution,
+                config.data.center_crop,
+                config.captions.caption_extension,
+                1,
+                "--class_data_dir",
+            )
+        )
     if error := first_too_bad(datasets, config.data.skip_bad_images):
         report_problems(datasets, output_dir)
         raise error
 
     width, cpus = unet_width(config.base.pretrained_model_name), threads.usable_cpus()
     policy = threads.choose_threads(
-        threads.threads_for_training(width, cpus), cpus, threads.user_environment(),
+        threads.threads_for_training(width, cpus),
+        cpus,
+        threads.user_environment(),
         saved_threads(checkpoint) if checkpoint else None,
-    )  # fmt: skip
+    )
     threads.apply(policy)  # before torch is loaded
 
     import numpy as np
@@ -121,46 +160,83 @@ def main(argv: list[str]) -> int:
     from megaman.training.tensorboard import TrainingLog
     from megaman.training.validation import Validation
 
-    # Device, precision and whatever else shapes the computation: by a rule, or as the checkpoint says.
+    # Device, precision and whatever else shapes the computation: by a rule, or as the checkpoint
+    # says.
     saved = checkpoints.read_train_state(checkpoint) if checkpoint else None
     settings = config.settings()
     asked = {flag: settings[flag] for flag in ASKED}
     set_threads(policy)
-    chosen, placement, remarks = choose(asked, config.explicit, choose_device(), width, saved and saved.choices)
+    chosen, placement, remarks = choose(
+        asked, config.explicit, choose_device(), width, saved and saved.choices
+    )
     runtime.keep_freed_memory()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it remarks on old kernels
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process writes captions
-    accelerator = Accelerator(mixed_precision=placement.mixed_precision, cpu=placement.device.type == "cpu",
-                              kwargs_handlers=[patience])  # fmt: skip
-    device, world, process = accelerator.device, accelerator.num_processes, accelerator.process_index
+    patience = InitProcessGroupKwargs(
+        timeout=timedelta(hours=12)
+    )  # while one process writes captions
+    accelerator = Accelerator(
+        mixed_precision=placement.mixed_precision,
+        cpu=placement.device.type == "cpu",
+        kwargs_handlers=[patience],
+    )
+    device, world, process = (
+        accelerator.device,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
     say = accelerator.print
 
-    # Captions that are missing, before anything is made of them: one process writes, the others wait.
+    # Captions that are missing, before anything is made of them: one process writes, the others
+    # wait.
     if config.captions.auto_caption:
         if accelerator.is_main_process:
             add_captions(config.captions.auto_caption, dataset)
         accelerator.wait_for_everyone()
         dataset = datasets[0] = find()
-    dataset.dress(config.captions.trigger_word, config.captions.caption_prefix, config.captions.caption_suffix)
+    dataset.dress(
+        config.captions.trigger_word, config.captions.caption_prefix, config.captions.caption_suffix
+    )
     variation = Variation(**{flag: settings[flag] for flag in Variation._fields})
 
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
-    seed = config.run.seed if config.run.seed is not None else saved.seed if saved else secrets.randbelow(2**31)
+    seed = (
+        config.run.seed
+        if config.run.seed is not None
+        else saved.seed
+        if saved
+        else secrets.randbelow(2**31)
+    )
     (seed,) = broadcast_object_list([seed])  # every process draws its own otherwise
     name = actual_name(config.base.pretrained_model_name)
     split, at_once = chosen.split, config.optimizer.train_batch_size * world
     effective = at_once * config.optimizer.gradient_accumulation_steps
-    must_match = {"pretrained_model_name": name, "seed": seed, "data": dataset.fingerprint(),
-                  "class data": datasets[1].fingerprint() if config.data.class_data_dir else "none",
-                  **config.resume_settings(), "pictures a step": effective,
-                  "pictures of one bucket": at_once if config.buckets.enable_bucket else None}  # fmt: skip
+    must_match = {
+        "pretrained_model_name": name,
+        "seed": seed,
+        "data": dataset.fingerprint(),
+        "class data": datasets[1].fingerprint() if config.data.class_data_dir else "none",
+        **config.resume_settings(),
+        "pictures a step": effective,
+        "pictures of one bucket": at_once if config.buckets.enable_bucket else None,
+    }
     if saved and (different := checkpoints.differences(saved.settings, must_match)):
-        raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", "Give the same settings to resume")
+        raise UserError(
+            f"{checkpoint} is of another run: {'; '.join(different)}",
+            "Give the same settings to resume",
+        )
     start = saved.step if saved else 0
 
     # What it will need, before anything is loaded; in each process the same.
     limit = min(gather_object([memory_limit(device, config.compute.vram_limit)]))
-    fitted = settle(placement, limit, split, chosen.gradient_checkpointing, world == 1, say, **config.memory_request())
+    fitted = settle(
+        placement,
+        limit,
+        split,
+        chosen.gradient_checkpointing,
+        world == 1,
+        say,
+        **config.memory_request(),
+    )
     chosen.vae_tile = fitted.tile = fitted.tile or chosen.vae_tile
 
     # The base, whose parts are loaded as they are needed.
@@ -170,32 +246,55 @@ def main(argv: list[str]) -> int:
     base = load_base(name, placement.dtype, device, placement.layout)
     adapter.check_targets(base.unet_layers, config.lora.target_modules)
     for each in datasets if config.buckets.enable_bucket else []:
-        each.buckets = buckets.make_buckets(native=base.native_size, **config.buckets.limits(config.data.resolution))
+        each.buckets = buckets.make_buckets(
+            native=base.native_size, **config.buckets.limits(config.data.resolution)
+        )
 
-    # The frozen parts run once, for every caption and every form of every picture, and leave device and memory.
+    # The frozen parts run once, for every caption and every form of every picture, and leave device
+    # and memory.
     captions = [caption for each in datasets for caption in each.captions]
-    texts = CaptionStates(base, captions, [config.validation.validation_prompt, ""], variation.makes_new,
-                          config.lora.train_text_encoder, device)  # fmt: skip
+    texts = CaptionStates(
+        base,
+        captions,
+        [config.validation.validation_prompt, ""],
+        variation.makes_new,
+        config.lora.train_text_encoder,
+        device,
+    )
     with accelerator.local_main_process_first():  # the others find it done
         bar = partial(tqdm, unit="picture", disable=process != 0)
         workers = config.data.dataloader_num_workers
         if config.cache.no_cache:
             encoder = latents.Encoder(base.vae)
             sources = [
-                Fresh(encoder, each, config.data.random_flip, seed, base.vae_factor, workers) for each in datasets
+                Fresh(encoder, each, config.data.random_flip, seed, base.vae_factor, workers)
+                for each in datasets
             ]
             for each in datasets:
                 drop_damaged(each, workers, partial(bar, desc="looking", total=len(each)))
         else:
             vae = latents.identify(base, seen)
-            sources = [latents.encode_pictures(lambda: base.vae, each, config.data.crop_variants,
-                                               config.data.random_flip, seed, seen,
-                                               Moments(cache_dir and folder_of(cache_dir, vae)), workers,
-                                               partial(bar, desc="encoding", total=len(each)))
-                       for each in datasets]  # fmt: skip
+            sources = [
+                latents.encode_pictures(
+                    lambda: base.vae,
+                    each,
+                    config.data.crop_variants,
+                    config.data.random_flip,
+                    seed,
+                    seen,
+                    Moments(cache_dir and folder_of(cache_dir, vae)),
+                    workers,
+                    partial(bar, desc="encoding", total=len(each)),
+                )
+                for each in datasets
+            ]
             base.release("vae")
             if cache_dir and process == 0:
-                prune(cache_dir, config.cache.cache_limit * 2**30, set().union(*(each.files for each in sources)))
+                prune(
+                    cache_dir,
+                    config.cache.cache_limit * 2**30,
+                    set().union(*(each.files for each in sources)),
+                )
     for each in datasets:
         each.cut = cut_off(base.tokenizer, each.captions)
     if process == 0:
@@ -205,8 +304,13 @@ def main(argv: list[str]) -> int:
 
     # LoRA.
     torch.manual_seed(seed)  # for the LoRA's random half
-    add_lora = partial(adapter.inject, rank=config.lora.lora_rank, alpha=config.lora.lora_alpha,
-                       use_rslora=config.lora.use_rslora, dropout=config.lora.lora_dropout)  # fmt: skip
+    add_lora = partial(
+        adapter.inject,
+        rank=config.lora.lora_rank,
+        alpha=config.lora.lora_alpha,
+        use_rslora=config.lora.use_rslora,
+        dropout=config.lora.lora_dropout,
+    )
     chosen.apply(base.unet)
     models = [base.unet]  # those in training, each with its parameters and its peak rate
     groups = [
@@ -217,41 +321,78 @@ def main(argv: list[str]) -> int:
     ]
     if text_encoder := base.text_encoder if config.lora.train_text_encoder else None:
         models.append(text_encoder)
-        groups.append({"params": add_lora(text_encoder, target_modules=adapter.TEXT_ENCODER_TARGETS),
-                       "lr": config.optimizer.text_encoder_lr})  # fmt: skip
+        groups.append(
+            {
+                "params": add_lora(text_encoder, target_modules=adapter.TEXT_ENCODER_TARGETS),
+                "lr": config.optimizer.text_encoder_lr,
+            }
+        )
     trainable = [parameter for group in groups for parameter in group["params"]]
     if fitted.checkpointing:
         compute.checkpoint_gradients(models)
 
     # Steps, rate, optimizer.
     kinds = [(variation, seed, 1.0), (Variation(), class_seed(seed), config.loss.prior_loss_weight)]
-    encoded = [Encoded(*each, base.vae_factor, config.buckets.enable_bucket, config.optimizer.train_batch_size,
-                       config.optimizer.gradient_accumulation_steps, world, *kind)
-               for *each, kind in zip(datasets, sources, kinds, strict=False)]  # fmt: skip
+    encoded = [
+        Encoded(
+            *each,
+            base.vae_factor,
+            config.buckets.enable_bucket,
+            config.optimizer.train_batch_size,
+            config.optimizer.gradient_accumulation_steps,
+            world,
+            *kind,
+        )
+        for *each, kind in zip(datasets, sources, kinds, strict=False)
+    ]
     batches, sizes = encoded[0].batches, encoded[0].sizes
-    total = total_steps(batches.epoch_length, batches.step_length, config.optimizer.num_train_epochs,
-                        config.optimizer.max_train_steps)  # fmt: skip
+    total = total_steps(
+        batches.epoch_length,
+        batches.step_length,
+        config.optimizer.num_train_epochs,
+        config.optimizer.max_train_steps,
+    )
     epochs = total * batches.step_length / batches.epoch_length
     if start > total:
-        raise UserError(f"{checkpoint} is at step {start}, beyond the {total} of this run", "Raise --max_train_steps")
+        raise UserError(
+            f"{checkpoint} is at step {start}, beyond the {total} of this run",
+            "Raise --max_train_steps",
+        )
     warmup_given = "lr_warmup_steps" in config.explicit
-    warmup = warmup_steps(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, warmup_given, total)
-    if warmup_given and config.optimizer.lr_warmup_steps and config.optimizer.lr_scheduler == "constant":
+    warmup = warmup_steps(
+        config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, warmup_given, total
+    )
+    if (
+        warmup_given
+        and config.optimizer.lr_warmup_steps
+        and config.optimizer.lr_scheduler == "constant"
+    ):
         say("--lr_scheduler constant has no warm-up: take constant_with_warmup for one")
     rates = [rate_at(config.optimizer.lr_scheduler, group["lr"], warmup, total) for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
-                                  eps=config.optimizer.adam_epsilon, weight_decay=config.optimizer.adam_weight_decay,
-                                  fused=device.type != "mps")  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        groups,
+        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+        eps=config.optimizer.adam_epsilon,
+        weight_decay=config.optimizer.adam_weight_decay,
+        fused=device.type != "mps",
+    )
     *prepared, optimizer = accelerator.prepare(*models, optimizer)
     if text_encoder:
         texts.reader = prepared[-1]
     if checkpoint:
-        checkpoints.restore(checkpoint, base.unet, optimizer.optimizer, accelerator.scaler, text_encoder)
+        checkpoints.restore(
+            checkpoint, base.unet, optimizer.optimizer, accelerator.scaler, text_encoder
+        )
         if accelerator.is_main_process and checkpoint.resolve().parent == output_dir.resolve():
             checkpoints.prune(output_dir, start, config.output.checkpoints_total_limit)
 
     # Say what will happen before it happens.
-    say(*dataset.describe(None if config.cache.no_cache else sources[0].total, config.data.random_flip), sep="\n")
+    say(
+        *dataset.describe(
+            None if config.cache.no_cache else sources[0].total, config.data.random_flip
+        ),
+        sep="\n",
+    )
     if not config.cache.no_cache:
         say(*sources[0].describe(cache_dir), sep="\n")
     if config.data.class_data_dir:
@@ -259,44 +400,79 @@ def main(argv: list[str]) -> int:
         say(f"class      {len(datasets[1])} in {config.data.class_data_dir}, loss times {weight:g}")
     if config.buckets.enable_bucket:
         say(f"buckets    {buckets.in_words(sizes)}; {batches.epoch_length} batches an epoch")
-    say(f"steps      {total} of {'up to ' * config.buckets.enable_bucket}{effective} pictures "
+    say(
+        f"steps      {total} of {'up to ' * config.buckets.enable_bucket}{effective} pictures "
         f"({config.optimizer.train_batch_size} x {config.optimizer.gradient_accumulation_steps} accumulated "
         f"x {world} process{'es' * (world > 1)}), {epochs:.1f} epochs, {config.optimizer.lr_scheduler} rate up to "
         f"{config.optimizer.learning_rate:g}"
         + (f" and {config.optimizer.text_encoder_lr:g} (text encoder)" if text_encoder else "")
-        + f", {warmup} warm-up")  # fmt: skip
-    say(f"LoRA       rank {config.lora.lora_rank}, alpha {config.lora.lora_alpha:g}"
+        + f", {warmup} warm-up"
+    )
+    say(
+        f"LoRA       rank {config.lora.lora_rank}, alpha {config.lora.lora_alpha:g}"
         f"{' (rsLoRA)' * config.lora.use_rslora}, {sum(p.numel() for p in trainable):,} trainable parameters in "
         f"{len(trainable) // 2} layers"
-        + (f", {len(groups[1]['params']) // 2} of them in the text encoder" if text_encoder else ""))  # fmt: skip
-    say(*device_lines(placement, chosen.attention, f"{config.data.resolution} px", f"seed {seed}"), *remarks, sep="\n")
+        + (f", {len(groups[1]['params']) // 2} of them in the text encoder" if text_encoder else "")
+    )
+    say(
+        *device_lines(placement, chosen.attention, f"{config.data.resolution} px", f"seed {seed}"),
+        *remarks,
+        sep="\n",
+    )
     if policy.remark:
         say(f"           {policy.remark}")
     if config.output.resume_from_checkpoint:
-        say(f"resuming   {checkpoint}, step {start}" if checkpoint else "resuming   no checkpoint yet: starting afresh")
-        for later in [path for path in find_all(output_dir) if checkpoint and step_of(path) > start]:
+        say(
+            f"resuming   {checkpoint}, step {start}"
+            if checkpoint
+            else "resuming   no checkpoint yet: starting afresh"
+        )
+        for later in [
+            path for path in find_all(output_dir) if checkpoint and step_of(path) > start
+        ]:
             say(f"           {later} is later and stays until this run comes to its step")
 
     # Where it is recorded.
     log_dir = log_dir_of(saved and saved.log_dir, config.output.logging_dir, output_dir)
-    curves = TrainingLog(partial(SummaryWriter, str(log_dir), ""), start + 1 if saved else None, say)
+    curves = TrainingLog(
+        partial(SummaryWriter, str(log_dir), ""), start + 1 if saved else None, say
+    )
     if accelerator.is_main_process:
         remove(leftovers)
-        training_config = {"settings": settings | {"seed": seed}, "base": name, "total_steps": total,
-                           "warmup_steps": warmup, "epochs": epochs,
-                           "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes),
-                           "device": str(device), "dtype": str(placement.dtype).removeprefix("torch."),
-                           "versions": installed(), "class_pictures": sum(map(len, datasets[1:])),
-                           "python": sys.version.split()[0], "log_dir": str(log_dir),
-                           "choices": chosen.record(base.unet)}  # fmt: skip
+        training_config = {
+            "settings": settings | {"seed": seed},
+            "base": name,
+            "total_steps": total,
+            "warmup_steps": warmup,
+            "epochs": epochs,
+            "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes),
+            "device": str(device),
+            "dtype": str(placement.dtype).removeprefix("torch."),
+            "versions": installed(),
+            "class_pictures": sum(map(len, datasets[1:])),
+            "python": sys.version.split()[0],
+            "log_dir": str(log_dir),
+            "choices": chosen.record(base.unet),
+        }
         write_json(output_dir / "training_config.json", training_config)
-        curves.add("add_text", "settings", f"```json\n{json.dumps(training_config, indent=2)}\n```", start)
+        curves.add(
+            "add_text", "settings", f"```json\n{json.dumps(training_config, indent=2)}\n```", start
+        )
 
     stop = StopSignal()
     seeds = [seed + j for j in range(config.validation.num_validation_images)]
-    validation = Validation(base, texts.states, config.validation.validation_prompt, seeds, config.data.resolution,
-                            fitted.tile_vae, config.cache.no_cache, accelerator.autocast, say,
-                            stop.raise_if_received)  # fmt: skip
+    validation = Validation(
+        base,
+        texts.states,
+        config.validation.validation_prompt,
+        seeds,
+        config.data.resolution,
+        fitted.tile_vae,
+        config.cache.no_cache,
+        accelerator.autocast,
+        say,
+        stop.raise_if_received,
+    )
 
     def validate(step: int) -> None:
         """Draw the fixed-seed images with the model in hand."""
@@ -305,43 +481,85 @@ def main(argv: list[str]) -> int:
             curves.add_images("validation", map(np.asarray, images), step)
 
     def save_checkpoint(step: int) -> bool:
-        """Save the whole state; a disk that is full or gone is named, and the next save tries again."""
+        """Save the whole state; a disk that is full or gone is named, and the next save tries
+        again."""
         if not accelerator.is_main_process:
             return True
-        state = checkpoints.TrainState(step, seed, str(log_dir), elapsed + time.monotonic() - began, must_match,
-                                       chosen.record(base.unet))  # fmt: skip
+        state = checkpoints.TrainState(
+            step,
+            seed,
+            str(log_dir),
+            elapsed + time.monotonic() - began,
+            must_match,
+            chosen.record(base.unet),
+        )
         try:
-            checkpoints.save(output_dir, base.unet, optimizer.optimizer, accelerator.scaler, state, name,
-                             config.output.checkpoints_total_limit, text_encoder)  # fmt: skip
+            checkpoints.save(
+                output_dir,
+                base.unet,
+                optimizer.optimizer,
+                accelerator.scaler,
+                state,
+                name,
+                config.output.checkpoints_total_limit,
+                text_encoder,
+            )
         except (OSError, UserError) as error:
-            say(f"step {step}: no checkpoint ({brief(error)}); training goes on, the next save tries again")
+            say(
+                f"step {step}: no checkpoint ({brief(error)}); training goes on, the next save tries again"
+            )
             return False
         return True
 
-    training = TrainingStep(prepared, base.scheduler, encoded, texts, accelerator.backward, accelerator.no_sync,
-                            process, device, placement.dtype, base.scaling_factor, config.loss.noise_offset,
-                            config.loss.snr_gamma, config.lora.lora_dropout > 0)  # fmt: skip
+    training = TrainingStep(
+        prepared,
+        base.scheduler,
+        encoded,
+        texts,
+        accelerator.backward,
+        accelerator.no_sync,
+        process,
+        device,
+        placement.dtype,
+        base.scaling_factor,
+        config.loss.noise_offset,
+        config.loss.snr_gamma,
+        config.lora.lora_dropout > 0,
+    )
 
     def make_room() -> None:
         optimizer.zero_grad()
         if world > 1:
-            raise UserError("One of the processes ran out of memory", "Lower --train_batch_size for all of them")
+            raise UserError(
+                "One of the processes ran out of memory", "Lower --train_batch_size for all of them"
+            )
         say(f"too little memory: {compute.make_room(models, split, config.data.resolution)}")
 
-    # The loop. The last step does everything: log, save, draw. So does a step after which a stop is wanted.
+    # The loop. The last step does everything: log, save, draw. So does a step after which a stop is
+    # wanted.
     began, elapsed = time.monotonic(), saved.elapsed if saved else 0.0
     losses, all_finite, skipped = [], [], SkippedSteps()
     for model in models:
         model.train()
     with stop:
         due = start % config.validation.validation_steps == 0 or start == total
-        if start == 0 or (due and not (output_dir / f"samples-{start}").exists()):  # killed before it came to that
+        if start == 0 or (
+            due and not (output_dir / f"samples-{start}").exists()
+        ):  # killed before it came to that
             validate(start)
-        bar = tqdm(total=total, initial=start, desc="training", unit="step", disable=not accelerator.is_main_process)
+        bar = tqdm(
+            total=total,
+            initial=start,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+        )
         for step in range(start + 1, total + 1):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate(step - 1)
-            losses.append(runtime.until_it_fits(partial(training.accumulate, step, split), make_room))
+            losses.append(
+                runtime.until_it_fits(partial(training.accumulate, step, split), make_room)
+            )
             norm = accelerator.clip_grad_norm_(trainable, config.optimizer.max_grad_norm)
             all_finite.append(step_where_finite(optimizer, norm, accelerator.scaler))
             optimizer.zero_grad()
@@ -354,9 +572,13 @@ def main(argv: list[str]) -> int:
                 values = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
                 if bad := skipped.note(torch.stack(all_finite).tolist(), step):
                     numbers = ", ".join(map(str, bad))
-                    say(f"gradients that were not finite: step {numbers} skipped, {skipped.total} so far")
+                    say(
+                        f"gradients that were not finite: step {numbers} skipped, {skipped.total} so far"
+                    )
                 losses, all_finite = [], []
-                bar.set_postfix(loss=f"{sum(values) / len(values):.4f}", lr=f"{rates[0](step - 1):.2e}")
+                bar.set_postfix(
+                    loss=f"{sum(values) / len(values):.4f}", lr=f"{rates[0](step - 1):.2e}"
+                )
                 curves.add_steps(step, values, rates)
                 if accelerator.is_main_process:
                     curves.flush()
@@ -364,7 +586,10 @@ def main(argv: list[str]) -> int:
             if stopping and not last:
                 bar.close()
                 curves.close()
-                say(f"stopped after step {step}" + (f": {output_dir / f'checkpoint-{step}'}" if saved_now else ""))
+                say(
+                    f"stopped after step {step}"
+                    + (f": {output_dir / f'checkpoint-{step}'}" if saved_now else "")
+                )
                 say(f"to go on: python megaman_lora.py {shlex.join(resuming(argv))}")
                 return stop.exit_code
             if step % config.validation.validation_steps == 0 or last:
@@ -376,13 +601,26 @@ def main(argv: list[str]) -> int:
     reason = ""
     if accelerator.is_main_process:
         seconds, samples = elapsed + time.monotonic() - began, output_dir / f"samples-{total}"
-        notes = run_metadata.run_notes(training_config, dataset.by_folder(), base.scheduler.config.prediction_type,
-                                       samples / "00.png", time.time() - seconds, time.time())  # fmt: skip
+        notes = run_metadata.run_notes(
+            training_config,
+            dataset.by_folder(),
+            base.scheduler.config.prediction_type,
+            samples / "00.png",
+            time.time() - seconds,
+            time.time(),
+        )
         card = model_card.write_card(training_config, dataset.captions, sum(dataset.found), samples)
         curves.close()
         wanted = output_dir / "lora_weights"
-        save = partial(lora_files.save_lora, unet=base.unet, base_name=name, notes=notes, others=card,
-                       precision=config.output.save_precision, text_encoder=text_encoder)  # fmt: skip
+        save = partial(
+            lora_files.save_lora,
+            unet=base.unet,
+            base_name=name,
+            notes=notes,
+            others=card,
+            precision=config.output.save_precision,
+            text_encoder=text_encoder,
+        )
         folder, reason = save_somewhere(wanted, save)
         if reason:
             say(f"{wanted} cannot be written ({reason}): the LoRA is in {folder} instead")
@@ -393,14 +631,18 @@ def main(argv: list[str]) -> int:
         say(f"next: python generate_megaman.py {shlex.join(flags)}")
     accelerator.end_training()
     if world > 1:
-        # Gloo's thread needs the GIL to free the last barrier's tensor. Without this pause it may not have it before
-        # this thread frees the process group, which joins that thread while it holds the GIL: neither ever ends.
+        # Gloo's thread needs the GIL to free the last barrier's tensor. Without this pause it may
+        # not have it before this thread frees the process group, which joins that thread while it
+        # holds the GIL: neither ever ends.
         time.sleep(0.5)
     return 1 if reason else 0
 
 
-def find_pictures(data_dir: str, given: bool, seen: Stamps, *settings: object) -> MegaManDataset | None:
-    """The dataset, what cannot be used left out; None where the default folder has no picture yet."""
+def find_pictures(
+    data_dir: str, given: bool, seen: Stamps, *settings: object
+) -> MegaManDataset | None:
+    """The dataset, what cannot be used left out; None where the default folder has no picture
+    yet."""
     folder = Path(data_dir)
     if not given and not folder.is_dir():
         folder.mkdir(parents=True)
@@ -410,8 +652,12 @@ def find_pictures(data_dir: str, given: bool, seen: Stamps, *settings: object) -
         return dataset
     if given:
         raise too_bad(dataset, skip_bad=False)
-    print(f"There are no pictures yet. Put 20 to 100 of them into {data_dir} and run the same command again.")
-    print(f"How, with captions: {write_instructions(folder)}. To see a whole run first: python megaman_lora.py --demo")
+    print(
+        f"There are no pictures yet. Put 20 to 100 of them into {data_dir} and run the same command again."
+    )
+    print(
+        f"How, with captions: {write_instructions(folder)}. To see a whole run first: python megaman_lora.py --demo"
+    )
     return None
 
 
@@ -435,7 +681,9 @@ def anywhere(accelerator, here: bool) -> bool:
         return here
     import torch
 
-    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), reduction="sum"))
+    return bool(
+        accelerator.reduce(torch.tensor(float(here), device=accelerator.device), reduction="sum")
+    )
 
 
 if __name__ == "__main__":

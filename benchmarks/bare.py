@@ -1,7 +1,9 @@
-"""The UNet's training step alone: what a whole loop is compared with. A side of step_time.py, which runs it.
+"""The UNet's training step alone: what a whole loop is compared with. A side of step_time.py, which
+runs it.
 
-Forward, loss, backward, clipping, fused AdamW. Latents, noise, timesteps and text states are made before the first
-step; no VAE and no text encoder is loaded, nothing is logged or saved. Targets, rank and rate are step_time.py's.
+Forward, loss, backward, clipping, fused AdamW. Latents, noise, timesteps and text states are made
+before the first step; no VAE and no text encoder is loaded, nothing is logged or saved. Targets,
+rank and rate are step_time.py's.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def step(
     trainable: Sequence[torch.nn.Parameter],
     scaler: torch.amp.GradScaler,
 ) -> None:
-    """Forward, loss, backward, clipping, the optimizer's step; predict calls the UNet, whose base is of that dtype."""
+    """Forward, loss, backward, clipping, the optimizer's step; predict calls the UNet, whose base
+    is of that dtype."""
     with torch.autocast(noise.device.type, dtype, enabled=dtype != torch.float32):
         noise_pred = predict().sample
     scaler.scale(diffusion.loss(noise_pred, noise)).backward()
@@ -61,7 +64,9 @@ def main() -> None:
     parser.add_argument("--memory_format", choices=["contiguous", "channels_last"], required=True)
     options = parser.parse_args()
     device, dtype = options.device, getattr(torch, options.dtype)
-    layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[options.memory_format]
+    layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[
+        options.memory_format
+    ]
 
     runtime.keep_freed_memory()  # as ours does
     torch.manual_seed(0)
@@ -71,15 +76,21 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    cells = options.resolution // 2 ** (len(read_json(options.base / "vae" / "config.json")["block_out_channels"]) - 1)
-    positions = read_json(options.base / "text_encoder" / "config.json").get("max_position_embeddings", 77)
+    cells = options.resolution // 2 ** (
+        len(read_json(options.base / "vae" / "config.json")["block_out_channels"]) - 1
+    )
+    positions = read_json(options.base / "text_encoder" / "config.json").get(
+        "max_position_embeddings", 77
+    )
     shape = (options.batch, unet.config.in_channels, cells, cells)
     inputs = [
         (
             torch.randn(shape).to(device, dtype, memory_format=layout),
             torch.randn(shape).to(device, memory_format=layout),
             torch.randint(0, 1000, (options.batch,), device=device),
-            torch.randn(options.batch, positions, unet.config.cross_attention_dim).to(device, dtype),
+            torch.randn(options.batch, positions, unet.config.cross_attention_dim).to(
+                device, dtype
+            ),
         )
         for _ in range(options.steps)
     ]

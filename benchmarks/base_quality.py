@@ -1,11 +1,13 @@
-"""How good is a base, and what did a LoRA do to it? Colours, backgrounds, kinds, the hero, memorising.
+"""How good is a base, and what did a LoRA do to it? Colours, backgrounds, kinds, the hero,
+memorising.
 
     python benchmarks/base_quality.py --work_dir demo/.work                            the base alone
     python benchmarks/base_quality.py --work_dir demo/.work --lora_path megaman_demo_output/lora_weights
 
---work_dir is where demo/make_base.py keeps the art's packages (they are fetched where they are missing). The judges
-are a rule for colours and small classifiers trained here on the art; each is first tried on art it has not seen, and
-that figure stands beside its verdict. Prints a table for people and a last JSON line for programs.
+--work_dir is where demo/make_base.py keeps the art's packages (they are fetched where they are
+missing). The judges are a rule for colours and small classifiers trained here on the art; each is
+first tried on art it has not seen, and that figure stands beside its verdict. Prints a table for
+people and a last JSON line for programs.
 """
 
 from __future__ import annotations
@@ -33,7 +35,18 @@ from megaman.models import text_encoding
 from megaman.models.base import Base, load_base
 from megaman.sampling import denoise
 
-ROBOT_COLOURS = ["blue", "brown", "green", "gray", "orange", "pink", "purple", "red", "white", "yellow"]
+ROBOT_COLOURS = [
+    "blue",
+    "brown",
+    "green",
+    "gray",
+    "orange",
+    "pink",
+    "purple",
+    "red",
+    "white",
+    "yellow",
+]
 KINDS = ["robot", "robot head", "monster", "cat", "person"]
 KIND_PROMPTS = {
     "robot": "a {} robot",
@@ -43,7 +56,12 @@ KIND_PROMPTS = {
     "person": "a pixel art person, {} shirt",
 }
 HERO_PROMPT = "volto, blue robot hero, pixel art, {}, {} background"
-HERO_POSES = ["standing, front view", "running, facing right", "jumping, facing left", "portrait, calm"]
+HERO_POSES = [
+    "standing, front view",
+    "running, facing right",
+    "jumping, facing left",
+    "portrait, calm",
+]
 OTHER_PROMPTS = ["a blue robot, {} background", "pixel art, {} robot, standing, white background"]
 STEPS, GUIDANCE, AT_ONCE = 20, 5.0, 32
 
@@ -88,9 +106,17 @@ def drawer(base: Base) -> Drawer:
             part = slice(start, start + AT_ONCE)
             text = torch.stack([states[prompt] for prompt in prompts[part]])
             images += denoise.draw_images(
-                base.unet, base.vae, denoise.make_sampler(base.scheduler), text, states[""].expand_as(text),
-                seeds[part], base.native_size, base.native_size, STEPS, GUIDANCE,
-            )  # fmt: skip
+                base.unet,
+                base.vae,
+                denoise.make_sampler(base.scheduler),
+                text,
+                states[""].expand_as(text),
+                seeds[part],
+                base.native_size,
+                base.native_size,
+                STEPS,
+                GUIDANCE,
+            )
         return np.stack([np.asarray(image) for image in images])
 
     return draw
@@ -100,13 +126,22 @@ def drawer(base: Base) -> Drawer:
 def through_vae(base: Base, pictures: np.ndarray) -> torch.Tensor:
     """Encoded and decoded, in -1 ... 1: so that a judge does not learn to tell the VAE's traces."""
     parts = [to_tensor(part) for part in np.array_split(pictures, max(len(pictures) // 64, 1))]
-    return torch.cat([base.vae.decode(base.vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in parts])
+    return torch.cat(
+        [
+            base.vae.decode(base.vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1)
+            for part in parts
+        ]
+    )
 
 
 def heroes() -> np.ndarray:
     """The hero's pictures, trained and held out, at 64 px."""
-    files = sorted((ROOT / "demo").glob("images/volto_*.png")) + sorted((ROOT / "demo" / "held_out").glob("*.png"))
-    return np.stack([np.asarray(Image.open(file).resize((64, 64), Image.Resampling.BOX)) for file in files])
+    files = sorted((ROOT / "demo").glob("images/volto_*.png")) + sorted(
+        (ROOT / "demo" / "held_out").glob("*.png")
+    )
+    return np.stack(
+        [np.asarray(Image.open(file).resize((64, 64), Image.Resampling.BOX)) for file in files]
+    )
 
 
 def colour_names(pixels: np.ndarray) -> np.ndarray:
@@ -119,7 +154,9 @@ def colour_names(pixels: np.ndarray) -> np.ndarray:
     wheel = np.array(["red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "red"])
     names = wheel[np.digitize(hue, edges)]
     names = np.where((names == "orange") & (value < 0.65), "brown", names)
-    names = np.where((names == "red") & (hue < 30) & (value < 0.55) & (saturation < 0.75), "brown", names)
+    names = np.where(
+        (names == "red") & (hue < 30) & (value < 0.55) & (saturation < 0.75), "brown", names
+    )
     names = np.where((names == "purple") & (value > 0.85) & (saturation < 0.5), "pink", names)
     names = np.where((names == "red") & (value > 0.8) & (saturation < 0.5), "pink", names)
     names = np.where((names == "blue") & (value < 0.45), "navy", names)
@@ -135,37 +172,68 @@ def commonest(names: np.ndarray) -> str:
 
 def figure_colour(picture: np.ndarray) -> str:
     """The commonest colour word of what differs from the background; dark outlines do not count."""
-    background = np.median(np.concatenate([picture[:6, :6].reshape(-1, 3), picture[:6, -6:].reshape(-1, 3)]), axis=0)
+    background = np.median(
+        np.concatenate([picture[:6, :6].reshape(-1, 3), picture[:6, -6:].reshape(-1, 3)]), axis=0
+    )
     differs = np.abs(picture.astype(int) - background).max(axis=-1) > 36
     names = colour_names(picture[differs])
     return commonest(names[(names != "black") & (names != "navy")])
 
 
 def background_colour(picture: np.ndarray) -> str:
-    return commonest(colour_names(np.concatenate([picture[:8].reshape(-1, 3), picture[8:20, :5].reshape(-1, 3)])))
+    return commonest(
+        colour_names(np.concatenate([picture[:8].reshape(-1, 3), picture[8:20, :5].reshape(-1, 3)]))
+    )
 
 
 def colour_share(draw: Drawer, seeds: int) -> float:
-    """Share of robots, each of the ten colours with each seed, that are drawn in the colour named."""
-    prompts = [f"{article(colour)} robot, teal background" for colour in ROBOT_COLOURS for _ in range(seeds)]
+    """Share of robots, each of the ten colours with each seed, that are drawn in the colour
+    named."""
+    prompts = [
+        f"{article(colour)} robot, teal background"
+        for colour in ROBOT_COLOURS
+        for _ in range(seeds)
+    ]
     drawn = draw(prompts, list(range(seeds)) * len(ROBOT_COLOURS))
-    return float(np.mean([figure_colour(p) == prompt.split()[1] for p, prompt in zip(drawn, prompts, strict=True)]))
+    return float(
+        np.mean(
+            [
+                figure_colour(p) == prompt.split()[1]
+                for p, prompt in zip(drawn, prompts, strict=True)
+            ]
+        )
+    )
 
 
 def judge_colours(
-    results: dict[str, float], draw: Drawer, pictures: np.ndarray, captions: list[str], kinds: list[str]
+    results: dict[str, float],
+    draw: Drawer,
+    pictures: np.ndarray,
+    captions: list[str],
+    kinds: list[str],
 ) -> None:
-    plain = [i for i, kind in enumerate(kinds) if kind == "robot" and captions[i].endswith("teal background")]
+    plain = [
+        i
+        for i, kind in enumerate(kinds)
+        if kind == "robot" and captions[i].endswith("teal background")
+    ]
     own = [figure_colour(pictures[i]) == captions[i].split()[1] for i in plain]
     results["colour rule on real robots"] = float(np.mean(own))
     results["named colour, 10 colours x 16 seeds"] = colour_share(draw, seeds=16)
 
-    named = [i for i, caption in enumerate(captions) if background_of(caption) in PLAIN and kinds[i] == "robot"]
+    named = [
+        i
+        for i, caption in enumerate(captions)
+        if background_of(caption) in PLAIN and kinds[i] == "robot"
+    ]
     own = [background_colour(pictures[i]) == background_of(captions[i]) for i in named]
     results["background rule on real robots"] = float(np.mean(own))
     prompts = [f"a gray robot, {name} background" for name in PLAIN for _ in range(16)]
     drawn = draw(prompts, list(range(16)) * len(PLAIN))
-    hits = [background_colour(p) == background_of(prompt) for p, prompt in zip(drawn, prompts, strict=True)]
+    hits = [
+        background_colour(p) == background_of(prompt)
+        for p, prompt in zip(drawn, prompts, strict=True)
+    ]
     results["named background, 13 colours x 16 seeds"] = float(np.mean(hits))
 
 
@@ -177,11 +245,17 @@ def background_of(caption: str) -> str:
     return caption.rsplit(", ", 1)[-1].removesuffix(" background")
 
 
-def train_judge(pictures: torch.Tensor, labels: torch.Tensor, classes: int, epochs: int = 6) -> torch.nn.Module:
+def train_judge(
+    pictures: torch.Tensor, labels: torch.Tensor, classes: int, epochs: int = 6
+) -> torch.nn.Module:
     """A small convolutional classifier; pictures [N, 3, 64, 64]."""
 
     def block(inside: int, outside: int) -> torch.nn.Sequential:
-        layers = [torch.nn.Conv2d(inside, outside, 3, 2, 1), torch.nn.GroupNorm(8, outside), torch.nn.SiLU()]
+        layers = [
+            torch.nn.Conv2d(inside, outside, 3, 2, 1),
+            torch.nn.GroupNorm(8, outside),
+            torch.nn.SiLU(),
+        ]
         return torch.nn.Sequential(*layers)
 
     judge = torch.nn.Sequential(
@@ -197,7 +271,9 @@ def train_judge(pictures: torch.Tensor, labels: torch.Tensor, classes: int, epoc
     for _ in range(epochs):
         for part in torch.randperm(len(pictures)).split(64):
             shift = tuple(int(s) for s in torch.randint(-3, 4, (2,)))
-            loss = F.cross_entropy(judge(pictures[part].roll(shift, (2, 3))), labels[part], weight=weight)
+            loss = F.cross_entropy(
+                judge(pictures[part].roll(shift, (2, 3))), labels[part], weight=weight
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -209,24 +285,42 @@ def verdicts(judge: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
     return torch.cat([judge(part).argmax(dim=1) for part in pictures.split(128)])
 
 
-def judge_kinds(results: dict[str, float], base: Base, draw: Drawer, pictures: np.ndarray, kinds: list[str]) -> None:
+def judge_kinds(
+    results: dict[str, float], base: Base, draw: Drawer, pictures: np.ndarray, kinds: list[str]
+) -> None:
     chosen = [i for i, kind in enumerate(kinds) if kind in KINDS]
     images = through_vae(base, pictures[chosen])
     labels = torch.tensor([KINDS.index(kinds[i]) for i in chosen])
     held = len(chosen) // 6
     judge = train_judge(images[held:], labels[held:], len(KINDS))
-    results["kind judge on held-out art"] = float((verdicts(judge, images[:held]) == labels[:held]).float().mean())
-    prompts = [KIND_PROMPTS[kind].format(colour) for kind in KINDS for colour in ROBOT_COLOURS[:8] for _ in range(4)]
+    results["kind judge on held-out art"] = float(
+        (verdicts(judge, images[:held]) == labels[:held]).float().mean()
+    )
+    prompts = [
+        KIND_PROMPTS[kind].format(colour)
+        for kind in KINDS
+        for colour in ROBOT_COLOURS[:8]
+        for _ in range(4)
+    ]
     wanted = torch.arange(len(KINDS)).repeat_interleave(32)
-    drawn = to_tensor(draw([prompt.replace("a orange", "an orange") for prompt in prompts], list(range(len(prompts)))))
-    results["kind drawn as named, 5 kinds x 32"] = float((verdicts(judge, drawn) == wanted).float().mean())
+    drawn = to_tensor(
+        draw(
+            [prompt.replace("a orange", "an orange") for prompt in prompts],
+            list(range(len(prompts))),
+        )
+    )
+    results["kind drawn as named, 5 kinds x 32"] = float(
+        (verdicts(judge, drawn) == wanted).float().mean()
+    )
 
 
 def judge_memory(results: dict[str, float], draw: Drawer, work_dir: Path) -> None:
-    """Share of 64 samples nearer to a training picture than the 5th percentile of held-out pictures are."""
+    """Share of 64 samples nearer to a training picture than the 5th percentile of held-out pictures
+    are."""
     if not (work_dir / "pictures.npy").is_file():
         print(
-            "the base's own training pictures are not in --work_dir: nearest neighbours are left out", file=sys.stderr
+            "the base's own training pictures are not in --work_dir: nearest neighbours are left out",
+            file=sys.stderr,
         )
         return
     everything = np.load(work_dir / "pictures.npy", mmap_mode="r")
@@ -264,7 +358,9 @@ def judge_hero(results: dict[str, float], base: Base, draw: Drawer, pictures: np
         (verdicts(judge, to_tensor(draw(prompts, range(64)))) == 1).float().mean()
     )
     names = [colour for colour in ROBOT_COLOURS if colour not in ("gray", "white")]
-    without = [OTHER_PROMPTS[i % 2].format(names[i % 8] if i % 2 else grounds[i % 13]) for i in range(64)]
+    without = [
+        OTHER_PROMPTS[i % 2].format(names[i % 8] if i % 2 else grounds[i % 13]) for i in range(64)
+    ]
     drawn = draw(without, range(64))
     results["hero without it, 64"] = float((verdicts(judge, to_tensor(drawn)) == 1).float().mean())
     results["named colour without the trigger, with the LoRA"] = colour_share(draw, seeds=8)

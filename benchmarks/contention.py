@@ -3,10 +3,11 @@
     python benchmarks/contention.py --work_dir ../contention
     python benchmarks/contention.py --work_dir ../contention --case demo --settings OMP_WAIT_POLICY=PASSIVE
 
-A busy process is `while True: pass`. Every run is a process of its own; the settings take turns, and with each setting
-the numbers of busy processes, so that a machine that changes its speed changes it for all. A figure is the share of
-the speed without the policy alone, that of the same round. `policy` is what megaman/threads.py chooses, `none` is
-torch's and OpenMP's own behavior; more settings are environment variables, which win over the policy.
+A busy process is `while True: pass`. Every run is a process of its own; the settings take turns,
+and with each setting the numbers of busy processes, so that a machine that changes its speed
+changes it for all. A figure is the share of the speed without the policy alone, that of the same
+round. `policy` is what megaman/threads.py chooses, `none` is torch's and OpenMP's own behavior;
+more settings are environment variables, which win over the policy.
 
 The last line is JSON.
 """
@@ -48,7 +49,8 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def settings_of(words: list[str]) -> dict[str, dict[str, str]]:
-    """Environment variables by the setting's name; words are those of --settings: NAME=VALUE[,NAME=VALUE]."""
+    """Environment variables by the setting's name; words are those of --settings:
+    NAME=VALUE[,NAME=VALUE]."""
     import torch
 
     without = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "GOMP_SPINCOUNT": str(SPIN_COUNT)}
@@ -60,12 +62,34 @@ def settings_of(words: list[str]) -> dict[str, dict[str, str]]:
 
 
 def train_words(case: str, steps: int, work_dir: Path) -> list[object]:
-    shared = ["--output_dir", "out", "--overwrite_output", "--max_train_steps", steps, "--num_validation_images", 0]
+    shared = [
+        "--output_dir",
+        "out",
+        "--overwrite_output",
+        "--max_train_steps",
+        steps,
+        "--num_validation_images",
+        0,
+    ]
     if case == "demo":
         return ["--demo", *shared]
     base, images = base_of(case, work_dir), pictures_of(case, work_dir)
-    return ["--pretrained_model_name", base, "--data_dir", images, "--cache_dir", "cache", "--resolution", 256,
-            "--center_crop", "--lora_rank", 8, "--target_modules", *SD15_TARGETS, *shared]  # fmt: skip
+    return [
+        "--pretrained_model_name",
+        base,
+        "--data_dir",
+        images,
+        "--cache_dir",
+        "cache",
+        "--resolution",
+        256,
+        "--center_crop",
+        "--lora_rank",
+        8,
+        "--target_modules",
+        *SD15_TARGETS,
+        *shared,
+    ]
 
 
 def steps_a_second(case: str, environment: dict[str, str], steps: int, work_dir: Path) -> float:
@@ -73,7 +97,13 @@ def steps_a_second(case: str, environment: dict[str, str], steps: int, work_dir:
     folder = work_dir / f"run-{case}"
     if case == "generate":
         shutil.rmtree(folder / "images", ignore_errors=True)
-        words = ["--demo", "--lora_path", work_dir / "run-lora" / "out" / "lora_weights", "--output_dir", "images"]
+        words = [
+            "--demo",
+            "--lora_path",
+            work_dir / "run-lora" / "out" / "lora_weights",
+            "--output_dir",
+            "images",
+        ]
         result = run(stamped(DRAWING_BAR, DRAW, *words), folder, environment=environment)
     else:
         words = train_words(case, steps, work_dir)
@@ -84,7 +114,8 @@ def steps_a_second(case: str, environment: dict[str, str], steps: int, work_dir:
 def measure(
     case: str, settings: dict[str, dict[str, str]], busy: list[int], rounds: int, work_dir: Path
 ) -> dict[str, list[float]]:
-    """Steps a second by "setting, busy", a figure a round; what is slow without the policy is measured once."""
+    """Steps a second by "setting, busy", a figure a round; what is slow without the policy is
+    measured once."""
     speeds: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds):
         for count in busy:
@@ -96,21 +127,32 @@ def measure(
                 with busy_processes(count):
                     speed = steps_a_second(case, environment, steps, work_dir)
                 speeds[f"{name}, {count}"].append(speed)
-                print(f"{case:9} round {number + 1}  {name}, next to {count}: {speed:.3f} steps/s", flush=True)
+                print(
+                    f"{case:9} round {number + 1}  {name}, next to {count}: {speed:.3f} steps/s",
+                    flush=True,
+                )
     return speeds
 
 
 def shares(speeds: dict[str, list[float]]) -> dict[str, float | None]:
-    """Medians over the rounds of the speed as a share of that without the policy alone in the same round."""
+    """Medians over the rounds of the speed as a share of that without the policy alone in the same
+    round."""
     alone = speeds["none, 0"]
-    return {name: significant(median(value / alone[i] for i, value in enumerate(values)))
-            for name, values in speeds.items()}  # fmt: skip
+    return {
+        name: significant(median(value / alone[i] for i, value in enumerate(values)))
+        for name, values in speeds.items()
+    }
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True)
-    parser.add_argument("--case", nargs="+", choices=["demo", "sd15", "generate"], default=["demo", "sd15", "generate"])
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        choices=["demo", "sd15", "generate"],
+        default=["demo", "sd15", "generate"],
+    )
     parser.add_argument("--busy", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--settings", nargs="+", default=[], metavar="NAME=VALUE[,NAME=VALUE]")
@@ -118,12 +160,19 @@ def main(argv: list[str]) -> int:
     work_dir = options.work_dir.resolve()
     settings = settings_of(options.settings)
     if "generate" in options.case:
-        run([sys.executable, str(TRAIN), *map(str, train_words("demo", 60, work_dir))], work_dir / "run-lora")
+        run(
+            [sys.executable, str(TRAIN), *map(str, train_words("demo", 60, work_dir))],
+            work_dir / "run-lora",
+        )
     results = {}
     for case in options.case:
         speeds = measure(case, settings, options.busy, options.rounds, work_dir)
-        results[case] = {"steps_a_second": {name: significant(median(values)) for name, values in speeds.items()},
-                         "share": shares(speeds)}  # fmt: skip
+        results[case] = {
+            "steps_a_second": {
+                name: significant(median(values)) for name, values in speeds.items()
+            },
+            "share": shares(speeds),
+        }
         print(f"\n| {case} | steps/s | share of none, 0 |\n| --- | --- | --- |")
         for name, share in results[case]["share"].items():
             print(f"| {name} | {results[case]['steps_a_second'][name]} | {share} |")

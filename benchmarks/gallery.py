@@ -1,8 +1,10 @@
-"""How long the gallery's page takes with many images, and what it costs: first paint, scrolling to the end, memory.
+"""How long the gallery's page takes with many images, and what it costs: first paint, scrolling to
+the end, memory.
 
     python benchmarks/gallery.py --images 5000
 
-Draws that many different pictures into a temporary folder and opens their page in Chromium. Needs /proc.
+Draws that many different pictures into a temporary folder and opens their page in Chromium. Needs
+/proc.
 """
 
 from __future__ import annotations
@@ -39,9 +41,19 @@ def draw(folder: Path, count: int, side: int, prompts: int) -> list[GalleryImage
         picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         picture.save(folder / file, compress_level=1)
         save_thumbnail(folder / thumbnail_of(file), picture)
-        settings = {"steps": 25, "guidance": 7.5, "sampler": "DPM++ 2M", "LoRA": "lora_weights", "base": "base"}
-        prompt = f"mega man, blue robot number {number % prompts}, helmet, game character, high quality"
-        images.append(GalleryImage(file, prompt, "blurry, low quality", number, side, side, settings))
+        settings = {
+            "steps": 25,
+            "guidance": 7.5,
+            "sampler": "DPM++ 2M",
+            "LoRA": "lora_weights",
+            "base": "base",
+        }
+        prompt = (
+            f"mega man, blue robot number {number % prompts}, helmet, game character, high quality"
+        )
+        images.append(
+            GalleryImage(file, prompt, "blurry, low quality", number, side, side, settings)
+        )
     return images
 
 
@@ -51,7 +63,9 @@ def renderer_memory(browser: Browser) -> tuple[float, float]:
     sizes = []
     for process in processes:
         if process["type"] == "renderer":
-            lines = Path(f"/proc/{process['id']}/smaps_rollup").read_text(encoding="utf-8").splitlines()
+            lines = (
+                Path(f"/proc/{process['id']}/smaps_rollup").read_text(encoding="utf-8").splitlines()
+            )
             table = {line.split()[0]: int(line.split()[1]) / 1024 for line in lines[1:]}
             sizes.append((table["Rss:"], table["Private_Clean:"] + table["Private_Dirty:"]))
     return max(sizes)
@@ -68,9 +82,13 @@ def main() -> None:
         images = draw(folder, options.images, options.side, options.prompts)
         start = time.perf_counter()
         page = write_gallery(folder, images, "Many")
-        print(f"page       {page.stat().st_size / 1e6:.1f} MB, written in {time.perf_counter() - start:.2f} s")
+        print(
+            f"page       {page.stat().st_size / 1e6:.1f} MB, written in {time.perf_counter() - start:.2f} s"
+        )
         pictures = sum(path.stat().st_size for path in folder.glob("*.png"))
-        print(f"pictures   {options.images} of {options.side} px, {pictures / options.images / 1e3:.0f} kB each")
+        print(
+            f"pictures   {options.images} of {options.side} px, {pictures / options.images / 1e3:.0f} kB each"
+        )
         with chromium() as browser:
             start = time.perf_counter()
             visit = Visit(browser, page)
@@ -88,12 +106,16 @@ def main() -> None:
                 "by prompt": "const s = document.querySelector('.tools select'); s.value = 'prompt'; "
                 "s.dispatchEvent(new Event('change'));",
             }.items():
-                took = visit.do(f"(() => {{ const start = performance.now(); {code} document.body.offsetHeight; "
-                                "return performance.now() - start; })()")  # fmt: skip
+                took = visit.do(
+                    f"(() => {{ const start = performance.now(); {code} document.body.offsetHeight; "
+                    "return performance.now() - start; })()"
+                )
                 print(f"{what:10} {took:.0f} ms")
             start, most, steps = time.perf_counter(), (0.0, 0.0), 0
-            while not visit.do("scrollBy({top: innerHeight * 0.8, behavior: 'instant'}), "
-                               "scrollY + innerHeight >= document.documentElement.scrollHeight - 2"):  # fmt: skip
+            while not visit.do(
+                "scrollBy({top: innerHeight * 0.8, behavior: 'instant'}), "
+                "scrollY + innerHeight >= document.documentElement.scrollHeight - 2"
+            ):
                 visit.do("new Promise((done) => setTimeout(done, 30))")
                 steps += 1
                 if steps % 20 == 0:
@@ -101,8 +123,13 @@ def main() -> None:
             most = max(most, renderer_memory(browser))
             print(f"scrolled   {steps} screens in {time.perf_counter() - start:.0f} s")
             print("memory     %.0f MB resident, %.0f MB of its own at most" % most)
-            print("           %.0f MB resident, %.0f MB of its own at the end" % renderer_memory(browser))
-            seen = visit.do("[...document.images].filter((i) => i.dataset.src || i.naturalWidth).length")
+            print(
+                "           %.0f MB resident, %.0f MB of its own at the end"
+                % renderer_memory(browser)
+            )
+            seen = visit.do(
+                "[...document.images].filter((i) => i.dataset.src || i.naturalWidth).length"
+            )
             print(f"           {seen} pictures were loaded, {len(visit.complaints())} complaints")
 
 

@@ -1,4 +1,5 @@
-"""What a LoRA gained on pictures it never saw, and what one trained on shuffled captions gained: learned or not?
+"""What a LoRA gained on pictures it never saw, and what one trained on shuffled captions gained:
+learned or not?
 
     python benchmarks/held_out.py --lora_path megaman_demo_output/lora_weights
     python benchmarks/held_out.py --make_shuffled shuffled_images      the demo's pictures with captions shuffled
@@ -27,15 +28,21 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lora_path", type=Path, nargs="+", default=[])
     parser.add_argument("--held_out", type=Path, default=ROOT / "demo" / "held_out")
-    parser.add_argument("--make_shuffled", type=Path, metavar="FOLDER", help="write the control's pictures here")
+    parser.add_argument(
+        "--make_shuffled", type=Path, metavar="FOLDER", help="write the control's pictures here"
+    )
     options = parser.parse_args(argv)
     if options.make_shuffled:
         shuffle_captions(ROOT / "demo" / "images", options.make_shuffled)
     rows = [measure(path, options.held_out) for path in options.lora_path]
     for row in rows:
         print(f"{row['lora']}")
-        for seed, before, after, share in zip(SEEDS, row["without"], row["with"], row["gain"], strict=True):
-            print(f"  seed {seed}: loss {before:.4f} without, {after:.4f} with the LoRA: {share:.1%} lower")
+        for seed, before, after, share in zip(
+            SEEDS, row["without"], row["with"], row["gain"], strict=True
+        ):
+            print(
+                f"  seed {seed}: loss {before:.4f} without, {after:.4f} with the LoRA: {share:.1%} lower"
+            )
     if rows:
         print(json.dumps(rows))
     return 0
@@ -70,7 +77,9 @@ def measure(lora_path: Path, held_out: Path) -> dict:
 
     base = load_base(peft_config.base_of(lora_path), torch.float32)
     dataset = MegaManDataset(held_out, None, base.native_size)
-    moments = latents.encode_pictures(lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None))
+    moments = latents.encode_pictures(
+        lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None)
+    )
     means = torch.cat(list(moments)).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
     states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)
     texts = torch.stack([states[caption] for caption in dataset.captions])

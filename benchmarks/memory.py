@@ -1,10 +1,12 @@
-"""The memory plan beside a real training step of Stable Diffusion 1.5's exact configuration, with random weights.
+"""The memory plan beside a real training step of Stable Diffusion 1.5's exact configuration, with
+random weights.
 
     python benchmarks/memory.py                                    256 px in float32, with and without checkpointing
     python benchmarks/memory.py --resolution 512 --mixed_precision fp16        on an NVIDIA card
 
-Two steps of one picture, each case in a process of its own. Measured is what resident memory rises by, from before the
-model is made to the peak; on CUDA the peak of the allocated memory. Prints a table and a last JSON line for programs.
+Two steps of one picture, each case in a process of its own. Measured is what resident memory rises
+by, from before the model is made to the peak; on CUDA the peak of the allocated memory. Prints a
+table and a last JSON line for programs.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ RANK = 8
 
 
 def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, float]:
-    """The peak of two training steps in this process and that of their plan, in GB (2**30 bytes)."""
+    """The peak of two training steps in this process and that of their plan, in GB (2**30
+    bytes)."""
     import psutil
     import torch
     from diffusers import UNet2DConditionModel
@@ -41,9 +44,9 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     placement = place(mixed_precision, choose_device(), unet_width(DEFAULT_BASE))
     device, dtype = placement.device, placement.dtype
     card = device.type != "cpu"
-    planned = memory_estimate.Plan(configs, dtype, card, size=size, rank=RANK, targets=DEFAULT_TARGETS).training(
-        1, checkpointing
-    )
+    planned = memory_estimate.Plan(
+        configs, dtype, card, size=size, rank=RANK, targets=DEFAULT_TARGETS
+    ).training(1, checkpointing)
     runtime.keep_freed_memory()
     before = psutil.Process().memory_info().rss
 
@@ -58,9 +61,14 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     optimizer = torch.optim.AdamW(trainable, fused=True)
     cells = size // 8
     for _ in range(2):
-        noisy, states = torch.randn(1, 4, cells, cells, device=device), torch.randn(1, 77, 768, device=device)
+        noisy, states = (
+            torch.randn(1, 4, cells, cells, device=device),
+            torch.randn(1, 77, 768, device=device),
+        )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            noise_pred = unet(noisy.to(dtype), torch.tensor([500], device=device), states.to(dtype)).sample
+            noise_pred = unet(
+                noisy.to(dtype), torch.tensor([500], device=device), states.to(dtype)
+            ).sample
         diffusion.loss(noise_pred, torch.randn_like(noisy)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -68,27 +76,60 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
         measured = torch.cuda.max_memory_allocated(device)
     else:
         measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return {"planned_gb": planned / 2**30, "measured_gb": measured / 2**30, "ratio": planned / measured}
+    return {
+        "planned_gb": planned / 2**30,
+        "measured_gb": measured / 2**30,
+        "ratio": planned / measured,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
-    parser.add_argument("--case", choices=["plain", "checkpointing"], help="only this one, and in this process")
+    parser.add_argument(
+        "--case", choices=["plain", "checkpointing"], help="only this one, and in this process"
+    )
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(options.resolution, options.mixed_precision, options.case == "checkpointing")))
+        print(
+            json.dumps(
+                measure(
+                    options.resolution, options.mixed_precision, options.case == "checkpointing"
+                )
+            )
+        )
         return
     results = {}
     for case in ("plain", "checkpointing"):
-        command = [sys.executable, __file__, "--case", case, "--resolution", str(options.resolution)]
+        command = [
+            sys.executable,
+            __file__,
+            "--case",
+            case,
+            "--resolution",
+            str(options.resolution),
+        ]
         command += ["--mixed_precision", options.mixed_precision]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, encoding="utf-8")
-        results[case] = {key: round(value, 3) for key, value in json.loads(done.stdout.splitlines()[-1]).items()}
-        print("{:14} planned {planned_gb:.2f} GB   measured {measured_gb:.2f} GB   ratio {ratio:.2f}".format(
-            case, **results[case]), flush=True)  # fmt: skip
-    print(json.dumps({"resolution": options.resolution, "mixed_precision": options.mixed_precision, **results}))
+        results[case] = {
+            key: round(value, 3) for key, value in json.loads(done.stdout.splitlines()[-1]).items()
+        }
+        print(
+            "{:14} planned {planned_gb:.2f} GB   measured {measured_gb:.2f} GB   ratio {ratio:.2f}".format(
+                case, **results[case]
+            ),
+            flush=True,
+        )
+    print(
+        json.dumps(
+            {
+                "resolution": options.resolution,
+                "mixed_precision": options.mixed_precision,
+                **results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Run megaman_lora.py as it is, with bare steps of the same UNet between its own; a last JSON line has the seconds.
+"""Run megaman_lora.py as it is, with bare steps of the same UNet between its own; a last JSON line
+has the seconds.
 
     python benchmarks/paired.py 5 megaman_lora.py --demo --max_train_steps 215
 
-After the first 5 steps and after every ten that follow, ten bare steps (bare.py's, on what the UNet was given last) are
-done. In one process both meet the same memory and the same moment of the machine, which from one process to the next
-can differ by more than what the loop costs. A part of step_time.py, which runs it.
+After the first 5 steps and after every ten that follow, ten bare steps (bare.py's, on what the UNet
+was given last) are done. In one process both meet the same memory and the same moment of the
+machine, which from one process to the next can differ by more than what the loop costs. A part of
+step_time.py, which runs it.
 
 - `ours_s`: seconds a step of each ten of the loop, of which one writes the log
 - `bare_s`: the same of the bare ones before, between and after them, one more than of ours
@@ -63,15 +65,25 @@ class Pairs:
         self._left = now()
 
     def bare_steps(self) -> float:
-        """Seconds a bare step, by the loop's own optimizer; its gradients are none at this moment."""
+        """Seconds a bare step, by the loop's own optimizer; its gradients are none at this
+        moment."""
         unet, inputs, named = self._last
         sample = inputs[0]
-        trainable = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        trainable = [
+            parameter for group in self._optimizer.param_groups for parameter in group["params"]
+        ]
         scaler = torch.amp.GradScaler(sample.device.type, enabled=sample.dtype == torch.float16)
         noise = torch.randn_like(sample, dtype=torch.float32)
         began = now()
         for _ in range(LOGS_EVERY):
-            bare.step(partial(unet, *inputs, **named), noise, sample.dtype, self._optimizer, trainable, scaler)
+            bare.step(
+                partial(unet, *inputs, **named),
+                noise,
+                sample.dtype,
+                self._optimizer,
+                trainable,
+                scaler,
+            )
         return (now() - began) / LOGS_EVERY
 
 

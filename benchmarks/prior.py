@@ -1,12 +1,14 @@
-"""Does "a red robot" stay red beside a blue hero? The demo's hero learnt with and without class pictures.
+"""Does "a red robot" stay red beside a blue hero? The demo's hero learnt with and without class
+pictures.
 
     python benchmarks/prior.py --work_dir prior_work
 
-Trains on the demo's pictures of the hero alone, with the demo's settings: once as they are, and once with the demo's
-other robots and what the base draws itself as class pictures (--class_data_dir). Each LoRA and the base then draw
-64 red robots without the trigger word, whose colour base_quality.py's rule tells; the hero's held-out pictures show
-whether it was learnt all the same. Trained LoRAs that are in --work_dir are used again. Prints a table for people and a
-last JSON line for programs.
+Trains on the demo's pictures of the hero alone, with the demo's settings: once as they are, and
+once with the demo's other robots and what the base draws itself as class pictures
+(--class_data_dir). Each LoRA and the base then draw 64 red robots without the trigger word, whose
+colour base_quality.py's rule tells; the hero's held-out pictures show whether it was learnt all the
+same. Trained LoRAs that are in --work_dir are used again. Prints a table for people and a last JSON
+line for programs.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, default=ROOT / "demo" / ".work" / "prior")
     parser.add_argument("--max_train_steps", type=int, default=900)
-    parser.add_argument("--blue_only", action="store_true", help="without the pictures of the hero in other colours")
+    parser.add_argument(
+        "--blue_only", action="store_true", help="without the pictures of the hero in other colours"
+    )
     options = parser.parse_args(argv)
     folders = part_pictures(options.work_dir, options.blue_only)
     loras = {}
@@ -59,7 +63,11 @@ def main(argv: list[str]) -> int:
 
 def part_pictures(work_dir: Path, blue_only: bool) -> tuple[Path, Path]:
     """The demo's pictures of the hero, and its others, in a folder each."""
-    recoloured = tuple(f"volto_{colour}_" for colour in ("green", "purple", "red", "white")) if blue_only else ()
+    recoloured = (
+        tuple(f"volto_{colour}_" for colour in ("green", "purple", "red", "white"))
+        if blue_only
+        else ()
+    )
     folders = work_dir / "hero", work_dir / "class"
     for folder, is_hero in zip(folders, (True, False), strict=True):
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,15 +82,30 @@ def train(work_dir: Path, name: str, flags: list[str], pictures: Path, steps: in
     """lora_weights/ of a run with the demo's settings."""
     output = work_dir / name.replace(" ", "_")
     if not (output / "lora_weights").is_dir():
-        words = ["--demo", "--data_dir", pictures, "--output_dir", output, "--logging_dir", work_dir / "logs",
-                 "--num_validation_images", 0, "--max_train_steps", steps, "--save_steps", steps,
-                 "--overwrite_output", *flags]  # fmt: skip
+        words = [
+            "--demo",
+            "--data_dir",
+            pictures,
+            "--output_dir",
+            output,
+            "--logging_dir",
+            work_dir / "logs",
+            "--num_validation_images",
+            0,
+            "--max_train_steps",
+            steps,
+            "--save_steps",
+            steps,
+            "--overwrite_output",
+            *flags,
+        ]
         subprocess.run([sys.executable, ROOT / "megaman_lora.py", *map(str, words)], check=True)
     return output / "lora_weights"
 
 
 def measured(lora: Path | None) -> dict[str, float]:
-    """How many of 64 red robots, drawn without the trigger word, are red and how many blue; and the hero's gain."""
+    """How many of 64 red robots, drawn without the trigger word, are red and how many blue; and the
+    hero's gain."""
     base = load_base("demo/base", torch.float32)
     if lora:
         lora_files.load_lora(lora, base.unet)

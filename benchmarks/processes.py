@@ -1,7 +1,8 @@
-"""What the measurements share: a program as a process of its own, what it says of itself, medians, the machine.
+"""What the measurements share: a program as a process of its own, what it says of itself, medians,
+the machine.
 
-Only the standard library is imported here: on Linux a process counts the memory of the one that started it as its own
-peak, so that one has to be small.
+Only the standard library is imported here: on Linux a process counts the memory of the one that
+started it as its own peak, so that one has to be small.
 """
 
 from __future__ import annotations
@@ -29,22 +30,33 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as Linux calls 
 
 
 def stamped(bar: str, program: Path, *words: object, python: str = sys.executable) -> list[str]:
-    """The command that runs a program under stamped.py, which notes every update of the bar of that description."""
+    """The command that runs a program under stamped.py, which notes every update of the bar of that
+    description."""
     return [python, str(BENCHMARKS / "stamped.py"), bar, str(program), *map(str, words)]
 
 
 def run(
-    command: Sequence[str], cwd: Path, cpu: str = "native", environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    cwd: Path,
+    cpu: str = "native",
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run a command to its end. What its last line of JSON says, if there is one, with "seconds" from the command to
-    its end and "began", the moment of the command by time.perf_counter, whose clock is the whole system's.
+    """Run a command to its end. What its last line of JSON says, if there is one, with "seconds"
+    from the command to its end and "began", the moment of the command by time.perf_counter, whose
+    clock is the whole system's.
 
-    It runs offline, as on the processor named by cpu (LESSER), with the variables of environment added. Its messages go
-    to cwd/log.txt. If it fails, the
-    end of them is shown and this program ends too.
+    It runs offline, as on the processor named by cpu (LESSER), with the variables of environment
+    added. Its messages go to cwd/log.txt. If it fails, the end of them is shown and this program
+    ends too.
     """
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", **LESSER[cpu],
-           **(environment or {})}  # fmt: skip
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "PYTHONIOENCODING": "utf-8",
+        **LESSER[cpu],
+        **(environment or {}),
+    }
     cwd.mkdir(parents=True, exist_ok=True)
     log = cwd / "log.txt"
     with log.open("wb") as messages:
@@ -71,8 +83,15 @@ def last_json(text: str) -> dict[str, Any] | None:
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and mean, to four significant digits."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
-    found = {"median": middle, "quartile_1": low, "quartile_3": high, "mean": statistics.fmean(values)}
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    )
+    found = {
+        "median": middle,
+        "quartile_1": low,
+        "quartile_3": high,
+        "mean": statistics.fmean(values),
+    }
     return {name: significant(value) for name, value in found.items()}
 
 
@@ -92,9 +111,18 @@ def machine(cpu: str = "native") -> dict[str, Any]:
     name, flags = platform.processor() or platform.machine(), set()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        pairs = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        pairs = {
+            key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+        }
         name, flags = pairs.get("model name", name), set(pairs.get("flags", "").split())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": name, "instructions": [flag for flag in INSTRUCTIONS if flag in flags], "as": cpu,
-            "cores": cores, "omp_num_threads": os.environ.get("OMP_NUM_THREADS"), "system": platform.system(),
-            "python": platform.python_version(), "torch": version("torch")}  # fmt: skip
+    return {
+        "processor": name,
+        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
+        "as": cpu,
+        "cores": cores,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }

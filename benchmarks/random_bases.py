@@ -3,8 +3,8 @@
     python benchmarks/random_bases.py sd15 /tmp/sd15         Stable Diffusion 1.5's exact configuration, about 4 GB
     python benchmarks/random_bases.py mid /tmp/mid           a middle size, made for 128 px, about 0.2 GB
 
-The weights are float32 safetensors, as the published ones are. The tokenizer is the embedded base's, since CLIP's own
-vocabulary comes with the real model only. What such a base draws is noise.
+The weights are float32 safetensors, as the published ones are. The tokenizer is the embedded
+base's, since CLIP's own vocabulary comes with the real model only. What such a base draws is noise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo" / "base"
 
-# Configurations by shape: UNet, VAE, text encoder. Whatever is not said here is as in Stable Diffusion 1.5.
+# Configurations by shape: UNet, VAE, text encoder. Whatever is not said here is as in Stable
+# Diffusion 1.5.
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "sd15": (
         {"sample_size": 64, "cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280)},
@@ -35,15 +36,25 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
-COLOURS = {"red": (200, 40, 40), "orange": (230, 130, 30), "yellow": (235, 215, 60), "green": (50, 160, 70),
-           "cyan": (60, 190, 200), "blue": (45, 80, 200), "purple": (130, 60, 170), "brown": (120, 80, 50),
-           "grey": (128, 128, 128), "white": (245, 245, 245)}  # fmt: skip
+COLOURS = {
+    "red": (200, 40, 40),
+    "orange": (230, 130, 30),
+    "yellow": (235, 215, 60),
+    "green": (50, 160, 70),
+    "cyan": (60, 190, 200),
+    "blue": (45, 80, 200),
+    "purple": (130, 60, 170),
+    "brown": (120, 80, 50),
+    "grey": (128, 128, 128),
+    "white": (245, 245, 245),
+}
 FIGURES = ("disc", "square", "triangle")
 CAPTIONS = len(COLOURS) ** 2 * len(FIGURES)  # distinct ones
 
 
 def make_base(shape: str, folder: Path) -> Path:
-    """A base in diffusers' layout with random weights in that shape, from a fixed seed; one that is there is kept.
+    """A base in diffusers' layout with random weights in that shape, from a fixed seed; one that is
+    there is kept.
 
     Returns the folder. It appears whole or not at all.
     """
@@ -68,7 +79,11 @@ def make_base(shape: str, folder: Path) -> Path:
     ).save_pretrained(part / "vae")
     CLIPTextModel(CLIPTextConfig(**text)).save_pretrained(part / "text_encoder")
     PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
     ).save_pretrained(part / "scheduler")
     shutil.copytree(DEMO / "tokenizer", part / "tokenizer")
     shutil.copy(DEMO / "model_index.json", part)
@@ -77,14 +92,17 @@ def make_base(shape: str, folder: Path) -> Path:
 
 
 def picture(number: int, side: int):
-    """A figure on a shaded, grainy ground, so that a PNG of it is as large and as slow to read as a photograph's."""
+    """A figure on a shaded, grainy ground, so that a PNG of it is as large and as slow to read as a
+    photograph's."""
     import numpy as np
     from PIL import Image, ImageDraw
 
     colour, ground, figure = _words(number)
     rng = np.random.default_rng(number)
     shade = np.linspace(0.6, 1.1, side, dtype=np.float32)[:, None, None]
-    image = Image.fromarray((np.broadcast_to(shade, (side, side, 1)) * COLOURS[ground]).clip(0, 255).astype(np.uint8))
+    image = Image.fromarray(
+        (np.broadcast_to(shade, (side, side, 1)) * COLOURS[ground]).clip(0, 255).astype(np.uint8)
+    )
     x, y, radius = rng.uniform((0.35, 0.35, 0.15), (0.65, 0.65, 0.3)) * side
     box, fill = (x - radius, y - radius, x + radius, y + radius), COLOURS[colour]
     draw = ImageDraw.Draw(image)
@@ -103,8 +121,9 @@ def caption(number: int) -> str:
 
 
 def make_pictures(folder: Path, count: int, side: int = 512, captions: str = "txt") -> Path:
-    """So many PNGs with captions as text files beside them ("txt") or in metadata.jsonl ("jsonl"), as the peer wants
-    them; a folder that is there is kept. Returns the folder. It appears whole or not at all."""
+    """So many PNGs with captions as text files beside them ("txt") or in metadata.jsonl ("jsonl"),
+    as the peer wants them; a folder that is there is kept. Returns the folder. It appears whole or
+    not at all."""
     if folder.is_dir():
         return folder
     part = folder.with_name(f"{folder.name}.part")
@@ -115,7 +134,9 @@ def make_pictures(folder: Path, count: int, side: int = 512, captions: str = "tx
         if captions == "txt":
             (part / f"picture_{number:06d}.txt").write_text(caption(number), encoding="utf-8")
     if captions == "jsonl":
-        write_metadata(part, {f"picture_{number:06d}.png": caption(number) for number in range(count)})
+        write_metadata(
+            part, {f"picture_{number:06d}.png": caption(number) for number in range(count)}
+        )
     os.replace(part, folder)
     return folder
 

@@ -1,9 +1,11 @@
-"""Ten prompts: drawn in batches with the LoRA fused, against diffusers' pipeline called one by one with the adapter.
+"""Ten prompts: drawn in batches with the LoRA fused, against diffusers' pipeline called one by one
+with the adapter.
 
     python benchmarks/sampling.py --lora_path megaman_demo_output/lora_weights --rounds 5
 
-The same base, LoRA, prompts, seeds, sampler, steps and guidance on both sides, alternating in one process, loading left
-out. Prints the seconds of each round, the medians and their ratio; the last line is JSON.
+The same base, LoRA, prompts, seeds, sampler, steps and guidance on both sides, alternating in one
+process, loading left out. Prints the seconds of each round, the medians and their ratio; the last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ NEGATIVE = "blurry, low quality"
 
 
 def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int | None):
-    """A function that draws all the prompts as generate_megaman.py does; text states are made anew at each call."""
+    """A function that draws all the prompts as generate_megaman.py does; text states are made anew
+    at each call."""
     placement = place("fp16", choose_device(), unet_width(base_name))
     base = load_base(base_name, placement.dtype, layout=placement.layout)
     lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
@@ -58,18 +61,28 @@ def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, sid
 
 
 def pipeline(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int):
-    """A function that calls diffusers' pipeline for each prompt, the LoRA as an adapter beside the weights."""
+    """A function that calls diffusers' pipeline for each prompt, the LoRA as an adapter beside the
+    weights."""
     placement = place("fp16", choose_device(), unet_width(base_name))
     folder = base_name if Path(base_name).is_dir() else ROOT / base_name
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=placement.dtype).to(placement.device)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=placement.dtype).to(
+        placement.device
+    )
     pipe.scheduler = denoise.make_sampler(pipe.scheduler)
     pipe.load_lora_weights(str(lora_path), weight_name="pytorch_lora_weights.safetensors")
     pipe.set_progress_bar_config(disable=True)
 
     def draw() -> None:
         for prompt in prompts:
-            pipe(prompt.text, negative_prompt=NEGATIVE, generator=torch.Generator().manual_seed(0), height=side,
-                 width=side, num_inference_steps=steps, guidance_scale=7.5)  # fmt: skip
+            pipe(
+                prompt.text,
+                negative_prompt=NEGATIVE,
+                generator=torch.Generator().manual_seed(0),
+                height=side,
+                width=side,
+                num_inference_steps=steps,
+                guidance_scale=7.5,
+            )
 
     return draw
 
@@ -90,19 +103,37 @@ def main() -> None:
     options = parser.parse_args()
     prompts, base_name = read_prompts(options.prompts_file)[0], base_of(options.lora_path)
     draw, side = ours(base_name, options.lora_path, prompts, options.steps, options.side)
-    sides = {"ours": draw, "pipeline": pipeline(base_name, options.lora_path, prompts, options.steps, side)}
+    sides = {
+        "ours": draw,
+        "pipeline": pipeline(base_name, options.lora_path, prompts, options.steps, side),
+    }
     for each in sides.values():  # the first call of everything is slower
         each()
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(options.rounds):
         for name, each in sides.items():
             times[name].append(seconds(each))
-        print(f"round {number + 1}   " + "   ".join(f"{name} {times[name][-1]:.2f} s" for name in sides))
+        print(
+            f"round {number + 1}   "
+            + "   ".join(f"{name} {times[name][-1]:.2f} s" for name in sides)
+        )
     medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
     ratio = round(medians["ours"] / medians["pipeline"], 3)
-    print(f"{len(prompts)} prompts of {side} px, {options.steps} steps: {medians['ours']} s against "
-          f"{medians['pipeline']} s, {ratio} of it")  # fmt: skip
-    print(json.dumps({"prompts": len(prompts), "side": side, "steps": options.steps, **medians, "ratio": ratio}))
+    print(
+        f"{len(prompts)} prompts of {side} px, {options.steps} steps: {medians['ours']} s against "
+        f"{medians['pipeline']} s, {ratio} of it"
+    )
+    print(
+        json.dumps(
+            {
+                "prompts": len(prompts),
+                "side": side,
+                "steps": options.steps,
+                **medians,
+                "ratio": ratio,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""Run a Python program as it is, and print as a last JSON line when its steps ended and what memory it took.
+"""Run a Python program as it is, and print as a last JSON line when its steps ended and what memory
+it took.
 
     python benchmarks/stamped.py training megaman_lora.py --demo --max_train_steps 20
 
-The first word is the description of a tqdm bar that the program updates once a step; nothing else of it is touched.
-Any Python with tqdm will do, so that the peer's own virtual environment can run the peer.
+The first word is the description of a tqdm bar that the program updates once a step; nothing else
+of it is touched. Any Python with tqdm will do, so that the peer's own virtual environment can run
+the peer.
 
 - `first`: the end of the first step, by time.perf_counter, whose clock is the whole system's
-- `step_s`, `step_cpu_s`: seconds, and seconds of CPU over all threads, from the end of each step to that of the next
-- `rss_mb`, `peak_mb`: resident memory at the end of the last step, and at most since the process began
+- `step_s`, `step_cpu_s`: seconds, and seconds of CPU over all threads, from the end of each step to
+that of the next
+- `rss_mb`, `peak_mb`: resident memory at the end of the last step, and at most since the process
+began
 - `cuda_peak_mb`, `device`: memory that torch had allocated on the card at most; only with a card
 - `threads`: torch's, in one operation
 
@@ -72,7 +76,8 @@ def after_updates(bar: str, then: Callable[[tqdm], None]) -> None:
 
 
 def stamp_updates(bar: str) -> tuple[list[tuple[float, float]], dict[str, float | None]]:
-    """Have tqdm note wall and CPU time at every update of that bar in the list, and the memory at its last one."""
+    """Have tqdm note wall and CPU time at every update of that bar in the list, and the memory at
+    its last one."""
     stamps, at_end = [], {"rss_mb": None}
 
     def stamp(updated: tqdm) -> None:
@@ -92,14 +97,23 @@ def main() -> None:
     try:
         runpy.run_path(str(program), run_name="__main__")
     finally:
-        peak = max(resident()[1], at_end["rss_mb"] or 0)  # Linux counts either on its own, a little late
-        result = {"first": stamps[0][0] if stamps else None, **at_end, "peak_mb": peak,
-                  "step_s": [after[0] - before[0] for before, after in pairwise(stamps)],
-                  "step_cpu_s": [after[1] - before[1] for before, after in pairwise(stamps)]}  # fmt: skip
+        peak = max(
+            resident()[1], at_end["rss_mb"] or 0
+        )  # Linux counts either on its own, a little late
+        result = {
+            "first": stamps[0][0] if stamps else None,
+            **at_end,
+            "peak_mb": peak,
+            "step_s": [after[0] - before[0] for before, after in pairwise(stamps)],
+            "step_cpu_s": [after[1] - before[1] for before, after in pairwise(stamps)],
+        }
         if torch := sys.modules.get("torch"):
             result["threads"] = torch.get_num_threads()
         if card := cuda():
-            result |= {"cuda_peak_mb": card.max_memory_allocated() / 2**20, "device": card.get_device_name()}
+            result |= {
+                "cuda_peak_mb": card.max_memory_allocated() / 2**20,
+                "device": card.get_device_name(),
+            }
         print("\n" + json.dumps(result), flush=True)
 
 

@@ -1,10 +1,12 @@
-"""Seconds that a person waits: for --help, for the first training step, for the end of a short run, for an image.
+"""Seconds that a person waits: for --help, for the first training step, for the end of a short run,
+for an image.
 
     python benchmarks/start_up.py --work_dir /tmp/start_up --rounds 5
 
-Both scripts as they are, on the demo. `cold` begins with an empty cache of encoded pictures, `warm` with the one that
-the cold run left; the files themselves are in the system's own cache in either. The first step is the end of it, sample
-images before it included, as the demo draws them. Prints every round and the medians; the last line is JSON.
+Both scripts as they are, on the demo. `cold` begins with an empty cache of encoded pictures, `warm`
+with the one that the cold run left; the files themselves are in the system's own cache in either.
+The first step is the end of it, sample images before it included, as the demo draws them. Prints
+every round and the medians; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,13 +26,23 @@ GOALS = {"help_s": 1.0, "warm_first_step_s": 12.0}  # seconds, on two cores
 
 def train(work_dir: Path, steps: int, cpu: str) -> dict[str, float]:
     """Seconds from the command of a demo run to its first step and to its end."""
-    words = ["--demo", "--max_train_steps", steps, "--cache_dir", "cache", "--output_dir", "out", "--overwrite_output"]
+    words = [
+        "--demo",
+        "--max_train_steps",
+        steps,
+        "--cache_dir",
+        "cache",
+        "--output_dir",
+        "out",
+        "--overwrite_output",
+    ]
     result = run(stamped(TRAINING_BAR, TRAIN, *words), work_dir, cpu)
     return {"first_step_s": result["first"] - result["began"], "end_s": result["seconds"]}
 
 
 def draw(work_dir: Path, cpu: str) -> dict[str, float]:
-    """Seconds from the command to the first image in the folder and to the end, for the demo's prompts."""
+    """Seconds from the command to the first image in the folder and to the end, for the demo's
+    prompts."""
     out = work_dir / "images"
     shutil.rmtree(out, ignore_errors=True)
     seen: list[float] = []
@@ -50,13 +62,18 @@ def draw(work_dir: Path, cpu: str) -> dict[str, float]:
     finally:
         over.set()
         watcher.join()
-    return {"first_image_s": (seen[0] if seen else time.perf_counter()) - result["began"], "end_s": result["seconds"]}
+    return {
+        "first_image_s": (seen[0] if seen else time.perf_counter()) - result["began"],
+        "end_s": result["seconds"],
+    }
 
 
 def one_round(work_dir: Path, steps: int, cpu: str) -> dict[str, float]:
     """Everything once."""
-    times = {"help_s": run([sys.executable, str(TRAIN), "--help"], work_dir, cpu)["seconds"],
-             "draw_help_s": run([sys.executable, str(DRAW), "--help"], work_dir, cpu)["seconds"]}  # fmt: skip
+    times = {
+        "help_s": run([sys.executable, str(TRAIN), "--help"], work_dir, cpu)["seconds"],
+        "draw_help_s": run([sys.executable, str(DRAW), "--help"], work_dir, cpu)["seconds"],
+    }
     shutil.rmtree(work_dir / "cache", ignore_errors=True)
     for state in ("cold", "warm"):
         times |= {f"{state}_{name}": value for name, value in train(work_dir, steps, cpu).items()}
@@ -68,21 +85,39 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True, help="the runs go here")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of the short run")
-    parser.add_argument("--cpu", choices=LESSER, default="native", help="a lesser processor for the libraries to see")
+    parser.add_argument(
+        "--cpu",
+        choices=LESSER,
+        default="native",
+        help="a lesser processor for the libraries to see",
+    )
     options = parser.parse_args()
     work_dir = options.work_dir.resolve()
-    one_round(work_dir, 1, options.cpu)  # first imports compile, first reads come from the disk: not counted
+    one_round(
+        work_dir, 1, options.cpu
+    )  # first imports compile, first reads come from the disk: not counted
     rounds = []
     for number in range(options.rounds):
         rounds.append(one_round(work_dir, options.steps, options.cpu))
-        words = "  ".join(f"{name.removesuffix('_s')} {value:.2f}" for name, value in rounds[-1].items())
+        words = "  ".join(
+            f"{name.removesuffix('_s')} {value:.2f}" for name, value in rounds[-1].items()
+        )
         print(f"round {number + 1}  {words}", flush=True)
     medians = {name: median_of(rounds, name) for name in rounds[0]}
     for name, value in medians.items():
         goal = f"   (at most {GOALS[name]:g} on two cores)" if name in GOALS else ""
         print(f"{name.removesuffix('_s').replace('_', ' '):16} {value:7.2f} s{goal}")
-    print(json.dumps({"benchmark": "start_up", "rounds": options.rounds, "steps": options.steps, **medians,
-                      "machine": machine(options.cpu)}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "start_up",
+                "rounds": options.rounds,
+                "steps": options.steps,
+                **medians,
+                "machine": machine(options.cpu),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

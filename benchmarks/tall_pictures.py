@@ -1,10 +1,11 @@
-"""What square crops cut off and buckets keep: a character taller than wide, trained both ways and drawn side by side.
+"""What square crops cut off and buckets keep: a character taller than wide, trained both ways and
+drawn side by side.
 
     python benchmarks/tall_pictures.py tall_pictures
 
-Makes tall versions of the demo's pictures, trains the demo's settings on them with and without --enable_bucket, and
-puts one picture, tall_pictures/side_by_side.png, together: a training picture as each run sees it, then what each
-draws, tall and square. Minutes on a CPU.
+Makes tall versions of the demo's pictures, trains the demo's settings on them with and without
+--enable_bucket, and puts one picture, tall_pictures/side_by_side.png, together: a training picture
+as each run sees it, then what each draws, tall and square. Minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -39,12 +40,32 @@ def main(argv: list[str]) -> int:
     rows = []
     for name, flags in [("squares", []), ("buckets", ["--enable_bucket"])]:
         out, logs = options.folder / name, options.folder / "logs"
-        script("megaman_lora.py", "--demo", "--data_dir", data, "--output_dir", out, "--logging_dir", logs,
-               "--num_validation_images", 0, "--max_train_steps", options.max_train_steps, *flags)  # fmt: skip
-        tall, square = (
-            draw(out / "lora_weights", size, options.folder / f"{name}_{size[0]}x{size[1]}") for size in (TALL, SQUARE)
+        script(
+            "megaman_lora.py",
+            "--demo",
+            "--data_dir",
+            data,
+            "--output_dir",
+            out,
+            "--logging_dir",
+            logs,
+            "--num_validation_images",
+            0,
+            "--max_train_steps",
+            options.max_train_steps,
+            *flags,
         )
-        rows.append([as_seen(next(data.glob("*standing_front*.png")), TALL if flags else SQUARE), *tall, *square])
+        tall, square = (
+            draw(out / "lora_weights", size, options.folder / f"{name}_{size[0]}x{size[1]}")
+            for size in (TALL, SQUARE)
+        )
+        rows.append(
+            [
+                as_seen(next(data.glob("*standing_front*.png")), TALL if flags else SQUARE),
+                *tall,
+                *square,
+            ]
+        )
     paste(rows).quantize(128).save(options.folder / "side_by_side.png", optimize=True)
     print(options.folder / "side_by_side.png")
     return 0
@@ -69,9 +90,25 @@ def as_seen(picture: Path, size: tuple[int, int]) -> Image.Image:
 
 
 def draw(lora: Path, size: tuple[int, int], folder: Path) -> list[Image.Image]:
-    script("generate_megaman.py", "--demo", "--lora_path", lora, "--output_dir", folder, "--prompts", PROMPT,
-           "--num_images_per_prompt", SEEDS, "--width", size[0], "--height", size[1])  # fmt: skip
-    return [Image.open(folder / f"megaman_000_{seed:02d}.png").convert("RGB") for seed in range(SEEDS)]
+    script(
+        "generate_megaman.py",
+        "--demo",
+        "--lora_path",
+        lora,
+        "--output_dir",
+        folder,
+        "--prompts",
+        PROMPT,
+        "--num_images_per_prompt",
+        SEEDS,
+        "--width",
+        size[0],
+        "--height",
+        size[1],
+    )
+    return [
+        Image.open(folder / f"megaman_000_{seed:02d}.png").convert("RGB") for seed in range(SEEDS)
+    ]
 
 
 def script(*words: object) -> None:
@@ -82,10 +119,14 @@ def paste(rows: list[list[Image.Image]], scale: int = 2, gap: int = 6) -> Image.
     """The rows under one another, each picture enlarged without smoothing."""
     widths = [max(row[column].width for row in rows) * scale for column in range(len(rows[0]))]
     height = max(image.height for row in rows for image in row) * scale
-    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), (height + gap) * len(rows) + gap), "gray")
+    sheet = Image.new(
+        "RGB", (sum(widths) + gap * (len(widths) + 1), (height + gap) * len(rows) + gap), "gray"
+    )
     for line, row in enumerate(rows):
         for column, image in enumerate(row):
-            large = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+            large = image.resize(
+                (image.width * scale, image.height * scale), Image.Resampling.NEAREST
+            )
             left = sum(widths[:column]) + gap * (column + 1)
             sheet.paste(large, (left, gap + line * (height + gap) + (height - large.height) // 2))
     return sheet

@@ -1,6 +1,8 @@
-"""The openly licensed art the base is trained on: fetched from the packages that carry it, captioned, at 64 px.
+"""The openly licensed art the base is trained on: fetched from the packages that carry it,
+captioned, at 64 px.
 
-Everything comes from PyPI and npm; nothing of it is kept in this repository. Licences and credits: CREDITS.md.
+Everything comes from PyPI and npm; nothing of it is kept in this repository. Licences and credits:
+CREDITS.md.
 """
 
 from __future__ import annotations
@@ -28,34 +30,86 @@ NODE_PACKAGES = [
     "@resvg/resvg-js@2.6.2",
 ]
 
-# What RoboHash's numbered parts look like; an empty text is a part too small or too plain to be worth a word.
+# What RoboHash's numbered parts look like; an empty text is a part too small or too plain to be
+# worth a word.
 SET1_ACCESSORIES = {
-    "01": "box on head", "02": "", "03": "antenna", "04": "button", "05": "dish", "06": "moustache",
-    "07": "knob on head", "08": "aerial", "09": "wires", "10": "spike",
-}  # fmt: skip
+    "01": "box on head",
+    "02": "",
+    "03": "antenna",
+    "04": "button",
+    "05": "dish",
+    "06": "moustache",
+    "07": "knob on head",
+    "08": "aerial",
+    "09": "wires",
+    "10": "spike",
+}
 SET1_EYES = {
-    "01": "angry eyes", "02": "round eyes", "03": "red eye", "04": "slot eyes", "05": "one eye", "06": "dot eyes",
-    "07": "yellow eyes", "08": "thin eyes", "09": "goggles", "10": "blue glass",
-}  # fmt: skip
+    "01": "angry eyes",
+    "02": "round eyes",
+    "03": "red eye",
+    "04": "slot eyes",
+    "05": "one eye",
+    "06": "dot eyes",
+    "07": "yellow eyes",
+    "08": "thin eyes",
+    "09": "goggles",
+    "10": "blue glass",
+}
 SET1_FACES = {
-    "01": "", "02": "round head", "03": "tall head", "04": "egg head", "05": "can head", "06": "bulb head",
-    "07": "triangle head", "08": "hood", "09": "drop head", "10": "square head",
-}  # fmt: skip
+    "01": "",
+    "02": "round head",
+    "03": "tall head",
+    "04": "egg head",
+    "05": "can head",
+    "06": "bulb head",
+    "07": "triangle head",
+    "08": "hood",
+    "09": "drop head",
+    "10": "square head",
+}
 SET2_HORNED = {4, 6, 7, 15}
 SET4_COLOURS = [
-    "brown", "green", "black", "purple", "red", "yellow", "pink", "brown", "blue", "yellow", "orange", "gray",
-    "orange", "white", "orange",
-]  # fmt: skip
+    "brown",
+    "green",
+    "black",
+    "purple",
+    "red",
+    "yellow",
+    "pink",
+    "brown",
+    "blue",
+    "yellow",
+    "orange",
+    "gray",
+    "orange",
+    "white",
+    "orange",
+]
 SET4_ACCESSORIES = {
-    0: "red scarf", 3: "headband", 4: "bow tie", 5: "hat", 6: "telephone", 7: "blue scarf", 11: "bandana",
-    12: "bow tie", 13: "red hat", 14: "headphones",
-}  # fmt: skip
+    0: "red scarf",
+    3: "headband",
+    4: "bow tie",
+    5: "hat",
+    6: "telephone",
+    7: "blue scarf",
+    11: "bandana",
+    12: "bow tie",
+    13: "red hat",
+    14: "headphones",
+}
 
 # Share of each kind among the training pictures.
 MIX = {
-    "robot": 0.28, "sprite": 0.42, "robot head": 0.08, "person": 0.06, "monster": 0.05, "cat": 0.05, "thumb": 0.02,
+    "robot": 0.28,
+    "sprite": 0.42,
+    "robot head": 0.08,
+    "person": 0.06,
+    "monster": 0.05,
+    "cat": 0.05,
+    "thumb": 0.02,
     "emoji": 0.04,
-}  # fmt: skip
+}
 
 NODE_SCRIPT = """
 import { createAvatar } from '@dicebear/core';
@@ -100,15 +154,28 @@ Drawn = tuple[Image.Image, str]  # RGBA at SIZE x SIZE, and its caption without 
 
 
 def fetch(folder: Path) -> None:
-    """Get the packages into folder and render the vector art once; does nothing where that was done."""
+    """Get the packages into folder and render the vector art once; does nothing where that was
+    done."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "robohash").is_dir():
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), ROBOHASH]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(folder),
+            ROBOHASH,
+        ]
         subprocess.run(pip, check=True)
         with zipfile.ZipFile(next(folder.glob("robohash-*.whl"))) as wheel:
             wheel.extractall(folder)
     if not (folder / "out" / "captions.json").is_file():
-        (folder / "package.json").write_text('{"private": true, "type": "module"}', encoding="utf-8")
+        (folder / "package.json").write_text(
+            '{"private": true, "type": "module"}', encoding="utf-8"
+        )
         (folder / "render.js").write_text(NODE_SCRIPT, encoding="utf-8")
         npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", *NODE_PACKAGES]
         subprocess.run(npm, cwd=folder, check=True)
@@ -116,7 +183,8 @@ def fetch(folder: Path) -> None:
 
 
 def make_pictures(folder: Path, count: int, seed: int) -> tuple[np.ndarray, list[str], list[str]]:
-    """Compose count different pictures: uint8 [count, 64, 64, 3], their captions and their kinds."""
+    """Compose count different pictures: uint8 [count, 64, 64, 3], their captions and their
+    kinds."""
     rng = np.random.default_rng(seed)
     painters = _painters(folder)
     kinds, shares = list(MIX), np.array(list(MIX.values()))
@@ -135,7 +203,11 @@ def make_pictures(folder: Path, count: int, seed: int) -> tuple[np.ndarray, list
 
 def _painters(folder: Path) -> dict[str, Callable[[np.random.Generator], Drawn]]:
     sets = folder / "robohash" / "sets"
-    set1 = {colour.name: _layers(colour) for colour in sorted((sets / "set1").iterdir()) if colour.is_dir()}
+    set1 = {
+        colour.name: _layers(colour)
+        for colour in sorted((sets / "set1").iterdir())
+        if colour.is_dir()
+    }
     set2, set3, set4 = (_layers(sets / name) for name in ("set2", "set3", "set4"))
     head_colours = [_nearest_colour(image) for image in set3["BaseFace"].values()]
     face_colours = [_nearest_colour(image) for image in set2["FaceColors"].values()]
@@ -145,18 +217,29 @@ def _painters(folder: Path) -> dict[str, Callable[[np.random.Generator], Drawn]]
     def robot(rng: np.random.Generator) -> Drawn:
         colour = str(rng.choice(list(set1)))
         chosen, figure = _compose(rng, set1[colour])
-        words = [table[chosen[part][-2:]] for part, table in
-                 (("Face", SET1_FACES), ("Accessory", SET1_ACCESSORIES), ("Eyes", SET1_EYES))]  # fmt: skip
+        words = [
+            table[chosen[part][-2:]]
+            for part, table in (
+                ("Face", SET1_FACES),
+                ("Accessory", SET1_ACCESSORIES),
+                ("Eyes", SET1_EYES),
+            )
+        ]
         kept = [word for word in words if word and rng.random() < 0.7]
         return figure, ", ".join([f"{_a(colour.replace('grey', 'gray'))} robot", *kept])
 
     def robot_head(rng: np.random.Generator) -> Drawn:
         chosen, figure = _compose(rng, set3)
-        return figure, f"{_a(head_colours[list(set3['BaseFace']).index(chosen['BaseFace'])])} robot head"
+        return (
+            figure,
+            f"{_a(head_colours[list(set3['BaseFace']).index(chosen['BaseFace'])])} robot head",
+        )
 
     def monster(rng: np.random.Generator) -> Drawn:
         face = int(rng.integers(len(face_colours)))
-        alike = [i for i, colour in enumerate(body_colours) if colour == face_colours[face]] or [face]
+        alike = [i for i, colour in enumerate(body_colours) if colour == face_colours[face]] or [
+            face
+        ]
         fixed = {"FaceColors": face, "BodyColors": int(rng.choice(alike))}
         chosen, figure = _compose(rng, set2, fixed)
         horns = ", horns" if list(set2["Faces"]).index(chosen["Faces"]) in SET2_HORNED else ""
@@ -174,7 +257,10 @@ def _painters(folder: Path) -> dict[str, Callable[[np.random.Generator], Drawn]]
 
     def from_package(kind: str) -> Callable[[np.random.Generator], Drawn]:
         files = sorted((folder / "out").glob(f"{kind}_*.png"))
-        images = [Image.open(file).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.BOX) for file in files]
+        images = [
+            Image.open(file).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.BOX)
+            for file in files
+        ]
 
         def draw(rng: np.random.Generator) -> Drawn:
             index = int(rng.integers(len(images)))
@@ -183,14 +269,24 @@ def _painters(folder: Path) -> dict[str, Callable[[np.random.Generator], Drawn]]
         return draw
 
     return {
-        "robot": robot, "robot head": robot_head, "monster": monster, "cat": cat, "sprite": sprite,
-        "person": from_package("person"), "thumb": from_package("thumb"), "emoji": from_package("emoji"),
-    }  # fmt: skip
+        "robot": robot,
+        "robot head": robot_head,
+        "monster": monster,
+        "cat": cat,
+        "sprite": sprite,
+        "person": from_package("person"),
+        "thumb": from_package("thumb"),
+        "emoji": from_package("emoji"),
+    }
 
 
 def _layers(folder: Path) -> dict[str, dict[str, Image.Image]]:
-    """RoboHash's part folders in the order in which it pastes them: {part: {file stem: RGBA image}}."""
-    parts = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.name.split("#")[1])
+    """RoboHash's part folders in the order in which it pastes them: {part: {file stem: RGBA
+    image}}."""
+    parts = sorted(
+        (path for path in folder.iterdir() if path.is_dir()),
+        key=lambda path: path.name.split("#")[1],
+    )
     return {
         part.name.split("#")[1].lstrip("0123456789"): {
             file.stem: Image.open(file).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.BOX)
@@ -201,7 +297,9 @@ def _layers(folder: Path) -> dict[str, dict[str, Image.Image]]:
 
 
 def _compose(
-    rng: np.random.Generator, layers: dict[str, dict[str, Image.Image]], fixed: dict[str, int] | None = None
+    rng: np.random.Generator,
+    layers: dict[str, dict[str, Image.Image]],
+    fixed: dict[str, int] | None = None,
 ) -> tuple[dict[str, str], Image.Image]:
     figure = Image.new("RGBA", (SIZE, SIZE))
     chosen = {}
@@ -222,10 +320,17 @@ def _nearest_colour(image: Image.Image) -> str:
     mean = np.median(pixels[pixels[:, 3] > 200][:, :3], axis=0)
     if np.ptp(mean) < 40:
         return "black" if mean.mean() < 80 else "gray" if mean.mean() < 200 else "white"
-    chromatic = {name: np.array(rgb) for name, rgb in COLOURS.items() if name not in ("white", "gray", "black")}
+    chromatic = {
+        name: np.array(rgb)
+        for name, rgb in COLOURS.items()
+        if name not in ("white", "gray", "black")
+    }
 
     def distance(rgb: np.ndarray) -> float:
         a, b = (colour - colour.mean() for colour in (mean, rgb))
-        return -float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) + abs(mean.mean() - rgb.mean()) / 400
+        return (
+            -float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+            + abs(mean.mean() - rgb.mean()) / 400
+        )
 
     return min(chromatic, key=lambda name: distance(chromatic[name]))

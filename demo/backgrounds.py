@@ -1,4 +1,5 @@
-"""The backgrounds behind the demo's pictures and behind the base's training art, under the names captions use."""
+"""The backgrounds behind the demo's pictures and behind the base's training art, under the names
+captions use."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ NAMES = [*PLAIN, *SCENES]
 
 
 def draw_background(name: str, rng: np.random.Generator) -> np.ndarray:
-    """Draw one background: uint8 [64, 64, 3]. Plain colours vary a little in shade, scenes in their layout."""
+    """Draw one background: uint8 [64, 64, 3]. Plain colours vary a little in shade, scenes in their
+    layout."""
     if name in PLAIN:
         shade = np.clip(np.array(PLAIN[name]) + rng.integers(-6, 7, 3), 0, 255)
         return np.broadcast_to(shade.astype(np.uint8), (2 * CELLS, 2 * CELLS, 3)).copy()
@@ -55,7 +57,9 @@ def _green_hills(rng: np.random.Generator) -> np.ndarray:
     cells = _bands([(126, 200, 246), (160, 216, 250)], [11])
     across = np.arange(CELLS)
     for base, height, colour in ((17, 4, (86, 178, 84)), (24, 3, (58, 148, 64))):
-        skyline = base + np.round(height * np.sin(across / rng.uniform(3.4, 5.5) + rng.uniform(0, 6))).astype(int)
+        skyline = base + np.round(
+            height * np.sin(across / rng.uniform(3.4, 5.5) + rng.uniform(0, 6))
+        ).astype(int)
         cells[np.arange(CELLS)[:, None] >= skyline[None, :]] = colour
     row, column = rng.integers(2, 6), rng.integers(1, 24)
     cells[row : row + 2, column : column + 6] = (248, 252, 255)
@@ -103,7 +107,11 @@ def _brick_wall(rng: np.random.Generator) -> np.ndarray:
             left = brick * 8 + (course % 2) * 4 + shift - 4
             tone = int(rng.integers(-10, 11))
             columns = slice(max(left, 0), max(left + 8, 0))
-            cells[course * 4 : course * 4 + 4, columns] = (158 + tone, 78 + tone // 2, 62 + tone // 2)
+            cells[course * 4 : course * 4 + 4, columns] = (
+                158 + tone,
+                78 + tone // 2,
+                62 + tone // 2,
+            )
             cells[course * 4 : course * 4 + 4, max(left + 7, 0) : max(left + 8, 0)] = (96, 50, 44)
         cells[course * 4 + 3] = (96, 50, 44)
     return cells

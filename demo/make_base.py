@@ -1,9 +1,10 @@
-"""Make the embedded base, demo/base/: art -> captioned pictures -> tokenizer -> VAE -> UNet and text encoder -> export.
+"""Make the embedded base, demo/base/: art -> captioned pictures -> tokenizer -> VAE -> UNet and
+text encoder -> export.
 
     python demo/make_base.py                     about two hours on two cores; run again after a stop, it goes on
 
-Every stage keeps what it made in --work_dir and is skipped once complete. A stage's random numbers come from the seed
-and its step, so that a stopped and resumed run sees the same batches.
+Every stage keeps what it made in --work_dir and is skipped once complete. A stage's random numbers
+come from the seed and its step, so that a stopped and resumed run sees the same batches.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-SCALING_FACTOR = 0.18215  # Stable Diffusion 1.5's; the statistics of our latents are folded into the quant convolutions
-LATENT_CHANNELS = 8  # Stable Diffusion has 4: too few for two clashing colours in one latent cell (docs/lab-notes.md)
+# Stable Diffusion 1.5's; the statistics of our latents are folded into the quant convolutions
+SCALING_FACTOR = 0.18215
+# Stable Diffusion has 4: too few for two clashing colours in one latent cell (docs/lab-notes.md)
+LATENT_CHANNELS = 8
 POSITIONS = 77
 VOCABULARY = 3200
 HELD_OUT = 1024  # pictures at the end of the list that no stage trains on
-# Words that the demo's and the documentation's prompts use: whole tokens, though the base's own captions lack them.
+# Words that the demo's and the documentation's prompts use: whole tokens, though the base's own
+# captions lack them.
 EXTRA_WORDS = Path(__file__).with_name("words.txt")
 
 SHEET_PROMPTS = [
@@ -50,7 +54,8 @@ SHEET_PROMPTS = [
 
 @dataclass
 class Stage:
-    """Where a stage keeps its state, and how it is written so that a stop never leaves half a file."""
+    """Where a stage keeps its state, and how it is written so that a stop never leaves half a
+    file."""
 
     folder: Path
 
@@ -74,7 +79,9 @@ def make_data(work: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]
         fetch(work / "art")
         pictures, captions, kinds = make_pictures(work / "art", count, seed)
         np.save(pictures_file, pictures)
-        captions_file.write_text(json.dumps({"captions": captions, "kinds": kinds}), encoding="utf-8")
+        captions_file.write_text(
+            json.dumps({"captions": captions, "kinds": kinds}), encoding="utf-8"
+        )
     captions = json.loads(captions_file.read_text(encoding="utf-8"))["captions"]
     return np.load(pictures_file, mmap_mode="r"), captions
 
@@ -84,7 +91,9 @@ def make_mosaics(work: Path, count: int, seed: int) -> np.ndarray:
     path = work / "mosaics.npy"
     if not path.is_file():
         rng = np.random.default_rng((seed, 3))
-        mosaics = [draw_mosaic(rng) for _ in tqdm(range(count), desc="composing mosaics", unit="picture")]
+        mosaics = [
+            draw_mosaic(rng) for _ in tqdm(range(count), desc="composing mosaics", unit="picture")
+        ]
         aside = work / "mosaics.aside.npy"
         np.save(aside, np.stack(mosaics))
         os.replace(aside, path)
@@ -92,7 +101,8 @@ def make_mosaics(work: Path, count: int, seed: int) -> np.ndarray:
 
 
 def make_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
-    """Learn a byte-level BPE vocabulary in CLIP's format (end-of-word suffix, lower case, 77 positions)."""
+    """Learn a byte-level BPE vocabulary in CLIP's format (end-of-word suffix, lower case, 77
+    positions)."""
     if not (folder / "vocab.json").is_file():
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
         bpe.normalizer = normalizers.Sequence(
@@ -104,7 +114,10 @@ def make_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
         bpe.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
-            vocab_size=VOCABULARY - 2, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+            vocab_size=VOCABULARY - 2,
+            end_of_word_suffix="</w>",
+            initial_alphabet=alphabet,
+            show_progress=False,
         )
         words = EXTRA_WORDS.read_text(encoding="utf-8").split()
         bpe.train_from_iterator([*captions, *([" ".join(words)] * 200)], trainer)
@@ -112,8 +125,12 @@ def make_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
         vocabulary = _clip_vocabulary(content["vocab"], alphabet)
         merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in content["merges"]]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text(
+            "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8"
+        )
+        (folder / "vocab.json").write_text(
+            json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8"
+        )
         tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=POSITIONS)
         tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
@@ -123,7 +140,12 @@ def _clip_vocabulary(learnt: dict[str, int], alphabet: list[str]) -> dict[str, i
     """CLIP's order: bytes, bytes that end a word, merges, then the two special tokens."""
     merged = [token for token, _ in sorted(learnt.items(), key=lambda item: item[1])]
     basic = [*alphabet, *(f"{character}</w>" for character in alphabet)]
-    tokens = [*basic, *(token for token in merged if token not in set(basic)), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *basic,
+        *(token for token in merged if token not in set(basic)),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     return {token: index for index, token in enumerate(tokens)}
 
 
@@ -146,8 +168,9 @@ def new_vae() -> AutoencoderKL:
 
 
 def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Absolute and squared error, those of hues too (of 4 x 4 averages, and of the difference between the channels:
-    small beside that of light and dark, it would be left for last), and a light KL term."""
+    """Absolute and squared error, those of hues too (of 4 x 4 averages, and of the difference
+    between the channels: small beside that of light and dark, it would be left for last), and a
+    light KL term."""
     with torch.autocast("cpu", torch.bfloat16):
         moments = vae.quant_conv(vae.encoder(pixels)).float()
         mean, logvar = moments.chunk(2, dim=1)
@@ -157,13 +180,25 @@ def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     hue = F.avg_pool2d(error, 4)
     clash = error - error.mean(dim=1, keepdim=True)
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + 2 * (error**2).mean() + hue.abs().mean() + 6 * (clash**2).mean() + 2e-5 * kl
+    return (
+        error.abs().mean()
+        + 2 * (error**2).mean()
+        + hue.abs().mean()
+        + 6 * (clash**2).mean()
+        + 2e-5 * kl
+    )
 
 
 def train_vae(
-    stage: Stage, vae: AutoencoderKL, pictures: np.ndarray, mosaics: np.ndarray, steps: int, seed: int
+    stage: Stage,
+    vae: AutoencoderKL,
+    pictures: np.ndarray,
+    mosaics: np.ndarray,
+    steps: int,
+    seed: int,
 ) -> AutoencoderKL:
-    """Train the VAE, three parts on pictures and five on mosaics, for four steps of five on crops of half the side."""
+    """Train the VAE, three parts on pictures and five on mosaics, for four steps of five on crops
+    of half the side."""
     vae = vae.to(memory_format=torch.channels_last).train()
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=1e-4)
@@ -172,14 +207,18 @@ def train_vae(
         vae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    bar = tqdm(range(start, steps), desc="VAE", initial=start, total=steps, unit="step", mininterval=10)
+    bar = tqdm(
+        range(start, steps), desc="VAE", initial=start, total=steps, unit="step", mininterval=10
+    )
     for step in bar:
         rng = np.random.default_rng((seed, 1, step))
         torch.manual_seed(seed * 1_000_003 + step)
         whole = step % 5 == 4
         part = 1 if whole else 3
-        chosen = [source[np.sort(rng.integers(0, count, part * share))]
-                  for source, count, share in ((pictures, train_count, 3), (mosaics, len(mosaics), 5))]  # fmt: skip
+        chosen = [
+            source[np.sort(rng.integers(0, count, part * share))]
+            for source, count, share in ((pictures, train_count, 3), (mosaics, len(mosaics), 5))
+        ]
         batch = np.concatenate(chosen)
         if not whole:  # crops of half the side teach the same textures at a quarter of the cost
             top, left = rng.integers(0, SIZE // 2 + 1, 2)
@@ -194,12 +233,20 @@ def train_vae(
             psnr = vae_psnr(vae, pictures[-256:])
             bar.set_postfix(psnr=f"{psnr:.2f}")
             stage.log("vae", step=step + 1, loss=loss.item(), held_out_psnr=psnr, time=time.time())
-            stage.save("vae", {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
+            stage.save(
+                "vae",
+                {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
+            )
     return vae.eval()
 
 
 def set_rate(
-    optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int, decay_from: float
+    optimizer: torch.optim.Optimizer,
+    peak: float,
+    step: int,
+    steps: int,
+    warmup: int,
+    decay_from: float,
 ) -> None:
     """Warm up, hold, and from the share decay_from of the run fall to zero along a cosine."""
     share = max(step / steps - decay_from, 0) / (1 - decay_from)
@@ -216,7 +263,8 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def vae_psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB after encoding (to the mean) and decoding."""
+    """Mean over pictures of the peak signal-to-noise ratio in dB after encoding (to the mean) and
+    decoding."""
     ratios = []
     for batch in np.array_split(pictures, max(len(pictures) // 32, 1)):
         pixels = to_tensor(batch)
@@ -227,9 +275,12 @@ def vae_psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
 
 @torch.no_grad()
 def fold_statistics(vae: AutoencoderKL, pictures: np.ndarray) -> None:
-    """Shift and scale the latents, channel by channel, so that latents * 0.18215 have mean 0 and deviation 1."""
+    """Shift and scale the latents, channel by channel, so that latents * 0.18215 have mean 0 and
+    deviation 1."""
     sample = pictures[np.linspace(0, len(pictures) - HELD_OUT - 1, 4096).astype(int)]
-    means = torch.cat([vae.encode(to_tensor(batch)).latent_dist.mode() for batch in np.array_split(sample, 128)])
+    means = torch.cat(
+        [vae.encode(to_tensor(batch)).latent_dist.mode() for batch in np.array_split(sample, 128)]
+    )
     shift, spread = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
     gain = 1 / (spread * SCALING_FACTOR)
     quant, post = vae.quant_conv, vae.post_quant_conv
@@ -241,13 +292,23 @@ def fold_statistics(vae: AutoencoderKL, pictures: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def encode_pictures(stage: Stage, vae: AutoencoderKL, vae_steps: int, pictures: np.ndarray) -> np.ndarray:
-    """Scaled latent means of every picture, float16 [N, 8, 16, 16], kept on disk for this state of the VAE."""
+def encode_pictures(
+    stage: Stage, vae: AutoencoderKL, vae_steps: int, pictures: np.ndarray
+) -> np.ndarray:
+    """Scaled latent means of every picture, float16 [N, 8, 16, 16], kept on disk for this state of
+    the VAE."""
     path = stage.folder / f"latents-{vae_steps}.npy"
     if not path.is_file():
         latents = [
-            (vae.encode(to_tensor(pictures[start : start + 64])).latent_dist.mode() * SCALING_FACTOR).half().numpy()
-            for start in tqdm(range(0, len(pictures), 64), desc="encoding", unit="batch", mininterval=10)
+            (
+                vae.encode(to_tensor(pictures[start : start + 64])).latent_dist.mode()
+                * SCALING_FACTOR
+            )
+            .half()
+            .numpy()
+            for start in tqdm(
+                range(0, len(pictures), 64), desc="encoding", unit="batch", mininterval=10
+            )
         ]
         aside = stage.folder / "latents.aside.npy"
         np.save(aside, np.concatenate(latents))
@@ -257,10 +318,17 @@ def encode_pictures(stage: Stage, vae: AutoencoderKL, vae_steps: int, pictures: 
 
 def new_text_encoder(vocabulary: int) -> CLIPTextModel:
     config = CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=512, projection_dim=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=POSITIONS, bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=512,
+        projection_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=POSITIONS,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
     return CLIPTextModel(config)
 
 
@@ -280,27 +348,42 @@ def new_unet() -> UNet2DConditionModel:
 
 def new_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
         steps_offset=1,
-    )  # fmt: skip
+    )
 
 
 def train_unet(
-    stage: Stage, latents: np.ndarray, captions: list[str], tokenizer: CLIPTokenizer, vae: AutoencoderKL,
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, steps: int, seed: int, peak_rate: float, min_snr: float,
-) -> None:  # fmt: skip
+    stage: Stage,
+    latents: np.ndarray,
+    captions: list[str],
+    tokenizer: CLIPTokenizer,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    steps: int,
+    seed: int,
+    peak_rate: float,
+    min_snr: float,
+) -> None:
     """Train UNet and text encoder together; leaves their moving averages in them.
 
-    Epsilon prediction, timesteps stratified over the batch, a tenth of the captions empty (Ho & Salimans 2022, arXiv
-    2207.12598). For the share min_snr of the steps min-SNR weights with gamma 5 (Hang et al. 2023, arXiv 2303.09556):
-    they bring shapes and colours early. Then none: they leave so little weight on low noise that flat areas stay
-    grainy.
+    Epsilon prediction, timesteps stratified over the batch, a tenth of the captions empty (Ho &
+    Salimans 2022, arXiv 2207.12598). For the share min_snr of the steps min-SNR weights with gamma
+    5 (Hang et al. 2023, arXiv 2303.09556): they bring shapes and colours early. Then none: they
+    leave so little weight on low noise that flat areas stay grainy.
     """
     scheduler = new_scheduler()
     unet.to(memory_format=torch.channels_last)
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     parameters = list(both.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
+    )
     average = {name: value.detach().clone() for name, value in both.state_dict().items()}
     start, train_count, batch_size = 0, len(latents) - HELD_OUT, 16
     if state := stage.load("unet"):
@@ -308,13 +391,19 @@ def train_unet(
         optimizer.load_state_dict(state["optimizer"])
         average, start = state["average"], state["step"]
     tokens = tokenizer(
-        [*captions, ""], padding="max_length", truncation=True, max_length=POSITIONS, return_tensors="pt"
+        [*captions, ""],
+        padding="max_length",
+        truncation=True,
+        max_length=POSITIONS,
+        return_tensors="pt",
     )
     input_ids, empty = tokens.input_ids[:-1], tokens.input_ids[-1]
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weights = snr.clamp(max=5.0) / snr
     started, losses = time.time(), []
-    bar = tqdm(range(start, steps), desc="UNet", initial=start, total=steps, unit="step", mininterval=10)
+    bar = tqdm(
+        range(start, steps), desc="UNet", initial=start, total=steps, unit="step", mininterval=10
+    )
     for step in bar:
         rng = np.random.default_rng((seed, 2, step))
         torch.manual_seed(seed * 1_000_003 + step)
@@ -323,8 +412,12 @@ def train_unet(
         ids = input_ids[chosen].clone()
         ids[torch.from_numpy(rng.random(batch_size) < 0.1)] = empty
         noise = torch.randn_like(clean)
-        timesteps = torch.from_numpy(((np.arange(batch_size) + rng.random(batch_size)) / batch_size * 1000).astype(int))
-        noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        timesteps = torch.from_numpy(
+            ((np.arange(batch_size) + rng.random(batch_size)) / batch_size * 1000).astype(int)
+        )
+        noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(
+            memory_format=torch.channels_last
+        )
         set_rate(optimizer, peak_rate, step, steps, warmup=300, decay_from=0.5)
         noise_pred = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
         squared = ((noise_pred - noise) ** 2).mean(dim=(1, 2, 3))
@@ -340,34 +433,58 @@ def train_unet(
         if (step + 1) % 250 == 0 or step + 1 == steps:
             loss = float(torch.stack(losses[-250:]).mean())
             bar.set_postfix(loss=f"{loss:.4f}")
-            stage.log("unet", step=step + 1, loss=loss, time=time.time(), seconds=time.time() - started)
-            stage.save("unet", {"model": both.state_dict(), "optimizer": optimizer.state_dict(),
-                                "average": average, "step": step + 1})  # fmt: skip
+            stage.log(
+                "unet", step=step + 1, loss=loss, time=time.time(), seconds=time.time() - started
+            )
+            stage.save(
+                "unet",
+                {
+                    "model": both.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average,
+                    "step": step + 1,
+                },
+            )
         if (step + 1) % 2000 == 0 or step + 1 == steps:
             kept = {name: value.clone() for name, value in both.state_dict().items()}
             both.load_state_dict(average)
-            draw_sheet(assemble(tokenizer, text_encoder, vae, unet), stage.folder / f"sheet-{step + 1}.png")
+            draw_sheet(
+                assemble(tokenizer, text_encoder, vae, unet), stage.folder / f"sheet-{step + 1}.png"
+            )
             both.load_state_dict(kept)
     both.load_state_dict(average)
     both.eval()
 
 
 def assemble(
-    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
 ) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(),
-        safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
 
 
 def draw_sheet(pipeline: StableDiffusionPipeline, path: Path, across: int = 6) -> None:
-    """Samples of SHEET_PROMPTS, a row a prompt, the seeds 0 ... across - 1 side by side, at twice their size."""
+    """Samples of SHEET_PROMPTS, a row a prompt, the seeds 0 ... across - 1 side by side, at twice
+    their size."""
     pipeline.set_progress_bar_config(disable=True)
     sheet = Image.new("RGB", (across * SIZE * 2, len(SHEET_PROMPTS) * SIZE * 2))
     for row, prompt in enumerate(SHEET_PROMPTS):
         generators = [torch.Generator().manual_seed(seed) for seed in range(across)]
-        images = pipeline([prompt] * across, generator=generators, num_inference_steps=20, guidance_scale=5.0).images
+        images = pipeline(
+            [prompt] * across, generator=generators, num_inference_steps=20, guidance_scale=5.0
+        ).images
         for column, image in enumerate(images):
             large = image.resize((SIZE * 2, SIZE * 2), Image.Resampling.NEAREST)
             sheet.paste(large, (column * SIZE * 2, row * SIZE * 2))
@@ -375,16 +492,29 @@ def draw_sheet(pipeline: StableDiffusionPipeline, path: Path, across: int = 6) -
 
 
 def export(pipeline: StableDiffusionPipeline, folder: Path, work: Path) -> None:
-    """Write the base in fp16 in diffusers' layout, with the sample sheet and the curves of its card."""
+    """Write the base in fp16 in diffusers' layout, with the sample sheet and the curves of its
+    card."""
     half = pipeline.to(torch.float16)
     half.save_pretrained(folder, safe_serialization=True)
-    text_config = folder / "text_encoder" / "config.json"  # transformers would load in the dtype that stands there
-    content = text_config.read_text(encoding="utf-8").replace('"dtype": "float16"', '"dtype": "float32"')
+    text_config = (
+        folder / "text_encoder" / "config.json"
+    )  # transformers would load in the dtype that stands there
+    content = text_config.read_text(encoding="utf-8").replace(
+        '"dtype": "float16"', '"dtype": "float32"'
+    )
     text_config.write_text(content, encoding="utf-8")
-    curves = {name: [json.loads(line) for line in (work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-              for name in ("vae", "unet")}  # fmt: skip
+    curves = {
+        name: [
+            json.loads(line)
+            for line in (work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        for name in ("vae", "unet")
+    }
     (folder / "training_curve.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
-    shutil.copy(max(work.glob("sheet-*.png"), key=lambda path: int(path.stem.split("-")[1])), folder / "samples.png")
+    shutil.copy(
+        max(work.glob("sheet-*.png"), key=lambda path: int(path.stem.split("-")[1])),
+        folder / "samples.png",
+    )
 
 
 def main() -> None:
@@ -397,7 +527,9 @@ def main() -> None:
     parser.add_argument("--unet_steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--continue_from", type=Path, help="a base that was made before: go on from its weights, with a new optimizer"
+        "--continue_from",
+        type=Path,
+        help="a base that was made before: go on from its weights, with a new optimizer",
     )
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -409,7 +541,11 @@ def main() -> None:
         tokenizer = CLIPTokenizer.from_pretrained(args.continue_from / "tokenizer")
         vae, unet, text_encoder = (
             kind.from_pretrained(args.continue_from / part, dtype=torch.float32)
-            for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
+            for kind, part in (
+                (AutoencoderKL, "vae"),
+                (UNet2DConditionModel, "unet"),
+                (CLIPTextModel, "text_encoder"),
+            )
         )
         unet_rate, min_snr = 4e-4, 0.0
     else:
@@ -421,10 +557,22 @@ def main() -> None:
     fold_statistics(vae, pictures)
     latents = encode_pictures(stage, vae, args.vae_steps, pictures)
     train_unet(
-        stage, latents, captions, tokenizer, vae, unet, text_encoder, args.unet_steps, args.seed, unet_rate, min_snr
+        stage,
+        latents,
+        captions,
+        tokenizer,
+        vae,
+        unet,
+        text_encoder,
+        args.unet_steps,
+        args.seed,
+        unet_rate,
+        min_snr,
     )
     export(assemble(tokenizer, text_encoder, vae, unet), args.output_dir, args.work_dir)
-    print(f"The base is in {args.output_dir}; held-out VAE quality {vae_psnr(vae.float(), pictures[-512:]):.2f} dB")
+    print(
+        f"The base is in {args.output_dir}; held-out VAE quality {vae_psnr(vae.float(), pictures[-512:]):.2f} dB"
+    )
 
 
 if __name__ == "__main__":

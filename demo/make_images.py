@@ -1,13 +1,15 @@
-"""Draw the demo's pictures: volto, an original pixel-art robot hero, and a few other robots beside it.
+"""Draw the demo's pictures: volto, an original pixel-art robot hero, and a few other robots beside
+it.
 
-Everything is drawn on a grid of 32 x 32 cells and saved nearest-upscaled to 256 x 256. The hero is a small
-rig: parts drawn by hand as text, one letter for one colour, laid over one another pose by pose, each with a
-dark line around it.
+Everything is drawn on a grid of 32 x 32 cells and saved nearest-upscaled to 256 x 256. The hero is
+a small rig: parts drawn by hand as text, one letter for one colour, laid over one another pose by
+pose, each with a dark line around it.
 
     python make_images.py
 
-writes images/ (what the LoRA is trained on) and held_out/ (the hero in combinations that images/ lacks),
-each picture with its caption in a text file beside it. The same files come out at every run.
+writes images/ (what the LoRA is trained on) and held_out/ (the hero in combinations that images/
+lacks), each picture with its caption in a text file beside it. The same files come out at every
+run.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ PALETTE = {
     "n": (14, 38, 64), "m": (30, 66, 98),  # dark glass and its reflection
     "f": (255, 244, 150),  # muzzle flash
 }  # fmt: skip
-# The armour in other colours than blue: lit, plain, in shade. A caption names the colour, so that it stays a word's to
-# say and does not become part of the character.
+# The armour in other colours than blue: lit, plain, in shade. A caption names the colour, so that
+# it stays a word's to say and does not become part of the character.
 ARMOUR = {
     "blue": tuple(PALETTE[letter] for letter in "Bbd"),
     "red": ((255, 132, 112), (212, 48, 52), (132, 22, 44)),
@@ -496,7 +498,8 @@ def side_pose(
     move: tuple[int, int] = (0, 0),
     effects: list[Layer] | None = None,
 ) -> list[Layer]:
-    """The hero seen from the side, facing right, back to front; move shifts all of it but the effects."""
+    """The hero seen from the side, facing right, back to front; move shifts all of it but the
+    effects."""
     figure = [
         *(layer._replace(far=True) for layer in behind),
         near_leg,
@@ -506,7 +509,9 @@ def side_pose(
         Layer(SCARF_SIDE, 12, 15),
         near_arm,
     ]
-    return [layer.moved(*move) for layer in figure] + [layer._replace(outlined=False) for layer in effects or []]
+    return [layer.moved(*move) for layer in figure] + [
+        layer._replace(outlined=False) for layer in effects or []
+    ]
 
 
 def portrait(expression: str) -> list[Layer]:
@@ -594,7 +599,9 @@ def paste(cells: np.ndarray, layer: Layer) -> None:
             cells[at] = part[row, column]
 
 
-def draw_hero(pose: str, facing_left: bool, background: np.ndarray, colour: str = "blue") -> np.ndarray:
+def draw_hero(
+    pose: str, facing_left: bool, background: np.ndarray, colour: str = "blue"
+) -> np.ndarray:
     """Draw the hero over a background of 32 x 32 cells, its armour in one of ARMOUR's colours."""
     letters = np.full((CELLS, CELLS), EMPTY)
     for layer in POSES[pose]:
@@ -608,7 +615,8 @@ def draw_hero(pose: str, facing_left: bool, background: np.ndarray, colour: str 
 
 
 class Picture(NamedTuple):
-    """A picture of the hero: one of POSES, how the caption describes it, the background, and the armour's colour."""
+    """A picture of the hero: one of POSES, how the caption describes it, the background, and the
+    armour's colour."""
 
     pose: str
     words: str
@@ -623,7 +631,9 @@ class Picture(NamedTuple):
 
     @property
     def caption(self) -> str:
-        return f"{TRIGGER.format(self.colour)}, pixel art, {self.words}, {self.background} background"
+        return (
+            f"{TRIGGER.format(self.colour)}, pixel art, {self.words}, {self.background} background"
+        )
 
 
 IMAGES = [
@@ -669,7 +679,8 @@ HELD_OUT = [
     Picture("portrait, surprised", "portrait, surprised", "green"),
 ]
 
-# Robots like those the base has seen, for telling the LoRA what is not the hero: colour and background.
+# Robots like those the base has seen, for telling the LoRA what is not the hero: colour and
+# background.
 OTHER_ROBOTS = [
     ("red", "white"),
     ("green", "purple"),
@@ -690,7 +701,9 @@ OTHER_ROBOTS = [
 ]
 
 
-def draw_other_robot(rng: np.random.Generator, colour: str, background: str) -> tuple[np.ndarray, str]:
+def draw_other_robot(
+    rng: np.random.Generator, colour: str, background: str
+) -> tuple[np.ndarray, str]:
     """Draw a robot that is not the hero, over its background, on the grid; also its caption."""
     while True:
         sprite, caption = draw_sprite(rng, colour)
@@ -729,7 +742,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             background = draw_background(picture.background, seeded(picture.stem))[::2, ::2]
-            cells = draw_hero(picture.pose, "facing left" in picture.words, background, picture.colour)
+            cells = draw_hero(
+                picture.pose, "facing left" in picture.words, background, picture.colour
+            )
             save(folder, picture.stem, cells, picture.caption)
     for number, (colour, background) in enumerate(OTHER_ROBOTS, start=1):
         stem = f"other_robot_{number:02d}"

@@ -1,10 +1,11 @@
-"""Draw the pictures that keep the base in place while a LoRA learns the hero: what the base itself draws today.
+"""Draw the pictures that keep the base in place while a LoRA learns the hero: what the base itself
+draws today.
 
     python demo/make_kept.py             once demo/base/ is made; writes images/kept_*.png with their captions
 
-Without them "a blue robot" would soon be the hero as well, since its captions say "blue robot" too. Training on the
-model's own pictures of the wider class beside the new ones is DreamBooth's prior preservation (Ruiz et al. 2022, arXiv
-2208.12242).
+Without them "a blue robot" would soon be the hero as well, since its captions say "blue robot" too.
+Training on the model's own pictures of the wider class beside the new ones is DreamBooth's prior
+preservation (Ruiz et al. 2022, arXiv 2208.12242).
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     for number, prompt in enumerate(PROMPTS, start=1):
         generator = torch.Generator().manual_seed(number)
-        image = pipeline(prompt, generator=generator, num_inference_steps=30, guidance_scale=4.0).images[0]
+        image = pipeline(
+            prompt, generator=generator, num_inference_steps=30, guidance_scale=4.0
+        ).images[0]
         stem = HERE / "images" / f"kept_{number:02d}"
-        image.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(stem.with_suffix(".png"), optimize=True)
+        image.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(
+            stem.with_suffix(".png"), optimize=True
+        )
         stem.with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8", newline="\n")
 
 

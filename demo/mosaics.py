@@ -1,8 +1,9 @@
 """Pixel art of nothing in particular: soups of small shaded parts, for the VAE alone.
 
-An autoencoder that has only seen a few kinds of sprites learns those sprites. These pictures hold what pixel art is
-made of (flat cells, one-cell lines, shading in ramps, dark outlines, stripes, checks, glints) in every colour and
-order, so that it can carry a character that nobody has drawn yet. They have no captions: the UNet never sees them.
+An autoencoder that has only seen a few kinds of sprites learns those sprites. These pictures hold
+what pixel art is made of (flat cells, one-cell lines, shading in ramps, dark outlines, stripes,
+checks, glints) in every colour and order, so that it can carry a character that nobody has drawn
+yet. They have no captions: the UNet never sees them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ ROWS, COLUMNS = np.mgrid[:CELLS, :CELLS]
 def draw_mosaic(rng: np.random.Generator) -> np.ndarray:
     """Draw one mosaic: uint8 [64, 64, 3], cells of 2 x 2 pixels."""
     cells = draw_background(str(rng.choice(NAMES)), rng)[::2, ::2].copy()
-    first = rng.random()  # the hues of a character clash: that is what the latents find hardest to carry
-    ramps = [_ramp(rng, first + rng.choice([0, 0.33, 0.5, 0.66, rng.random()])) for _ in range(rng.integers(3, 7))]
+    first = (
+        rng.random()
+    )  # the hues of a character clash: that is what the latents find hardest to carry
+    ramps = [
+        _ramp(rng, first + rng.choice([0, 0.33, 0.5, 0.66, rng.random()]))
+        for _ in range(rng.integers(3, 7))
+    ]
     outline = rng.integers(0, 48, 3)
     parts = int(rng.integers(6, 34))
     for _ in range(parts):
@@ -45,7 +51,8 @@ def _near(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _ramp(rng: np.random.Generator, hue: float) -> np.ndarray:
-    """Four shades of one colour from light to dark, the hue turning a little on the way: uint8 [4, 3]."""
+    """Four shades of one colour from light to dark, the hue turning a little on the way: uint8 [4,
+    3]."""
     saturation = rng.choice([rng.uniform(0, 0.25), rng.uniform(0.5, 1)], p=[0.25, 0.75])
     value, turn = rng.uniform(0.45, 1), rng.uniform(-0.05, 0.05)
     steps = [(1.25, 0.6), (1.0, 1.0), (0.72, 1.05), (0.48, 1.1)]
@@ -80,12 +87,15 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 
 def _shade(cells: np.ndarray, mask: np.ndarray, ramp: np.ndarray, rng: np.random.Generator) -> None:
-    """Fill a part with its ramp: lit from a side, striped, checked or speckled, sometimes with a glint."""
+    """Fill a part with its ramp: lit from a side, striped, checked or speckled, sometimes with a
+    glint."""
     style = rng.integers(5)
     rows, columns = ROWS[mask], COLUMNS[mask]
     if not len(rows):
         return
-    place = (rows - rows.min()) / max(np.ptp(rows), 1) + (columns - columns.min()) / max(np.ptp(columns), 1)
+    place = (rows - rows.min()) / max(np.ptp(rows), 1) + (columns - columns.min()) / max(
+        np.ptp(columns), 1
+    )
     if style <= 1:
         levels = np.digitize(place, np.sort(rng.uniform(0, 2, 3)))
     elif style == 2:
@@ -93,8 +103,12 @@ def _shade(cells: np.ndarray, mask: np.ndarray, ramp: np.ndarray, rng: np.random
     elif style == 3:
         levels = (rows + columns) % 2 + rng.integers(0, 3)
     else:
-        levels = np.where(rng.random(len(rows)) < 0.25, rng.integers(0, 4, len(rows)), rng.integers(4))
+        levels = np.where(
+            rng.random(len(rows)) < 0.25, rng.integers(0, 4, len(rows)), rng.integers(4)
+        )
     cells[mask] = ramp[levels]
     if rng.random() < 0.4:
         spot = rng.integers(len(rows))
-        cells[rows[spot], columns[spot] : columns[spot] + rng.integers(1, 4)] = rng.integers(200, 256, 3)
+        cells[rows[spot], columns[spot] : columns[spot] + rng.integers(1, 4)] = rng.integers(
+            200, 256, 3
+        )

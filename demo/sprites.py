@@ -1,8 +1,11 @@
-"""Procedural pixel-art robots and monsters: many colours, shapes and poses, so that the base knows pixel edges.
+"""Procedural pixel-art robots and monsters: many colours, shapes and poses, so that the base knows
+pixel edges.
 
-Three kinds: boxy robots of simple parts, mechs (larger heads, thick shaded limbs, visors, panels, portraits), monsters.
+Three kinds: boxy robots of simple parts, mechs (larger heads, thick shaded limbs, visors, panels,
+portraits), monsters.
 
-None of them is the demo's hero (make_images.py): the base must never have seen the character the LoRA is to learn.
+None of them is the demo's hero (make_images.py): the base must never have seen the character the
+LoRA is to learn.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ COLOURS = {
 }
 OUTLINE = np.array((22, 20, 34))
 
-# Where hands and feet are, in cells from the shoulder and the hip of a robot that faces right: far arm, near arm,
-# far leg, near leg, and how high the whole body is lifted.
+# Where hands and feet are, in cells from the shoulder and the hip of a robot that faces right: far
+# arm, near arm, far leg, near leg, and how high the whole body is lifted.
 POSES = {
     "standing": ((-3, 6), (3, 6), (-2, 7), (2, 7), 0),
     "running": ((5, 2), (-5, 3), (-5, 5), (5, 6), 1),
@@ -101,7 +104,9 @@ def _robot(rng: np.random.Generator, colour: np.ndarray) -> tuple[np.ndarray, li
     shoulder = hip - body_height + 1
     thickness = rng.uniform(1.0, 1.8)
 
-    def limb(start: tuple[float, float], reach: tuple[float, float], shade: float) -> tuple[float, float]:
+    def limb(
+        start: tuple[float, float], reach: tuple[float, float], shade: float
+    ) -> tuple[float, float]:
         end = (start[0] + reach[0], start[1] + reach[1])
         _paint(cells, _segment(start, end, thickness), colour * shade)
         return end
@@ -120,11 +125,20 @@ def _robot(rng: np.random.Generator, colour: np.ndarray) -> tuple[np.ndarray, li
         _paint(cells, _box(hand[0] - 3, hand[1] - 1.5, 5, 4), accent)
         words.append("arm cannon")
         if rng.random() < 0.6:
-            _paint(cells, _ellipse(min(hand[0] + 5.5, 29), hand[1] + 0.5, 1.6, 1.6), np.array((250, 230, 90)))
+            _paint(
+                cells,
+                _ellipse(min(hand[0] + 5.5, 29), hand[1] + 0.5, 1.6, 1.6),
+                np.array((250, 230, 90)),
+            )
     else:
         _paint(cells, _ellipse(*hand, 1.6, 1.6), accent)
 
-    width, height = {"square head": (9, 8), "round head": (10, 9), "wide head": (13, 7), "tall head": (7, 10)}[head]
+    width, height = {
+        "square head": (9, 8),
+        "round head": (10, 9),
+        "wide head": (13, 7),
+        "tall head": (7, 10),
+    }[head]
     bottom = shoulder - 1
     centre = bottom - height / 2
     if top in ("antenna", "two antennas"):
@@ -148,8 +162,12 @@ def _robot(rng: np.random.Generator, colour: np.ndarray) -> tuple[np.ndarray, li
     return cells, [*words, "facing right"] if pose in ("running", "shooting") else words
 
 
-def _eyes(cells: np.ndarray, rng: np.random.Generator, eyes: str, middle: float, row: float, width: int) -> None:
-    glow = np.array([(250, 240, 120), (240, 250, 255), (255, 110, 90), (150, 255, 170)][rng.integers(4)])
+def _eyes(
+    cells: np.ndarray, rng: np.random.Generator, eyes: str, middle: float, row: float, width: int
+) -> None:
+    glow = np.array(
+        [(250, 240, 120), (240, 250, 255), (255, 110, 90), (150, 255, 170)][rng.integers(4)]
+    )
     gap = max(width / 4, 2)
     if eyes == "one eye":
         _paint(cells, _ellipse(middle, row, 2.1, 2.1), glow)
@@ -167,7 +185,8 @@ def _eyes(cells: np.ndarray, rng: np.random.Generator, eyes: str, middle: float,
 
 
 def _mech(rng: np.random.Generator, colour: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """A robot with a large head and thick limbs, in two colours and steel, from the front or from the side."""
+    """A robot with a large head and thick limbs, in two colours and steel, from the front or from
+    the side."""
     cells = np.zeros((CELLS, CELLS, 4), np.uint8)
     pose = str(rng.choice(list(MECH_POSES)))
     sideways = pose in SIDEWAYS or rng.random() < 0.3
@@ -179,7 +198,9 @@ def _mech(rng: np.random.Generator, colour: np.ndarray) -> tuple[np.ndarray, lis
     half, shoulder = width / 2, hip - height
     thick = rng.uniform(1.3, 2.0)
 
-    def limb(start: tuple[float, float], reach: tuple[float, float], shade: float, end_colour: np.ndarray) -> tuple:
+    def limb(
+        start: tuple[float, float], reach: tuple[float, float], shade: float, end_colour: np.ndarray
+    ) -> tuple:
         joint = (start[0] + reach[0] * 0.55, start[1] + reach[1] * 0.55)
         end = (start[0] + reach[0], start[1] + reach[1])
         _round_paint(cells, _segment(start, joint, thick * 0.8), limb_colour * shade)
@@ -221,7 +242,11 @@ def _mech(rng: np.random.Generator, colour: np.ndarray) -> tuple[np.ndarray, lis
         _round_paint(cells, _box(hand[0] - across, hand[1] - down, 2 * across, 2 * down), second)
         words.append("arm cannon")
         if rng.random() < 0.5:
-            spot = (min(hand[0] + 6, 29), hand[1]) if pose == "shooting" else (hand[0], max(hand[1] - 6, 2))
+            spot = (
+                (min(hand[0] + 6, 29), hand[1])
+                if pose == "shooting"
+                else (hand[0], max(hand[1] - 6, 2))
+            )
             _round_paint(cells, _ellipse(*spot, 1.6, 1.6), _glow(rng))
     elif rng.random() < 0.6:
         _round_paint(cells, _ellipse(*hand, 1.9, 1.9), second if rng.random() < 0.5 else steel)
@@ -244,15 +269,26 @@ def _portrait(rng: np.random.Generator, colour: np.ndarray) -> tuple[np.ndarray,
 
 
 def _head(
-    cells: np.ndarray, rng: np.random.Generator, middle: float, bottom: float, scale: float, colour: np.ndarray,
-    second: np.ndarray, steel: np.ndarray, sideways: bool, mood: str | None = None,
-) -> list[str]:  # fmt: skip
+    cells: np.ndarray,
+    rng: np.random.Generator,
+    middle: float,
+    bottom: float,
+    scale: float,
+    colour: np.ndarray,
+    second: np.ndarray,
+    steel: np.ndarray,
+    sideways: bool,
+    mood: str | None = None,
+) -> list[str]:
     """Draw a helmet with what it wears and the face in it; returns the words for them."""
     helmet, crest, face = (str(rng.choice(options)) for options in (HELMETS, CRESTS, FACES))
     width, height = {
-        "round helmet": (12, 9), "flat helmet": (12, 8), "tall helmet": (10, 11), "wide helmet": (15, 8),
+        "round helmet": (12, 9),
+        "flat helmet": (12, 8),
+        "tall helmet": (10, 11),
+        "wide helmet": (15, 8),
         "pointed helmet": (11, 9),
-    }[helmet]  # fmt: skip
+    }[helmet]
     half, height = width * scale / 2, height * scale
     top, centre = bottom - height, bottom - height / 2
     if crest == "antenna":
@@ -261,21 +297,32 @@ def _head(
     elif crest == "horns":
         for side in (-1, 1):
             base = (middle + side * half * 0.7, top + 1)
-            _round_paint(cells, _segment(base, (base[0] + side * 2, base[1] - 3 * scale), 0.9), second)
+            _round_paint(
+                cells, _segment(base, (base[0] + side * 2, base[1] - 3 * scale), 0.9), second
+            )
     elif crest == "crest":
-        _round_paint(cells, _ellipse(middle - (1 if sideways else 0), top + 1, 1.2 + 2 * sideways, 2.5 * scale), second)
+        _round_paint(
+            cells,
+            _ellipse(middle - (1 if sideways else 0), top + 1, 1.2 + 2 * sideways, 2.5 * scale),
+            second,
+        )
     elif crest == "knob":
         _round_paint(cells, _box(middle - 1.5, top - 1.5, 4, 3), second)
     skull = {
         "round helmet": _ellipse(middle, centre, half, height / 2),
-        "pointed helmet": (ROWS > top) & (ROWS < bottom)
+        "pointed helmet": (ROWS > top)
+        & (ROWS < bottom)
         & (np.abs(COLUMNS - middle) < half * np.clip((ROWS - top) / (height * 0.5), 0.1, 1)),
-    }.get(helmet, _box(middle - half + 0.5, top + 0.5, 2 * half, height - 0.5))  # fmt: skip
+    }.get(helmet, _box(middle - half + 0.5, top + 0.5, 2 * half, height - 0.5))
     _round_paint(cells, skull, colour)
     if crest == "ear discs":
         for side in (0,) if sideways else (-1, 1):
             _round_paint(
-                cells, _ellipse(middle + side * half - (2 if sideways else 0), centre, 1.7 * scale, 2 * scale), second
+                cells,
+                _ellipse(
+                    middle + side * half - (2 if sideways else 0), centre, 1.7 * scale, 2 * scale
+                ),
+                second,
             )
     look = middle + (half * 0.35 if sideways else 0)
     glow = _glow(rng)
@@ -284,17 +331,31 @@ def _head(
         _round_paint(cells, plate, steel if face == "face plate" else np.array((238, 200, 160)))
     if rng.random() < 0.4:
         for row in (bottom - 1.5 * scale, bottom - 1.5 * scale + 2)[: 1 if scale < 1.5 else 2]:
-            cells[_box(look - half * 0.4, row, half * 0.8, 1) & (COLUMNS % 2 == 0) & skull] = (*OUTLINE, 255)
+            cells[_box(look - half * 0.4, row, half * 0.8, 1) & (COLUMNS % 2 == 0) & skull] = (
+                *OUTLINE,
+                255,
+            )
     _face(cells, face, mood, look, centre, half, scale, glow)
     return [helmet, *([crest] if crest else []), face]
 
 
 def _face(
-    cells: np.ndarray, face: str, mood: str | None, look: float, row: float, half: float, scale: float, glow: np.ndarray
+    cells: np.ndarray,
+    face: str,
+    mood: str | None,
+    look: float,
+    row: float,
+    half: float,
+    scale: float,
+    glow: np.ndarray,
 ) -> None:
     if face in ("visor", "slit visor"):
         tall = (3 if face == "visor" else 1.5) * scale
-        _paint(cells, _box(look - half * 0.75, row - tall / 2, half * 1.5, tall), np.array((24, 36, 60)))
+        _paint(
+            cells,
+            _box(look - half * 0.75, row - tall / 2, half * 1.5, tall),
+            np.array((24, 36, 60)),
+        )
     if face == "one eye":
         _paint(cells, _ellipse(look, row, 1.6 * scale, 1.6 * scale), np.array((24, 36, 60)))
         cells[_ellipse(look, row, 0.9 * scale, 0.9 * scale)] = (*glow, 255)
@@ -320,7 +381,9 @@ def _face(
         cells[eye] = (*glow, 255)
 
 
-def _chest(cells: np.ndarray, rng: np.random.Generator, middle: float, row: float, second: np.ndarray) -> None:
+def _chest(
+    cells: np.ndarray, rng: np.random.Generator, middle: float, row: float, second: np.ndarray
+) -> None:
     """A lamp, a plate, a stripe or nothing."""
     style = rng.integers(4)
     if style == 0:
@@ -328,7 +391,9 @@ def _chest(cells: np.ndarray, rng: np.random.Generator, middle: float, row: floa
     elif style == 1:
         _round_paint(cells, _box(middle - 1.5, row - 2, 4, 3), second)
     elif style == 2:
-        mask = _box(middle - 3, row - 2.5, 7, 4) & (np.abs(COLUMNS - middle) < 3.5 - (ROWS - row + 2.5))
+        mask = _box(middle - 3, row - 2.5, 7, 4) & (
+            np.abs(COLUMNS - middle) < 3.5 - (ROWS - row + 2.5)
+        )
         cells[mask] = (*np.clip(second, 0, 255).astype(np.uint8), 255)
 
 
@@ -337,21 +402,35 @@ def _second(rng: np.random.Generator) -> np.ndarray:
 
 
 def _glow(rng: np.random.Generator) -> np.ndarray:
-    glows = [(250, 240, 120), (235, 250, 255), (255, 100, 80), (130, 255, 160), (90, 225, 250), (255, 150, 230)]
+    glows = [
+        (250, 240, 120),
+        (235, 250, 255),
+        (255, 100, 80),
+        (130, 255, 160),
+        (90, 225, 250),
+        (255, 150, 230),
+    ]
     return np.array(glows[rng.integers(len(glows))])
 
 
 def _round_paint(cells: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> None:
-    """Fill a part as if it were round: three shades from the top left to the bottom right, and a dark line around."""
+    """Fill a part as if it were round: three shades from the top left to the bottom right, and a
+    dark line around."""
     if not mask.any():
         return
     frame = np.pad(mask, 1)
-    cells[mask | frame[:-2, 1:-1] | frame[2:, 1:-1] | frame[1:-1, :-2] | frame[1:-1, 2:]] = (*OUTLINE, 255)
+    cells[mask | frame[:-2, 1:-1] | frame[2:, 1:-1] | frame[1:-1, :-2] | frame[1:-1, 2:]] = (
+        *OUTLINE,
+        255,
+    )
     rows, columns = ROWS[mask], COLUMNS[mask]
     across, down = max(np.ptp(columns) / 2, 0.5), max(np.ptp(rows) / 2, 0.5)
     place = ((COLUMNS - columns.mean()) / across + (ROWS - rows.mean()) / down) / 2
     for part, gain in ((mask, 1.0), (mask & (place < -0.35), 1.28), (mask & (place > 0.45), 0.68)):
-        cells[part] = (*np.clip(colour * gain + (18 if gain > 1 else 0), 0, 255).astype(np.uint8), 255)
+        cells[part] = (
+            *np.clip(colour * gain + (18 if gain > 1 else 0), 0, 255).astype(np.uint8),
+            255,
+        )
 
 
 def _monster(rng: np.random.Generator, colour: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -366,7 +445,11 @@ def _monster(rng: np.random.Generator, colour: np.ndarray) -> tuple[np.ndarray, 
     if rng.random() < 0.4:
         for side in (-1, 1):
             tip = (15.5 + side * across * 0.8, row - down - 1)
-            _paint(cells, _segment((15.5 + side * across * 0.5, row - down * 0.7), tip, 1.2), np.array((240, 226, 190)))
+            _paint(
+                cells,
+                _segment((15.5 + side * across * 0.5, row - down * 0.7), tip, 1.2),
+                np.array((240, 226, 190)),
+            )
         words.append("horns")
     _paint(cells, body, colour)
     eyes = str(rng.choice(EYES))

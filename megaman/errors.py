@@ -12,7 +12,8 @@ WRONG_USAGE = 2
 
 
 class UserError(Exception):
-    """A mistake or a lack that the user can mend: what is wrong, naming the file or flag, and what to do about it."""
+    """A mistake or a lack that the user can mend: what is wrong, naming the file or flag, and what
+    to do about it."""
 
     def __init__(self, message: str, remedy: str = "", exit_code: int = RUN_FAILED):
         super().__init__(message)
@@ -24,9 +25,14 @@ class UserError(Exception):
         return " ".join(f"{self.message}. {self.remedy}".split()).strip()
 
 
-def run_script(main: Callable[[list[str]], int], argv: list[str], saves_memory: str = "a smaller picture") -> int:
-    """Run a script's main and turn what a user can cause into one line on stderr; returns the exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that it cannot show is no reason to stop
+def run_script(
+    main: Callable[[list[str]], int], argv: list[str], saves_memory: str = "a smaller picture"
+) -> int:
+    """Run a script's main and turn what a user can cause into one line on stderr; returns the exit
+    code."""
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a file name that it cannot show is no reason to stop
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(argv)
@@ -37,7 +43,9 @@ def run_script(main: Callable[[list[str]], int], argv: list[str], saves_memory: 
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        what = str(error).partition("\n")[0][:120] or type(error).__name__  # Python's own has no text
+        what = (
+            str(error).partition("\n")[0][:120] or type(error).__name__
+        )  # Python's own has no text
         line, code = f"too little memory ({what}). Try {saves_memory}", RUN_FAILED
     except OSError as error:
         if error.filename is None and error.errno is None:
@@ -58,6 +66,7 @@ def brief(error: BaseException) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Python's own error, or torch's: told by name and text, since this module does not import torch."""
+    """Python's own error, or torch's: told by name and text, since this module does not import
+    torch."""
     named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
     return named or "not enough memory" in str(error) or "out of memory" in str(error)

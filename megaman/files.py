@@ -1,6 +1,7 @@
 """Files written so that nobody ever finds half of one: aside, flushed to the disk, then renamed.
 
-Also names of files and folders (what Windows refuses, what lies inside what), and what tells that a file has changed.
+Also names of files and folders (what Windows refuses, what lies inside what), and what tells that a
+file has changed.
 """
 
 from __future__ import annotations
@@ -20,14 +21,23 @@ from megaman.errors import UserError
 ASIDE = ".aside"  # ends the name of what is still being written; never taken for the real thing
 
 NUMBERS = "123456789¹²³"  # Windows takes the small ones for ports, too
-DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$", *(port + n for port in ("com", "lpt") for n in NUMBERS)}
+DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    "conin$",
+    "conout$",
+    *(port + n for port in ("com", "lpt") for n in NUMBERS),
+}
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 LONGEST = 50  # characters of a name that something is added to: file systems end at 255 bytes
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside the real one to write to; on success it takes the real one's place in one step."""
+    """Yield a path beside the real one to write to; on success it takes the real one's place in one
+    step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
     try:
@@ -41,11 +51,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder: yield one beside it to fill; on success it takes the real one's place."""
+    """The same for a folder: yield one beside it to fill; on success it takes the real one's
+    place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}{ASIDE}")
     former = folder.with_name(f"{folder.name}.{os.getpid()}.former{ASIDE}")
-    for left in (aside, former):  # by a run that was killed; in a container the next one has the same process id
+    for left in (
+        aside,
+        former,
+    ):  # by a run that was killed; in a container the next one has the same process id
         restore_former(left)
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -65,7 +79,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def restore_former(former: Path) -> None:
-    """Put back a folder that was moved aside where nothing took its place; any other path is left as it is."""
+    """Put back a folder that was moved aside where nothing took its place; any other path is left
+    as it is."""
     name, moved, _ = former.name.partition(f".former{ASIDE}")
     if moved and former.is_dir():
         folder = former.with_name(name.rpartition(".")[0])
@@ -97,7 +112,8 @@ def _flush_names(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text; half characters, which names on Linux may hold, become escapes (in JSON they are read back)."""
+    """Write a text; half characters, which names on Linux may hold, become escapes (in JSON they
+    are read back)."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
@@ -111,14 +127,19 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing", "The folder is not complete; name another one") from None
+        raise UserError(
+            f"{path} is missing", "The folder is not complete; name another one"
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path} is not valid JSON ({reason})", "Restore the file or name another folder") from None
+        raise UserError(
+            f"{path} is not valid JSON ({reason})", "Restore the file or name another folder"
+        ) from None
 
 
 def safe_name(text: str) -> str:
-    """A file name made of any text, one that every system takes: Windows' devices, marks and trailing dots mended."""
+    """A file name made of any text, one that every system takes: Windows' devices, marks and
+    trailing dots mended."""
     name = FORBIDDEN.sub("_", text)[:LONGEST].rstrip(". ")
     return f"_{name}" if _is_device(name) else name or "run"
 
@@ -138,23 +159,30 @@ def _is_device(name: str) -> bool:
 
 
 def is_network(path: str) -> bool:
-    """Whether a path lies on another machine: Windows would log in there, whoever's machine that is."""
+    """Whether a path lies on another machine: Windows would log in there, whoever's machine that
+    is."""
     return path[:2].replace("\\", "/") == "//"
 
 
 def split_strength(word: str) -> tuple[str, float]:
-    """NAME:STRENGTH taken apart; the strength is 1 where none stands there, or where a file has the whole word's name.
+    """NAME:STRENGTH taken apart; the strength is 1 where none stands there, or where a file has the
+    whole word's name.
 
     The drive of a Windows path is no strength, since no digit follows its colon.
     """
     path, _, strength = word.rpartition(":")
-    if not path or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", strength, flags=re.ASCII) or os.path.exists(word):
+    if (
+        not path
+        or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", strength, flags=re.ASCII)
+        or os.path.exists(word)
+    ):
         return word, 1.0
     return path, float(strength)
 
 
 def is_inside(path: object, folder: str) -> bool:
-    """Whether the path lies below the folder, links followed; neither has to exist, and any JSON value may be asked."""
+    """Whether the path lies below the folder, links followed; neither has to exist, and any JSON
+    value may be asked."""
     return below(path, folder) not in (None, ".") if isinstance(path, str) else False
 
 

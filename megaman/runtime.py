@@ -1,4 +1,5 @@
-"""Where a run computes and how: device, number format and memory format, by a rule and with the reason in words.
+"""Where a run computes and how: device, number format and memory format, by a rule and with the
+reason in words.
 
 Also the memory there is, how to go on when it runs out, and the versions that a result depends on.
 """
@@ -23,10 +24,17 @@ import torch
 from megaman.errors import UserError, out_of_memory
 from megaman.threads import ThreadPolicy
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's words
-# Channels of a UNet's first block from which on a CPU that computes in bf16 is faster in it: docs/performance.md.
+DTYPES = {
+    "no": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}  # by accelerate's words
+# Channels of a UNet's first block from which on a CPU that computes in bf16 is faster in it:
+# docs/performance.md.
 WIDE = 128
-UNUSED_CARD = "there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
+UNUSED_CARD = (
+    "there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
+)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt(3)
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux's madvise(2); the second since Linux 6.1
@@ -37,13 +45,16 @@ PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safeten
 
 Result = TypeVar("Result")
 
-PIXELS_AT_ONCE = 512 * 512  # images drawn together come to this many pixels at most: more are not drawn faster
+PIXELS_AT_ONCE = (
+    512 * 512
+)  # images drawn together come to this many pixels at most: more are not drawn faster
 USABLE = 0.85  # share of the free memory: the rest goes to workspaces and fragments
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in which number format and memory format to compute, with the number format's reason in words."""
+    """Where and in which number format and memory format to compute, with the number format's
+    reason in words."""
 
     device: torch.device
     dtype: torch.dtype
@@ -53,7 +64,8 @@ class Placement:
 
     @property
     def memory_format(self) -> str:
-        """contiguous or channels_last: the order in which activations and convolutions' weights lie in memory."""
+        """contiguous or channels_last: the order in which activations and convolutions' weights lie
+        in memory."""
         return "channels_last" if self.channels_last else "contiguous"
 
     @property
@@ -66,14 +78,23 @@ def choose_device(wanted: str | None = None) -> torch.device:
     """The wanted device, or the best there is; raises UserError where the wanted one is missing."""
     if wanted is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         wanted = "cpu"  # what accelerate launch --cpu sets
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if wanted and not present[wanted]:
-        raise UserError(f"--device {wanted}: this torch sees no such device", "Leave the flag out or take cpu")
+        raise UserError(
+            f"--device {wanted}: this torch sees no such device", "Leave the flag out or take cpu"
+        )
     return torch.device(wanted or next(name for name, there in present.items() if there))
 
 
-def place(mixed_precision: str, device: torch.device, width: int, memory_format: str = "auto") -> Placement:
-    """Decide how to compute on the device: the same on each run on the same kind of machine, nothing is timed.
+def place(
+    mixed_precision: str, device: torch.device, width: int, memory_format: str = "auto"
+) -> Placement:
+    """Decide how to compute on the device: the same on each run on the same kind of machine,
+    nothing is timed.
 
     Args:
         mixed_precision: accelerate's word for what is asked for; see precision.
@@ -81,35 +102,52 @@ def place(mixed_precision: str, device: torch.device, width: int, memory_format:
         memory_format: auto, or contiguous or channels_last as asked for; see prefers_channels_last.
     """
     matters = (device.type, mixed_precision) in {("cuda", "bf16"), ("cpu", "fp16")}
-    word, why = precision(mixed_precision, device.type, matters and _computes_in_bf16(device), width)
-    last = prefers_channels_last(device.type, word) if memory_format == "auto" else memory_format == "channels_last"
+    word, why = precision(
+        mixed_precision, device.type, matters and _computes_in_bf16(device), width
+    )
+    last = (
+        prefers_channels_last(device.type, word)
+        if memory_format == "auto"
+        else memory_format == "channels_last"
+    )
     return Placement(device, DTYPES[word], word, why, last)
 
 
 def precision(asked: str, device: str, bf16: bool, width: int) -> tuple[str, str]:
     """accelerate's word for what to compute in on a kind of device, and the reason.
 
-    What is asked for is taken where the device can compute in it. On a CPU fp16 stands for the half precision that
-    pays: bf16, where the processor has instructions for it (bf16 says so) and the UNet is wide enough to gain by it.
+    What is asked for is taken where the device can compute in it. On a CPU fp16 stands for the half
+    precision that pays: bf16, where the processor has instructions for it (bf16 says so) and the
+    UNet is wide enough to gain by it.
     """
     if asked == "no":
         return "no", "float32 as asked for"
     if device == "cuda" and asked == "bf16" and not bf16:
         return "fp16", "this card has no bf16, so it uses fp16"
     if device == "mps":
-        refused = {"fp16": "fp16 needs an NVIDIA card, so mps", "bf16": "bf16 is not used on mps, so it"}
+        refused = {
+            "fp16": "fp16 needs an NVIDIA card, so mps",
+            "bf16": "bf16 is not used on mps, so it",
+        }
         return "no", f"{refused[asked]} uses float32"
     if device == "cpu" and asked == "fp16" and not bf16:
-        return "no", "fp16 needs an NVIDIA card and bf16 a processor with instructions for it, so cpu uses float32"
+        return (
+            "no",
+            "fp16 needs an NVIDIA card and bf16 a processor with instructions for it, so cpu uses float32",
+        )
     if device == "cpu" and asked == "fp16" and width < WIDE:
-        return "no", "fp16 needs an NVIDIA card and bf16 a wider UNet to be faster, so cpu uses float32"
+        return (
+            "no",
+            "fp16 needs an NVIDIA card and bf16 a wider UNet to be faster, so cpu uses float32",
+        )
     if device == "cpu" and asked == "fp16":
         return "bf16", "base in bf16, for which this processor has instructions, LoRA in float32"
     return asked, f"base in {asked}, LoRA in float32"
 
 
 def prefers_channels_last(device: str, mixed_precision: str) -> bool:
-    """Whether convolutions are at least as fast with the channels last: on a CPU, and on a card's tensor cores."""
+    """Whether convolutions are at least as fast with the channels last: on a CPU, and on a card's
+    tensor cores."""
     return device == "cpu" or (device == "cuda" and mixed_precision != "no")
 
 
@@ -118,11 +156,12 @@ def _computes_in_bf16(device: torch.device) -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor has instructions for bf16: AVX512-BF16 or AMX-BF16, or ARM's extension.
+    """Whether this processor has instructions for bf16: AVX512-BF16 or AMX-BF16, or ARM's
+    extension.
 
-    oneDNN's own answer is also yes where it emulates them by AVX-512; the processor's flags know nothing of the
-    variables that emulate a lesser one, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA. So all three are asked. False
-    where this torch cannot tell.
+    oneDNN's own answer is also yes where it emulates them by AVX-512; the processor's flags know
+    nothing of the variables that emulate a lesser one, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA.
+    So all three are asked. False where this torch cannot tell.
     """
     try:
         has = torch.cpu.get_capabilities()
@@ -139,13 +178,15 @@ def unused_nvidia_card() -> bool:
 
 
 def set_threads(policy: ThreadPolicy) -> None:
-    """Set the count in a torch that may have been loaded before the policy was applied, in a notebook for example."""
+    """Set the count in a torch that may have been loaded before the policy was applied, in a
+    notebook for example."""
     if policy.count is not None:
         torch.set_num_threads(policy.count)
 
 
 def device_lines(placement: Placement, *more: str) -> list[str]:
-    """What to say of the device before a run: how it computes and why, what else is told, and a card that lies idle."""
+    """What to say of the device before a run: how it computes and why, what else is told, and a
+    card that lies idle."""
     count = torch.get_num_threads()
     threads = "1 CPU thread" if count == 1 else f"{count} CPU threads"
     line = f"device     {placement.device}: {'; '.join([placement.why, placement.memory_format, *more, threads])}"
@@ -153,15 +194,19 @@ def device_lines(placement: Placement, *more: str) -> list[str]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed instead of giving it back to the system, and all threads take from one place.
+    """Have glibc keep what is freed instead of giving it back to the system, and all threads take
+    from one place.
 
-    The system clears every page before it hands it out again, and a training step frees and takes nearly all of its
-    memory: with Stable Diffusion 1.5 in bf16 at 256 px that was a fifth of the step on two cores. Only both thresholds
-    together help; one alone makes it slower. The backward pass is a thread of its own, which would otherwise not take
-    what the forward pass had freed. Nothing happens where there is no glibc, or where somebody has set a threshold from
-    outside.
+    The system clears every page before it hands it out again, and a training step frees and takes
+    nearly all of its memory: with Stable Diffusion 1.5 in bf16 at 256 px that was a fifth of the
+    step on two cores. Only both thresholds together help; one alone makes it slower. The backward
+    pass is a thread of its own, which would otherwise not take what the forward pass had freed.
+    Nothing happens where there is no glibc, or where somebody has set a threshold from outside.
     """
-    if sys.platform != "linux" or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+    if (
+        sys.platform != "linux"
+        or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
+    ):
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -172,19 +217,24 @@ def keep_freed_memory() -> None:
 def use_huge_pages() -> None:
     """Have Linux put the memory that `keep_freed_memory` keeps into pages of 2 MB instead of 4 KB.
 
-    A step goes through all of it, and the processor then finds it with fewer look-ups: with the embedded base a step
-    on one thread takes 7 % less time. Call it after the first step, when the memory has its size. Nothing happens
-    outside Linux or where the administrator forbids it (/sys/kernel/mm/transparent_hugepage/enabled: never).
+    A step goes through all of it, and the processor then finds it with fewer look-ups: with the
+    embedded base a step on one thread takes 7 % less time. Call it after the first step, when the
+    memory has its size. Nothing happens outside Linux or where the administrator forbids it
+    (/sys/kernel/mm/transparent_hugepage/enabled: never).
     """
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError, ValueError):
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        for start, end in _heap(Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")):
+        for start, end in _heap(
+            Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        ):
             start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
             if start < end and madvise(start, end - start, MADV_HUGEPAGE) == 0:
-                madvise(start, end - start, MADV_COLLAPSE)  # now rather than bit by bit; where it cannot, it does not
+                madvise(
+                    start, end - start, MADV_COLLAPSE
+                )  # now rather than bit by bit; where it cannot, it does not
 
 
 def _heap(maps: str) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Checks of JSON that a stranger may have written, put together from small ones.
 
-A check is a function of a value that says whether it is sound; it never raises, whatever the value is.
+A check is a function of a value that says whether it is sound; it never raises, whatever the value
+is.
 """
 
 from __future__ import annotations
@@ -42,12 +43,16 @@ def number(low: float, high: float, exclusive: bool = False) -> Check:
 
 def text(max_length: int) -> Check:
     """A text that can be written to a file."""
-    return lambda value: isinstance(value, str) and len(value) <= max_length and not SURROGATES.search(value)
+    return lambda value: (
+        isinstance(value, str) and len(value) <= max_length and not SURROGATES.search(value)
+    )
 
 
 def one_of(*values: Any) -> Check:
     """One of these values and of its type."""
-    return lambda value: any(type(value) is type(allowed) and value == allowed for allowed in values)
+    return lambda value: any(
+        type(value) is type(allowed) and value == allowed for allowed in values
+    )
 
 
 def list_of(check: Check, least: int = 0, most: int | None = None) -> Check:
@@ -84,9 +89,12 @@ def mapping(check: Check, key: Check = anything, most: int | None = None) -> Che
 
 
 def record(
-    checks: Mapping[str, Check], optional: Mapping[str, Check] = MappingProxyType({}), exact: bool = False
+    checks: Mapping[str, Check],
+    optional: Mapping[str, Check] = MappingProxyType({}),
+    exact: bool = False,
 ) -> Check:
-    """An object with these keys, whose values pass their checks, and with the optional ones if they are there.
+    """An object with these keys, whose values pass their checks, and with the optional ones if they
+    are there.
 
     Other keys are ignored, or refused if exact.
     """
@@ -103,5 +111,6 @@ def record(
 
 
 def first_unsound(content: Mapping[str, Any], checks: Mapping[str, Check]) -> str | None:
-    """The first of the checked keys whose value is not what it can be; a missing one counts as None."""
+    """The first of the checked keys whose value is not what it can be; a missing one counts as
+    None."""
     return next((name for name, check in checks.items() if not check(content.get(name))), None)

@@ -1,11 +1,12 @@
 """How many CPU threads torch computes with, and how they wait for each other.
 
-OpenMP reads its environment once, when torch loads it, so `apply` belongs before the first import of torch. Only the
-two scripts call it: importing this project never changes the process of whoever imports it.
+OpenMP reads its environment once, when torch loads it, so `apply` belongs before the first import
+of torch. Only the two scripts call it: importing this project never changes the process of whoever
+imports it.
 
-The rule goes by the base's width and by the CPUs that the process may use, never by the load of the moment: sums that
-are split among another number of threads differ in their last bits, and equal commands must give equal bits.
-docs/lab-notes.md has the measurements behind the numbers.
+The rule goes by the base's width and by the CPUs that the process may use, never by the load of the
+moment: sums that are split among another number of threads differ in their last bits, and equal
+commands must give equal bits. docs/lab-notes.md has the measurements behind the numbers.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from pathlib import Path, PurePosixPath
 NARROW = 128
 COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-# Loops that a thread of GNU's OpenMP, which torch uses on Linux, spins at a barrier before it sleeps. With the default,
-# 300,000, it spins away the time slice of the very thread that it waits for.
+# Loops that a thread of GNU's OpenMP, which torch uses on Linux, spins at a barrier before it
+# sleeps. With the default, 300,000, it spins away the time slice of the very thread that it waits
+# for.
 SPIN_COUNT = 1_000
-# The same in milliseconds for the OpenMP of Intel and LLVM on Windows and macOS, in place of 200. Not measured.
+# The same in milliseconds for the OpenMP of Intel and LLVM on Windows and macOS, in place of 200.
+# Not measured.
 BLOCK_TIME = 1
 
 _applied: dict[str, str] = {}  # what this process has set itself
@@ -33,7 +36,8 @@ MOST_THREADS = 1024  # what a checkpoint may ask for
 
 @dataclass(frozen=True)
 class ThreadPolicy:
-    """The environment variables that a run sets, and what to tell the user about them ("" if nothing).
+    """The environment variables that a run sets, and what to tell the user about them ("" if
+    nothing).
 
     count is None if the user's own setting stands, or torch's own choice.
     """
@@ -46,13 +50,15 @@ class ThreadPolicy:
 def threads_for_training(width: int, usable: int) -> int | None:
     """The rule for a new training run; None leaves it to torch.
 
-    width is the number of channels of the UNet's first block, 0 if unknown; usable see `usable_cpus`.
+    width is the number of channels of the UNet's first block, 0 if unknown; usable see
+    `usable_cpus`.
     """
     return 1 if 0 < width < NARROW else threads_for_generation(usable)
 
 
 def threads_for_generation(usable: int) -> int | None:
-    """The rule for generating, where several images at a time make work for threads; None leaves it to torch."""
+    """The rule for generating, where several images at a time make work for threads; None leaves it
+    to torch."""
     # torch itself counts the cores that the affinity leaves; it does not know a container's quota.
     return usable if usable < _affinity() else None
 
@@ -70,7 +76,8 @@ def choose_threads(
         rule: the count for a new run, from one of the two rules above.
         usable: CPUs that this process may use, see `usable_cpus`.
         environment: what the user has set; it wins over any rule.
-        saved: the count noted in what the run resumes or repeats, 0 if it does not say; None for a new run.
+        saved: the count noted in what the run resumes or repeats, 0 if it does not say; None for a
+            new run.
     """
     variables = {} if any(name in environment for name in WAIT_VARIABLES) else _waiting(platform)
     for name in COUNT_VARIABLES:
@@ -98,7 +105,8 @@ def _overridden(name: str, value: str, saved: int | None) -> str:
 
 
 def apply(policy: ThreadPolicy) -> None:
-    """Put the policy in force for this process, which has not imported torch yet, and for those that it starts."""
+    """Put the policy in force for this process, which has not imported torch yet, and for those
+    that it starts."""
     os.environ.update(policy.environment)
     _applied.update(policy.environment)
 
@@ -112,8 +120,11 @@ def _affinity() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """CPUs that this process may use, at least 1: by its affinity and by its container's quota, rounded up.
+def usable_cpus(
+    cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> int:
+    """CPUs that this process may use, at least 1: by its affinity and by its container's quota,
+    rounded up.
 
     The folders are those of Linux's cgroups(7), versions 1 and 2.
     """
@@ -135,11 +146,14 @@ def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
             if not controllers:
                 yield from _quota(cgroups / group, "cpu.max")
             elif "cpu" in controllers.split(","):
-                yield from _quota(cgroups / controllers / group, "cpu.cfs_quota_us", "cpu.cfs_period_us")
+                yield from _quota(
+                    cgroups / controllers / group, "cpu.cfs_quota_us", "cpu.cfs_period_us"
+                )
 
 
 def _quota(group: Path, *names: str) -> Iterator[float]:
-    """quota / period of one cgroup; nothing if it has none ("max" in version 2, -1 in version 1)."""
+    """quota / period of one cgroup; nothing if it has none ("max" in version 2, -1 in version
+    1)."""
     try:
         words = " ".join((group / name).read_text(encoding="utf-8") for name in names).split()
         quota, period = map(int, words[:2])

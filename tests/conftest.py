@@ -19,24 +19,46 @@ if os.name == "posix":
     from browser import CHROMIUM, Visit, chromium
 else:
     CHROMIUM = Visit = chromium = None
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="page not opened: no chromium or google-chrome")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="page not opened: no chromium or google-chrome"
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package lies beside the scripts and is not installed
-os.environ["ACCELERATE_USE_CPU"] = "true"  # the tests compare pixels and weights, also on machines with a card
-if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, a thread each: more would wait for each other
+os.environ["ACCELERATE_USE_CPU"] = (
+    "true"  # the tests compare pixels and weights, also on machines with a card
+)
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # side by side, a thread each: more would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 CACHE = tempfile.TemporaryDirectory(prefix="megaman-tests-")
-os.environ["XDG_CACHE_HOME"] = CACHE.name  # encoded pictures are shared by the tests and leave no trace
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; test_base.py's processes talk to their own server
-# The same examples on every machine, however slow it is: a test that fails does so because of the code.
+os.environ["XDG_CACHE_HOME"] = (
+    CACHE.name
+)  # encoded pictures are shared by the tests and leave no trace
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # no test may depend on a network; test_base.py's processes talk to their own server
+)
+# The same examples on every machine, however slow it is: a test that fails does so because of the
+# code.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.register_profile("searching", deadline=None, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-# A test that uses one of these trains, generates, starts a process, or loads or traces whole models; it is marked slow.
-SLOW_FIXTURES = {"train_here", "run_script", "forked", "generate", "lora_path", "small", "trained", "planted", "axe"}
+# A test that uses one of these trains, generates, starts a process, or loads or traces whole
+# models; it is marked slow.
+SLOW_FIXTURES = {
+    "train_here",
+    "run_script",
+    "forked",
+    "generate",
+    "lora_path",
+    "small",
+    "trained",
+    "planted",
+    "axe",
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -49,7 +71,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def base_folder() -> Path:
-    """A Stable Diffusion base in diffusers' layout: the embedded one, or the folder in MEGAMAN_TEST_BASE."""
+    """A Stable Diffusion base in diffusers' layout: the embedded one, or the folder in
+    MEGAMAN_TEST_BASE."""
     folder = Path(os.environ.get("MEGAMAN_TEST_BASE", ROOT / "demo" / "base")).resolve()
     assert (folder / "model_index.json").is_file(), f"no base in {folder}"
     return folder
@@ -57,18 +80,30 @@ def base_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run Python as a process: run_script(["megaman_lora.py", "--help"], cwd) or run_script(["-c", code], cwd).
+    """Run Python as a process: run_script(["megaman_lora.py", "--help"], cwd) or run_script(["-c",
+    code], cwd).
 
-    A name that ends in .py is one of the root's scripts. Extra environment variables go into env; None removes one.
+    A name that ends in .py is one of the root's scripts. Extra environment variables go into env;
+    None removes one.
     """
 
     def run(args, cwd, env=None) -> subprocess.CompletedProcess[str]:
         first, *rest = map(str, args)
         command = [sys.executable, str(ROOT / first) if first.endswith(".py") else first, *rest]
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **(env or {})}
+        variables = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONIOENCODING": "utf-8",
+            **(env or {}),
+        }
         variables = {name: str(value) for name, value in variables.items() if value is not None}
         return subprocess.run(
-            command, cwd=cwd, env=variables, capture_output=True, encoding=variables["PYTHONIOENCODING"], timeout=600
+            command,
+            cwd=cwd,
+            env=variables,
+            capture_output=True,
+            encoding=variables["PYTHONIOENCODING"],
+            timeout=600,
         )
 
     return run
@@ -76,8 +111,9 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def forked() -> Iterator[Forks]:
-    """The two scripts as processes whose libraries are there already: forked.run(["megaman_lora.py", "--demo"], cwd),
-    or forked.start(...) for one that can be waited for and killed."""
+    """The two scripts as processes whose libraries are there already:
+    forked.run(["megaman_lora.py", "--demo"], cwd), or forked.start(...) for one that can be waited
+    for and killed."""
     if not hasattr(os, "fork"):
         pytest.skip("Windows has no fork")
     forks = Forks()
@@ -87,7 +123,8 @@ def forked() -> Iterator[Forks]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_flush() -> Iterator[None]:
-    """Nothing here outlasts a power cut: a flush to the disk would be waited for a hundred times a minute."""
+    """Nothing here outlasts a power cut: a flush to the disk would be waited for a hundred times a
+    minute."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
@@ -98,7 +135,9 @@ def pictures(tmp_path) -> Path:
     """A folder with four small PNGs, one of them not square, each with a caption."""
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for number, (width, color) in enumerate([(64, "blue"), (64, "red"), (96, "green"), (64, "orange")], start=1):
+    for number, (width, color) in enumerate(
+        [(64, "blue"), (64, "red"), (96, "green"), (64, "orange")], start=1
+    ):
         image = Image.new("RGB", (width, 64), "white")
         ImageDraw.Draw(image).ellipse((12, 12, 52, 52), fill=color)
         image.save(folder / f"megaman_{number:02d}.png")
@@ -108,15 +147,20 @@ def pictures(tmp_path) -> Path:
 
 
 SAMPLING_STEPS = 3  # of validation images, instead of 25
-FEW_TARGETS = ["--target_modules", "to_q", "to_v"]  # where it does not matter which: a third of the time of two steps
+FEW_TARGETS = [
+    "--target_modules",
+    "to_q",
+    "to_v",
+]  # where it does not matter which: a third of the time of two steps
 
 
 @pytest.fixture(scope="session")
 def train_here(base_folder) -> Callable:
-    """Train in this process, which saves the seconds of importing torch: train_here(cwd, output_dir, *flags).
+    """Train in this process, which saves the seconds of importing torch: train_here(cwd,
+    output_dir, *flags).
 
-    Returns the LoRA's tensors. Without flags: one picture a step at 64 px, no validation images, seed 0. Validation
-    images are drawn in SAMPLING_STEPS.
+    Returns the LoRA's tensors. Without flags: one picture a step at 64 px, no validation images,
+    seed 0. Validation images are drawn in SAMPLING_STEPS.
     """
     from accelerate.state import AcceleratorState, GradientState
     from safetensors.torch import load_file
@@ -148,11 +192,12 @@ def train_here(base_folder) -> Callable:
 
 
 def learned_alike(one: dict, other: dict, share: float = 1e-3) -> bool:
-    """Whether two LoRAs that began alike have moved alike, all in all: by the norm of their difference as a share of
-    how far B came from zero.
+    """Whether two LoRAs that began alike have moved alike, all in all: by the norm of their
+    difference as a share of how far B came from zero.
 
-    Single weights may differ by whole steps: with another batch size, number of threads or processor a gradient that
-    is next to nothing rounds to the other sign, and AdamW makes a step of it. A large --adam_epsilon prevents that.
+    Single weights may differ by whole steps: with another batch size, number of threads or
+    processor a gradient that is next to nothing rounds to the other sign, and AdamW makes a step of
+    it. A large --adam_epsilon prevents that.
     """
     assert one.keys() == other.keys()
     moved = sum(float(one[key].double().square().sum()) for key in one if "lora_B" in key)

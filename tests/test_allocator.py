@@ -31,7 +31,10 @@ glibc = pytest.mark.skipif(sys.platform != "linux", reason="only glibc has these
 def test_memory_that_is_freed_is_taken_again_without_a_fault(run_script, tmp_path):
     """64 MB are some hundred pages at least, however large the system's pages are."""
     unset = {"MALLOC_TRIM_THRESHOLD_": None, "MALLOC_MMAP_THRESHOLD_": None}
-    faults = {how: json.loads(run_script(["-c", COUNT, how], tmp_path, unset).stdout) for how in ("keep", "leave")}
+    faults = {
+        how: json.loads(run_script(["-c", COUNT, how], tmp_path, unset).stdout)
+        for how in ("keep", "leave")
+    }
     assert faults["keep"] < 100 < faults["leave"]
 
 
@@ -59,7 +62,9 @@ print(huge() - before)
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-@pytest.mark.skipif(not ENABLED.is_file() or "[madvise]" not in ENABLED.read_text(), reason="needs Linux's madvise")
+@pytest.mark.skipif(
+    not ENABLED.is_file() or "[madvise]" not in ENABLED.read_text(), reason="needs Linux's madvise"
+)
 def test_the_heap_comes_into_huge_pages(run_script, tmp_path):
     unset = {"MALLOC_TRIM_THRESHOLD_": None, "MALLOC_MMAP_THRESHOLD_": None}
     assert int(run_script(["-c", HUGE], tmp_path, unset).stdout) > 32 * 2**10  # kB

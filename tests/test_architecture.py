@@ -18,10 +18,18 @@ LEVELS = {
     "training": 5,  # all the others
 }
 LEAVES = ["errors", "schema", "files", "threads", "safe_loading", "hub", "runtime"]
-# They load without torch: whole packages, and what data does before anything is captioned or encoded.
+# They load without torch: whole packages, and what data does before anything is captioned or
+# encoded.
 LIGHT_PACKAGES = {"config", "pages", "doctor"}
-LIGHT_MODULES = {"data.images", "data.captions", "data.folders", "data.buckets", "data.file_index", "data.dataset",
-                 "data.problems"}  # fmt: skip
+LIGHT_MODULES = {
+    "data.images",
+    "data.captions",
+    "data.folders",
+    "data.buckets",
+    "data.file_index",
+    "data.dataset",
+    "data.problems",
+}
 # The only modules that may import these. The scripts hold what training.run will hold.
 HOMES = {
     "argparse": {"config.cli"},
@@ -44,7 +52,9 @@ def may_import(name: str, other: str) -> bool:
 
 def test_every_module_has_its_place():
     assert {package_of(name) for name in MODULES} == set(LEVELS), "a new package needs a level"
-    assert {name for name in MODULES if "." not in name} <= set(LEAVES), "a new leaf needs its place in LEAVES"
+    assert {name for name in MODULES if "." not in name} <= set(LEAVES), (
+        "a new leaf needs its place in LEAVES"
+    )
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -62,7 +72,9 @@ def test_no_two_modules_import_each_other():
     assert left == {}
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if package_of(n) in LIGHT_PACKAGES or n in LIGHT_MODULES])
+@pytest.mark.parametrize(
+    "name", [n for n in MODULES if package_of(n) in LIGHT_PACKAGES or n in LIGHT_MODULES]
+)
 def test_what_loads_without_torch(name):
     reached: set[str] = set()
     waiting = {name}
@@ -70,7 +82,9 @@ def test_what_loads_without_torch(name):
         module = waiting.pop()
         reached.add(module)
         heavy = {imported.split(".")[0] for imported in at_import(module)}
-        assert not heavy & {"torch", "diffusers", "transformers", "accelerate", "peft"}, f"by way of {module}"
+        assert not heavy & {"torch", "diffusers", "transformers", "accelerate", "peft"}, (
+            f"by way of {module}"
+        )
         waiting |= ours(at_import(module)) - reached
 
 
@@ -83,7 +97,9 @@ def test_sampling_knows_nothing_of_training():
 def test_a_library_has_one_home(library):
     users = set()
     for name in [*MODULES, *SCRIPTS]:
-        foreign = [imported for imported in imports(tree(name)) if not imported.startswith("megaman.")]
+        foreign = [
+            imported for imported in imports(tree(name)) if not imported.startswith("megaman.")
+        ]
         if any(library in imported.split(".") for imported in foreign):
             users.add(name)
     assert users and users <= HOMES[library]

@@ -1,4 +1,5 @@
-"""The measurements' own parts: what they measure with is what the product reads, and their figures are what was noted.
+"""The measurements' own parts: what they measure with is what the product reads, and their figures
+are what was noted.
 
 Nothing is timed here.
 """
@@ -42,10 +43,13 @@ sys.exit(int(sys.argv[1]))
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A middle-sized base and two folders with the same five pictures, one for each kind of captions."""
+    """A middle-sized base and two folders with the same five pictures, one for each kind of
+    captions."""
     folder = tmp_path_factory.mktemp("made")
     base = random_bases.make_base("mid", folder / "base")
-    return base, *(random_bases.make_pictures(folder / kind, 5, 128, kind) for kind in ("txt", "jsonl"))
+    return base, *(
+        random_bases.make_pictures(folder / kind, 5, 128, kind) for kind in ("txt", "jsonl")
+    )
 
 
 def test_a_random_base_and_drawn_pictures_are_what_the_product_reads(made):
@@ -57,12 +61,16 @@ def test_a_random_base_and_drawn_pictures_are_what_the_product_reads(made):
     datasets = [MegaManDataset(path, None, 128) for path in (beside, listed)]
     wanted = [random_bases.caption(number) for number in range(5)]
     assert [dataset.captions for dataset in datasets] == [wanted, wanted]
-    assert all(all(dataset.found) and not dataset.problems and not dataset.notes for dataset in datasets)
+    assert all(
+        all(dataset.found) and not dataset.problems and not dataset.notes for dataset in datasets
+    )
     states = encode_captions(base.text_encoder, base.tokenizer, wanted)
     with torch.no_grad():
         pixel_values = torch.stack([item["pixel_values"] for item in datasets[0]])
         latents = base.vae.encode(pixel_values).latent_dist.mode()
-        noise_pred = base.unet(latents, torch.tensor(500), torch.stack([states[text] for text in wanted])).sample
+        noise_pred = base.unet(
+            latents, torch.tensor(500), torch.stack([states[text] for text in wanted])
+        ).sample
     assert noise_pred.shape == (5, 4, 16, 16) and noise_pred.isfinite().all()
 
 
@@ -84,18 +92,27 @@ def test_the_captions_are_as_many_as_is_said_and_the_pictures_differ():
 
 def test_the_demos_pictures_with_the_captions_that_the_peer_reads(tmp_path):
     folder = step_time.pictures_of("demo", tmp_path)
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     dataset = MegaManDataset(folder, None, 64)
-    assert sorted(row["file_name"] for row in rows) == sorted(path.name for path in folder.glob("*.png"))
+    assert sorted(row["file_name"] for row in rows) == sorted(
+        path.name for path in folder.glob("*.png")
+    )
     assert sorted(dataset.captions) == sorted(row["text"] for row in rows)
-    assert sorted(dataset.captions) == sorted(MegaManDataset(ROOT / "demo" / "images", None, 64).captions)
+    assert sorted(dataset.captions) == sorted(
+        MegaManDataset(ROOT / "demo" / "images", None, 64).captions
+    )
 
 
 def test_a_program_is_stamped_at_every_step_of_its_bar(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
     result = processes.run(processes.stamped("training", program, 0), tmp_path / "work")
-    assert len(result["step_s"]) == len(result["step_cpu_s"]) == 3 and all(value > 0 for value in result["step_s"])
+    assert len(result["step_s"]) == len(result["step_cpu_s"]) == 3 and all(
+        value > 0 for value in result["step_s"]
+    )
     assert result["began"] < result["first"] < result["began"] + result["seconds"]
     assert 0 < result["rss_mb"] <= result["peak_mb"]
     assert "device" not in result
@@ -103,11 +120,29 @@ def test_a_program_is_stamped_at_every_step_of_its_bar(tmp_path):
 
 @pytest.mark.slow
 def test_bare_steps_stand_between_the_loops_own_and_the_loop_goes_on_to_its_end(tmp_path):
-    words = ["--demo", "--output_dir", "out", "--max_train_steps", 24, "--num_validation_images", 0, "--seed", 0]
+    words = [
+        "--demo",
+        "--output_dir",
+        "out",
+        "--max_train_steps",
+        24,
+        "--num_validation_images",
+        0,
+        "--seed",
+        0,
+    ]
     words += ["--train_batch_size", 1, "--lora_rank", 2, *FEW_TARGETS]
-    command = [sys.executable, str(ROOT / "benchmarks" / "paired.py"), "3", str(processes.TRAIN), *map(str, words)]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "paired.py"),
+        "3",
+        str(processes.TRAIN),
+        *map(str, words),
+    ]
     result = processes.run(command, tmp_path)
-    assert len(result["ours_s"]) == 2 and len(result["bare_s"]) == 3  # around steps 4 to 13 and 14 to 23
+    assert (
+        len(result["ours_s"]) == 2 and len(result["bare_s"]) == 3
+    )  # around steps 4 to 13 and 14 to 23
     assert all(value > 0 for value in result["ours_s"] + result["bare_s"])
     assert (tmp_path / "out" / "lora_weights" / "adapter_model.safetensors").is_file()
 
@@ -132,7 +167,10 @@ large = bytearray(400 * 2**20)
 large[::4096] = b"1" * len(large[::4096])
 print(processes.run(processes.stamped("training", Path({str(program)!r}), 0), Path({str(tmp_path)!r}))["peak_mb"])
 """
-    assert float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) < 200
+    assert (
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        < 200
+    )
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1))
@@ -140,7 +178,13 @@ def test_a_summary_lies_in_order(values):
     found = processes.summary(values)
     near = pytest.approx
     assert found["median"] == near(statistics.median(values), rel=1e-3)
-    assert min(values) * 0.999 <= found["quartile_1"] <= found["median"] <= found["quartile_3"] <= max(values) * 1.001
+    assert (
+        min(values) * 0.999
+        <= found["quartile_1"]
+        <= found["median"]
+        <= found["quartile_3"]
+        <= max(values) * 1.001
+    )
     assert found["mean"] == near(sum(values) / len(values), rel=1e-3)
 
 
@@ -152,17 +196,30 @@ def test_the_last_line_that_is_json_counts():
 def test_the_steps_that_do_not_count_are_left_out():
     """Between five updates lie four times; the first of them is that of the second step."""
     result = {"step_s": [2.0, 3.0, 4.0, 5.0], "step_cpu_s": [20.0, 30.0, 40.0, 50.0], "peak_mb": 1}
-    assert step_time.counted(result, warmup=3) == {"step_s": [4.0, 5.0], "step_cpu_s": [40.0, 50.0], "peak_mb": 1}
+    assert step_time.counted(result, warmup=3) == {
+        "step_s": [4.0, 5.0],
+        "step_cpu_s": [40.0, 50.0],
+        "peak_mb": 1,
+    }
     assert step_time.counted(result, warmup=0) == step_time.counted(result, warmup=1) == result
 
 
 def test_the_rounds_are_put_together():
-    slow, fast = ({"step_s": [s] * 3, "step_cpu_s": [2 * s] * 3, "peak_mb": p} for s, p in ((4.0, 900), (2.0, 1000)))
+    slow, fast = (
+        {"step_s": [s] * 3, "step_cpu_s": [2 * s] * 3, "peak_mb": p}
+        for s, p in ((4.0, 900), (2.0, 1000))
+    )
     side = step_time.together([slow, fast])
     assert side["step_s"]["median"] == 3 and side["peak_mb"] == 1000 and side["rounds_s"] == [4, 2]
     other = step_time.together([{"step_s": [4.0] * 3, "step_cpu_s": [24.0] * 3, "peak_mb": 2000}])
     shares = step_time.ratio(side, other)
-    assert shares == {"time": 0.75, "time with the log": 0.75, "CPU": 0.25, "CPU with the log": 0.25, "peak_mb": 0.5}
+    assert shares == {
+        "time": 0.75,
+        "time with the log": 0.75,
+        "CPU": 0.25,
+        "CPU with the log": 0.25,
+        "peak_mb": 0.5,
+    }
 
 
 def test_what_one_step_in_ten_costs_more_is_seen():

@@ -1,4 +1,5 @@
-"""What a user can cause ends in one line and an exit code; what we caused ourselves keeps its traceback."""
+"""What a user can cause ends in one line and an exit code; what we caused ourselves keeps its
+traceback."""
 
 from __future__ import annotations
 
@@ -30,7 +31,11 @@ def failing(error: BaseException):
         ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "Permission denied (out)"),
         (MemoryError(), 1, "too little memory (MemoryError). Try a smaller picture"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), 1, "too little memory (CUDA out of memory"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+            1,
+            "too little memory (CUDA out of memory",
+        ),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "too little memory"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -43,7 +48,9 @@ def test_one_line_and_a_code(capsys, error, code, words):
     assert words in said.err
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), OSError("no number, no file")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), KeyError("x"), OSError("no number, no file")]
+)
 def test_our_own_mistakes_are_not_hidden(error):
     with pytest.raises(type(error)):
         run_script(failing(error), [])

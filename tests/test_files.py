@@ -121,7 +121,8 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monke
 
 
 def test_what_a_killed_run_left_aside_is_in_nobodys_way(tmp_path):
-    """In a container every run may have the same process id, and so the same names for what is aside."""
+    """In a container every run may have the same process id, and so the same names for what is
+    aside."""
     folder = tmp_path / "checkpoint-2"
     for part in ("", ".former"):
         left = tmp_path / f"checkpoint-2.{os.getpid()}{part}{ASIDE}"
@@ -137,8 +138,15 @@ def test_what_a_killed_run_left_aside_is_in_nobodys_way(tmp_path):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("aé洛", max_size=3), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8")),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text("aé洛", max_size=3), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 

@@ -68,14 +68,27 @@ def test_the_lowest_modules_use_the_standard_library_alone(name):
 
 @pytest.mark.parametrize("name", sorted({*NO_TORCH, *SCRIPTS} & {*MODULES, *SCRIPTS}))
 def test_torch_waits(name):
-    heavy = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "safetensors", "tensorboard"}
+    heavy = {
+        "torch",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "peft",
+        "numpy",
+        "safetensors",
+        "tensorboard",
+    }
     assert not {imported.split(".")[0] for imported in at_import(name)} & heavy
     assert ours(at_import(name)) <= set(NO_TORCH)
 
 
 @pytest.mark.parametrize("name", sorted({*NEVER_TORCH, *DOCTOR} & {*MODULES}))
 def test_some_modules_know_no_torch_at_all(name):
-    assert not {imported.split(".")[0] for imported in imports(tree(name))} & {"torch", "diffusers", "transformers"}
+    assert not {imported.split(".")[0] for imported in imports(tree(name))} & {
+        "torch",
+        "diffusers",
+        "transformers",
+    }
 
 
 def test_torch_waits_in_truth_too(run_script, tmp_path):
@@ -92,14 +105,22 @@ def test_torch_waits_in_truth_too(run_script, tmp_path):
 def test_only_the_scripts_print(name):
     calls = [node for node in ast.walk(tree(name)) if isinstance(node, ast.Call)]
     prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
-    where = {ast.unparse(keyword.value) for call in prints for keyword in call.keywords if keyword.arg == "file"}
+    where = {
+        ast.unparse(keyword.value)
+        for call in prints
+        for keyword in call.keywords
+        if keyword.arg == "file"
+    }
     allowed = {MAY_PRINT[name]} if name in MAY_PRINT else set()
     assert where == allowed and (prints == [] or name in MAY_PRINT)
-    assert not any(ast.unparse(call.func) in ("sys.stdout.write", "sys.stderr.write") for call in calls)
+    assert not any(
+        ast.unparse(call.func) in ("sys.stdout.write", "sys.stderr.write") for call in calls
+    )
 
 
 def test_the_package_itself_is_empty():
-    """And its packages hold a line on themselves, so that to import one of their modules loads no other."""
+    """And its packages hold a line on themselves, so that to import one of their modules loads no
+    other."""
     assert (ROOT / "megaman" / "__init__.py").read_bytes() == b""
     for path in (ROOT / "megaman").glob("*/__init__.py"):
         (line,) = ast.parse(path.read_text(encoding="utf-8")).body
@@ -109,7 +130,11 @@ def test_the_package_itself_is_empty():
 @pytest.mark.parametrize("name", MODULES)
 def test_the_accelerator_and_tensorboard_stay_in_the_scripts(name):
     found = imports(tree(name))
-    assert not {imported.split(".")[0] for imported in found} & {"accelerate", "tensorboard", "tqdm"}
+    assert not {imported.split(".")[0] for imported in found} & {
+        "accelerate",
+        "tensorboard",
+        "tqdm",
+    }
     assert "torch.utils.tensorboard" not in found
 
 
@@ -117,8 +142,16 @@ def test_the_accelerator_and_tensorboard_stay_in_the_scripts(name):
 def test_modules_know_no_parsed_options(name):
     """Modules take plain values; the whole config stays in the script."""
     if not name.startswith("config."):
-        parsed = {"cli.Parser", "train.TrainConfig", "train.parse_train_config", "train.train_parser"}  # fmt: skip
-        forbidden = {f"megaman.config.{name}" for name in parsed} | {"argparse", "megaman.config.generate"}
+        parsed = {
+            "cli.Parser",
+            "train.TrainConfig",
+            "train.parse_train_config",
+            "train.train_parser",
+        }
+        forbidden = {f"megaman.config.{name}" for name in parsed} | {
+            "argparse",
+            "megaman.config.generate",
+        }
         assert not forbidden & set(imports(tree(name)))
 
 

@@ -11,8 +11,29 @@ from hypothesis import strategies as st
 
 from megaman.files import below, is_inside, refused_by_windows, safe_name, split_strength
 
-ODD = ["con", "CON", "nul.txt", "aux ", "com1", "LPT³", "conout$", ".", "..", "", " ", "a.", "a:b", "a/b", "\\\\x",
-       "\0", "\x1b", "x" * 300, "洛" * 300, "?*|<>\"", "out"]  # fmt: skip
+ODD = [
+    "con",
+    "CON",
+    "nul.txt",
+    "aux ",
+    "com1",
+    "LPT³",
+    "conout$",
+    ".",
+    "..",
+    "",
+    " ",
+    "a.",
+    "a:b",
+    "a/b",
+    "\\\\x",
+    "\0",
+    "\x1b",
+    "x" * 300,
+    "洛" * 300,
+    '?*|<>"',
+    "out",
+]
 
 
 @given(st.text() | st.sampled_from(ODD))
@@ -31,7 +52,16 @@ def test_plain_names_stay():
 def test_what_windows_refuses():
     for path in ("con", "a/b/Prn.tar.gz", "x/nul ", "a ", "b.", "xy:z", "what?", "com¹"):
         assert refused_by_windows(path)
-    for path in ("C:\\pictures\\x", "../../out", ".", "", "./.hidden", "company/x", "\\\\server\\share\\folder", "C:/"):
+    for path in (
+        "C:\\pictures\\x",
+        "../../out",
+        ".",
+        "",
+        "./.hidden",
+        "company/x",
+        "\\\\server\\share\\folder",
+        "C:/",
+    ):
         assert refused_by_windows(path) is None
 
 
@@ -39,9 +69,25 @@ def test_inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("logs").mkdir()
     assert is_inside("logs/run", "logs") and is_inside("./logs/a/../run", tmp_path / "logs")
-    for elsewhere in ("logs", "logs/..", "logs/../x", "logsx/run", "/", "", "a\0b", None, 5, ["logs/run"], {}):
+    for elsewhere in (
+        "logs",
+        "logs/..",
+        "logs/../x",
+        "logsx/run",
+        "/",
+        "",
+        "a\0b",
+        None,
+        5,
+        ["logs/run"],
+        {},
+    ):
         assert not is_inside(elsewhere, "logs")
-    assert below("logs", "logs") == "." and below("logs/a", "logs") == "a" and below("x", "logs") is None
+    assert (
+        below("logs", "logs") == "."
+        and below("logs/a", "logs") == "a"
+        and below("x", "logs") is None
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")

@@ -1,4 +1,5 @@
-"""Where a run computes and in what: the rule as a table, the processor as it is and as it is emulated."""
+"""Where a run computes and in what: the rule as a table, the processor as it is and as it is
+emulated."""
 
 from __future__ import annotations
 
@@ -50,8 +51,11 @@ def test_the_rule_for_the_number_format(asked, device, bf16, width, word, why):
 
 
 def test_the_rule_for_the_memory_format():
-    answers = {(device, word): prefers_channels_last(device, word)
-               for device in ("cpu", "cuda", "mps") for word in ("no", "fp16", "bf16")}  # fmt: skip
+    answers = {
+        (device, word): prefers_channels_last(device, word)
+        for device in ("cpu", "cuda", "mps")
+        for word in ("no", "fp16", "bf16")
+    }
     yes = {("cpu", "no"), ("cpu", "fp16"), ("cpu", "bf16"), ("cuda", "fp16"), ("cuda", "bf16")}
     assert {key for key, answer in answers.items() if answer} == yes
     assert place("no", CPU, 64).memory_format == "channels_last"
@@ -86,7 +90,9 @@ def flags_of_the_processor() -> set[str]:
     info = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not info.is_file():
         pytest.skip("processor's flags not compared: no x86-64 with Linux")
-    return set(next(line for line in info.read_text().splitlines() if line.startswith("flags")).split())
+    return set(
+        next(line for line in info.read_text().splitlines() if line.startswith("flags")).split()
+    )
 
 
 def test_the_processor_is_seen_as_it_is(run_script, tmp_path):
@@ -101,11 +107,17 @@ def test_a_lesser_processor_is_seen_where_it_is_emulated(run_script, tmp_path):
     for variables in (lesser, {"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}):
         done = run_script(["-c", ASK], tmp_path, dict.fromkeys(EMULATED) | variables)
         has_bf16, dtype, why = json.loads(done.stdout)
-        assert not has_bf16 and dtype == "torch.float32" and "a processor with instructions for it" in why
+        assert (
+            not has_bf16
+            and dtype == "torch.float32"
+            and "a processor with instructions for it" in why
+        )
 
 
 def test_a_base_is_laid_out_and_its_lora_like_it(base_folder):
-    unet = load_base(str(base_folder), torch.float32, layout=place("no", CPU, 64, "contiguous").layout).unet
+    unet = load_base(
+        str(base_folder), torch.float32, layout=place("no", CPU, 64, "contiguous").layout
+    ).unet
     assert unet.conv_in.weight.is_contiguous()
     unet = load_base(str(base_folder), torch.float32, layout=place("no", CPU, 64).layout).unet
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -113,7 +125,9 @@ def test_a_base_is_laid_out_and_its_lora_like_it(base_folder):
     trained = adapter.inject(unet, 4, 4, ["conv_in", "conv1"])
     last = {"memory_format": torch.channels_last}
     assert all(p.is_contiguous() or p.is_contiguous(**last) for p in trained)
-    convolved = [layer for name, layer in unet.named_modules() if name.endswith("conv1.lora_A.default")]
+    convolved = [
+        layer for name, layer in unet.named_modules() if name.endswith("conv1.lora_A.default")
+    ]
     assert convolved and all(layer.weight.is_contiguous(**last) for layer in convolved)
 
 
@@ -121,7 +135,9 @@ def test_the_width_of_a_base(base_folder, tmp_path):
     config = json.loads((base_folder / "unet" / "config.json").read_text())
     assert unet_width(str(base_folder)) == config["block_out_channels"][0]
     assert unet_width("somebody/not-on-this-machine") == 320  # planned as Stable Diffusion 1.5
-    assert unet_width(str(tmp_path)) == unet_width("no/such/thing.safetensors") == 0  # loading them tells it better
+    assert (
+        unet_width(str(tmp_path)) == unet_width("no/such/thing.safetensors") == 0
+    )  # loading them tells it better
     for part in ("unet", "vae", "text_encoder"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text("{}")
@@ -138,13 +154,19 @@ def test_the_best_device_there_is(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as accelerate launch --cpu does
     assert choose_device().type == "cpu"
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     assert choose_device().type == next(name for name in there if there[name])
     for name, present in there.items():
         if present:
             assert choose_device(name).type == name
         else:
-            with pytest.raises(UserError, match=f"--device {name}: this torch sees no such device.*cpu"):
+            with pytest.raises(
+                UserError, match=f"--device {name}: this torch sees no such device.*cpu"
+            ):
                 choose_device(name)
 
 

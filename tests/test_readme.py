@@ -1,4 +1,5 @@
-"""The READMEs and docs/ say what the code does: flags, defaults, commands, files; both languages say the same."""
+"""The READMEs and docs/ say what the code does: flags, defaults, commands, files; both languages
+say the same."""
 
 from __future__ import annotations
 
@@ -17,13 +18,20 @@ from megaman.sampling import prompts
 ROOT = Path(__file__).resolve().parent.parent
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-TW.md"
 READMES = [README, CHINESE]
-PAGES = [*READMES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "demo" / "CREDITS.md"]
+PAGES = [
+    *READMES,
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "CHANGELOG.md",
+    ROOT / "demo" / "CREDITS.md",
+]
 SCRIPTS = {
     "megaman_lora.py": (train_parser, parse_train_config),
     "generate_megaman.py": (generate_parser, parse_generate_config),
 }
 HELP = ("help", argparse.SUPPRESS)  # what --help and --help_all are called
-INSTALL = "python -m venv .venv && . .venv/bin/activate && pip install -r requirements_megaman_lora.txt"
+INSTALL = (
+    "python -m venv .venv && . .venv/bin/activate && pip install -r requirements_megaman_lora.txt"
+)
 
 in_both = pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
 of_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -31,26 +39,39 @@ of_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.nam
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     """The fenced blocks of a page as (language, content)."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(
+        r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
 
 
 def prose(page: Path) -> str:
     """A page without its fenced blocks."""
-    return re.sub(r"^```\w+\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(
+        r"^```\w+\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
 
 
 def headings(page: Path) -> list[tuple[int, str]]:
-    return [(len(marks), words) for marks, words in re.findall(r"^(#+) (.+)$", prose(page), flags=re.MULTILINE)]
+    return [
+        (len(marks), words)
+        for marks, words in re.findall(r"^(#+) (.+)$", prose(page), flags=re.MULTILINE)
+    ]
 
 
 def section(page: Path, heading: str) -> str:
     """What stands under a heading, down to the next one."""
-    return re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", prose(page), flags=re.DOTALL | re.MULTILINE)[1]
+    return re.search(
+        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", prose(page), flags=re.DOTALL | re.MULTILINE
+    )[1]
 
 
 def table(text: str) -> list[list[str]]:
     """The rows of a Markdown table without its head, as cells."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     return rows[2:]
 
 
@@ -62,7 +83,8 @@ def commands(page: Path) -> list[str]:
 
 
 def is_default(cell: str, action: argparse.Action) -> bool:
-    """Whether a table's cell tells the action's default: in backticks as it is typed, or in words where none is."""
+    """Whether a table's cell tells the action's default: in backticks as it is typed, or in words
+    where none is."""
     code = re.fullmatch(r"`([^`]+)`", cell)
     if action.default is None or action.default is False:
         return bool(cell) and code is None
@@ -78,9 +100,15 @@ def is_default(cell: str, action: argparse.Action) -> bool:
 def test_the_table_of_flags_is_the_parser(readme, script):
     rows = table(section(readme, f"`{script}`"))
     cells = {flag.strip("`"): default for flag, default, _ in rows}
-    actions = {action.option_strings[-1]: action for action in SCRIPTS[script][0]()._actions if action.dest not in HELP}
+    actions = {
+        action.option_strings[-1]: action
+        for action in SCRIPTS[script][0]()._actions
+        if action.dest not in HELP
+    }
     assert list(cells) == list(actions)
-    wrong = {flag: cells[flag] for flag, action in actions.items() if not is_default(cells[flag], action)}
+    wrong = {
+        flag: cells[flag] for flag, action in actions.items() if not is_default(cells[flag], action)
+    }
     assert not wrong
     for flag, _, meaning in rows:
         choices = actions[flag.strip("`")].choices or []
@@ -102,21 +130,32 @@ def test_the_set_up_lines_stand_at_the_top(readme):
         f"{INSTALL} && python megaman_lora.py --demo && python generate_megaman.py --demo",
         f"{INSTALL} -r requirements_dev.txt && python -m pytest",
     ]
-    assert "DEMO_MINUTES" not in readme.read_text(encoding="utf-8"), "the measured minutes go in its place"
+    assert "DEMO_MINUTES" not in readme.read_text(encoding="utf-8"), (
+        "the measured minutes go in its place"
+    )
 
 
 @in_both
 def test_every_option_named_in_the_text_exists(readme):
-    known = {text for parser, _ in SCRIPTS.values() for action in parser()._actions for text in action.option_strings}
+    known = {
+        text
+        for parser, _ in SCRIPTS.values()
+        for action in parser()._actions
+        for text in action.option_strings
+    }
     known |= {f"--{name}" for name in [*prompts.OPTIONS, *prompts.WITHOUT_MEANING]}
-    named = set(re.findall(r"`(--\w+)", prose(readme))) | set(re.findall(r"(?<=[ `])--\w+_\w+", prose(readme)))
+    named = set(re.findall(r"`(--\w+)", prose(readme))) | set(
+        re.findall(r"(?<=[ `])--\w+_\w+", prose(readme))
+    )
     assert named <= known
 
 
 @in_both
 def test_the_example_of_a_prompts_file_is_one(readme, tmp_path):
     (example,) = [
-        content for language, content in blocks(readme) if language == "text" and "--negative_prompt" in content
+        content
+        for language, content in blocks(readme)
+        if language == "text" and "--negative_prompt" in content
     ]
     (tmp_path / "prompts.txt").write_text(example, encoding="utf-8")
     listed, remarks = prompts.read_prompts(tmp_path / "prompts.txt")
@@ -129,11 +168,18 @@ def test_the_example_of_a_prompts_file_is_one(readme, tmp_path):
 
 @in_both
 def test_the_strategies_are_the_presets(readme):
-    rows = [[cell.strip("`") for cell in row[:2]] for row in table(prose(readme)) if row[0].startswith("`--preset ")]
+    rows = [
+        [cell.strip("`") for cell in row[:2]]
+        for row in table(prose(readme))
+        if row[0].startswith("`--preset ")
+    ]
     assert [preset.split()[1] for preset, _ in rows] == list(PRESETS)
     for preset, flags in rows:
         short, spelled = parse_train_config(preset.split()), parse_train_config(flags.split())
-        assert all(short.settings()[name] == spelled.settings()[name] for name in PRESETS[preset.split()[1]])
+        assert all(
+            short.settings()[name] == spelled.settings()[name]
+            for name in PRESETS[preset.split()[1]]
+        )
         assert spelled.explicit == set(PRESETS[preset.split()[1]])
 
 
@@ -142,13 +188,19 @@ def test_pinned_versions_are_the_requirements(readme):
     requirements = (ROOT / "requirements_megaman_lora.txt").read_text(encoding="utf-8")
     pins = re.findall(r"\b[\w-]+==[\w.]+", readme.read_text(encoding="utf-8"))
     assert pins
-    assert [pin for pin in pins if not re.search(rf"{re.escape(pin)}$", requirements, flags=re.MULTILINE)] == []
+    assert [
+        pin
+        for pin in pins
+        if not re.search(rf"{re.escape(pin)}$", requirements, flags=re.MULTILINE)
+    ] == []
 
 
 def test_both_languages_have_the_same_shape():
     english, chinese = headings(README), headings(CHINESE)
     assert [level for level, _ in english] == [level for level, _ in chinese]
-    one, other = (len(re.findall(r"^(?:- |\|)", prose(page), flags=re.MULTILINE)) for page in READMES)
+    one, other = (
+        len(re.findall(r"^(?:- |\|)", prose(page), flags=re.MULTILINE)) for page in READMES
+    )
     assert one == other, "list items and table rows"
     links = [re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) for page in READMES]
     assert links[0][0] == CHINESE.name
@@ -163,7 +215,9 @@ def test_both_languages_have_the_same_blocks():
         if language == "mermaid":  # the labels are translated, nodes and arrows are not
             one, other = (re.sub(r'"[^"]*"', "", content) for content in (one, other))
         elif language == "text":  # so are the phrases behind the paths
-            one, other = ([line.split()[:1] for line in content.splitlines()] for content in (one, other))
+            one, other = (
+                [line.split()[:1] for line in content.splitlines()] for content in (one, other)
+            )
         assert one == other
 
 
@@ -174,7 +228,9 @@ def test_local_links_lead_to_files(page):
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("page", [*READMES, ROOT / "docs" / "architecture.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "page", [*READMES, ROOT / "docs" / "architecture.md"], ids=lambda path: path.name
+)
 def test_the_tree_names_what_is_there(page):
     tree = next(content for language, content in blocks(page) if language == "text")
     paths = [line.split()[0] for line in tree.splitlines()]
@@ -183,9 +239,15 @@ def test_the_tree_names_what_is_there(page):
 
 
 def test_the_architecture_names_every_module():
-    tree = next(content for language, content in blocks(ROOT / "docs" / "architecture.md") if language == "text")
+    tree = next(
+        content
+        for language, content in blocks(ROOT / "docs" / "architecture.md")
+        if language == "text"
+    )
     modules = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "megaman").rglob("*.py") if path.name != "__init__.py"
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "megaman").rglob("*.py")
+        if path.name != "__init__.py"
     }
     assert modules <= set(tree.split())
 
@@ -199,7 +261,8 @@ def test_code_in_python_blocks_compiles(readme):
 
 
 def test_counting_the_dataset_works(run_script, pictures):
-    """The one-liner of the debugging tips, in a folder whose megaman_images/ holds four pictures."""
+    """The one-liner of the debugging tips, in a folder whose megaman_images/ holds four
+    pictures."""
     (line,) = [command for command in commands(README) if "MegaManDataset" in command]
     python, *words = shlex.split(line)
     assert python == "python"

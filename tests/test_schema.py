@@ -1,4 +1,5 @@
-"""The checks of JSON that a stranger may have written: what they let through, and that nothing makes them raise."""
+"""The checks of JSON that a stranger may have written: what they let through, and that nothing
+makes them raise."""
 
 from __future__ import annotations
 
@@ -10,9 +11,14 @@ from hypothesis import strategies as st
 
 from megaman import schema
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
+)
 JSON = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4)
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4)
+    ),
 )
 CHECKS = {
     "anything": schema.anything,
@@ -33,7 +39,9 @@ CHECKS = {
 @given(value=JSON)
 def test_a_check_says_yes_or_no_of_whatever_it_meets(check, value):
     assert check(value) in (True, False)
-    assert schema.first_unsound({"name": value}, {"name": check}) == (None if check(value) else "name")
+    assert schema.first_unsound({"name": value}, {"name": check}) == (
+        None if check(value) else "name"
+    )
 
 
 @given(JSON, st.integers(), st.integers())
@@ -57,7 +65,11 @@ def test_a_text_can_be_written(value):
         assert len(value) <= 5
         value.encode("utf-8")
     else:
-        assert not isinstance(value, str) or len(value) > 5 or any("\ud800" <= mark <= "\udfff" for mark in value)
+        assert (
+            not isinstance(value, str)
+            or len(value) > 5
+            or any("\ud800" <= mark <= "\udfff" for mark in value)
+        )
 
 
 @given(JSON)
@@ -70,7 +82,9 @@ def test_one_of_some_values_has_their_type_too(value):
 def test_a_list_has_its_length_and_each_of_its_values_passes(values):
     check = schema.list_of(schema.whole(0, 5), least=1, most=4)
     assert check(values) == (1 <= len(values) <= 4 and all(value <= 5 for value in values))
-    assert schema.row(*[schema.whole(0, 5)] * 3)(values) == (len(values) == 3 and all(value <= 5 for value in values))
+    assert schema.row(*[schema.whole(0, 5)] * 3)(values) == (
+        len(values) == 3 and all(value <= 5 for value in values)
+    )
     assert not check(tuple(values)), "JSON has lists"
 
 
@@ -84,7 +98,9 @@ def test_a_record_has_its_keys_and_may_have_others_unless_it_is_exact(content):
 
 @given(st.dictionaries(st.text(max_size=2), st.integers(0, 9), max_size=4))
 def test_a_mapping_has_sound_keys_and_values(content):
-    wanted = len(content) <= 3 and all(len(name) <= 1 and value <= 5 for name, value in content.items())
+    wanted = len(content) <= 3 and all(
+        len(name) <= 1 and value <= 5 for name, value in content.items()
+    )
     assert schema.mapping(schema.whole(0, 5), schema.text(1), most=3)(content) == wanted
 
 

@@ -1,4 +1,5 @@
-"""CPU threads: how many there are and how they wait, decided before torch is loaded; the user's own settings win."""
+"""CPU threads: how many there are and how they wait, decided before torch is loaded; the user's own
+settings win."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from megaman.threads import (
     usable_cpus,
 )
 
-NO_SETTING = dict.fromkeys([*COUNT_VARIABLES, *WAIT_VARIABLES])  # for run_script: the variables are removed
+NO_SETTING = dict.fromkeys(
+    [*COUNT_VARIABLES, *WAIT_VARIABLES]
+)  # for run_script: the variables are removed
 
 
 @pytest.fixture
@@ -33,7 +36,15 @@ def cpus(monkeypatch) -> int:
 
 @pytest.mark.parametrize(
     ("width", "usable", "count"),
-    [(64, 8, 1), (NARROW - 1, 8, 1), (NARROW, 8, None), (320, 8, None), (0, 8, None), (64, 2, 1), (320, 3, 3)],
+    [
+        (64, 8, 1),
+        (NARROW - 1, 8, 1),
+        (NARROW, 8, None),
+        (320, 8, None),
+        (0, 8, None),
+        (64, 2, 1),
+        (320, 3, 3),
+    ],
 )
 def test_the_rule_for_training(cpus, width, usable, count):
     assert threads_for_training(width, usable) == count
@@ -61,15 +72,24 @@ def test_a_user_who_says_how_threads_wait_is_obeyed(name):
 @pytest.mark.parametrize("name", COUNT_VARIABLES)
 def test_a_user_who_says_how_many_threads_is_obeyed(name):
     policy = choose_threads(1, 8, {name: "3"}, platform="linux")
-    assert (policy.count, policy.environment, policy.remark) == (None, {"GOMP_SPINCOUNT": str(SPIN_COUNT)}, "")
+    assert (policy.count, policy.environment, policy.remark) == (
+        None,
+        {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
+        "",
+    )
     assert choose_threads(1, 8, {name: "3"}, saved=3).remark == ""
-    assert f"{name} is 3, and it was 2 threads before" in choose_threads(1, 8, {name: "3"}, saved=2).remark
+    assert (
+        f"{name} is 3, and it was 2 threads before"
+        in choose_threads(1, 8, {name: "3"}, saved=2).remark
+    )
 
 
 def test_a_resumed_run_keeps_its_count_whatever_the_machine():
     assert choose_threads(1, 8, {}, saved=2).count == 2
     assert "4 threads as before, on 2 CPUs" in choose_threads(1, 2, {}, saved=4).remark
-    assert choose_threads(1, 8, {}, saved=0).count is None, "an earlier checkpoint: torch's own count"
+    assert choose_threads(1, 8, {}, saved=0).count is None, (
+        "an earlier checkpoint: torch's own count"
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,14 +100,20 @@ def test_a_resumed_run_keeps_its_count_whatever_the_machine():
         ("0::/a", {"a/cpu.max": "max 100000"}, 8),
         ("0::/a", {"a/cpu.max": "1000 100000"}, 1),
         ("0::/gone", {"cpu.max": "200000 100000\n"}, 2),
-        ("3:cpu,cpuacct:/x", {"cpu,cpuacct/x/cpu.cfs_quota_us": "400000",
-                              "cpu,cpuacct/x/cpu.cfs_period_us": "100000"}, 4),
+        (
+            "3:cpu,cpuacct:/x",
+            {
+                "cpu,cpuacct/x/cpu.cfs_quota_us": "400000",
+                "cpu,cpuacct/x/cpu.cfs_period_us": "100000",
+            },
+            4,
+        ),
         ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
         ("5:memory:/x", {"memory/x/cpu.max": "100000 100000"}, 8),
         ("nonsense\n0::", {"cpu.max": "no numbers"}, 8),
         ("0::/", {"cpu.max": "100000 0"}, 8),
     ],
-)  # fmt: skip
+)
 def test_a_containers_quota_counts(cpus, tmp_path, membership, files, usable):
     for name, content in files.items():
         path = tmp_path / "cgroup" / name
@@ -127,7 +153,17 @@ import torch
 print(json.dumps({**Watch.seen, "threads": torch.get_num_threads()}))
 sys.exit(code)
 """
-FLAGS = ["--demo", "--num_validation_images", "0", "--seed", "3", "--logging_dir", "logs", "--train_batch_size", "1"]
+FLAGS = [
+    "--demo",
+    "--num_validation_images",
+    "0",
+    "--seed",
+    "3",
+    "--logging_dir",
+    "logs",
+    "--train_batch_size",
+    "1",
+]
 FLAGS += ["--lora_rank", "2", *FEW_TARGETS]
 
 
@@ -137,7 +173,11 @@ def watched(run_script, tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched")
 
     def run(output_dir: str, *more: str, **environment: str):
-        done = run_script(["-c", WATCH, *FLAGS, "--output_dir", output_dir, *more], folder, NO_SETTING | environment)
+        done = run_script(
+            ["-c", WATCH, *FLAGS, "--output_dir", output_dir, *more],
+            folder,
+            NO_SETTING | environment,
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1]), done.stdout
 
@@ -146,9 +186,18 @@ def watched(run_script, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own(watched):
-    """The run whose user has said how many threads there are and how they wait: what was seen and what it said."""
+    """The run whose user has said how many threads there are and how they wait: what was seen and
+    what it said."""
     _, run = watched
-    return run("own", "--max_train_steps", "2", "--save_steps", "1", OMP_NUM_THREADS="2", GOMP_SPINCOUNT="77")
+    return run(
+        "own",
+        "--max_train_steps",
+        "2",
+        "--save_steps",
+        "1",
+        OMP_NUM_THREADS="2",
+        GOMP_SPINCOUNT="77",
+    )
 
 
 def test_the_policy_is_in_force_before_torch_is_loaded(watched):
@@ -158,7 +207,9 @@ def test_the_policy_is_in_force_before_torch_is_loaded(watched):
     if sys.platform == "linux":
         assert seen["GOMP_SPINCOUNT"] == str(SPIN_COUNT)
     assert "; 1 CPU thread\n" in said, "the device line says so"
-    state = json.loads((folder / "whole" / "checkpoint-1" / "training_state.json").read_text(encoding="utf-8"))
+    state = json.loads(
+        (folder / "whole" / "checkpoint-1" / "training_state.json").read_text(encoding="utf-8")
+    )
     assert state["choices"]["threads"] == 1
 
 
@@ -167,10 +218,20 @@ def test_a_run_and_its_resumption_have_equal_bits(watched, own):
     folder, run = watched
     whole = load_file(folder / "own" / "lora_weights" / "adapter_model.safetensors")
     (folder / "own" / "lora_weights").rename(folder / "before")
-    seen, said = run("own", "--max_train_steps", "2", "--save_steps", "1", "--resume_from_checkpoint", "checkpoint-1")
+    seen, said = run(
+        "own",
+        "--max_train_steps",
+        "2",
+        "--save_steps",
+        "1",
+        "--resume_from_checkpoint",
+        "checkpoint-1",
+    )
     assert (seen["threads"], seen["OMP_NUM_THREADS"]) == (2, "2") and "; 2 CPU threads\n" in said
     resumed = load_file(folder / "own" / "lora_weights" / "adapter_model.safetensors")
-    assert whole.keys() == resumed.keys() and all((whole[key] == resumed[key]).all() for key in whole)
+    assert whole.keys() == resumed.keys() and all(
+        (whole[key] == resumed[key]).all() for key in whole
+    )
 
 
 def test_the_users_own_count_wins(own):
@@ -183,12 +244,21 @@ def test_an_image_is_generated_again_with_as_many_threads(watched, run_script):
     """The record in the image says how many; torch's own count may be another here."""
     folder, run = watched
     run("lora", "--max_train_steps", "1")
-    flags = ["--lora_path", "lora/lora_weights", "--num_inference_steps", "1", "--prompts", "a robot"]
+    flags = [
+        "--lora_path",
+        "lora/lora_weights",
+        "--num_inference_steps",
+        "1",
+        "--prompts",
+        "a robot",
+    ]
     one = NO_SETTING | {"OMP_NUM_THREADS": "1"}
     done = run_script(["generate_megaman.py", *flags, "--output_dir", "first"], folder, one)
     assert done.returncode == 0 and "; 1 CPU thread\n" in done.stdout
     image = folder / "first" / "megaman_000_00.png"
-    done = run_script(["generate_megaman.py", "--from_image", image, "--output_dir", "again"], folder, NO_SETTING)
+    done = run_script(
+        ["generate_megaman.py", "--from_image", image, "--output_dir", "again"], folder, NO_SETTING
+    )
     assert done.returncode == 0 and "; 1 CPU thread\n" in done.stdout
     assert "may differ" not in done.stdout
 
@@ -202,7 +272,9 @@ def test_contention_measures_what_it_says():
         "policy",
         "A=1,B=2",
     }
-    found = contention.shares({"none, 0": [2.0, 4.0, 3.0], "policy, 0": [1.0, 4.0, 1.5], "none, 1": [0.5]})
+    found = contention.shares(
+        {"none, 0": [2.0, 4.0, 3.0], "policy, 0": [1.0, 4.0, 1.5], "none, 1": [0.5]}
+    )
     assert found == {"none, 0": 1.0, "policy, 0": 0.5, "none, 1": 0.25}
     with contention.busy_processes(1):
         pass

@@ -1,8 +1,10 @@
-"""The parser of both scripts, made from config dataclasses; it reports all the mistakes of a command line together.
+"""The parser of both scripts, made from config dataclasses; it reports all the mistakes of a
+command line together.
 
 A config is a frozen dataclass of groups, and each group a frozen dataclass whose fields are flags:
 
-    lora_rank: int = flag(4, "rank of the LoRA's matrices", number(int, 1, 1024), common=True, resume=True)
+    lora_rank: int = flag(4, "rank of the LoRA's matrices", number(int, 1, 1024), common=True,
+    resume=True)
 """
 
 from __future__ import annotations
@@ -22,15 +24,20 @@ from megaman.errors import WRONG_USAGE
 from megaman.files import refused_by_windows, split_strength
 
 WINDOWS = os.name == "nt"
-STRONGEST = 10  # a LoRA at many times its trained strength draws noise; this leaves room to see that
-Mistake = argparse.ArgumentTypeError  # what the types below raise, for modules that know no argparse
+STRONGEST = (
+    10  # a LoRA at many times its trained strength draws noise; this leaves room to see that
+)
+Mistake = (
+    argparse.ArgumentTypeError
+)  # what the types below raise, for modules that know no argparse
 Config = TypeVar("Config")
 METAVARS = {"int": "N", "float": "X", "str": "TEXT"}  # by the type of the field
 
 
 @dataclass(frozen=True)
 class Flag:
-    """What the parser has to know of a field; without a type the flag takes no value and turns something on."""
+    """What the parser has to know of a field; without a type the flag takes no value and turns
+    something on."""
 
     help: str
     type: Callable[[str], Any] | None
@@ -55,7 +62,10 @@ def flag(
     """Make a field of a config group; the flag has the field's name."""
     if choices:
         type = choice(*choices)
-    return field(default=_frozen(default), metadata={"flag": Flag(help, type, choices, nargs, metavar, common, resume)})
+    return field(
+        default=_frozen(default),
+        metadata={"flag": Flag(help, type, choices, nargs, metavar, common, resume)},
+    )
 
 
 def groups_of(config_type: type) -> dict[str, type]:
@@ -98,18 +108,28 @@ def _as_json(value: Any) -> Any:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that collects mistakes, with the nearest flag proposed for a mistyped one.
 
-    Its flags are the fields of a config's groups, under headings that are the groups' docstrings; order names all of
-    them where it is another than that of the fields.
+    Its flags are the fields of a config's groups, under headings that are the groups' docstrings;
+    order names all of them where it is another than that of the fields.
     """
 
     def __init__(
-        self, config_type: type, prog: str, description: str, examples: Sequence[str], order: Sequence[str] = ()
+        self,
+        config_type: type,
+        prog: str,
+        description: str,
+        examples: Sequence[str],
+        order: Sequence[str] = (),
     ):
         more = "\n  ".join(["--help_all shows every flag.\n\nexamples:", *examples])
         super().__init__(
-            prog=prog, usage="python %(prog)s [--FLAG [VALUE ...]] ...", description=description, epilog=more,
-            allow_abbrev=False, exit_on_error=False, formatter_class=_HelpFormatter,
-        )  # fmt: skip
+            prog=prog,
+            usage="python %(prog)s [--FLAG [VALUE ...]] ...",
+            description=description,
+            epilog=more,
+            allow_abbrev=False,
+            exit_on_error=False,
+            formatter_class=_HelpFormatter,
+        )
         self.add_argument("--help_all", action=_HelpAll, help="show every flag and exit")
         self._config_type = config_type
         sections = {}
@@ -122,7 +142,9 @@ class Parser(argparse.ArgumentParser):
 
     def defaults(self) -> dict[str, Any]:
         """The plain default of every flag."""
-        return {name: config_field.default for name, config_field in flags_of(self._config_type).items()}
+        return {
+            name: config_field.default for name, config_field in flags_of(self._config_type).items()
+        }
 
     def format_help(self) -> str:
         """The flags that most runs use, by group."""
@@ -149,17 +171,21 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """The values that were given, under their flags' names, and a line for each mistake.
 
-        argparse stops at the first mistake, so every flag is parsed alone, with the words that belong to it. The last
-        of a repeated flag wins, as with argparse.
+        argparse stops at the first mistake, so every flag is parsed alone, with the words that
+        belong to it. The last of a repeated flag wins, as with argparse.
         """
         given: dict[str, Any] = {}
         mistakes: list[str] = []
         for flag, *words in self._parts(argv):
             action = self._option_string_actions.get(flag.split("=")[0])
             if action is None:
-                mistakes.append(self._unknown(flag) if flag else f"{_short(' '.join(words))} belongs to no flag")
+                mistakes.append(
+                    self._unknown(flag) if flag else f"{_short(' '.join(words))} belongs to no flag"
+                )
                 continue
-            if flag.partition("=")[2] == "--":  # argparse drops the dashes and would hand on an empty list
+            if (
+                flag.partition("=")[2] == "--"
+            ):  # argparse drops the dashes and would hand on an empty list
                 mistakes.append(f"{flag}: '--' is no value")
                 continue
             try:
@@ -169,16 +195,25 @@ class Parser(argparse.ArgumentParser):
                 continue
             flag = action.option_strings[-1]
             if stray:
-                remedy = "it takes none" if action.nargs == 0 else "put quotes around a value with spaces"
-                mistakes.append(f"{flag}: {_short(' '.join(stray))} is one value too many: {remedy}")
+                remedy = (
+                    "it takes none"
+                    if action.nargs == 0
+                    else "put quotes around a value with spaces"
+                )
+                mistakes.append(
+                    f"{flag}: {_short(' '.join(stray))} is one value too many: {remedy}"
+                )
             given[action.dest] = getattr(values, action.dest)
         return given, mistakes
 
     def _parts(self, argv: Sequence[str]) -> list[list[str]]:
-        """The command line cut before each flag; words that no flag stands before come behind an empty one."""
+        """The command line cut before each flag; words that no flag stands before come behind an
+        empty one."""
         parts: list[list[str]] = []
         for word in argv:
-            if word.split("=")[0] in self._option_string_actions or re.match(r"--\S*$|-[a-zA-Z]\S*$", word):
+            if word.split("=")[0] in self._option_string_actions or re.match(
+                r"--\S*$|-[a-zA-Z]\S*$", word
+            ):
                 parts.append([word])
             elif parts:
                 parts[-1].append(word)
@@ -188,7 +223,10 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> str:
         flag = word.split("=")[0]
-        name, names = flag.strip("-"), [known[2:] for known in self._option_string_actions if known.startswith("--")]
+        name, names = (
+            flag.strip("-"),
+            [known[2:] for known in self._option_string_actions if known.startswith("--")],
+        )
         near = [known for known in names if len(name) > 2 and known.startswith(name)]
         near += difflib.get_close_matches(name[:100], names, n=1, cutoff=0.7)
         return f"{flag[:100]} is not a flag" + (f", did you mean --{near[0]}" if near else "")
@@ -207,12 +245,20 @@ def _add(section: argparse._ArgumentGroup, config_field: Field) -> None:
     if flag.type is None:
         section.add_argument(option, action="store_true", help=flag.help)
         return
-    metavar = flag.metavar or (None if flag.choices else METAVARS[str(config_field.type).partition(" ")[0]])
+    metavar = flag.metavar or (
+        None if flag.choices else METAVARS[str(config_field.type).partition(" ")[0]]
+    )
     default = (
         None if config_field.default == "" else _as_json(config_field.default)
     )  # help has no empty default to show
     section.add_argument(
-        option, type=flag.type, default=default, choices=flag.choices, nargs=flag.nargs, metavar=metavar, help=flag.help
+        option,
+        type=flag.type,
+        default=default,
+        choices=flag.choices,
+        nargs=flag.nargs,
+        metavar=metavar,
+        help=flag.help,
     )
 
 
@@ -220,7 +266,9 @@ class _HelpAll(argparse.Action):
     """Prints every flag and ends."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str):
-        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
+        super().__init__(
+            option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help
+        )
 
     def __call__(self, parser: Any, *_: Any) -> NoReturn:
         parser._print_message(parser.format_help_all(), sys.stdout)
@@ -246,8 +294,11 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
-def number(kind: Callable[[str], Any], low: float, high: float, exclusive: bool = False) -> Callable[[str], Any]:
-    """Make a type: an int or float from low (itself excluded where exclusive) to high, never NaN."""
+def number(
+    kind: Callable[[str], Any], low: float, high: float, exclusive: bool = False
+) -> Callable[[str], Any]:
+    """Make a type: an int or float from low (itself excluded where exclusive) to high, never
+    NaN."""
 
     def parse(text: str) -> Any:
         try:
@@ -280,7 +331,9 @@ def sampler(value: str) -> str:
     """The word for a sampler, whichever of its names is given."""
     if found := samplers.find(value):
         return found.name
-    names = [name for known in samplers.SAMPLERS for name in (known.name, known.title, *known.others)]
+    names = [
+        name for known in samplers.SAMPLERS for name in (known.name, known.title, *known.others)
+    ]
     near = difflib.get_close_matches(value[:100].lower(), names, n=1)
     proposal = f", did you mean {near[0]}" if near else ""
     known = ", ".join(each.name for each in samplers.SAMPLERS)
@@ -288,47 +341,61 @@ def sampler(value: str) -> str:
 
 
 def text(value: str) -> str:
-    """A prompt; bytes that are no text arrive from the command line as lone surrogates, which no file can hold."""
+    """A prompt; bytes that are no text arrive from the command line as lone surrogates, which no
+    file can hold."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("the text is not valid UTF-8: save or type it anew") from None
+        raise argparse.ArgumentTypeError(
+            "the text is not valid UTF-8: save or type it anew"
+        ) from None
     return value
 
 
 def name(value: str) -> str:
     """A name that has to say something: an empty path would mean the folder one is in."""
     if not value.strip() or "\0" in value:
-        raise argparse.ArgumentTypeError("the name is empty" if not value.strip() else "no name can hold a NUL")
+        raise argparse.ArgumentTypeError(
+            "the name is empty" if not value.strip() else "no name can hold a NUL"
+        )
     return text(value)
 
 
 def lora(value: str) -> str:
-    """NAME or NAME:STRENGTH; it stays one word, so that defaults and the command line show the same."""
+    """NAME or NAME:STRENGTH; it stays one word, so that defaults and the command line show the
+    same."""
     path, strength = split_strength(value)
     if abs(strength) > STRONGEST:
-        raise argparse.ArgumentTypeError(f"a strength of {strength:g} is out of range: -{STRONGEST} to {STRONGEST}")
+        raise argparse.ArgumentTypeError(
+            f"a strength of {strength:g} is out of range: -{STRONGEST} to {STRONGEST}"
+        )
     name(path)
     return text(value)
 
 
 def folder(value: str) -> str:
-    """A folder that is made where it is missing, with no name that Windows refuses if that is where we are."""
+    """A folder that is made where it is missing, with no name that Windows refuses if that is where
+    we are."""
     if WINDOWS and (part := refused_by_windows(name(value))):
-        raise argparse.ArgumentTypeError(f"Windows takes no folder of the name {_short(part)}: choose another")
+        raise argparse.ArgumentTypeError(
+            f"Windows takes no folder of the name {_short(part)}: choose another"
+        )
     return name(value)
 
 
 def extension(value: str) -> str:
     """How caption files' names end, with the dot or without."""
     pictures = r"(.*\.)?(jpe?g|png|bmp|webp|gif|tiff?|avif|hei[cf])"
-    if not re.fullmatch(r"\.?\w[\w.-]{0,30}", value, re.ASCII) or re.fullmatch(pictures, value.lower()):
+    if not re.fullmatch(r"\.?\w[\w.-]{0,30}", value, re.ASCII) or re.fullmatch(
+        pictures, value.lower()
+    ):
         raise argparse.ArgumentTypeError(f"{_short(value)} is no extension such as .txt")
     return f".{value.removeprefix('.')}"
 
 
 def strengths(value: str) -> list[float]:
-    """How strongly to apply a LoRA, one number or several with commas between them, in the order given."""
+    """How strongly to apply a LoRA, one number or several with commas between them, in the order
+    given."""
     return list(dict.fromkeys(number(float, -10, 10)(part) for part in value.split(",")))
 
 
@@ -349,7 +416,11 @@ GUIDANCE = number(float, 0, 100)
 
 def resuming(argv: list[str]) -> list[str]:
     """The command line that goes on where this one was stopped."""
-    words = [word for word in argv if word != "--overwrite_output" and not word.startswith("--resume_from_checkpoint=")]
+    words = [
+        word
+        for word in argv
+        if word != "--overwrite_output" and not word.startswith("--resume_from_checkpoint=")
+    ]
     if "--resume_from_checkpoint" in words:
         place = words.index("--resume_from_checkpoint")
         del words[place : place + 2]

@@ -1,4 +1,5 @@
-"""generate_megaman.py's command line: flags and defaults. Contradictions fail here, before a heavy import."""
+"""generate_megaman.py's command line: flags and defaults. Contradictions fail here, before a heavy
+import."""
 
 from __future__ import annotations
 
@@ -36,23 +37,37 @@ DEMO_GENERATION: dict[str, Any] = {
     "num_inference_steps": 20,
     "compare": "base",
 }
-MAY_DIFFER = {"from_image", "output_dir", "device", "lora_path", "base_model"}  # what an image's record need not settle
+MAY_DIFFER = {
+    "from_image",
+    "output_dir",
+    "device",
+    "lora_path",
+    "base_model",
+}  # what an image's record need not settle
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Base model and LoRAs"""
 
-    demo: bool = flag(False, "the embedded base with the LoRA that megaman_lora.py --demo trained", common=True)
+    demo: bool = flag(
+        False, "the embedded base with the LoRA that megaman_lora.py --demo trained", common=True
+    )
     base_model: str | None = flag(
-        None, "the base: a name on the hub, a local folder or a .safetensors file (default: the LoRA's)", name,
-        metavar="NAME", common=True,
-    )  # fmt: skip
+        None,
+        "the base: a name on the hub, a local folder or a .safetensors file (default: the LoRA's)",
+        name,
+        metavar="NAME",
+        common=True,
+    )
     lora_path: tuple[str, ...] = flag(
         ["./megaman_lora_output/lora_weights"],
-        "LoRAs, folders or .safetensors files, each with a strength behind a colon if not 1", lora,
-        nargs="+", metavar="NAME[:STRENGTH]", common=True,
-    )  # fmt: skip
+        "LoRAs, folders or .safetensors files, each with a strength behind a colon if not 1",
+        lora,
+        nargs="+",
+        metavar="NAME[:STRENGTH]",
+        common=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -60,9 +75,12 @@ class OutputConfig:
     """Output"""
 
     output_dir: str = flag(
-        "./generated_megaman", "images and index.html go here; existing ones stay", folder,
-        metavar="FOLDER", common=True,
-    )  # fmt: skip
+        "./generated_megaman",
+        "images and index.html go here; existing ones stay",
+        folder,
+        metavar="FOLDER",
+        common=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -70,13 +88,22 @@ class PromptConfig:
     """Prompts"""
 
     prompts: tuple[str, ...] | None = flag(
-        None, "one or more prompts (default: ten about Mega Man)", text, nargs="+", metavar="PROMPT", common=True
+        None,
+        "one or more prompts (default: ten about Mega Man)",
+        text,
+        nargs="+",
+        metavar="PROMPT",
+        common=True,
     )
     prompts_file: str | None = flag(
         None, "a file with one prompt a line; # begins a comment", name, metavar="FILE", common=True
     )
-    negative_prompt: str = flag(DEFAULT_NEGATIVE_PROMPT, "what the images should not show", text, common=True)
-    num_images_per_prompt: int = flag(1, "images of each prompt", number(int, 1, 10000), common=True)
+    negative_prompt: str = flag(
+        DEFAULT_NEGATIVE_PROMPT, "what the images should not show", text, common=True
+    )
+    num_images_per_prompt: int = flag(
+        1, "images of each prompt", number(int, 1, 10000), common=True
+    )
 
 
 @dataclass(frozen=True)
@@ -86,14 +113,24 @@ class SamplingConfig:
     num_inference_steps: int = flag(25, "sampling steps", STEPS, common=True)
     guidance_scale: float = flag(7.5, "how closely the prompt is followed", GUIDANCE, common=True)
     height: int | None = flag(
-        None, "image height in pixels (default: 512; the base's own size if it is smaller)", side, common=True
+        None,
+        "image height in pixels (default: 512; the base's own size if it is smaller)",
+        side,
+        common=True,
     )
-    width: int | None = flag(None, "image width in pixels (default: as for --height)", side, common=True)
+    width: int | None = flag(
+        None, "image width in pixels (default: as for --height)", side, common=True
+    )
     seed: int = flag(42, "image j of a prompt uses seed + j", SEED, common=True)
     scheduler: str = flag(
-        samplers.DEFAULT.name, "the sampler, by A1111's name, kohya's or diffusers'", sampler, metavar="NAME"
+        samplers.DEFAULT.name,
+        "the sampler, by A1111's name, kohya's or diffusers'",
+        sampler,
+        metavar="NAME",
     )
-    clip_skip: int = flag(1, "2 takes the text states one layer earlier, as A1111", number(int, 1, 64))
+    clip_skip: int = flag(
+        1, "2 takes the text states one layer earlier, as A1111", number(int, 1, 64)
+    )
 
 
 @dataclass(frozen=True)
@@ -104,7 +141,10 @@ class ComputeConfig:
         None, "images generated at once (default: what is fast and fits)", number(int, 1, 1024)
     )
     device: str | None = flag(
-        None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"), common=True
+        None,
+        "where to compute (default: the best there is)",
+        choices=("cuda", "mps", "cpu"),
+        common=True,
     )
 
 
@@ -113,13 +153,23 @@ class ComparisonConfig:
     """Comparison"""
 
     compare: str | None = flag(
-        None, "generate each image without the LoRA too and show both side by side", choices=("base",), common=True
+        None,
+        "generate each image without the LoRA too and show both side by side",
+        choices=("base",),
+        common=True,
     )
     lora_scale: float | None = flag(
-        None, "a factor on the strength of all LoRAs (default: 1)", number(float, -10, 10), common=True
+        None,
+        "a factor on the strength of all LoRAs (default: 1)",
+        number(float, -10, 10),
+        common=True,
     )
     lora_scales: tuple[float, ...] | None = flag(
-        None, "generate at each of these strengths; 0 is the base alone", strengths, metavar="S,S,...", common=True
+        None,
+        "generate at each of these strengths; 0 is the base alone",
+        strengths,
+        metavar="S,S,...",
+        common=True,
     )
     checkpoints: str | None = flag(
         None, "generate with every checkpoint of this training output", name, metavar="FOLDER"
@@ -130,7 +180,9 @@ class ComparisonConfig:
 class AgainConfig:
     """Earlier runs and images"""
 
-    resume: bool = flag(False, "continue the stopped run of the same flags; nothing is generated twice", common=True)
+    resume: bool = flag(
+        False, "continue the stopped run of the same flags; nothing is generated twice", common=True
+    )
     from_image: str | None = flag(
         None, "generate an image again, with all the settings that it carries", name, metavar="PNG"
     )
@@ -169,7 +221,8 @@ def generate_parser() -> Parser:
 
 
 def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
-    """Parse generate_megaman.py's command line: plain defaults, then --demo's, then the typed flags.
+    """Parse generate_megaman.py's command line: plain defaults, then --demo's, then the typed
+    flags.
 
     All mistakes are reported together, with exit code 2.
     """

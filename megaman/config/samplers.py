@@ -1,4 +1,5 @@
-"""Samplers by name: one word each for --scheduler, the title that A1111 shows, the class of diffusers behind it."""
+"""Samplers by name: one word each for --scheduler, the title that A1111 shows, the class of
+diffusers behind it."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: scheduler and settings are diffusers' class and what its from_config is told beside the base's own
-    noise schedule; others are further names that it goes by, such as kohya's."""
+    """A sampler: scheduler and settings are diffusers' class and what its from_config is told
+    beside the base's own noise schedule; others are further names that it goes by, such as
+    kohya's."""
 
     name: str
     title: str
@@ -43,8 +45,11 @@ DEFAULT = SAMPLERS[0]
 
 
 def find(word: str) -> Sampler | None:
-    """The sampler that a word means: ours, A1111's title, kohya's (k_euler_a) or diffusers' class; None for none."""
-    plain = re.sub(r"^k_", "", re.sub(r"[\s-]+", "_", word.strip().lower())).removesuffix("scheduler")
+    """The sampler that a word means: ours, A1111's title, kohya's (k_euler_a) or diffusers' class;
+    None for none."""
+    plain = re.sub(r"^k_", "", re.sub(r"[\s-]+", "_", word.strip().lower())).removesuffix(
+        "scheduler"
+    )
     for sampler in SAMPLERS:
         if plain in (sampler.name, re.sub(r"\s+", "_", sampler.title.lower()), *sampler.others):
             return sampler

@@ -1,4 +1,5 @@
-"""megaman_lora.py's command line: flags, defaults, presets. Contradictions fail here, before a heavy import."""
+"""megaman_lora.py's command line: flags, defaults, presets. Contradictions fail here, before a
+heavy import."""
 
 from __future__ import annotations
 
@@ -28,8 +29,16 @@ from megaman.hub import DEFAULT_BASE
 
 DEFAULT_PROMPT = "mega man, blue robot, helmet, game character, high quality"
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-REPLACED = r"((checkpoint|samples)-\d+|lora_weights)(?![^/\\])"  # the folders in --output_dir that a run replaces
+SCHEDULERS = [
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+]
+# the folders in --output_dir that a run replaces
+REPLACED = r"((checkpoint|samples)-\d+|lora_weights)(?![^/\\])"
 POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "demo"
@@ -37,11 +46,16 @@ DEMO = Path(__file__).resolve().parent.parent.parent / "demo"
 PRESETS: dict[str, dict[str, Any]] = {
     "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
     "quality": {"lora_rank": 8, "lora_alpha": 32, "learning_rate": 5e-5, "max_train_steps": 2000},
-    "professional": {"lora_rank": 16, "lora_alpha": 64, "learning_rate": 2e-5, "max_train_steps": 3000},
+    "professional": {
+        "lora_rank": 16,
+        "lora_alpha": 64,
+        "learning_rate": 2e-5,
+        "max_train_steps": 3000,
+    },
 }
 
-# What makes the embedded base and pictures a success on two cores in about two minutes. Convolutions are among the
-# targets because a small UNet keeps most of its shapes in them.
+# What makes the embedded base and pictures a success on two cores in about two minutes.
+# Convolutions are among the targets because a small UNet keeps most of its shapes in them.
 DEMO_TRAINING: dict[str, Any] = {
     "pretrained_model_name": str(DEMO / "base"),
     "data_dir": str(DEMO / "images"),
@@ -92,12 +106,16 @@ ORDER = (
 class RunConfig:
     """Run"""
 
-    preset: str | None = flag(None, "a recipe; flags that are typed win", choices=tuple(PRESETS), common=True)
+    preset: str | None = flag(
+        None, "a recipe; flags that are typed win", choices=tuple(PRESETS), common=True
+    )
     demo: bool = flag(False, "everything embedded: a whole run in minutes", common=True)
     check_data: bool = flag(False, "report on pictures and captions, train nothing", common=True)
     plan: bool = flag(False, "say what memory it would need, train nothing", common=True)
     strict: bool = flag(False, "with --check_data: exit 1 if something is wrong")
-    seed: int | None = flag(None, "makes a run repeatable (default: a random one)", SEED, common=True)
+    seed: int | None = flag(
+        None, "makes a run repeatable (default: a random one)", SEED, common=True
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,11 @@ class BaseConfig:
     """Base model"""
 
     pretrained_model_name: str = flag(
-        DEFAULT_BASE, "a name on the hub, a local folder or a .safetensors file", name, metavar="NAME", common=True
+        DEFAULT_BASE,
+        "a name on the hub, a local folder or a .safetensors file",
+        name,
+        metavar="NAME",
+        common=True,
     )
 
 
@@ -114,21 +136,36 @@ class DataConfig:
     """Pictures"""
 
     data_dir: str = flag(
-        "./megaman_images", "the pictures, each with an optional caption in NAME.txt", name,
-        metavar="FOLDER", common=True,
-    )  # fmt: skip
+        "./megaman_images",
+        "the pictures, each with an optional caption in NAME.txt",
+        name,
+        metavar="FOLDER",
+        common=True,
+    )
     class_data_dir: str | None = flag(
-        None, "regularization pictures: what the base should still generate as before", name, metavar="FOLDER"
+        None,
+        "regularization pictures: what the base should still generate as before",
+        name,
+        metavar="FOLDER",
     )
     dataset_repeats: int = flag(1, "times that an epoch sees every picture", number(int, 1, 10**5))
     skip_bad_images: bool = flag(False, "train even if most of the pictures cannot be used")
     resolution: int = flag(
-        512, "side of the square pictures in pixels, a multiple of 8", side, common=True, resume=True
+        512,
+        "side of the square pictures in pixels, a multiple of 8",
+        side,
+        common=True,
+        resume=True,
     )
     center_crop: bool = flag(False, "crop the middle; otherwise at random", resume=True)
-    crop_variants: int = flag(4, "random crops kept of a picture that is not square", number(int, 1, 64), resume=True)
+    crop_variants: int = flag(
+        4, "random crops kept of a picture that is not square", number(int, 1, 64), resume=True
+    )
     random_flip: bool = flag(
-        False, "mirror pictures at random, unless the caption says left or right", common=True, resume=True
+        False,
+        "mirror pictures at random, unless the caption says left or right",
+        common=True,
+        resume=True,
     )
     dataloader_num_workers: int = flag(0, "processes that decode pictures", number(int, 0, 64))
 
@@ -138,20 +175,38 @@ class CaptionConfig:
     """Captions"""
 
     caption_extension: str | None = flag(
-        None, "of the caption files (default: .txt, if there is none .caption)", extension, metavar="EXT"
+        None,
+        "of the caption files (default: .txt, if there is none .caption)",
+        extension,
+        metavar="EXT",
     )
-    trigger_word: str = flag("", "put in front of captions that do not contain it", text, common=True)
+    trigger_word: str = flag(
+        "", "put in front of captions that do not contain it", text, common=True
+    )
     caption_prefix: str = flag("", "put in front of every caption, with a space", text)
     caption_suffix: str = flag("", "put behind every caption, with a space", text)
     auto_caption: str | None = flag(
-        None, "BLIP (a name on the hub or a folder) writes missing captions", name, metavar="MODEL", common=True
+        None,
+        "BLIP (a name on the hub or a folder) writes missing captions",
+        name,
+        metavar="MODEL",
+        common=True,
     )
-    shuffle_caption: bool = flag(False, "the tags between commas in another order at every visit", resume=True)
+    shuffle_caption: bool = flag(
+        False, "the tags between commas in another order at every visit", resume=True
+    )
     keep_tokens: int = flag(  # parse_train_config derives what is not typed
-        None, "first tags that stay (default: the trigger word's, or 0)", number(int, 0, 1000), resume=True
+        None,
+        "first tags that stay (default: the trigger word's, or 0)",
+        number(int, 0, 1000),
+        resume=True,
     )
-    caption_dropout_rate: float = flag(0.0, "probability that a caption is dropped", PROBABILITY, resume=True)
-    caption_tag_dropout_rate: float = flag(0.0, "probability that a tag is dropped", PROBABILITY, resume=True)
+    caption_dropout_rate: float = flag(
+        0.0, "probability that a caption is dropped", PROBABILITY, resume=True
+    )
+    caption_tag_dropout_rate: float = flag(
+        0.0, "probability that a tag is dropped", PROBABILITY, resume=True
+    )
 
     @property
     def makes_new(self) -> bool:
@@ -163,7 +218,9 @@ class CaptionConfig:
 class BucketConfig:
     """Aspect-ratio buckets"""
 
-    enable_bucket: bool = flag(False, "train on pictures in their own shape", common=True, resume=True)
+    enable_bucket: bool = flag(
+        False, "train on pictures in their own shape", common=True, resume=True
+    )
     min_bucket_reso: int | None = flag(
         None, "shortest side of a bucket (default: half of the base's size)", side, resume=True
     )
@@ -171,7 +228,10 @@ class BucketConfig:
         None, "longest side of a bucket (default: twice the base's size)", side, resume=True
     )
     bucket_reso_steps: int | None = flag(
-        None, "what the sides are multiples of (default: an eighth of the base's size)", side, resume=True
+        None,
+        "what the sides are multiples of (default: an eighth of the base's size)",
+        side,
+        resume=True,
     )
     bucket_no_upscale: bool = flag(
         False, "small pictures get buckets of their own instead of being enlarged", resume=True
@@ -179,8 +239,13 @@ class BucketConfig:
 
     def limits(self, resolution: int) -> dict[str, Any]:
         """What is given for the buckets, under the names of make_buckets."""
-        return {"resolution": resolution, "smallest": self.min_bucket_reso, "largest": self.max_bucket_reso,
-                "step": self.bucket_reso_steps, "upscale": not self.bucket_no_upscale}  # fmt: skip
+        return {
+            "resolution": resolution,
+            "smallest": self.min_bucket_reso,
+            "largest": self.max_bucket_reso,
+            "step": self.bucket_reso_steps,
+            "upscale": not self.bucket_no_upscale,
+        }
 
 
 @dataclass(frozen=True)
@@ -188,11 +253,15 @@ class CacheConfig:
     """Cache of encoded pictures"""
 
     cache_dir: str | None = flag(
-        None, "where encoded pictures are kept for later runs (default: ~/.cache/megaman_lora)", folder,
+        None,
+        "where encoded pictures are kept for later runs (default: ~/.cache/megaman_lora)",
+        folder,
         metavar="FOLDER",
-    )  # fmt: skip
+    )
     cache_limit: float = flag(10.0, "how large it may grow", number(float, 0, MANY), metavar="GB")
-    no_cache: bool = flag(False, "encode a picture anew at every visit, with a new random crop each time", resume=True)
+    no_cache: bool = flag(
+        False, "encode a picture anew at every visit, with a new random crop each time", resume=True
+    )
 
     def path(self) -> Path | None:
         """The folder of the cache; None without one, as when the system knows no home."""
@@ -205,66 +274,102 @@ class CacheConfig:
 class LoraConfig:
     """LoRA"""
 
-    lora_rank: int = flag(4, "rank of the LoRA's matrices", number(int, 1, 1024), common=True, resume=True)
-    lora_alpha: float = flag(
-        32, "strength: scale = alpha / rank", number(float, 0, 65536, exclusive=True), common=True, resume=True
+    lora_rank: int = flag(
+        4, "rank of the LoRA's matrices", number(int, 1, 1024), common=True, resume=True
     )
-    use_rslora: bool = flag(False, "scale by alpha / sqrt(rank), so that high ranks learn as fast", resume=True)
-    lora_dropout: float = flag(0.0, "share of each layer's inputs that the LoRA misses at a step", SHARE)
+    lora_alpha: float = flag(
+        32,
+        "strength: scale = alpha / rank",
+        number(float, 0, 65536, exclusive=True),
+        common=True,
+        resume=True,
+    )
+    use_rslora: bool = flag(
+        False, "scale by alpha / sqrt(rank), so that high ranks learn as fast", resume=True
+    )
+    lora_dropout: float = flag(
+        0.0, "share of each layer's inputs that the LoRA misses at a step", SHARE
+    )
     target_modules: tuple[str, ...] = flag(
         DEFAULT_TARGETS, "UNet layers that get a LoRA", name, nargs="+", metavar="NAME", resume=True
     )
-    train_text_encoder: bool = flag(False, "a LoRA for the text encoder too", common=True, resume=True)
+    train_text_encoder: bool = flag(
+        False, "a LoRA for the text encoder too", common=True, resume=True
+    )
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Steps and learning rate"""
 
-    train_batch_size: int = flag(1, "pictures a forward pass and device", number(int, 1, 4096), common=True)
-    gradient_accumulation_steps: int = flag(1, "forward passes an optimizer step", number(int, 1, 65536), common=True)
-    num_train_epochs: int = flag(100, "times every picture is seen", number(int, 1, 10**6), common=True)
-    max_train_steps: int | None = flag(None, "optimizer steps; wins over --num_train_epochs", COUNT, common=True)
+    train_batch_size: int = flag(
+        1, "pictures a forward pass and device", number(int, 1, 4096), common=True
+    )
+    gradient_accumulation_steps: int = flag(
+        1, "forward passes an optimizer step", number(int, 1, 65536), common=True
+    )
+    num_train_epochs: int = flag(
+        100, "times every picture is seen", number(int, 1, 10**6), common=True
+    )
+    max_train_steps: int | None = flag(
+        None, "optimizer steps; wins over --num_train_epochs", COUNT, common=True
+    )
     learning_rate: float = flag(1e-4, "peak learning rate", RATE, common=True)
     text_encoder_lr: float | None = flag(
         None, "the text encoder's peak learning rate (default: as --learning_rate)", RATE
     )
     lr_scheduler: str = flag(
-        "constant", f"how the rate changes: {', '.join(SCHEDULERS)}", choices=tuple(SCHEDULERS),
-        metavar="NAME", common=True,
-    )  # fmt: skip
+        "constant",
+        f"how the rate changes: {', '.join(SCHEDULERS)}",
+        choices=tuple(SCHEDULERS),
+        metavar="NAME",
+        common=True,
+    )
     lr_warmup_steps: int = flag(500, "steps over which the rate rises", COUNT_OR_ZERO)
     adam_beta1: float = flag(0.9, "AdamW's first decay", SHARE)
     adam_beta2: float = flag(0.999, "AdamW's second decay", SHARE)
     adam_weight_decay: float = flag(1e-2, "AdamW's weight decay", number(float, 0, 100))
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon", number(float, 0, 1, exclusive=True))
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", number(float, 0, MANY, exclusive=True))
+    max_grad_norm: float = flag(
+        1.0, "gradients are clipped to this norm", number(float, 0, MANY, exclusive=True)
+    )
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Loss"""
 
-    snr_gamma: float | None = flag(None, "min-SNR loss weighting; 5 is usual", number(float, 0, 1000, exclusive=True))
+    snr_gamma: float | None = flag(
+        None, "min-SNR loss weighting; 5 is usual", number(float, 0, 1000, exclusive=True)
+    )
     noise_offset: float = flag(0.0, "strength of an offset noise; 0.05 is usual", PROBABILITY)
-    prior_loss_weight: float = flag(1.0, "weight of the loss on --class_data_dir", number(float, 0, 1000))
+    prior_loss_weight: float = flag(
+        1.0, "weight of the loss on --class_data_dir", number(float, 0, 1000)
+    )
 
 
 @dataclass(frozen=True)
 class ComputeConfig:
     """Speed and memory"""
 
-    mixed_precision: str = flag("fp16", "what the frozen base computes in", choices=("no", "fp16", "bf16"), common=True)
-    memory_format: str = flag("auto", "of the convolutions", choices=("auto", "contiguous", "channels_last"))
+    mixed_precision: str = flag(
+        "fp16", "what the frozen base computes in", choices=("no", "fp16", "bf16"), common=True
+    )
+    memory_format: str = flag(
+        "auto", "of the convolutions", choices=("auto", "contiguous", "channels_last")
+    )
     enable_xformers_memory_efficient_attention: bool = flag(
         False, "xformers' attention instead of torch's own (sdpa); for NVIDIA GPUs"
     )
     compile: bool = flag(False, "compile the UNet's repeated blocks; for NVIDIA GPUs")
     gradient_checkpointing: bool = flag(False, "less memory, slower steps", common=True)
     vram_limit: float | None = flag(
-        None, "GPU memory to stay within (default: what is free)", number(float, 0, 1024, exclusive=True),
-        metavar="GB", common=True,
-    )  # fmt: skip
+        None,
+        "GPU memory to stay within (default: what is free)",
+        number(float, 0, 1024, exclusive=True),
+        metavar="GB",
+        common=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -273,7 +378,9 @@ class ValidationConfig:
 
     validation_prompt: str = flag(DEFAULT_PROMPT, "what the sample images show", text, common=True)
     validation_steps: int = flag(100, "steps between sample images", COUNT, common=True)
-    num_validation_images: int = flag(4, "sample images each time; 0 for none", number(int, 0, 1000), common=True)
+    num_validation_images: int = flag(
+        4, "sample images each time; 0 for none", number(int, 0, 1000), common=True
+    )
 
 
 @dataclass(frozen=True)
@@ -281,16 +388,24 @@ class OutputConfig:
     """Output and checkpoints"""
 
     output_dir: str = flag(
-        "./megaman_lora_output", "checkpoints, samples and the LoRA go here", folder, metavar="FOLDER", common=True
+        "./megaman_lora_output",
+        "checkpoints, samples and the LoRA go here",
+        folder,
+        metavar="FOLDER",
+        common=True,
     )
     overwrite_output: bool = flag(False, "delete what an earlier run left in --output_dir")
     logging_dir: str = flag("./logs", "TensorBoard's folder", folder, metavar="FOLDER")
     save_steps: int = flag(500, "steps between checkpoints", COUNT, common=True)
-    checkpoints_total_limit: int | None = flag(None, "checkpoints kept; older ones are deleted", COUNT)
+    checkpoints_total_limit: int | None = flag(
+        None, "checkpoints kept; older ones are deleted", COUNT
+    )
     resume_from_checkpoint: str | None = flag(
         None, "continue from a checkpoint", name, metavar="latest|FOLDER", common=True
     )
-    save_precision: str = flag("float", "what lora_weights/ is written in", choices=("float", "fp16", "bf16"))
+    save_precision: str = flag(
+        "float", "what lora_weights/ is written in", choices=("float", "fp16", "bf16")
+    )
 
 
 @dataclass(frozen=True)
@@ -317,16 +432,29 @@ class TrainConfig:
         return {name: values[name] for name in ORDER}
 
     def resume_settings(self) -> dict[str, Any]:
-        """What a resumed run has to share, in addition to base, seed, pictures and their number a step."""
+        """What a resumed run has to share, in addition to base, seed, pictures and their number a
+        step."""
         flags = flags_of(TrainConfig)
-        return {name: value for name, value in self.settings().items() if flags[name].metadata["flag"].resume}
+        return {
+            name: value
+            for name, value in self.settings().items()
+            if flags[name].metadata["flag"].resume
+        }
 
     def memory_request(self) -> dict[str, Any]:
-        """What the memory of a run depends on, under the names of memory_estimate.Plan, and the base's name."""
-        return {"name": self.base.pretrained_model_name, "size": self.data.resolution, "rank": self.lora.lora_rank,
-                "targets": list(self.lora.target_modules), "dropout": self.lora.lora_dropout,
-                "reads": self.captions.makes_new, "trains_text_encoder": self.lora.train_text_encoder,
-                "encodes": self.cache.no_cache, "images": self.validation.num_validation_images}  # fmt: skip
+        """What the memory of a run depends on, under the names of memory_estimate.Plan, and the
+        base's name."""
+        return {
+            "name": self.base.pretrained_model_name,
+            "size": self.data.resolution,
+            "rank": self.lora.lora_rank,
+            "targets": list(self.lora.target_modules),
+            "dropout": self.lora.lora_dropout,
+            "reads": self.captions.makes_new,
+            "trains_text_encoder": self.lora.train_text_encoder,
+            "encodes": self.cache.no_cache,
+            "images": self.validation.num_validation_images,
+        }
 
 
 def train_parser() -> Parser:
@@ -345,14 +473,17 @@ def train_parser() -> Parser:
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """Parse megaman_lora.py's command line: plain defaults, then --demo's, then --preset's, then the typed flags.
+    """Parse megaman_lora.py's command line: plain defaults, then --demo's, then --preset's, then
+    the typed flags.
 
     All mistakes are reported together, with exit code 2.
     """
     parser = train_parser()
     typed, mistakes = parser.read(argv)
     demo = DEMO_TRAINING if typed.get("demo") else {}
-    if "crop_variants" in typed and "center_crop" not in typed:  # the demo's own center would leave it without effect
+    if (
+        "crop_variants" in typed and "center_crop" not in typed
+    ):  # the demo's own center would leave it without effect
         demo = {**demo, "center_crop": False}
     preset = PRESETS.get(typed.get("preset"), {})
     values = {**parser.defaults(), **demo, **preset, **typed}
@@ -365,7 +496,8 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
 def derived(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that follow from others."""
     affixes = {
-        flag: " ".join((values[flag] or "").split()) for flag in ("trigger_word", "caption_prefix", "caption_suffix")
+        flag: " ".join((values[flag] or "").split())
+        for flag in ("trigger_word", "caption_prefix", "caption_suffix")
     }
     text_encoder_lr, keep_tokens = values["text_encoder_lr"], values["keep_tokens"]
     if values["train_text_encoder"] and text_encoder_lr is None:
@@ -377,7 +509,8 @@ def derived(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
-    """What cannot be meant together. What is merely without effect, such as more steps than epochs, is no mistake."""
+    """What cannot be meant together. What is merely without effect, such as more steps than epochs,
+    is no mistake."""
     if config.run.strict and not config.run.check_data:
         yield "--strict belongs to --check_data: add that or leave it out"
     if config.run.plan and config.run.check_data:
@@ -406,7 +539,12 @@ def _rate_contradictions(config: TrainConfig) -> Iterator[str]:
         if optimizer.lr_scheduler == "polynomial" and rate <= POLYNOMIAL_END:
             yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: give a higher --{flag_name}"
     warmup, total = optimizer.lr_warmup_steps, optimizer.max_train_steps
-    if "lr_warmup_steps" in config.explicit and optimizer.lr_scheduler != "constant" and total and warmup >= total:
+    if (
+        "lr_warmup_steps" in config.explicit
+        and optimizer.lr_scheduler != "constant"
+        and total
+        and warmup >= total
+    ):
         yield (
             f"--lr_warmup_steps {warmup} is not below --max_train_steps {total}: "
             "the rate would never be reached; lower the one or raise the other"
@@ -414,7 +552,11 @@ def _rate_contradictions(config: TrainConfig) -> Iterator[str]:
 
 
 def _crop_contradictions(config: TrainConfig) -> Iterator[str]:
-    if config.data.center_crop and config.data.crop_variants > 1 and "crop_variants" in config.explicit:
+    if (
+        config.data.center_crop
+        and config.data.crop_variants > 1
+        and "crop_variants" in config.explicit
+    ):
         yield "--center_crop and --crop_variants contradict each other: leave one out"
     for flag_name in ("cache_dir", "cache_limit", "crop_variants"):
         if config.cache.no_cache and flag_name in config.explicit:
@@ -431,8 +573,16 @@ def _bucket_contradictions(config: BucketConfig, resolution: int) -> Iterator[st
 
 
 def _folder_contradictions(config: TrainConfig) -> Iterator[str]:
-    data_dir, class_data_dir, output_dir = config.data.data_dir, config.data.class_data_dir, config.output.output_dir
-    places = {"data_dir": data_dir, "class_data_dir": class_data_dir, "logging_dir": config.output.logging_dir}
+    data_dir, class_data_dir, output_dir = (
+        config.data.data_dir,
+        config.data.class_data_dir,
+        config.output.output_dir,
+    )
+    places = {
+        "data_dir": data_dir,
+        "class_data_dir": class_data_dir,
+        "logging_dir": config.output.logging_dir,
+    }
     for flag_name in ("data_dir", "class_data_dir"):
         if places[flag_name] and below(output_dir, places[flag_name]):
             yield f"--output_dir {output_dir} is within --{flag_name}: its samples would be trained on; name another"
@@ -449,11 +599,15 @@ def _folder_contradictions(config: TrainConfig) -> Iterator[str]:
 def contradiction(
     resolution: int, smallest: int | None, largest: int | None, step: int | None
 ) -> tuple[str, str] | None:
-    """What is wrong with these limits, and the remedy; None where nothing is, or not as far as they are known."""
+    """What is wrong with these limits, and the remedy; None where nothing is, or not as far as they
+    are known."""
     if smallest and smallest > resolution:
         return f"--min_bucket_reso {smallest} is above --resolution {resolution}", "lower it"
     if largest and largest < resolution:
         return f"--max_bucket_reso {largest} is below --resolution {resolution}", "raise it"
     if step and step > resolution:
-        return f"--bucket_reso_steps {step} is above --resolution {resolution}: no side would fit", "lower it"
+        return (
+            f"--bucket_reso_steps {step} is above --resolution {resolution}: no side would fit",
+            "lower it",
+        )
     return None

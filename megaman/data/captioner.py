@@ -1,4 +1,5 @@
-"""Captions written by BLIP (Li et al. 2022, arXiv 2201.12086) for pictures that lack one, as text files beside them."""
+"""Captions written by BLIP (Li et al. 2022, arXiv 2201.12086) for pictures that lack one, as text
+files beside them."""
 
 from __future__ import annotations
 
@@ -28,12 +29,19 @@ if TYPE_CHECKING:
 
 AT_ONCE = 16  # pictures; more are hardly faster
 WANTED = "BlipForConditionalGeneration"
-SEARCH = {"num_beams": 3, "max_length": 20, "min_length": 5}  # as BLIP's authors caption, in words and parts of words
-WAYS_ON = "Name a local folder or Salesforce/blip-image-captioning-large, or leave --auto_caption out"
+SEARCH = {
+    "num_beams": 3,
+    "max_length": 20,
+    "min_length": 5,
+}  # as BLIP's authors caption, in words and parts of words
+WAYS_ON = (
+    "Name a local folder or Salesforce/blip-image-captioning-large, or leave --auto_caption out"
+)
 
 
 class Captioner:
-    """BLIP on a device; it takes at_once pictures at a time, fewer where memory does not suffice."""
+    """BLIP on a device; it takes at_once pictures at a time, fewer where memory does not
+    suffice."""
 
     def __init__(
         self,
@@ -42,15 +50,23 @@ class Captioner:
         image_processor: BlipImageProcessorPil,
         at_once: int = AT_ONCE,
     ):
-        self.model, self.tokenizer, self.image_processor, self.at_once = model, tokenizer, image_processor, at_once
+        self.model, self.tokenizer, self.image_processor, self.at_once = (
+            model,
+            tokenizer,
+            image_processor,
+            at_once,
+        )
 
     def pixel_values(self, image: Image.Image) -> torch.Tensor:
         """An RGB image of any size as the model sees it, whole: float32 [3, side, side]."""
         side = self.model.config.vision_config.image_size
-        return self.image_processor(image, size={"height": side, "width": side}, return_tensors="pt").pixel_values[0]
+        return self.image_processor(
+            image, size={"height": side, "width": side}, return_tensors="pt"
+        ).pixel_values[0]
 
     def describe(self, pixels: torch.Tensor) -> list[str]:
-        """A caption on one line for each of the pictures [N, 3, side, side]; "" where the model has nothing to say."""
+        """A caption on one line for each of the pictures [N, 3, side, side]; "" where the model has
+        nothing to say."""
         ids = until_it_fits(partial(self._generate, pixels), self._make_room)
         return [tidy(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -59,20 +75,24 @@ class Captioner:
         """Token ids for each picture, without the one that every caption starts with."""
         ids = []
         for part in pixels.split(self.at_once):
-            drawn = self.model.generate(pixel_values=part.to(self.model.device, self.model.dtype), **SEARCH)
+            drawn = self.model.generate(
+                pixel_values=part.to(self.model.device, self.model.dtype), **SEARCH
+            )
             ids += drawn[:, 1:].tolist()
         return ids
 
     def _make_room(self) -> None:
         if self.at_once == 1:
             raise UserError(
-                "Captioning needs more memory than there is", "Take a smaller model or close other programs"
+                "Captioning needs more memory than there is",
+                "Take a smaller model or close other programs",
             )
         self.at_once //= 2
 
 
 def load_captioner(name: str) -> Captioner:
-    """BLIP from a local folder or the hub on the best device there is, in fp16 on CUDA and in float32 elsewhere.
+    """BLIP from a local folder or the hub on the best device there is, in fp16 on CUDA and in
+    float32 elsewhere.
 
     Raises UserError where it is missing, incomplete, damaged, a pickle or no BLIP for captions.
     """
@@ -87,12 +107,18 @@ def load_captioner(name: str) -> Captioner:
             dtype=torch.float16 if device.type == "cuda" else torch.float32,
             output_loading_info=True,
         )
-        if missing := sorted(report["missing_keys"]):  # the library would go on with random numbers in their place
+        if missing := sorted(
+            report["missing_keys"]
+        ):  # the library would go on with random numbers in their place
             raise ValueError(f"it lacks {missing[0]}")
         tokenizer = BertTokenizer.from_pretrained(folder)
-        image_processor = BlipImageProcessorPil.from_pretrained(folder)  # the one that needs no torchvision
+        image_processor = BlipImageProcessorPil.from_pretrained(
+            folder
+        )  # the one that needs no torchvision
     except (SafetensorError, OSError, *ODD_CONFIGURATION) as error:
-        raise UserError(f"--auto_caption {name} cannot be loaded ({brief(error)})", WAYS_ON) from None
+        raise UserError(
+            f"--auto_caption {name} cannot be loaded ({brief(error)})", WAYS_ON
+        ) from None
     return Captioner(model.to(device).eval(), tokenizer, image_processor)
 
 
@@ -103,25 +129,51 @@ def _find(name: str) -> Path:
     refuse_pickle(name, WAYS_ON)
     if folder.is_file():
         raise UserError(f"--auto_caption {name} is a file, not a model's folder", WAYS_ON)
-    return hub.download("captioning model", name, [["*.json", "vocab.txt", "model*.safetensors"]], Path.is_dir, WAYS_ON)
+    return hub.download(
+        "captioning model",
+        name,
+        [["*.json", "vocab.txt", "model*.safetensors"]],
+        Path.is_dir,
+        WAYS_ON,
+    )
 
 
 def _check_kind(name: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise UserError(f"--auto_caption {name} holds no config.json, as a model in transformers' layout does", WAYS_ON)
+        raise UserError(
+            f"--auto_caption {name} holds no config.json, as a model in transformers' layout does",
+            WAYS_ON,
+        )
     content = read_json(folder / "config.json")
     config: dict[str, Any] = content if isinstance(content, dict) else {}
     kind, classes = config.get("model_type"), config.get("architectures") or [WANTED]
-    if kind != "blip" or classes != [WANTED]:  # BLIP's answers to questions come from another class of the same type
+    if kind != "blip" or classes != [
+        WANTED
+    ]:  # BLIP's answers to questions come from another class of the same type
         found = f"a {kind!s:.40} ({classes!s:.80})"
-        raise UserError(f"--auto_caption {name} is no BLIP that writes captions but {found}", WAYS_ON)
+        raise UserError(
+            f"--auto_caption {name} is no BLIP that writes captions but {found}", WAYS_ON
+        )
     if not list(folder.glob("*.safetensors")):
-        held = "only pickles (.bin), which can run code" if list(folder.glob("*.bin")) else "no .safetensors file"
-        raise UserError(f"--auto_caption {name} holds {held}, and nothing but safetensors is loaded", WAYS_ON)
-    wanted = [("tokenizer.json", "vocab.txt"), ("preprocessor_config.json", "processor_config.json")]
-    for names in wanted:  # the library would go on with a vocabulary of five words, or with its own numbers
+        held = (
+            "only pickles (.bin), which can run code"
+            if list(folder.glob("*.bin"))
+            else "no .safetensors file"
+        )
+        raise UserError(
+            f"--auto_caption {name} holds {held}, and nothing but safetensors is loaded", WAYS_ON
+        )
+    wanted = [
+        ("tokenizer.json", "vocab.txt"),
+        ("preprocessor_config.json", "processor_config.json"),
+    ]
+    for (
+        names
+    ) in wanted:  # the library would go on with a vocabulary of five words, or with its own numbers
         if not any((folder / file).is_file() for file in names):
-            raise UserError(f"--auto_caption {name} is not complete: {names[0]} is missing", WAYS_ON)
+            raise UserError(
+                f"--auto_caption {name} is not complete: {names[0]} is missing", WAYS_ON
+            )
 
 
 def caption_missing(
@@ -132,8 +184,8 @@ def caption_missing(
 ) -> None:
     """Have the model of that name write a caption for every picture of the dataset that lacks one.
 
-    The dataset itself stays as it is: read the folder again. say takes a line. Where nothing is missing, no model is
-    loaded. Raises UserError as load_captioner and write_captions do.
+    The dataset itself stays as it is: read the folder again. say takes a line. Where nothing is
+    missing, no model is loaded. Raises UserError as load_captioner and write_captions do.
     """
     extension = dataset.caption_extension or ".txt"
     bare = [path for path, found in zip(dataset.pictures, dataset.found, strict=True) if not found]
@@ -143,14 +195,16 @@ def caption_missing(
         return
     say(f"captions   {len(lacking)} are missing: {name} writes them")
     written = write_captions(load_captioner(name), lacking, progress, extension)
-    say(f"           {written} written as {extension} beside the pictures, for you to read and edit")
+    say(
+        f"           {written} written as {extension} beside the pictures, for you to read and edit"
+    )
     free()
 
 
 def without_file(pictures: Iterable[Path], extension: str = ".txt") -> list[Path]:
-    """Those of the pictures that have no file of that extension beside them, not even an empty one; of two that would
-    share one the first. Raises UserError where a folder among theirs cannot be written, before anybody waits for a
-    model."""
+    """Those of the pictures that have no file of that extension beside them, not even an empty one;
+    of two that would share one the first. Raises UserError where a folder among theirs cannot be
+    written, before anybody waits for a model."""
     lacking: dict[Path, Path] = {}
     for picture in pictures:
         if not os.path.lexists(target := picture.with_suffix(extension)):
@@ -167,17 +221,21 @@ def write_captions(
     progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
     extension: str = ".txt",
 ) -> int:
-    """Write a caption beside each of the pictures, in a text file of its stem, and return how many were written.
+    """Write a caption beside each of the pictures, in a text file of its stem, and return how many
+    were written.
 
-    A file that is there stays as it is. Pictures that cannot be read get none. What is written stays when the rest is
-    stopped. Raises UserError where a folder cannot be written.
+    A file that is there stays as it is. Pictures that cannot be read get none. What is written
+    stays when the rest is stopped. Raises UserError where a folder cannot be written.
     """
     written = 0
     waiting: dict[Path, torch.Tensor] = {}
 
     def write() -> int:
         texts = captioner.describe(torch.stack(list(waiting.values()))) if waiting else []
-        return sum(_write(picture.with_suffix(extension), text) for picture, text in zip(waiting, texts, strict=True))
+        return sum(
+            _write(picture.with_suffix(extension), text)
+            for picture, text in zip(waiting, texts, strict=True)
+        )
 
     for picture in progress(pictures):
         with contextlib.suppress(BadImageError):  # reported with the other problems of the folder

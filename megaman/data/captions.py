@@ -1,4 +1,5 @@
-"""Captions: the text file beside a picture, or words from the picture's name; what is done to them in training."""
+"""Captions: the text file beside a picture, or words from the picture's name; what is done to them
+in training."""
 
 from __future__ import annotations
 
@@ -15,26 +16,34 @@ from typing import NamedTuple
 
 COMMON_ENDING = "video game character, high quality"
 # File names run words together that captions keep apart.
-SPELLINGS = {"megaman": "mega man", "protoman": "proto man", "rockman": "rock man", "robotmaster": "robot master"}
+SPELLINGS = {
+    "megaman": "mega man",
+    "protoman": "proto man",
+    "rockman": "rock man",
+    "robotmaster": "robot master",
+}
 MOST_TOKENS = 75  # of a caption that CLIP reads
 EXTENSIONS = (".txt", ".caption")  # the first that is there counts
 LARGEST_FILE = 2**20  # bytes; 10,000 words are a tenth of it
 JOINERS = "\u200c\u200d\u200e\u200f\u061c"  # invisible, but emoji and right-to-left text need them
 INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode's controls, format marks and lone surrogates
-# Encodings that a text which is not Unicode may be in, by Python's name and the usual one. At a tie the first wins.
+# Encodings that a text which is not Unicode may be in, by Python's name and the usual one. At a tie
+# the first wins.
 LEGACY = {"cp1252": "Windows-1252", "cp932": "Shift-JIS", "cp950": "Big5"}
 
-# Words that a mirrored picture would belie. "right_arm" and "left-handed" are among them, "bright" is not.
+# Words that a mirrored picture would belie. "right_arm" and "left-handed" are among them, "bright"
+# is not.
 SIDES = re.compile(r"(?<![a-z])(left|right)(?![a-z])|[左右]", re.IGNORECASE)
 WESTERN = "’‘“”„…–—«»¿¡©®°€™½"  # marks that stand in Western text
 
-MOST_TAGS = 2000  # captions that are sentences give as many tags as pictures, and the header is read at every start
+# captions that are sentences give as many tags as pictures, and the header is read at every start
+MOST_TAGS = 2000
 
 
 class Caption(NamedTuple):
-    """A caption to train with; whether it was found or made from the picture's name; where a person should know
-    something about the file beside the picture, its path and that; and how the name of the file ends where it was
-    found in one."""
+    """A caption to train with; whether it was found or made from the picture's name; where a person
+    should know something about the file beside the picture, its path and that; and how the name of
+    the file ends where it was found in one."""
 
     text: str
     found: bool
@@ -43,8 +52,8 @@ class Caption(NamedTuple):
 
 
 def caption_for(picture: Path, extension: str | None = None) -> Caption:
-    """The text in the file of the same stem (caption_file), on one line; made from the picture's name where nothing
-    stands there."""
+    """The text in the file of the same stem (caption_file), on one line; made from the picture's
+    name where nothing stands there."""
     path = caption_file(picture, extension)
     if path is None:
         return Caption(caption_from_name(picture), False)
@@ -67,9 +76,11 @@ def tells_a_side(caption: str) -> bool:
 
 
 def caption_file(picture: Path, extension: str | None = None) -> Path | None:
-    """The file of a picture's stem with that extension, .txt or .caption where none is given; None where there is
-    none."""
-    stem = os.path.splitext(picture)[0]  # as text: Path would take most of the time with 100,000 pictures
+    """The file of a picture's stem with that extension, .txt or .caption where none is given; None
+    where there is none."""
+    stem = os.path.splitext(picture)[
+        0
+    ]  # as text: Path would take most of the time with 100,000 pictures
     for suffix in [extension] if extension else EXTENSIONS:
         for form in (suffix, suffix.upper()):
             try:
@@ -82,7 +93,8 @@ def caption_file(picture: Path, extension: str | None = None) -> Path | None:
 
 
 def content_of(path: Path, largest: int) -> bytes:
-    """A text file's bytes; raises OSError where it is no file, or one of more bytes than the largest."""
+    """A text file's bytes; raises OSError where it is no file, or one of more bytes than the
+    largest."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
         raise OSError("not a file")
@@ -93,10 +105,15 @@ def content_of(path: Path, largest: int) -> bytes:
 
 
 def tidy(text: str) -> str:
-    """The text on one line, without control and other invisible characters; empty where nothing visible is left."""
+    """The text on one line, without control and other invisible characters; empty where nothing
+    visible is left."""
     if text.isascii() and text.isprintable():
         return " ".join(text.split())
-    kept = (mark for mark in text if mark.isspace() or mark in JOINERS or unicodedata.category(mark) not in INVISIBLE)
+    kept = (
+        mark
+        for mark in text
+        if mark.isspace() or mark in JOINERS or unicodedata.category(mark) not in INVISIBLE
+    )
     line = " ".join("".join(kept).split())
     return line if line.strip(JOINERS + " ") else ""
 
@@ -104,9 +121,9 @@ def tidy(text: str) -> str:
 def decode(content: bytes) -> tuple[str, str | None]:
     """The text, and the name of its encoding where that had to be guessed.
 
-    Certain are UTF-8 with or without its mark, and UTF-16 with one. Then a text of which every second byte or nearly
-    so is zero is UTF-16 without a mark. Of the encodings in LEGACY the one in which the text looks most like writing
-    is taken (plausibility).
+    Certain are UTF-8 with or without its mark, and UTF-16 with one. Then a text of which every
+    second byte or nearly so is zero is UTF-16 without a mark. Of the encodings in LEGACY the one in
+    which the text looks most like writing is taken (plausibility).
     """
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", errors="replace"), None
@@ -128,7 +145,8 @@ def decode(content: bytes) -> tuple[str, str | None]:
 
 
 def _byte_order(content: bytes) -> str | None:
-    """le or be, where the text is UTF-16 without a mark: half of its characters or more are Latin, hence half zero."""
+    """le or be, where the text is UTF-16 without a mark: half of its characters or more are Latin,
+    hence half zero."""
     first, second = content[::2].count(0), content[1::2].count(0)
     if len(content) % 2 or max(first, second) * 4 < len(content) or first == second:
         return None
@@ -136,11 +154,13 @@ def _byte_order(content: bytes) -> str | None:
 
 
 def plausibility(text: str, encoding: str) -> float:
-    """From -1 to 1: which share of the characters beyond ASCII looks like writing in that encoding, and which does not.
+    """From -1 to 1: which share of the characters beyond ASCII looks like writing in that encoding,
+    and which does not.
 
-    In Windows-1252 those are accented letters and typographic marks: one, or two beside a plain letter. In Shift-JIS
-    and Big5 they are kana, punctuation and the characters of the first level, the everyday half of either standard; but
-    one alone beside a plain letter is an accented letter of another encoding.
+    In Windows-1252 those are accented letters and typographic marks: one, or two beside a plain
+    letter. In Shift-JIS and Big5 they are kana, punctuation and the characters of the first level,
+    the everyday half of either standard; but one alone beside a plain letter is an accented letter
+    of another encoding.
     """
     good = total = 0
     for run in re.finditer(r"[^\x00-\x7f]+", text):
@@ -156,7 +176,8 @@ def plausibility(text: str, encoding: str) -> float:
 
 
 def _is_everyday(code: bytes, encoding: str) -> bool:
-    """Whether a character's code is in the part of Shift-JIS or Big5 that everyday writing uses: by its first byte."""
+    """Whether a character's code is in the part of Shift-JIS or Big5 that everyday writing uses: by
+    its first byte."""
     if len(code) != 2:
         return False  # half-width katakana: any high byte could be one
     if encoding == "cp932":
@@ -165,9 +186,11 @@ def _is_everyday(code: bytes, encoding: str) -> bool:
 
 
 def caption_from_name(picture: Path) -> str:
-    """Make a caption of the file's name: megaman_x_02.jpg gives "mega man x, video game character, high quality".
+    """Make a caption of the file's name: megaman_x_02.jpg gives "mega man x, video game character,
+    high quality".
 
-    Numbers and separators are dropped; a name with no words in it, such as 0001.png, leaves the ending alone.
+    Numbers and separators are dropped; a name with no words in it, such as 0001.png, leaves the
+    ending alone.
     """
     stem = unicodedata.normalize("NFC", picture.stem)  # macOS takes accents off their letters
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem)
@@ -182,8 +205,8 @@ def contains(caption: str, words: str) -> bool:
 
 
 def dressed(caption: str, trigger: str = "", prefix: str = "", suffix: str = "") -> str:
-    """The caption between prefix and suffix, each with a space as in kohya's scripts; the trigger words and a comma in
-    front of that where it does not contain them."""
+    """The caption between prefix and suffix, each with a space as in kohya's scripts; the trigger
+    words and a comma in front of that where it does not contain them."""
     caption = " ".join(part for part in (prefix, caption, suffix) if part)
     return f"{trigger}, {caption}" if trigger and not contains(caption, trigger) else caption
 
@@ -204,9 +227,9 @@ class Variation(NamedTuple):
     def of(self, caption: str, rng: random.Random) -> str:
         """The caption as it is read this time, as kohya's scripts vary it.
 
-        With caption_dropout_rate as the probability it is empty. Else the tags, which are the parts between commas, are
-        shuffled, and each is left out with caption_tag_dropout_rate as the probability; the first keep_tokens tags stay
-        where they are.
+        With caption_dropout_rate as the probability it is empty. Else the tags, which are the parts
+        between commas, are shuffled, and each is left out with caption_tag_dropout_rate as the
+        probability; the first keep_tokens tags stay where they are.
         """
         if self.caption_dropout_rate and rng.random() < self.caption_dropout_rate:
             return ""
@@ -222,13 +245,17 @@ class Variation(NamedTuple):
 
 
 def tags(captions: Sequence[str]) -> Counter[str]:
-    """How often each of the captions' parts between commas stands there, the most frequent first."""
-    counted = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
+    """How often each of the captions' parts between commas stands there, the most frequent
+    first."""
+    counted = Counter(
+        tag.strip() for caption in captions for tag in caption.split(",") if tag.strip()
+    )
     return Counter(dict(counted.most_common(MOST_TAGS)))
 
 
 def trigger_words(captions: Sequence[str]) -> str:
-    """What calls the character: the part that more than half of the captions begin with, "" where there is none."""
+    """What calls the character: the part that more than half of the captions begin with, "" where
+    there is none."""
     first = Counter(caption.split(",")[0].strip() for caption in captions)
     words, count = first.most_common(1)[0] if first else ("", 0)
     return words if 2 * count > len(captions) else ""

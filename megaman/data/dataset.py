@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # torch is imported where an item is read: counting a folder 
 
 
 class Look(NamedTuple):
-    """What is known of a picture without decoding it: width and height as it will be seen, its file's size in bytes,
-    and a digest of its bytes, once these were read."""
+    """What is known of a picture without decoding it: width and height as it will be seen, its
+    file's size in bytes, and a digest of its bytes, once these were read."""
 
     size: Size
     bytes: int
@@ -49,19 +49,20 @@ class MegaManDataset:
         tokenizer: a CLIPTokenizer, or None for captions as text.
         size: side of the square items in pixels.
         center_crop: cut out the middle square; otherwise a random one at every reading.
-        caption_extension: of the files beside the pictures that hold their captions; None for .txt, then .caption.
-        repeats: how often every picture counts in an epoch, times the number of its folder where that is kohya's
-            10_name.
+        caption_extension: of the files beside the pictures that hold their captions; None for .txt,
+            then .caption.
+        repeats: how often every picture counts in an epoch, times the number of its folder where
+            that is kohya's 10_name.
         flag: of the command line that named the folder, for what is said about it.
 
-    An item is a dict with "pixel_values", float32 [3, size, size] in -1 ... 1, and "input_ids", int64
-    [tokenizer.model_max_length] (or "caption", a str, without a tokenizer). Reading a damaged picture raises
-    BadImageError.
+    An item is a dict with "pixel_values", float32 [3, size, size] in -1 ... 1, and "input_ids",
+    int64 [tokenizer.model_max_length] (or "caption", a str, without a tokenizer). Reading a damaged
+    picture raises BadImageError.
 
-    problems has every file that was left out, with the reason; remarks has, for each picture, the path of its caption
-    file and what a person should know about it, or None; notes has the like about files with many captions. found says
-    whether a caption was written or made from a name, sources in words where it comes from. repeats has how often each
-    picture is seen in an epoch.
+    problems has every file that was left out, with the reason; remarks has, for each picture, the
+    path of its caption file and what a person should know about it, or None; notes has the like
+    about files with many captions. found says whether a caption was written or made from a name,
+    sources in words where it comes from. repeats has how often each picture is seen in an epoch.
     """
 
     def __init__(
@@ -76,9 +77,12 @@ class MegaManDataset:
     ):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
-            raise UserError(f"{data_dir} is not a folder", f"Name the folder with your pictures in {flag}")
+            raise UserError(
+                f"{data_dir} is not a folder", f"Name the folder with your pictures in {flag}"
+            )
         self.flag = flag
-        # The part of every picture's path that is the folder's; Path.relative_to takes long with 100,000 pictures.
+        # The part of every picture's path that is the folder's; Path.relative_to takes long with
+        # 100,000 pictures.
         self._above = len(self.data_dir.as_posix().rstrip("/")) + 1 if self.data_dir.parts else 0
         self.tokenizer = tokenizer
         self.size = size
@@ -92,7 +96,9 @@ class MegaManDataset:
         self.remarks = [entry.caption.remark for entry in entries]
         self.sources = [entry.source for entry in entries]
         self.repeats = [entry.repeats for entry in entries]
-        self.cut = [""] * len(entries)  # of each caption what falls away, once a tokenizer has been asked
+        self.cut = [""] * len(
+            entries
+        )  # of each caption what falls away, once a tokenizer has been asked
         self.folders = [entry.folder for entry in entries]  # the one that the repeats come from
         self.looks: list[Look | None] = [None] * len(entries)  # once they were looked at
 
@@ -127,8 +133,8 @@ class MegaManDataset:
         self.drop(problems)
 
     def recognise(self, seen: Stamps) -> None:
-        """Read the bytes of those pictures whose content is not known, and have seen note it; drops what cannot be
-        read."""
+        """Read the bytes of those pictures whose content is not known, and have seen note it; drops
+        what cannot be read."""
         problems, new = {}, []
         for index, picture in enumerate(self.pictures):
             try:
@@ -150,12 +156,15 @@ class MegaManDataset:
         self.captions = [dressed(caption, trigger, prefix, suffix) for caption in self.captions]
 
     def fingerprint(self) -> str:
-        """Count and digest of the pictures' names, sizes in bytes, captions and repeats, for a resumed run."""
+        """Count and digest of the pictures' names, sizes in bytes, captions and repeats, for a
+        resumed run."""
         digest = hashlib.sha256()
         for index, (caption, repeats) in enumerate(zip(self.captions, self.repeats, strict=True)):
             look, often = self.looks[index], f"x {repeats}\n" if repeats != 1 else ""
             size = look.bytes if look else stamp_of(self.pictures[index]).size
-            digest.update(f"{self.name(index)}\n{size}\n{caption}\n{often}".encode("utf-8", "surrogatepass"))
+            digest.update(
+                f"{self.name(index)}\n{size}\n{caption}\n{often}".encode("utf-8", "surrogatepass")
+            )
         return f"{len(self)} pictures ({digest.hexdigest()[:8]})"
 
     def drop(self, problems: dict[Path, str]) -> None:
@@ -164,7 +173,17 @@ class MegaManDataset:
             return
         self.problems |= problems
         kept = [i for i, picture in enumerate(self.pictures) if picture not in problems]
-        for name in ("pictures", "captions", "found", "remarks", "sources", "repeats", "folders", "cut", "looks"):
+        for name in (
+            "pictures",
+            "captions",
+            "found",
+            "remarks",
+            "sources",
+            "repeats",
+            "folders",
+            "cut",
+            "looks",
+        ):
             setattr(self, name, [getattr(self, name)[i] for i in kept])
 
     def epoch(self) -> list[int]:
@@ -172,29 +191,37 @@ class MegaManDataset:
         return [index for index, count in enumerate(self.repeats) for _ in range(count)]
 
     def by_folder(self) -> dict[str, tuple[int, list[str]]]:
-        """Repeats and captions of each folder that has its own number (kohya's 10_name), and of all others together
-        under the name of data_dir."""
+        """Repeats and captions of each folder that has its own number (kohya's 10_name), and of all
+        others together under the name of data_dir."""
         groups: dict[str, tuple[int, list[str]]] = {}
-        names = {folder: folder.relative_to(self.data_dir).as_posix() for folder in set(self.folders)}
+        names = {
+            folder: folder.relative_to(self.data_dir).as_posix() for folder in set(self.folders)
+        }
         names[self.data_dir] = self.data_dir.resolve().name
         for folder, repeats, caption in zip(self.folders, self.repeats, self.captions, strict=True):
             groups.setdefault(names[folder], (repeats, []))[1].append(caption)
         return groups
 
     def describe(self, crops: int | None, flip: bool) -> list[str]:
-        """What was found and how it is read, in about three lines; crops counts those of all the pictures, or is None
-        where every visit has one of its own."""
+        """What was found and how it is read, in about three lines; crops counts those of all the
+        pictures, or is None where every visit has one of its own."""
         folders = len({picture.parent for picture in self.pictures})
         place = f"{f'{folders} folders of ' if folders > 1 else ''}{self.data_dir}"
         cropped = "encoded anew at every visit" if crops is None else f"{crops} crops"
-        lines = [f"pictures   {len(self)} in {place}, {cropped}{' with their mirror images' * flip}"]
+        lines = [
+            f"pictures   {len(self)} in {place}, {cropped}{' with their mirror images' * flip}"
+        ]
         if flip and (sided := sum(map(self.keeps_sides, range(len(self))))):
             lines.append(f"           not mirrored: {sided}, whose captions say left or right")
         lines.append(f"captions   {describe(self.sources)}")
-        repeated = [f"{name} x {count}" for name, (count, _) in self.by_folder().items() if count > 1]
+        repeated = [
+            f"{name} x {count}" for name, (count, _) in self.by_folder().items() if count > 1
+        ]
         if repeated:
             more = f" and {len(repeated) - 8} more" if len(repeated) > 8 else ""
-            lines.append(f"repeats    {', '.join(repeated[:8])}{more}: {sum(self.repeats)} pictures an epoch")
+            lines.append(
+                f"repeats    {', '.join(repeated[:8])}{more}: {sum(self.repeats)} pictures an epoch"
+            )
         return lines
 
     def keeps_sides(self, index: int) -> bool:
@@ -206,13 +233,16 @@ class MegaManDataset:
         return self.pictures[index].as_posix()[self._above :]
 
     def forms(self, index: int, crops: int, flip: bool, seed: int | str) -> list[Form]:
-        """Every form in which a picture is trained on: its crops (one in the middle, or drawn from the seed), and with
-        flip the mirror image of each, unless it keeps its sides. Needs its header at most."""
+        """Every form in which a picture is trained on: its crops (one in the middle, or drawn from
+        the seed), and with flip the mirror image of each, unless it keeps its sides. Needs its
+        header at most."""
         look = self.looks[index]
         width, height = look.size if look else image_size(self.pictures[index])
         rng, size = None, self._size_for(width, height)
         if not self.center_crop:
-            own = f"{seed} {self.name(index)}".encode("utf-8", "surrogatepass")  # a name on Linux need not be Unicode
+            own = f"{seed} {self.name(index)}".encode(
+                "utf-8", "surrogatepass"
+            )  # a name on Linux need not be Unicode
             rng = random.Random(own)
         boxes = crop_boxes(width, height, count=crops, rng=rng, shape=size)
         both = [False, True] if flip and not self.keeps_sides(index) else [False]
@@ -223,13 +253,18 @@ class MegaManDataset:
         image = open_image(self.pictures[index])
         upright = {}
         for box, size, _ in forms:
-            if box[2] > image.width or box[3] > image.height:  # the header hid that it lies on its side
+            if (
+                box[2] > image.width or box[3] > image.height
+            ):  # the header hid that it lies on its side
                 box_there = crop_boxes(*image.size, count=1, rng=None, shape=size)[0]
             else:
                 box_there = box
             if (box, size) not in upright:
                 upright[box, size] = pixel_values(fit(image, box_there, size))
-        return [upright[box, size].flip(-1) if mirrored else upright[box, size] for box, size, mirrored in forms]
+        return [
+            upright[box, size].flip(-1) if mirrored else upright[box, size]
+            for box, size, mirrored in forms
+        ]
 
     def variants(self, index: int, crops: int, flip: bool, seed: int) -> list[torch.Tensor]:
         """The picture in all its forms."""

@@ -1,7 +1,8 @@
-"""What is known of a file, valid as long as its size and time of change are the same: bytes are read once, not again.
+"""What is known of a file, valid as long as its size and time of change are the same: bytes are
+read once, not again.
 
-One SQLite table under the cache's folder, which several runs may read and write at once. All that it holds can be found
-out anew, so a table that cannot be used costs time and nothing else.
+One SQLite table under the cache's folder, which several runs may read and write at once. All that
+it holds can be found out anew, so a table that cannot be used costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ PATIENCE = 30  # seconds that a run waits while another one writes
 
 
 class Stamps:
-    """The table in a folder; with None, or where it cannot be opened, one that knows nothing and keeps nothing."""
+    """The table in a folder; with None, or where it cannot be opened, one that knows nothing and
+    keeps nothing."""
 
     def __init__(self, folder: Path | None):
         self._table: sqlite3.Connection | None = None
@@ -31,7 +33,9 @@ class Stamps:
             try:
                 self._table = _open(folder / NAME)
                 return
-            except sqlite3.OperationalError:  # no right to write there, or a file system without locks
+            except (
+                sqlite3.OperationalError
+            ):  # no right to write there, or a file system without locks
                 return
             except sqlite3.DatabaseError:  # damaged, which the next attempt puts right
                 with contextlib.suppress(OSError):
@@ -46,7 +50,8 @@ class Stamps:
         return None
 
     def note(self, entries: Iterable[tuple[Path, Stamp, str]]) -> None:
-        """Keep what was found out of files with these stamps, in place of what was known of them."""
+        """Keep what was found out of files with these stamps, in place of what was known of
+        them."""
         rows = [(_key(path), *stamp, told) for path, stamp, told in entries]
         if self._table and rows:
             with contextlib.suppress(sqlite3.Error), self._table:
@@ -56,7 +61,9 @@ class Stamps:
 def _open(path: Path) -> sqlite3.Connection:
     table = sqlite3.connect(path, timeout=PATIENCE)
     with table:
-        table.execute("CREATE TABLE IF NOT EXISTS seen (path BLOB PRIMARY KEY, size INT, changed INT, told TEXT)")
+        table.execute(
+            "CREATE TABLE IF NOT EXISTS seen (path BLOB PRIMARY KEY, size INT, changed INT, told TEXT)"
+        )
     return table
 
 

@@ -12,10 +12,27 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP")  # whatever the name says: no others, such as EPS, are tried
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "DIB",
+    "WEBP",
+)  # whatever the name says: no others, such as EPS, are tried
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 # Named, so that nobody waits for them, but not read.
-OTHER_SUFFIXES = {".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".jfif", ".tga"}
+OTHER_SUFFIXES = {
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".jp2",
+    ".jfif",
+    ".tga",
+}
 SMALLEST_SIDE = 16  # anything below holds nothing to learn
 MOST_ELONGATED = 10  # of anything longer, a square shows less than a tenth
 OUR_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM")
@@ -30,10 +47,12 @@ class BadImageError(Exception):
 
 
 def find_images(folder: Path) -> tuple[list[Path], dict[Path, str]]:
-    """Every picture in the folder and its subfolders, in natural order (2 before 10), hidden ones left out.
+    """Every picture in the folder and its subfolders, in natural order (2 before 10), hidden ones
+    left out.
 
-    The second is what a person might have thought to be among them, with the reason why it is not: pictures in other
-    formats, linked folders (which could lead in a circle), folders that cannot be read.
+    The second is what a person might have thought to be among them, with the reason why it is not:
+    pictures in other formats, linked folders (which could lead in a circle), folders that cannot be
+    read.
     """
     found, others = [], {}
 
@@ -41,10 +60,14 @@ def find_images(folder: Path) -> tuple[list[Path], dict[Path, str]]:
         others[Path(error.filename)] = f"cannot be read ({error.strerror})"
 
     for parent, folders, names in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # not into .git or .thumbnails
+        folders[:] = [
+            name for name in folders if not name.startswith(".")
+        ]  # not into .git or .thumbnails
         linked = [name for name in folders if _is_linked(Path(parent, name))]
         folders[:] = [name for name in folders if name not in linked]
-        others |= {Path(parent, name): "a link to a folder, which is not followed" for name in linked}
+        others |= {
+            Path(parent, name): "a link to a folder, which is not followed" for name in linked
+        }
         place = Path(parent)
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
@@ -62,7 +85,8 @@ def find_images(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def _is_linked(folder: Path) -> bool:
-    """Whether it is a symbolic link or one of Windows' junctions, into which os.walk goes before Python 3.12."""
+    """Whether it is a symbolic link or one of Windows' junctions, into which os.walk goes before
+    Python 3.12."""
     try:
         status = os.lstat(folder)
     except OSError:
@@ -86,7 +110,8 @@ def natural_key(text: str) -> str:
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height as it will be seen, EXIF orientation applied; reads the header only.
 
-    Raises BadImageError where the file is no picture, or one too small or too elongated to be of use.
+    Raises BadImageError where the file is no picture, or one too small or too elongated to be of
+    use.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -96,12 +121,15 @@ def image_size(path: Path) -> tuple[int, int]:
     if short < SMALLEST_SIDE:
         raise BadImageError(f"only {width}x{height} pixels")
     if long > MOST_ELONGATED * short:
-        raise BadImageError(f"{width}x{height} pixels, one side more than {MOST_ELONGATED} times the other: crop it")
+        raise BadImageError(
+            f"{width}x{height} pixels, one side more than {MOST_ELONGATED} times the other: crop it"
+        )
     return width, height
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
-    """Whether EXIF gives an orientation from 5 to 8. Only where the header has it: else Pillow decodes a whole PNG."""
+    """Whether EXIF gives an orientation from 5 to 8. Only where the header has it: else Pillow
+    decodes a whole PNG."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Pillow's remarks on odd EXIF
@@ -111,9 +139,9 @@ def _lies_on_its_side(image: Image.Image) -> bool:
 
 
 def open_image(path: Path, enough: int | None = None) -> Image.Image:
-    """Decode a picture: upright by EXIF, transparency flattened on white, RGB whatever its mode was; of an animated one
-    the first frame. Where that many pixels a side are enough, a larger JPEG is decoded at a half, a quarter or an
-    eighth of its size, which takes a fraction of the time.
+    """Decode a picture: upright by EXIF, transparency flattened on white, RGB whatever its mode
+    was; of an animated one the first frame. Where that many pixels a side are enough, a larger JPEG
+    is decoded at a half, a quarter or an eighth of its size, which takes a fraction of the time.
 
     Raises BadImageError where it cannot be read.
     """
@@ -161,7 +189,11 @@ def _what_else(path: Path) -> str:
         return _reason(error)
     if kind := OTHER_STARTS.get(start[:4]) or OTHER_STARTS.get(start[4:8]):
         return f"{kind} by its content, which is not read: save it as PNG or JPG"
-    return "damaged at its beginning" if start.startswith(OUR_STARTS) else "not a picture, whatever its name says"
+    return (
+        "damaged at its beginning"
+        if start.startswith(OUR_STARTS)
+        else "not a picture, whatever its name says"
+    )
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -180,8 +212,8 @@ def _flatten(image: Image.Image) -> Image.Image:
 def crop_boxes(
     width: int, height: int, count: int, rng: random.Random | None, shape: tuple[int, int] = (1, 1)
 ) -> list[Box]:
-    """Boxes of the shape (width : height) as large as the picture allows: the middle one without rng, else up to count
-    drawn from it.
+    """Boxes of the shape (width : height) as large as the picture allows: the middle one without
+    rng, else up to count drawn from it.
 
     A picture that has the shape itself has just one.
     """
@@ -199,7 +231,9 @@ def crop_boxes(
 
 
 def fit(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    """Cut out the box and bring it to size (width, height): area averages to shrink, Lanczos to enlarge, as kohya
-    does."""
+    """Cut out the box and bring it to size (width, height): area averages to shrink, Lanczos to
+    enlarge, as kohya does."""
     shrinks = box[2] - box[0] >= size[0] and box[3] - box[1] >= size[1]
-    return image.resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.LANCZOS, box=box)
+    return image.resize(
+        size, Image.Resampling.BOX if shrinks else Image.Resampling.LANCZOS, box=box
+    )

@@ -1,8 +1,9 @@
-"""VAE moments by key: in safetensors shards on the disk, memory-mapped and shared by runs, or else in memory.
+"""VAE moments by key: in safetensors shards on the disk, memory-mapped and shared by runs, or else
+in memory.
 
-CACHE_DIR/moments/VAE/SHARD.safetensors; a shard holds what one batch of the VAE gave, and is there whole or not at all.
-Two runs that fill the cache at once write shards of their own; what both hold is the same. Pages that are read belong
-to the system, which drops them when memory is wanted.
+CACHE_DIR/moments/VAE/SHARD.safetensors; a shard holds what one batch of the VAE gave, and is there
+whole or not at all. Two runs that fill the cache at once write shards of their own; what both hold
+is the same. Pages that are read belong to the system, which drops them when memory is wanted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from megaman.files import ASIDE, replacing
 from megaman.safe_loading import read_header
 
 FOLDER, SUFFIX = "moments", ".safetensors"
-FORSAKEN = 24 * 3600  # seconds after which a file that is still being written has no writer any more
+FORSAKEN = (
+    24 * 3600
+)  # seconds after which a file that is still being written has no writer any more
 FLOAT32 = 4  # bytes
 READS = 128  # after which shards are mapped anew
 
@@ -41,8 +44,8 @@ class Place(NamedTuple):
 class Moments:
     """The shards of one VAE.
 
-    folder is the VAE's own (folder_of), or None to keep everything in memory. Where it cannot be written to, what is
-    added from there on stays in memory, and refused says why.
+    folder is the VAE's own (folder_of), or None to keep everything in memory. Where it cannot be
+    written to, what is added from there on stays in memory, and refused says why.
     """
 
     def __init__(self, folder: Path | None):
@@ -71,7 +74,8 @@ class Moments:
         return numbers
 
     def _let_go(self) -> None:
-        """Map anew what was read from: a page that was read counts as this process's memory until its mapping goes.
+        """Map anew what was read from: a page that was read counts as this process's memory until
+        its mapping goes.
 
         A shard that was deleted by now stays mapped, and so remains whole for this run.
         """
@@ -101,7 +105,8 @@ class Moments:
                 self._files.append(None)
 
     def forget_keys(self) -> None:
-        """Free the memory of the keys, of which 100,000 take 40 MB; what was asked for can still be read."""
+        """Free the memory of the keys, of which 100,000 take 40 MB; what was asked for can still be
+        read."""
         self._places = {}
 
     def files_of(self, shards: Iterable[int]) -> set[Path]:
@@ -113,7 +118,8 @@ class Moments:
         return files
 
     def _map(self, path: Path) -> None:
-        """Take in a shard; one that is damaged, or that another run deletes just now, is as if it were not there."""
+        """Take in a shard; one that is damaged, or that another run deletes just now, is as if it
+        were not there."""
         try:
             header, start = read_header(path)
             if any(entry["dtype"] != "F32" for entry in header.values()) or start % FLOAT32:
@@ -141,10 +147,11 @@ def folder_of(cache_dir: Path, vae: str) -> Path:
 
 
 def prune(cache_dir: Path, limit: float, in_use: set[Path]) -> None:
-    """Delete the shards that were not used for longest until the rest has at most limit bytes; never those in use.
+    """Delete the shards that were not used for longest until the rest has at most limit bytes;
+    never those in use.
 
-    A run that has such a shard mapped goes on with it where the system allows a mapped file to be deleted; Windows does
-    not, and the shard stays.
+    A run that has such a shard mapped goes on with it where the system allows a mapped file to be
+    deleted; Windows does not, and the shard stays.
     """
     found = []
     for path in (cache_dir / FOLDER).glob("*/*"):

@@ -1,5 +1,5 @@
-"""What the frozen VAE says about each picture: computed once, before the loop, and kept for later runs; or, without a
-cache, anew at every visit, with a new random crop each time."""
+"""What the frozen VAE says about each picture: computed once, before the loop, and kept for later
+runs; or, without a cache, anew at every visit, with a new random crop each time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from megaman.data.dataset import Form, MegaManDataset
     from megaman.models.base import Base
 
-# In the VAE together: more do not make it faster, but take more memory. A card wants more to do than a CPU.
+# In the VAE together: more do not make it faster, but take more memory. A card wants more to do
+# than a CPU.
 PIXELS_AT_ONCE = {"cuda": 4 * 512 * 512}
 PIXELS_ON_OTHERS = 512 * 512
 MOST_AT_ONCE = 64
@@ -39,16 +40,22 @@ VERSION = 1  # of decoding and scaling: another one makes other moments
 
 
 class Kept:
-    """The moments of a dataset's pictures, in its order: kept[i] is float32 [variants, 8, h, w], wherever the store
-    holds them.
+    """The moments of a dataset's pictures, in its order: kept[i] is float32 [variants, 8, h, w],
+    wherever the store holds them.
 
     keys has those of each picture's variants, new counts those that were not there before.
     """
 
     def __init__(self, store: Moments, keys: Iterable[list[str]], new: int):
         self._store, self.new = store, new
-        # Numbers in arrays: with 100,000 pictures, objects for each of them would take more than all the rest.
-        self._starts, self._shards, self._firsts, self._shapes = array("q", [0]), array("l"), array("q"), []
+        # Numbers in arrays: with 100,000 pictures, objects for each of them would take more than
+        # all the rest.
+        self._starts, self._shards, self._firsts, self._shapes = (
+            array("q", [0]),
+            array("l"),
+            array("q"),
+            [],
+        )
         for those in keys:
             for place in map(store.place, those):
                 self._shards.append(place.shard)
@@ -76,7 +83,9 @@ class Kept:
 
     def _variant(self, index: int, pick: int) -> torch.Tensor:
         number = self._starts[index] + pick
-        return self._store.read(Place(self._shards[number], self._firsts[number], self._shapes[number]))
+        return self._store.read(
+            Place(self._shards[number], self._firsts[number], self._shapes[number])
+        )
 
     def count(self, index: int) -> int:
         """How many variants the picture has."""
@@ -86,16 +95,22 @@ class Kept:
         """Height and width of the picture in latents."""
         return self._shapes[self._starts[index]][1:]
 
-    def of(self, numbers: Sequence[int], indices: Sequence[int], picks: Sequence[int]) -> torch.Tensor:
-        """Moments [B, 8, h, w] of a variant each; what number a visit has in the run makes no difference."""
-        return torch.stack([self._variant(index, pick) for index, pick in zip(indices, picks, strict=True)])
+    def of(
+        self, numbers: Sequence[int], indices: Sequence[int], picks: Sequence[int]
+    ) -> torch.Tensor:
+        """Moments [B, 8, h, w] of a variant each; what number a visit has in the run makes no
+        difference."""
+        return torch.stack(
+            [self._variant(index, pick) for index, pick in zip(indices, picks, strict=True)]
+        )
 
     def look_ahead(self, visits: Sequence[tuple[int, int]]) -> None:
         """All is there already."""
 
 
 class _Missing(Dataset):
-    """Some of a dataset's pictures in some forms; a damaged one gives its reason instead of an exception."""
+    """Some of a dataset's pictures in some forms; a damaged one gives its reason instead of an
+    exception."""
 
     def __init__(self, dataset: MegaManDataset, wanted: Sequence[tuple[int, list[Form]]]):
         self.dataset, self.wanted = dataset, wanted
@@ -122,7 +137,8 @@ def _from_workers(loader: DataLoader) -> Iterator[list[torch.Tensor] | str]:
 
 
 class Encoder:
-    """A VAE that takes pictures of one size in batches, smaller ones and in tiles where memory is short."""
+    """A VAE that takes pictures of one size in batches, smaller ones and in tiles where memory is
+    short."""
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae
@@ -148,11 +164,15 @@ class Encoder:
         elif not self.vae.use_tiling:
             self.vae.enable_tiling()
         else:
-            raise UserError("The VAE needs more memory than there is", "Lower --resolution, or close other programs")
+            raise UserError(
+                "The VAE needs more memory than there is",
+                "Lower --resolution, or close other programs",
+            )
 
 
 def identify(base: Base, seen: Stamps) -> str:
-    """The identity of the base's VAE: as noted for its files, or else computed, for which it is loaded."""
+    """The identity of the base's VAE: as noted for its files, or else computed, for which it is
+    loaded."""
     files = [(path, stamp_of(path)) for path in base.vae_files()]
     told = {seen.told(path, stamp) for path, stamp in files}
     if len(told) == 1 and (known := told.pop()):
@@ -173,24 +193,35 @@ def encode_pictures(
     workers: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Kept:
-    """Have the VAE's moments of every form of every picture in the store, computing those that it lacks.
+    """Have the VAE's moments of every form of every picture in the store, computing those that it
+    lacks.
 
-    What cannot be decoded is dropped from the dataset with the reason. load_vae is asked where something is missing
-    only. What is computed is stored batch by batch, so a stop loses one of them at most.
+    What cannot be decoded is dropped from the dataset with the reason. load_vae is asked where
+    something is missing only. What is computed is stored batch by batch, so a stop loses one of
+    them at most.
 
-    The workers may be spawned: what they get is pickled. More than there are cores would only slow each other down.
+    The workers may be spawned: what they get is pickled. More than there are cores would only slow
+    each other down.
     """
     dataset.recognise(seen)
     keys, wanted, asked = [], [], set()
     for index, look in enumerate(dataset.looks):
         forms = {_key(look.digest, form): form for form in dataset.forms(index, crops, flip, seed)}
         keys.append(list(forms))
-        if new := {key: form for key, form in forms.items() if key not in store and key not in asked}:
+        if new := {
+            key: form for key, form in forms.items() if key not in store and key not in asked
+        }:
             asked |= new.keys()
             wanted.append((index, new))
-    problems = _encode_missing(load_vae, dataset, wanted, store, workers, progress) if wanted else {}
+    problems = (
+        _encode_missing(load_vae, dataset, wanted, store, workers, progress) if wanted else {}
+    )
     # A copy of a damaged picture was not decoded, but lacks its moments too.
-    bad = {index: problems.get(index) for index, those in enumerate(keys) if not all(key in store for key in those)}
+    bad = {
+        index: problems.get(index)
+        for index, those in enumerate(keys)
+        if not all(key in store for key in those)
+    }
     reason = next(iter(problems.values()), "")
     dataset.drop({dataset.pictures[index]: own or reason for index, own in bad.items()})
     keys = [those for index, those in enumerate(keys) if index not in bad]
@@ -205,8 +236,11 @@ def _encode_missing(
     workers: int,
     progress: Callable[[Iterable], Iterable],
 ) -> dict[int, str]:
-    """Encode these forms by key into the store, in batches of one size; returns why pictures could not be read."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Encode these forms by key into the store, in batches of one size; returns why pictures could
+    not be read."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     missing = _Missing(dataset, [(index, list(new.values())) for index, new in wanted])
     loader = DataLoader(missing, batch_size=None, num_workers=min(workers, cores))
     encoder, problems = Encoder(load_vae()), {}
@@ -215,7 +249,9 @@ def _encode_missing(
 
     def flush(size: Size) -> None:
         batch = pending.pop(size)
-        store.add(dict(zip(batch, encoder.moments(torch.stack(list(batch.values()))).cpu(), strict=True)))
+        store.add(
+            dict(zip(batch, encoder.moments(torch.stack(list(batch.values()))).cpu(), strict=True))
+        )
 
     for (index, new), pictures in zip(wanted, progress(_from_workers(loader)), strict=True):
         if isinstance(pictures, str):
@@ -236,8 +272,11 @@ def _key(digest: bytes, form: Form) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def drop_damaged(dataset: MegaManDataset, threads: int, progress: Callable[[Iterable], Iterable] = iter) -> None:
-    """Decode every picture once and drop those that cannot be: later one of them would stop the run."""
+def drop_damaged(
+    dataset: MegaManDataset, threads: int, progress: Callable[[Iterable], Iterable] = iter
+) -> None:
+    """Decode every picture once and drop those that cannot be: later one of them would stop the
+    run."""
 
     def reason_against(index: int) -> str | None:
         try:
@@ -248,21 +287,32 @@ def drop_damaged(dataset: MegaManDataset, threads: int, progress: Callable[[Iter
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         reasons = list(progress(pool.map(reason_against, range(len(dataset)))))
-    dataset.drop({path: reason for path, reason in zip(dataset.pictures, reasons, strict=True) if reason})
+    dataset.drop(
+        {path: reason for path, reason in zip(dataset.pictures, reasons, strict=True) if reason}
+    )
 
 
 class Fresh:
-    """Moments of a dataset's pictures, made when they are asked for; the counterpart of latents.Kept.
+    """Moments of a dataset's pictures, made when they are asked for; the counterpart of
+    latents.Kept.
 
-    The crop hangs on the seed and the visit's number in the run. Pictures are decoded ahead by threads, since Pillow
-    lets others work while it decodes; on a card they wait in pinned memory.
+    The crop hangs on the seed and the visit's number in the run. Pictures are decoded ahead by
+    threads, since Pillow lets others work while it decodes; on a card they wait in pinned memory.
 
     Args:
         vae_factor: pixels a side of one latent cell.
         threads: that decode.
     """
 
-    def __init__(self, encoder: Encoder, dataset: MegaManDataset, flip: bool, seed: int, vae_factor: int, threads: int):
+    def __init__(
+        self,
+        encoder: Encoder,
+        dataset: MegaManDataset,
+        flip: bool,
+        seed: int,
+        vae_factor: int,
+        threads: int,
+    ):
         self._encoder, self._dataset, self._flip, self._seed = encoder, dataset, flip, seed
         self._factor, self._pin = vae_factor, encoder.vae.device.type == "cuda"
         self._threads = ThreadPoolExecutor(max(1, threads), thread_name_prefix="decoding")
@@ -281,15 +331,21 @@ class Fresh:
         return height // self._factor, width // self._factor
 
     def look_ahead(self, visits: Sequence[tuple[int, int]]) -> None:
-        """Begin to decode the pictures of these visits, by number and index, and forget all others."""
+        """Begin to decode the pictures of these visits, by number and index, and forget all
+        others."""
         self._coming = {
             number: self._coming.get(number) or self._threads.submit(self._decode, number, index)
             for number, index in visits
         }
 
-    def of(self, numbers: Sequence[int], indices: Sequence[int], picks: Sequence[int]) -> torch.Tensor:
-        """Moments [B, 8, h, w] of these visits on the VAE's device, mirrored where the pick is 1."""
-        missing = [visit for visit in zip(numbers, indices, strict=True) if visit[0] not in self._coming]
+    def of(
+        self, numbers: Sequence[int], indices: Sequence[int], picks: Sequence[int]
+    ) -> torch.Tensor:
+        """Moments [B, 8, h, w] of these visits on the VAE's device, mirrored where the pick is
+        1."""
+        missing = [
+            visit for visit in zip(numbers, indices, strict=True) if visit[0] not in self._coming
+        ]
         for number, index in missing:
             self._coming[number] = self._threads.submit(self._decode, number, index)
         pictures = []

@@ -1,4 +1,5 @@
-"""The dataset doctor: what is wrong with a folder of pictures and captions, as data. No model, no torch."""
+"""The dataset doctor: what is wrong with a folder of pictures and captions, as data. No model, no
+torch."""
 
 from __future__ import annotations
 
@@ -22,13 +23,27 @@ if TYPE_CHECKING:
 
 BLURRED = 0.26  # sharpness below which no edge is narrower than about four pixels
 TINY = 2  # enlarged so often, nothing of the training size is in a picture
-SHAPES = {"1:3": 1 / 3, "1:2": 1 / 2, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "4:5": 4 / 5, "1:1": 1, "5:4": 5 / 4,
-          "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1": 2, "3:1": 3}  # fmt: skip
+SHAPES = {
+    "1:3": 1 / 3,
+    "1:2": 1 / 2,
+    "9:16": 9 / 16,
+    "2:3": 2 / 3,
+    "3:4": 3 / 4,
+    "4:5": 4 / 5,
+    "1:1": 1,
+    "5:4": 5 / 4,
+    "4:3": 4 / 3,
+    "3:2": 3 / 2,
+    "16:9": 16 / 9,
+    "2:1": 2,
+    "3:1": 3,
+}
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that the doctor found. terms counts tags, or words where the captions are sentences (term says which)."""
+    """All that the doctor found. terms counts tags, or words where the captions are sentences (term
+    says which)."""
 
     data_dir: Path
     resolution: int
@@ -38,7 +53,9 @@ class Report:
     term: str
     terms: Counter[str]
     shapes: dict[str, int]
-    buckets: dict[str, int]  # pictures by the bucket they go to, such as 448x576; empty where all are cut to squares
+    buckets: dict[
+        str, int
+    ]  # pictures by the bucket they go to, such as 448x576; empty where all are cut to squares
 
     @property
     def readable(self) -> list[Picture]:
@@ -58,22 +75,29 @@ def examine(
 ) -> Report:
     """Look at every picture and caption of a dataset, headers checked or not.
 
-    resolution is the training size in pixels, trigger the words that every caption should hold (None: those that the
-    captions agree on, if they do). progress may wrap the pictures on their way, to show a bar.
+    resolution is the training size in pixels, trigger the words that every caption should hold
+    (None: those that the captions agree on, if they do). progress may wrap the pictures on their
+    way, to show a bar.
     """
     unread = dict(dataset.problems)
     pictures: list[Picture] = []
     remarks: dict[str, tuple[Path, str]] = {}
     small: list[np.ndarray] = []
     texts = zip(dataset.captions, dataset.found, dataset.remarks, strict=True)
-    once = dict(zip(dataset.pictures, texts, strict=True))  # a picture that is repeated is no duplicate of itself
+    once = dict(
+        zip(dataset.pictures, texts, strict=True)
+    )  # a picture that is repeated is no duplicate of itself
     seen = progress(appearances(list(once), resolution))
     for (file, (caption, found, remark)), look in zip(once.items(), seen, strict=True):
         if look.problem is not None:
             unread[file] = look.problem
             continue
         path = relative(file, dataset.data_dir)
-        pictures.append(Picture(path, file, caption, found, look.width, look.height, look.sharpness, look.preview))
+        pictures.append(
+            Picture(
+                path, file, caption, found, look.width, look.height, look.sharpness, look.preview
+            )
+        )
         small.append(look.small)
         if remark:
             remarks[path] = remark
@@ -87,7 +111,9 @@ def examine(
         *unreadable(reasons),
         *sizes(pictures, resolution, squares=dataset.buckets is None),
         *blurred(pictures),
-        *duplicates(pictures, np.stack(small) if small else np.empty((0, SMALL, SMALL, 3), np.uint8)),
+        *duplicates(
+            pictures, np.stack(small) if small else np.empty((0, SMALL, SMALL, 3), np.uint8)
+        ),
         *captions(pictures, remarks, dataset.data_dir),
         *metadata(dataset.notes, dataset.data_dir),
         *triggers(pictures, trigger, inferred),
@@ -99,20 +125,32 @@ def examine(
         for path in finding.files:
             by_path[path].kinds.append(finding.kind)
     shapes = Counter(shape(picture.width, picture.height) for picture in pictures)
-    return Report(dataset.data_dir, resolution, trigger, [*bad, *pictures], findings, term, counted(of_each),
-                  {name: shapes[name] for name in SHAPES if shapes[name]},
-                  in_buckets(pictures, dataset.buckets))  # fmt: skip
+    return Report(
+        dataset.data_dir,
+        resolution,
+        trigger,
+        [*bad, *pictures],
+        findings,
+        term,
+        counted(of_each),
+        {name: shapes[name] for name in SHAPES if shapes[name]},
+        in_buckets(pictures, dataset.buckets),
+    )
 
 
 def in_buckets(pictures: Sequence[Picture], buckets: Buckets | None) -> dict[str, int]:
     """How many pictures go to each bucket, from tall to wide."""
-    sizes = Counter(buckets.size_for(picture.width, picture.height) for picture in pictures if buckets)
+    sizes = Counter(
+        buckets.size_for(picture.width, picture.height) for picture in pictures if buckets
+    )
     return {f"{w}x{h}": sizes[w, h] for w, h in sorted(sizes, key=lambda size: size[0] / size[1])}
 
 
 def shape(width: int, height: int) -> str:
     """The nearest of the usual aspect ratios, by the factor between them."""
-    return min(SHAPES, key=lambda name: max(SHAPES[name] * height / width, width / height / SHAPES[name]))
+    return min(
+        SHAPES, key=lambda name: max(SHAPES[name] * height / width, width / height / SHAPES[name])
+    )
 
 
 def unreadable(reasons: dict[str, str]) -> Iterator[Finding]:
@@ -129,13 +167,16 @@ def unreadable(reasons: dict[str, str]) -> Iterator[Finding]:
 
 
 def sizes(pictures: Sequence[Picture], resolution: int, squares: bool) -> Iterator[Finding]:
-    """Pictures that have to be enlarged, and, where all are cut to squares, those of which a square shows little."""
+    """Pictures that have to be enlarged, and, where all are cut to squares, those of which a square
+    shows little."""
     short = {picture.path: min(picture.width, picture.height) for picture in pictures}
     measures = {picture.path: f"{picture.width}x{picture.height}" for picture in pictures}
     tiny = [path for path, side in short.items() if side * TINY <= resolution]
     small = [path for path, side in short.items() if side < resolution < side * TINY]
     if tiny:
-        title = f"{several(len(tiny), 'picture')} at most half as large as --resolution {resolution}"
+        title = (
+            f"{several(len(tiny), 'picture')} at most half as large as --resolution {resolution}"
+        )
         if len(tiny) == len(pictures):
             title = f"all {title}"
         yield Finding(
@@ -168,9 +209,17 @@ def sizes(pictures: Sequence[Picture], resolution: int, squares: bool) -> Iterat
 
 
 def blurred(pictures: Sequence[Picture]) -> Iterator[Finding]:
-    soft = [picture.path for picture in pictures if picture.sharpness is not None and picture.sharpness < BLURRED]
+    soft = [
+        picture.path
+        for picture in pictures
+        if picture.sharpness is not None and picture.sharpness < BLURRED
+    ]
     if soft:
-        details = {p.path: f"sharpness {p.sharpness:.2f}, sharp from {BLURRED}" for p in pictures if p.sharpness}
+        details = {
+            p.path: f"sharpness {p.sharpness:.2f}, sharp from {BLURRED}"
+            for p in pictures
+            if p.sharpness
+        }
         yield Finding(
             "blurred",
             True,
@@ -185,7 +234,10 @@ def duplicates(pictures: Sequence[Picture], small: np.ndarray) -> Iterator[Findi
     """Near-duplicates among the pictures; small as of near_duplicates, in the same order."""
     pairs = near_duplicates(small)
     if pairs:
-        named = [(pictures[p.first].path, pictures[p.second].path, difference(p, pictures)) for p in pairs]
+        named = [
+            (pictures[p.first].path, pictures[p.second].path, difference(p, pictures))
+            for p in pairs
+        ]
         paths = list(dict.fromkeys(path for one, other, _ in named for path in (one, other)))
         details = {picture.path: f"{picture.width}x{picture.height}" for picture in pictures}
         details |= {other: f"{details[other]}, {how}" for _, other, how in named}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 @dataclass
 class Picture:
-    """One file and what was seen of it; path relative to the data folder, width and height in pixels, upright."""
+    """One file and what was seen of it; path relative to the data folder, width and height in
+    pixels, upright."""
 
     path: str
     file: Path
@@ -24,10 +25,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to look at: what, in which files, what to do; details says more of some of the files.
+    """Something to look at: what, in which files, what to do; details says more of some of the
+    files.
 
-    wrong is False where it may well be meant. pairs are two of the files that belong together each, with a word on how
-    they differ.
+    wrong is False where it may well be meant. pairs are two of the files that belong together each,
+    with a word on how they differ.
     """
 
     kind: str

@@ -1,4 +1,5 @@
-"""The dataset doctor's report: a page of lines for the console, a page for the browser, JSON for programs."""
+"""The dataset doctor's report: a page of lines for the console, a page for the browser, JSON for
+programs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from megaman.files import write_json, write_text
 from megaman.pages.html import render
 
 PAGE, DATA = "dataset_report.html", "dataset_report.json"
-MARK = "Mega Man LoRA: dataset doctor"  # in both files, by which the next report knows that it may replace them
+# in both files, by which the next report knows that it may replace them
+MARK = "Mega Man LoRA: dataset doctor"
 WIDTH = 116  # of a line for the console
 SHOWN, SHOWN_OF_NOTES = 24, 6  # pictures of a finding that are shown; the rest is named
 SHEET = 1000  # pictures on the contact sheet: more make the page slow to open
@@ -26,13 +28,16 @@ TERMS = 40  # of the most frequent tags
 
 
 def write_report(folder: Path, report: Report) -> list[str]:
-    """Write dataset_report.html and dataset_report.json into folder; returns the summary as lines for the console.
+    """Write dataset_report.html and dataset_report.json into folder; returns the summary as lines
+    for the console.
 
     Raises UserError where a file of such a name is there that is not an earlier report.
     """
     for path in (folder / PAGE, folder / DATA):
         if os.path.lexists(path) and not _is_ours(path):
-            raise UserError(f"{path} is not a report of this program", "Move it or name another --output_dir")
+            raise UserError(
+                f"{path} is not a report of this program", "Move it or name another --output_dir"
+            )
     write_json(folder / DATA, as_json(report))
     write_text(folder / PAGE, as_page(report, folder))
     return [*lines(report), _line("report", f"{folder / PAGE}, {folder / DATA}")]
@@ -47,22 +52,32 @@ def _is_ours(path: Path) -> bool:
 
 
 def lines(report: Report) -> list[str]:
-    """The report in less than forty lines: what was looked at, every finding with its files and what to do."""
+    """The report in less than forty lines: what was looked at, every finding with its files and
+    what to do."""
     good = report.readable
     found = sum(picture.found for picture in good)
-    told = [_line("pictures", f"{several(len(good), 'picture')} in {report.data_dir}{_sides(good)}")]
+    told = [
+        _line("pictures", f"{several(len(good), 'picture')} in {report.data_dir}{_sides(good)}")
+    ]
     trigger = f"; trigger word {report.trigger!r}" if report.trigger else ""
     told.append(_line("captions", f"{found} found, {len(good) - found} made from names{trigger}"))
     if report.shapes:
-        told.append(_line("shapes", ", ".join(f"{name} {count}" for name, count in report.shapes.items())))
+        told.append(
+            _line("shapes", ", ".join(f"{name} {count}" for name, count in report.shapes.items()))
+        )
     if report.buckets:
-        told.append(_line("buckets", ", ".join(f"{size} {count}" for size, count in report.buckets.items())))
+        told.append(
+            _line("buckets", ", ".join(f"{size} {count}" for size, count in report.buckets.items()))
+        )
     if report.terms:
         most = [f"{term} {count}" for term, count in report.terms.most_common(6)]
         told.append(_line(report.term, ", ".join(most) + (f"; {len(report.terms)} in all")))
     for finding in report.findings:
         files = f": {some(finding.files, 3)}" if finding.files else ""
-        told += [_line("wrong" if finding.wrong else "look at", finding.title + files), _line("", finding.remedy)]
+        told += [
+            _line("wrong" if finding.wrong else "look at", finding.title + files),
+            _line("", finding.remedy),
+        ]
     if not report.wrong:
         told.append(_line("verdict", "nothing wrong was found"))
     return told
@@ -95,8 +110,13 @@ def as_json(report: Report) -> dict[str, Any]:
                 "title": finding.title,
                 "remedy": finding.remedy,
                 "files": finding.files,
-                "details": {path: finding.details[path] for path in finding.files if path in finding.details},
-                "pairs": [{"pictures": [one, other], "difference": how} for one, other, how in finding.pairs],
+                "details": {
+                    path: finding.details[path] for path in finding.files if path in finding.details
+                },
+                "pairs": [
+                    {"pictures": [one, other], "difference": how}
+                    for one, other, how in finding.pairs
+                ],
             }
             for finding in report.findings
         ],
@@ -181,11 +201,21 @@ def _facts(report: Report) -> dict[str, str]:
 
 def _side_counts(report: Report) -> dict[str, int]:
     """How many pictures have a shorter side of how many times the resolution."""
-    limits = {"at most half": 0.5, "below it": 1, "1 to 2 times": 2, "2 to 4 times": 4, "more": float("inf")}
+    limits = {
+        "at most half": 0.5,
+        "below it": 1,
+        "1 to 2 times": 2,
+        "2 to 4 times": 4,
+        "more": float("inf"),
+    }
     counts = dict.fromkeys(limits, 0)
     for picture in report.readable:
         times = min(picture.width, picture.height) / report.resolution
-        name = next(name for name, limit in limits.items() if times < limit or (limit == 0.5 and times == 0.5))
+        name = next(
+            name
+            for name, limit in limits.items()
+            if times < limit or (limit == 0.5 and times == 0.5)
+        )
         counts[name] += 1
     return {name: count for name, count in counts.items() if count}
 

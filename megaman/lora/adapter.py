@@ -1,4 +1,5 @@
-"""The LoRA itself: W = W0 + (alpha / rank) * B A on a model's layers (Hu et al. 2021, arXiv 2106.09685), by PEFT."""
+"""The LoRA itself: W = W0 + (alpha / rank) * B A on a model's layers (Hu et al. 2021, arXiv
+2106.09685), by PEFT."""
 
 from __future__ import annotations
 
@@ -31,13 +32,14 @@ def inject(
     use_rslora: bool = False,
     dropout: float = 0.0,
 ) -> list[torch.nn.Parameter]:
-    """Put a LoRA on every layer whose name ends in one of target_modules; returns its parameters, in float32.
+    """Put a LoRA on every layer whose name ends in one of target_modules; returns its parameters,
+    in float32.
 
-    use_rslora scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732); dropout is the share of a layer's
-    inputs that A does not see at a step.
+    use_rslora scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732); dropout is the
+    share of a layer's inputs that A does not see at a step.
 
-    A starts random and B at zero, so that the model is unchanged until the first step. Raises UserError for a name
-    that fits no layer, and for a layer that cannot carry a LoRA.
+    A starts random and B at zero, so that the model is unchanged until the first step. Raises
+    UserError for a name that fits no layer, and for a layer that cannot carry a LoRA.
     """
     check_targets([name for name, _ in model.named_modules()], target_modules)
     config = LoraConfig(
@@ -53,7 +55,9 @@ def inject(
         model.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
         raise UserError(
-            f"--target_modules: {str(error).split('. ')[0]}", "Name linear or convolution layers", WRONG_USAGE
+            f"--target_modules: {str(error).split('. ')[0]}",
+            "Name linear or convolution layers",
+            WRONG_USAGE,
         ) from None
     trainable = list(parameters(model).values())
     for parameter in trainable:  # half-precision adapters learn slowly and end in NaN
@@ -67,13 +71,17 @@ def check_targets(layers: Sequence[str], target_modules: Sequence[str]) -> None:
     for target in target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(
-                f"--target_modules {target}: the UNet has no such layer", "Try to_q or ff.net.2", WRONG_USAGE
+                f"--target_modules {target}: the UNet has no such layer",
+                "Try to_q or ff.net.2",
+                WRONG_USAGE,
             )
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters by name, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def adapter_name(number: int) -> str:
@@ -87,7 +95,8 @@ def describe(model: torch.nn.Module) -> LoraConfig:
 
 
 def set_strengths(models: Sequence[torch.nn.Module], strengths: Mapping[int, float]) -> None:
-    """Have the LoRAs with these numbers at work in the models, each at its strength: a factor on its trained scale."""
+    """Have the LoRAs with these numbers at work in the models, each at its strength: a factor on
+    its trained scale."""
     _set_strengths(_layers(models), strengths)
 
 
@@ -100,10 +109,11 @@ def _set_strengths(layers: Sequence[LoraLayer], strengths: Mapping[int, float]) 
 
 
 class Fused:
-    """The LoRAs added to the models' own weights, which draws faster; their layers leave the models.
+    """The LoRAs added to the models' own weights, which draws faster; their layers leave the
+    models.
 
-    With changing the strengths may be set again: the own weights are kept on the CPU and put back each time, since to
-    subtract what was added would leave its rounding behind.
+    With changing the strengths may be set again: the own weights are kept on the CPU and put back
+    each time, since to subtract what was added would leave its rounding behind.
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], changing: bool):
@@ -114,7 +124,8 @@ class Fused:
             recurse_remove_peft_layers(model)
 
     def set_strengths(self, strengths: Mapping[int, float]) -> None:
-        """Have the LoRAs with these numbers at work, each at its strength: a factor on its trained scale."""
+        """Have the LoRAs with these numbers at work, each at its strength: a factor on its trained
+        scale."""
         for layer, own in zip(self._layers, self._own, strict=False):
             layer.get_base_layer().weight.data.copy_(own)
             layer.merged_adapters.clear()

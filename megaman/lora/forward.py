@@ -1,11 +1,14 @@
-"""PEFT's LoRA layers with a quicker forward and backward pass, and the same result but for the last bits.
+"""PEFT's LoRA layers with a quicker forward and backward pass, and the same result but for the last
+bits.
 
-PEFT computes y = W x + scale * B (A x) one operation after the other, and autograd goes back the same way. The product
-with the scale and the sums each read and write a tensor as large as y or x, and in a small model every operation costs
-its dispatch as well. Here the matrix products add in place, and the scale is part of them.
+PEFT computes y = W x + scale * B (A x) one operation after the other, and autograd goes back the
+same way. The product with the scale and the sums each read and write a tensor as large as y or x,
+and in a small model every operation costs its dispatch as well. Here the matrix products add in
+place, and the scale is part of them.
 
-Only what a training step needs computes like this: one plain adapter, of the base layer's dtype, without dropout and
-autocast. Everything else is PEFT's, sampling too: a validation image has the bits of the one generated later.
+Only what a training step needs computes like this: one plain adapter, of the base layer's dtype,
+without dropout and autocast. Everything else is PEFT's, sampling too: a validation image has the
+bits of the one generated later.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ class _LinearWithLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
         low = None  # x A^T [rows, rank]
         if _merging_pays(x, weight):
             weight = torch.addmm(weight, b, a, alpha=scale)
@@ -59,7 +64,8 @@ class _LinearWithLora(torch.autograd.Function):
 
 
 def _merging_pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether W + scale * B A takes less work than B (A x), and less than half the memory of x and y together."""
+    """Whether W + scale * B A takes less work than B (A x), and less than half the memory of x and
+    y together."""
     outputs, inputs = weight.shape
     return x.numel() // inputs * (inputs + outputs) > 2 * inputs * outputs
 
@@ -69,7 +75,13 @@ class FastLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
-        if args or kwargs or type(base) is not nn.Linear or base.weight.requires_grad or not _is_plain(self, x):
+        if (
+            args
+            or kwargs
+            or type(base) is not nn.Linear
+            or base.weight.requires_grad
+            or not _is_plain(self, x)
+        ):
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
@@ -77,7 +89,8 @@ class FastLinear(Linear):
 
 
 class FastConv2d(Conv2d):
-    """PEFT's layer for nn.Conv2d. Python's own overhead would eat up what more than this could save."""
+    """PEFT's layer for nn.Conv2d. Python's own overhead would eat up what more than this could
+    save."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or type(self.base_layer) is not nn.Conv2d or not _is_plain(self, x):
@@ -88,7 +101,8 @@ class FastConv2d(Conv2d):
 
 
 def _is_plain(layer: LoraLayer, x: Tensor) -> bool:
-    """Whether a training step asks nothing of the layer but y = W x + scale * B (A x), in one dtype."""
+    """Whether a training step asks nothing of the layer but y = W x + scale * B (A x), in one
+    dtype."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False  # a compiler fuses PEFT's operations itself
     adapters = layer.active_adapters
@@ -105,11 +119,14 @@ def _is_plain(layer: LoraLayer, x: Tensor) -> bool:
 
 
 def match_memory_format(model: nn.Module) -> None:
-    """Lay out every convolution's A in memory like the weight that it stands beside, so that no step has to convert."""
+    """Lay out every convolution's A in memory like the weight that it stands beside, so that no
+    step has to convert."""
     for layer in model.modules():
         if isinstance(layer, Conv2d) and _is_channels_last(layer.get_base_layer().weight):
             for convolution in layer.lora_A.values():
-                convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
+                convolution.weight.data = convolution.weight.data.contiguous(
+                    memory_format=torch.channels_last
+                )
 
 
 def _is_channels_last(weight: Tensor) -> bool:

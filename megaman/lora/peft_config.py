@@ -1,4 +1,5 @@
-"""adapter_config.json: what a LoRA's folder says of itself, believed as far as its tensors bear it out."""
+"""adapter_config.json: what a LoRA's folder says of itself, believed as far as its tensors bear it
+out."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from megaman.safe_loading import conversion, refuse_pickle
 
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-# All that is taken from the file. PEFT knows keys by which it would import and download what they name.
+# All that is taken from the file. PEFT knows keys by which it would import and download what they
+# name.
 KEYS = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
 HIGHEST_RANK, HIGHEST_ALPHA = 4096, 65536
 MOST_NAMES = 2000  # Stable Diffusion has some 300 layers that can have a LoRA
@@ -27,11 +29,13 @@ def read(folder: Path) -> dict[str, Any]:
     """The file's content; raises UserError where the folder holds no LoRA."""
     if not folder.is_dir():
         raise UserError(
-            f"There is no LoRA at {folder}", "Train one with megaman_lora.py, or name another in --lora_path"
+            f"There is no LoRA at {folder}",
+            "Train one with megaman_lora.py, or name another in --lora_path",
         )
     if not (folder / PEFT_CONFIG).is_file():
         raise UserError(
-            f"{folder} holds no {PEFT_CONFIG}, so it is no LoRA folder", "Name a lora_weights folder in --lora_path"
+            f"{folder} holds no {PEFT_CONFIG}, so it is no LoRA folder",
+            "Name a lora_weights folder in --lora_path",
         )
     content = read_json(folder / PEFT_CONFIG)
     if not isinstance(content, dict):
@@ -40,15 +44,20 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def find(path: Path) -> Path:
-    """Where a LoRA's tensors are told of: a folder with adapter_config.json, or a .safetensors file of another program.
+    """Where a LoRA's tensors are told of: a folder with adapter_config.json, or a .safetensors file
+    of another program.
 
-    A folder without that file stands for the only LoRA in it, or for the one that diffusers would take. Raises
-    UserError for a file of another kind, and where there are several LoRAs to choose from.
+    A folder without that file stands for the only LoRA in it, or for the one that diffusers would
+    take. Raises UserError for a file of another kind, and where there are several LoRAs to choose
+    from.
     """
     if path.is_file():
         refuse_pickle(path, conversion(path))
         if path.suffix.lower() != ".safetensors":
-            raise UserError(f"{path} is a file, but no .safetensors", "Name a LoRA's file or folder in --lora_path")
+            raise UserError(
+                f"{path} is a file, but no .safetensors",
+                "Name a LoRA's file or folder in --lora_path",
+            )
         return path
     if not path.is_dir() or (path / PEFT_CONFIG).is_file():
         return path
@@ -57,15 +66,18 @@ def find(path: Path) -> Path:
     files = sorted(path.glob("*.safetensors"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise UserError(f"{path} holds several LoRAs ({names})", "Name one of its files in --lora_path")
+        raise UserError(
+            f"{path} holds several LoRAs ({names})", "Name one of its files in --lora_path"
+        )
     return files[0] if files else path
 
 
 def base_of(folder: Path) -> str | None:
-    """The base that the LoRA was trained on, where its folder says so; a file says nothing that could be loaded.
+    """The base that the LoRA was trained on, where its folder says so; a file says nothing that
+    could be loaded.
 
-    Raises UserError where no LoRA is there, or where the base is neither here nor named like one on the hub: the LoRA
-    may be a stranger's.
+    Raises UserError where no LoRA is there, or where the base is neither here nor named like one on
+    the hub: the LoRA may be a stranger's.
     """
     if find(folder).is_file():
         return None
@@ -82,7 +94,8 @@ def base_of(folder: Path) -> str | None:
 
 
 def checked(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:
-    """What LoraConfig is to be told, given the ranks that the tensors have; raises UserError where they disagree."""
+    """What LoraConfig is to be told, given the ranks that the tensors have; raises UserError where
+    they disagree."""
     patterns = {name: content.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     values = {"peft_type": "LORA", "use_rslora": False, **content, **patterns}
 
@@ -102,7 +115,10 @@ def checked(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str,
         "alpha_pattern": schema.mapping(_is_strength, _is_module, MOST_NAMES),
     }
     if wrong := schema.first_unsound(values, checks):
-        raise UserError(f"{folder / PEFT_CONFIG}: {wrong} is not what a LoRA with these tensors can have", ANOTHER)
+        raise UserError(
+            f"{folder / PEFT_CONFIG}: {wrong} is not what a LoRA with these tensors can have",
+            ANOTHER,
+        )
     return {key: content[key] for key in KEYS if content.get(key)}
 
 

@@ -1,1 +1,1 @@
-"""A Stable Diffusion base: where it comes from, its configurations, its weights, its text encoder."""
+"""A Stable Diffusion base: where it comes from, configurations, weights, text encoder."""

@@ -31,12 +31,21 @@ from megaman.models.weights import CPU, Part
 from megaman.safe_loading import refuse_pickle
 
 for library in (diffusers.utils.logging, transformers.utils.logging):
-    library.set_verbosity_error()  # the variables above come too late where another module was imported first
+    # the variables above come too late where another module was imported first
+    library.set_verbosity_error()
     library.disable_progress_bar()  # loading takes a second; downloads keep their bars
 
 # What the libraries raise over a configuration that says something impossible.
-ODD_CONFIGURATION = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
-                     StrictDataclassError)  # fmt: skip
+ODD_CONFIGURATION = (
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    StrictDataclassError,
+)
 CONVERSION = (
     "Convert it to safetensors in diffusers' layout first, with --to_safetensors of its "
     "scripts/convert_original_stable_diffusion_to_diffusers.py"
@@ -49,7 +58,8 @@ def vae_factor(vae: AutoencoderKL | Part) -> int:
 
 
 def vae_identity(vae: AutoencoderKL) -> str:
-    """A SHA-256 of what a VAE computes with: its configuration and its tensors, in whatever file they stood."""
+    """A SHA-256 of what a VAE computes with: its configuration and its tensors, in whatever file
+    they stood."""
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
@@ -59,10 +69,12 @@ def vae_identity(vae: AutoencoderKL) -> str:
 
 
 class Base:
-    """A Stable Diffusion, taken apart. Each of its three models is loaded onto the device when it is first asked for.
+    """A Stable Diffusion, taken apart. Each of its three models is loaded onto the device when it
+    is first asked for.
 
-    The noise schedule is in scheduler.config; name is what a LoRA should note. unet, text_encoder and vae raise
-    UserError where the files are gone or others by then, or hold numbers that are not finite.
+    The noise schedule is in scheduler.config; name is what a LoRA should note. unet, text_encoder
+    and vae raise UserError where the files are gone or others by then, or hold numbers that are not
+    finite.
     """
 
     def __init__(
@@ -93,8 +105,11 @@ class Base:
     def _get(self, part: str) -> torch.nn.Module:
         if part not in self._loaded:
             with _refusing(self.name):
-                # A LoRA that is added later stays contiguous, as AdamW's moments are when they come from a file.
-                self._loaded[part] = self.parts[part].load(self.device).to(memory_format=self.layout)
+                # A LoRA that is added later stays contiguous, as AdamW's moments are when they come
+                # from a file.
+                self._loaded[part] = (
+                    self.parts[part].load(self.device).to(memory_format=self.layout)
+                )
         return self._loaded[part]
 
     @property
@@ -103,7 +118,8 @@ class Base:
         return self.parts["unet"].layers()
 
     def release(self, *parts: str) -> None:
-        """Let models go, with all that was changed in them; whoever asks for one again gets it from its files."""
+        """Let models go, with all that was changed in them; whoever asks for one again gets it from
+        its files."""
         for part in parts:
             self._loaded.pop(part, None)
 
@@ -130,7 +146,8 @@ class Base:
 def find_base(name: str, half: bool) -> Path:
     """The folder or the file of a base, downloaded where it is a name on the hub.
 
-    With half the fp16 files are preferred, which halves the download. Raises UserError with the ways on.
+    With half the fp16 files are preferred, which halves the download. Raises UserError with the
+    ways on.
     """
     for path in (Path(os.path.expanduser(name)), PROJECT / name):
         if path.is_dir():
@@ -161,16 +178,18 @@ def load_base(
     device: torch.device = CPU,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> Base:
-    """Open a base, whose models come onto the device and into the layout when they are asked for: UNet and text encoder
-    in dtype, the VAE in float32 (fp16 turns some pictures black).
+    """Open a base, whose models come onto the device and into the layout when they are asked for:
+    UNet and text encoder in dtype, the VAE in float32 (fp16 turns some pictures black).
 
-    Raises UserError where it is missing, incomplete, damaged, a pickle or no Stable Diffusion 1.x. Of the weights only
-    names and shapes are looked at.
+    Raises UserError where it is missing, incomplete, damaged, a pickle or no Stable Diffusion 1.x.
+    Of the weights only names and shapes are looked at.
     """
     path = find_base(name, half=dtype != torch.float32)
     with _refusing(name):
         parts = (
-            single_file.find_parts(path, dtype) if path.is_file() else diffusers_folder.find_parts(name, path, dtype)
+            single_file.find_parts(path, dtype)
+            if path.is_file()
+            else diffusers_folder.find_parts(name, path, dtype)
         )
     base = Base(name, device, layout=layout, **parts)
     _check_kind(base)
@@ -192,11 +211,16 @@ def _check_kind(base: Base) -> None:
     unet, text = base.parts["unet"].config, base.parts["text_encoder"].config
     if unet.in_channels != base.parts["vae"].config.latent_channels:
         raise UserError(
-            f"The base {base.name} is for inpainting or editing ({unet.in_channels} input channels)", WAYS_ON
+            f"The base {base.name} is for inpainting or editing ({unet.in_channels} input channels)",
+            WAYS_ON,
         )
     if unet.cross_attention_dim == 1024:
         raise UserError(f"The base {base.name} is a Stable Diffusion 2.x, not 1.x", WAYS_ON)
     if unet.cross_attention_dim != text.hidden_size:
-        raise UserError(f"The base {base.name}: its UNet and its text encoder do not belong together", WAYS_ON)
+        raise UserError(
+            f"The base {base.name}: its UNet and its text encoder do not belong together", WAYS_ON
+        )
     if (kind := base.scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
-        raise UserError(f"The base {base.name} predicts {kind}, not the noise or its velocity", WAYS_ON)
+        raise UserError(
+            f"The base {base.name} predicts {kind}, not the noise or its velocity", WAYS_ON
+        )

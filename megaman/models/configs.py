@@ -11,15 +11,21 @@ from megaman.files import read_json
 from megaman.hub import ALIASES, DEFAULT_BASE, PROJECT, is_base
 
 # The models of a Stable Diffusion, and the stems of their weights' files.
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 WAYS_ON = "Name a local folder in diffusers' layout or a .safetensors file, or try the embedded base with --demo"
 SUFFIX = ".safetensors"  # of a base in a single file
-SD15 = Path(__file__).resolve().parent / "sd15"  # Stable Diffusion 1.5's configurations and vocabulary
+SD15 = (
+    Path(__file__).resolve().parent / "sd15"
+)  # Stable Diffusion 1.5's configurations and vocabulary
 
 
 def actual_name(name: str) -> str:
-    """The name to find and to note the base under, from wherever it is read again: the hub's present one, the place
-    within this project, or a whole path."""
+    """The name to find and to note the base under, from wherever it is read again: the hub's
+    present one, the place within this project, or a whole path."""
     path = Path(os.path.expanduser(name))
     if not path.is_dir() and not path.is_file():
         return ALIASES.get(name, name)
@@ -30,8 +36,13 @@ def actual_name(name: str) -> str:
 
 
 def moved(name: str) -> str | None:
-    """What to say of a base that is taken from another name than the one asked for; None where it is not."""
-    return f"{name} has left the hub; the same weights are at {actual_name(name)}" if name in ALIASES else None
+    """What to say of a base that is taken from another name than the one asked for; None where it
+    is not."""
+    return (
+        f"{name} has left the hub; the same weights are at {actual_name(name)}"
+        if name in ALIASES
+        else None
+    )
 
 
 def named(path: str | Path) -> bool:
@@ -40,18 +51,22 @@ def named(path: str | Path) -> bool:
 
 
 def read_configs(name: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """The configurations of a base's UNet, VAE and text encoder, by part, and a remark where they are guessed.
+    """The configurations of a base's UNet, VAE and text encoder, by part, and a remark where they
+    are guessed.
 
-    name is a folder, a single file or a name on the hub. Of the hub only what was downloaded before is read; Stable
-    Diffusion 1.5's configuration stands in for the rest, as for single files, which have none. No weights are read.
-    Raises UserError for a folder that lacks a part's config.json, and for a name that can be none of them.
+    name is a folder, a single file or a name on the hub. Of the hub only what was downloaded before
+    is read; Stable Diffusion 1.5's configuration stands in for the rest, as for single files, which
+    have none. No weights are read. Raises UserError for a folder that lacks a part's config.json,
+    and for a name that can be none of them.
     """
     places = (Path(os.path.expanduser(name)), PROJECT / name)
     for folder in filter(Path.is_dir, places):
         return {part: read_json(folder / part / "config.json") for part in WEIGHTS}, ""
     one_file = any(map(Path.is_file, places))
     if not is_base(name) or (named(name) and not one_file):
-        raise UserError(f"The base {name} is nothing on this machine nor a name on the hub", WAYS_ON)
+        raise UserError(
+            f"The base {name} is nothing on this machine nor a name on the hub", WAYS_ON
+        )
     sd15 = {part: read_json(SD15 / f"{part}.json") for part in WEIGHTS}
     if one_file or actual_name(name) == actual_name(DEFAULT_BASE):
         return sd15, ""
@@ -67,8 +82,16 @@ def read_configs(name: str) -> tuple[dict[str, dict[str, Any]], str]:
 
 
 def unet_width(name: str) -> int:
-    """Channels of the first block of a base's UNet, by read_configs; 0 where they cannot be told."""
+    """Channels of the first block of a base's UNet, by read_configs; 0 where they cannot be
+    told."""
     try:
         return int(read_configs(name)[0]["unet"]["block_out_channels"][0])
-    except (UserError, OSError, LookupError, TypeError, ValueError, OverflowError):  # loading the base tells it better
+    except (
+        UserError,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ):  # loading the base tells it better
         return 0

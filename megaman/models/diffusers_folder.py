@@ -1,4 +1,5 @@
-"""The base from a folder in diffusers' layout: model_index.json, and each part in a folder of its own."""
+"""The base from a folder in diffusers' layout: model_index.json, and each part in a folder of its
+own."""
 
 from __future__ import annotations
 
@@ -21,10 +22,11 @@ OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_
 
 
 def find_parts(name: str, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Tokenizer and scheduler, and text encoder, VAE and UNet to be loaded later: the VAE in float32, the others in
-    dtype.
+    """Tokenizer and scheduler, and text encoder, VAE and UNet to be loaded later: the VAE in
+    float32, the others in dtype.
 
-    Raises UserError, and what the libraries raise, where something is missing, damaged or does not belong together.
+    Raises UserError, and what the libraries raise, where something is missing, damaged or does not
+    belong together.
     """
     _check_layout(name, folder)
     weights = {part: _weights(name, folder / part, stem) for part, stem in WEIGHTS.items()}
@@ -44,18 +46,27 @@ def find_parts(name: str, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 def _check_layout(name: str, folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"{name} holds no model_index.json, so it is no base in diffusers' layout", WAYS_ON)
+        raise UserError(
+            f"{name} holds no model_index.json, so it is no base in diffusers' layout", WAYS_ON
+        )
     content = read_json(index)
     kind = content.get("_class_name") if isinstance(content, dict) else None
     if kind != "StableDiffusionPipeline":
         raise UserError(f"The base {name} is a {kind}, not a Stable Diffusion 1.x", WAYS_ON)
-    for part in ("tokenizer", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS)):
-        if not (folder / part).exists():  # the libraries would look for it on the hub, or take another model's
+    for part in (
+        "tokenizer",
+        "scheduler/scheduler_config.json",
+        *(f"{part}/config.json" for part in WEIGHTS),
+    ):
+        if not (
+            folder / part
+        ).exists():  # the libraries would look for it on the hub, or take another model's
             raise UserError(f"The base {name} is not complete: {part} is missing", WAYS_ON)
 
 
 def _weights(name: str, folder: Path, stem: str) -> Path:
-    """A part's file of weights, or the list of its shards; of the fp16 variant where there are no others."""
+    """A part's file of weights, or the list of its shards; of the fp16 variant where there are no
+    others."""
     for ending in (".safetensors.index.json", ".safetensors", ".fp16.safetensors"):
         if (path := folder / f"{stem}{ending}").is_file():
             return path
@@ -68,7 +79,8 @@ def _weights(name: str, folder: Path, stem: str) -> Path:
 
 
 def _part(base: Path, weights: Path, model: torch.nn.Module, dtype: torch.dtype) -> Part:
-    """One of the models; raises ValueError where its files lack something or hold it in another shape."""
+    """One of the models; raises ValueError where its files lack something or hold it in another
+    shape."""
     folder, label = weights.parent, weights.parent.name
     files = [weights]
     if weights.suffix == ".json":
@@ -84,7 +96,14 @@ def _part(base: Path, weights: Path, model: torch.nn.Module, dtype: torch.dtype)
         raise ValueError(f"{label}: {words}")
     if lacking := missing(model, found):
         raise ValueError(f"{label} lacks {lacking}")
-    return Part(base, label, model, sources, dtype, [folder / "config.json", *dict.fromkeys([weights, *files])])
+    return Part(
+        base,
+        label,
+        model,
+        sources,
+        dtype,
+        [folder / "config.json", *dict.fromkeys([weights, *files])],
+    )
 
 
 def _names_in_files(part: str, name: str) -> Iterator[str]:

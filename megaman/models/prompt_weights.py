@@ -17,15 +17,19 @@ TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 
 
 def parse(prompt: str) -> list[tuple[str, float]]:
-    r"""The prompt's parts in order, each with its weight, by the rules of A1111 and kohya's scripts.
+    r"""The prompt's parts in order, each with its weight, by the rules of A1111 and kohya's
+    scripts.
 
-    (word) weighs 1.1, (word:1.3) 1.3, [word] 1 / 1.1; nested brackets multiply, unclosed ones close at the end, others
-    that close nothing are text, and \( \) \[ \] \\ are always text. Neighbours of one weight are one part. A1111's tags
-    such as <lora:name:1>, which are no words, are left out. A weight is at most 100. No text raises an error; an empty
-    one is [("", 1.0)].
+    (word) weighs 1.1, (word:1.3) 1.3, [word] 1 / 1.1; nested brackets multiply, unclosed ones close
+    at the end, others that close nothing are text, and \( \) \[ \] \\ are always text. Neighbours
+    of one weight are one part. A1111's tags such as <lora:name:1>, which are no words, are left
+    out. A weight is at most 100. No text raises an error; an empty one is [("", 1.0)].
     """
     parts: list[tuple[str, float]] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # the numbers of the parts that the brackets begin with
+    opened: dict[str, list[int]] = {
+        "(": [],
+        "[": [],
+    }  # the numbers of the parts that the brackets begin with
 
     def close(kind: str, factor: float) -> None:
         start = opened[kind].pop()
@@ -65,5 +69,6 @@ def _merged(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def tags(prompt: str) -> list[str]:
-    """A1111's tags in a prompt, such as <lora:name:1>, which parse leaves out: a script should tell of them."""
+    """A1111's tags in a prompt, such as <lora:name:1>, which parse leaves out: a script should tell
+    of them."""
     return TAG.findall(prompt)

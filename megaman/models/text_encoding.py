@@ -1,5 +1,5 @@
-"""Texts as the text encoder's states: prompts of any length, with A1111's weights, from a layer of choice; captions,
-computed once or, if that has to be, at every step."""
+"""Texts as the text encoder's states: prompts of any length, with A1111's weights, from a layer of
+choice; captions, computed once or, if that has to be, at every step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 
     from megaman.models.base import Base
 
-LOOK_BACK = 20  # tokens: a chunk ends at a comma among its last ones, as in A1111, so that no phrase is torn apart
-FAINTEST = 0.1  # a mean that sinks further is rounding, and to bring it back would blow everything up
+# tokens: a chunk ends at a comma among its last ones, as in A1111, so that no phrase is torn apart
+LOOK_BACK = 20
+FAINTEST = (
+    0.1  # a mean that sinks further is rounding, and to bring it back would blow everything up
+)
 
 MOST_STATES = 2**30  # bytes of text states in memory; SD 1.5's of 4,500 captions in float32
 
 
 class _Chunk(NamedTuple):
-    """A part of a prompt that the text encoder reads at once: token ids and a weight for each, without BOS and EOS."""
+    """A part of a prompt that the text encoder reads at once: token ids and a weight for each,
+    without BOS and EOS."""
 
     ids: list[int]
     weights: list[float]
@@ -33,19 +37,26 @@ class _Chunk(NamedTuple):
 def encode_prompt(
     text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, prompt: str, clip_skip: int = 1
 ) -> torch.Tensor:
-    """Text states [positions · chunks, width] of one prompt, on the CPU and in the text encoder's precision.
+    """Text states [positions · chunks, width] of one prompt, on the CPU and in the text encoder's
+    precision.
 
-    The tokens are cut into chunks of as many as fit between BOS and EOS (75 in CLIP). Each chunk is encoded on its own,
-    so that nothing else changes its states, and the states stand one behind the other. clip_skip counts as in A1111 and
-    kohya's scripts: 1 takes the last layer, 2 the one before (which diffusers calls 1), each through the final layer
-    norm. A prompt of one chunk without weights has the states that text_encoding.encode_captions gives for it alone.
+    The tokens are cut into chunks of as many as fit between BOS and EOS (75 in CLIP). Each chunk is
+    encoded on its own, so that nothing else changes its states, and the states stand one behind the
+    other. clip_skip counts as in A1111 and kohya's scripts: 1 takes the last layer, 2 the one
+    before (which diffusers calls 1), each through the final layer norm. A prompt of one chunk
+    without weights has the states that text_encoding.encode_captions gives for it alone.
 
     Raises UserError where clip_skip is more than the text encoder has layers.
     """
     layers = text_encoder.config.num_hidden_layers
     if not 1 <= clip_skip <= layers:
-        raise UserError(f"--clip_skip {clip_skip} fits no layer of this base's text encoder", f"Take 1 to {layers}")
-    return torch.cat([_encode(text_encoder, tokenizer, chunk, clip_skip) for chunk in _chunks(tokenizer, prompt)])
+        raise UserError(
+            f"--clip_skip {clip_skip} fits no layer of this base's text encoder",
+            f"Take 1 to {layers}",
+        )
+    return torch.cat(
+        [_encode(text_encoder, tokenizer, chunk, clip_skip) for chunk in _chunks(tokenizer, prompt)]
+    )
 
 
 def count_chunks(tokenizer: CLIPTokenizer, prompt: str) -> int:
@@ -54,16 +65,18 @@ def count_chunks(tokenizer: CLIPTokenizer, prompt: str) -> int:
 
 
 def pad_chunks(states: torch.Tensor, empty: torch.Tensor, chunks: int) -> torch.Tensor:
-    """A prompt's states brought to a number of chunks [positions · chunks, width] with those of the empty prompt.
+    """A prompt's states brought to a number of chunks [positions · chunks, width] with those of the
+    empty prompt.
 
-    As in A1111: prompts that are drawn together, and a prompt and its negative one, need the same number. empty is
-    encode_prompt's answer to "", [positions, width].
+    As in A1111: prompts that are drawn together, and a prompt and its negative one, need the same
+    number. empty is encode_prompt's answer to "", [positions, width].
     """
     return torch.cat([states, *[empty] * (chunks - len(states) // len(empty))])
 
 
 def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[_Chunk]:
-    """The prompt's tokens with their weights in pieces that fit; the empty prompt is one empty chunk."""
+    """The prompt's tokens with their weights in pieces that fit; the empty prompt is one empty
+    chunk."""
     ids, weights = [], []
     for text, weight in parse(prompt):
         part = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -75,17 +88,26 @@ def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[_Chunk]:
     while start == 0 or start < len(ids):
         end = start + room
         if end < len(ids) and [ids[end]] != comma:
-            commas = [place for place in range(max(start, end - LOOK_BACK), end) if [ids[place]] == comma]
+            commas = [
+                place for place in range(max(start, end - LOOK_BACK), end) if [ids[place]] == comma
+            ]
             end = commas[-1] + 1 if commas else end
         chunks.append(_Chunk(ids[start:end], weights[start:end]))
         start = end
     return chunks
 
 
-def _encode(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, chunk: _Chunk, clip_skip: int) -> torch.Tensor:
+def _encode(
+    text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, chunk: _Chunk, clip_skip: int
+) -> torch.Tensor:
     """States [positions, width] of one chunk."""
     padding = tokenizer.model_max_length - 2 - len(chunk.ids)
-    ids = [tokenizer.bos_token_id, *chunk.ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding]
+    ids = [
+        tokenizer.bos_token_id,
+        *chunk.ids,
+        tokenizer.eos_token_id,
+        *[tokenizer.pad_token_id] * padding,
+    ]
     input_ids = torch.tensor([ids], device=text_encoder.device)
     if clip_skip == 1:
         states = text_encoder(input_ids)[0][0].cpu()
@@ -98,11 +120,13 @@ def _encode(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, chunk: _Chunk
 
 
 def weigh(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """States [positions, width] times their weights [positions], brought back to the mean that they had (A1111).
+    """States [positions, width] times their weights [positions], brought back to the mean that they
+    had (A1111).
 
-    Where the means of the positions have one sign, as in CLIP, the mean changes by a factor between the smallest and
-    the largest weight. Outside of that they cancel out, as in a text encoder whose states lie around 0: their mean is
-    no measure of size, to divide by it could even turn the sign, and the states stay as they were multiplied.
+    Where the means of the positions have one sign, as in CLIP, the mean changes by a factor between
+    the smallest and the largest weight. Outside of that they cancel out, as in a text encoder whose
+    states lie around 0: their mean is no measure of size, to divide by it could even turn the sign,
+    and the states stay as they were multiplied.
     """
     weighted = states.float() * weights[:, None]
     factor = (weighted.mean() / states.float().mean()).item()
@@ -113,14 +137,17 @@ def weigh(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
     """Token ids [B, positions]; longer captions are cut at the last position."""
-    return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        list(captions), padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 @torch.no_grad()
 def encode_captions(
     text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Text states [positions, width] on the CPU for each distinct caption; longer ones are cut at the last position."""
+    """Text states [positions, width] on the CPU for each distinct caption; longer ones are cut at
+    the last position."""
     states = {}
     distinct = list(dict.fromkeys(captions))
     for start in range(0, len(distinct), 32):
@@ -131,11 +158,12 @@ def encode_captions(
 
 
 class CaptionStates:
-    """The text states of a run's captions: kept in memory for each distinct one, and the text encoder let go; or read
-    at each step, where it is in training, where captions vary, or where the states would take too much memory.
+    """The text states of a run's captions: kept in memory for each distinct one, and the text
+    encoder let go; or read at each step, where it is in training, where captions vary, or where the
+    states would take too much memory.
 
-    states holds those of the captions that stay as they are, fixed among them; None with trained. Where accelerate
-    prepared the encoder for training, it has to be set as reader.
+    states holds those of the captions that stay as they are, fixed among them; None with trained.
+    Where accelerate prepared the encoder for training, it has to be set as reader.
     """
 
     def __init__(
@@ -164,17 +192,21 @@ class CaptionStates:
 
 
 def too_many(text_encoder: CLIPTextModel, captions: Iterable[str]) -> bool:
-    """Whether the states of all distinct captions would take more memory than reading them at each step is worth."""
+    """Whether the states of all distinct captions would take more memory than reading them at each
+    step is worth."""
     config = text_encoder.config
     numbers = len(set(captions)) * config.max_position_embeddings * config.hidden_size
     return numbers * text_encoder.dtype.itemsize > MOST_STATES
 
 
 def cut_off(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
-    """For each caption what falls away because the text encoder has no position for it, "" where nothing does."""
+    """For each caption what falls away because the text encoder has no position for it, "" where
+    nothing does."""
     room = tokenizer.model_max_length - 2  # without the marks at either end
     ends, distinct = {}, list(dict.fromkeys(captions))
-    for start in range(0, len(distinct), 1000):  # of all at once the tokens would take kilobytes each
+    for start in range(
+        0, len(distinct), 1000
+    ):  # of all at once the tokens would take kilobytes each
         part = distinct[start : start + 1000]
         read = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for caption, spans in zip(part, read["offset_mapping"], strict=True):

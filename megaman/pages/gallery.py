@@ -1,4 +1,5 @@
-"""The page of results: images.json for programs and index.html for people, beside the images they name."""
+"""The page of results: images.json for programs and index.html for people, beside the images they
+name."""
 
 from __future__ import annotations
 
@@ -33,13 +34,23 @@ class GalleryImage:
     height: int
     settings: dict[str, str | int | float]  # shown in this order and under these names
     base_file: str | None = None  # the same seed without the LoRA
-    loras: list[str] = field(default_factory=list)  # as the command line names them, the strength behind a colon
+    loras: list[str] = field(
+        default_factory=list
+    )  # as the command line names them, the strength behind a colon
 
 
 _is_text, _is_int = schema.instance(str), schema.instance(int)
-CHECKS = {"file": _is_text, "prompt": _is_text, "negative_prompt": _is_text, "seed": _is_int, "width": _is_int,
-          "height": _is_int, "settings": schema.instance(dict), "base_file": schema.instance(str, type(None)),
-          "loras": schema.instance(list)}  # fmt: skip
+CHECKS = {
+    "file": _is_text,
+    "prompt": _is_text,
+    "negative_prompt": _is_text,
+    "seed": _is_int,
+    "width": _is_int,
+    "height": _is_int,
+    "settings": schema.instance(dict),
+    "base_file": schema.instance(str, type(None)),
+    "loras": schema.instance(list),
+}
 
 
 def _is_id(value: Any) -> bool:
@@ -47,13 +58,15 @@ def _is_id(value: Any) -> bool:
 
 
 def read_images(folder: Path) -> list[GalleryImage]:
-    """The images that folder/images.json names, none where it is missing; UserError where it is broken."""
+    """The images that folder/images.json names, none where it is missing; UserError where it is
+    broken."""
     path = folder / IMAGES
     return [_image(path, number, record) for number, record in enumerate(_read(path)[1], start=1)]
 
 
 def _read(path: Path) -> tuple[str, list[Any]]:
-    """The gallery's id and its records; a new id where there is none yet: the first galleries were bare lists."""
+    """The gallery's id and its records; a new id where there is none yet: the first galleries were
+    bare lists."""
     content = read_json(path) if path.exists() else []
     if isinstance(content, list):
         content = {"gallery": secrets.token_hex(8), "images": content}
@@ -110,20 +123,32 @@ def _page(folder: Path, images: list[GalleryImage], title: str, gallery: str) ->
     sections = [Section(prompt) for prompt in prompts]
     for number, image in enumerate(images):
         sections[places[image.prompt]].add(image.seed, labels[number], number)
-    shown = [_shown(image, label, places[image.prompt]) for image, label in zip(images, labels, strict=True)]
+    shown = [
+        _shown(image, label, places[image.prompt])
+        for image, label in zip(images, labels, strict=True)
+    ]
 
     def small(file: str) -> str:
         return thumbnail_of(file) if os.path.isfile(folder / thumbnail_of(file)) else file
 
     return render(
-        "gallery.html", {"href": href, "small": small}, title=title, images=images, labels=labels,
-        sections=sections, runs=_runs(sections), common=_common(shown),
-        compared=any(image.base_file for image in images), tiny=all(image.width < 256 for image in images),
-        data={"gallery": gallery, "prompts": prompts, "images": shown, "longest": LONGEST})  # fmt: skip
+        "gallery.html",
+        {"href": href, "small": small},
+        title=title,
+        images=images,
+        labels=labels,
+        sections=sections,
+        runs=_runs(sections),
+        common=_common(shown),
+        compared=any(image.base_file for image in images),
+        tiny=all(image.width < 256 for image in images),
+        data={"gallery": gallery, "prompts": prompts, "images": shown, "longest": LONGEST},
+    )
 
 
 class Section:
-    """The images of one prompt, by their numbers: in a row, or in a table where one seed was drawn several ways."""
+    """The images of one prompt, by their numbers: in a row, or in a table where one seed was drawn
+    several ways."""
 
     def __init__(self, prompt: str):
         self.prompt = prompt
@@ -144,14 +169,18 @@ class Section:
     @property
     def rows(self) -> list[tuple[int, list[list[int]]]]:
         """The seeds in the order of drawing, each with its images under each column."""
-        return [(seed, [row.get(label, []) for label in self.columns]) for seed, row in self._cells.items()]
+        return [
+            (seed, [row.get(label, []) for label in self.columns])
+            for seed, row in self._cells.items()
+        ]
 
 
 LONGEST = 60  # sections; full rows with 1 to 6 side by side
 
 
 def _runs(sections: list[Section]) -> list[list[Section]]:
-    """The sections in their order: those of one image and others apart, at most LONGEST together."""
+    """The sections in their order: those of one image and others apart, at most LONGEST
+    together."""
     runs: list[list[Section]] = []
     for section in sections:
         single = len(section.numbers) == 1
@@ -162,7 +191,8 @@ def _runs(sections: list[Section]) -> list[list[Section]]:
 
 
 def variant_labels(images: list[GalleryImage]) -> list[str]:
-    """What tells each image from another of its prompt and seed: the LoRA's name and strength, as far as they vary."""
+    """What tells each image from another of its prompt and seed: the LoRA's name and strength, as
+    far as they vary."""
     loras = [str(image.settings.get("LoRA", "")) for image in images]
     strengths = [str(image.settings.get("strength", "1")) for image in images]
     names = {lora: re.split(r"[/\\]", lora.rstrip("/\\"))[-1] for lora in loras}
@@ -177,16 +207,28 @@ def variant_labels(images: list[GalleryImage]) -> list[str]:
 
 
 def _shown(image: GalleryImage, label: str, prompt: int) -> dict[str, Any]:
-    """What the page's script knows of an image; numbers as text, since a browser would round a long seed."""
+    """What the page's script knows of an image; numbers as text, since a browser would round a long
+    seed."""
     return {
-        "name": image.file, "file": href(image.file), "base": image.base_file and href(image.base_file),
-        "prompt": prompt, "seed": str(image.seed), "label": label, "size": [image.width, image.height],
-        "small": image.width < 256, "settings": _settings(image), "command": command(image)}  # fmt: skip
+        "name": image.file,
+        "file": href(image.file),
+        "base": image.base_file and href(image.base_file),
+        "prompt": prompt,
+        "seed": str(image.seed),
+        "label": label,
+        "size": [image.width, image.height],
+        "small": image.width < 256,
+        "settings": _settings(image),
+        "command": command(image),
+    }
 
 
 def _settings(image: GalleryImage) -> dict[str, str]:
     """What a person reads under an image, the seed left out: it stands beside it."""
-    settings = {"size": f"{image.width}x{image.height}", **{name: str(value) for name, value in image.settings.items()}}
+    settings = {
+        "size": f"{image.width}x{image.height}",
+        **{name: str(value) for name, value in image.settings.items()},
+    }
     if image.negative_prompt:
         settings["negative prompt"] = image.negative_prompt
     return settings
@@ -195,24 +237,43 @@ def _settings(image: GalleryImage) -> dict[str, str]:
 def _common(shown: list[dict[str, Any]]) -> dict[str, str]:
     """The settings that every image shares, in the first one's order."""
     first = shown[0]["settings"] if shown else {}
-    return {name: value for name, value in first.items() if all(each["settings"].get(name) == value for each in shown)}
+    return {
+        name: value
+        for name, value in first.items()
+        if all(each["settings"].get(name) == value for each in shown)
+    }
 
 
-FLAGS = {"base": "--base_model", "strength": "--lora_scale", "steps": "--num_inference_steps",
-         "guidance": "--guidance_scale", "sampler": "--scheduler", "clip skip": "--clip_skip"}  # fmt: skip
+FLAGS = {
+    "base": "--base_model",
+    "strength": "--lora_scale",
+    "steps": "--num_inference_steps",
+    "guidance": "--guidance_scale",
+    "sampler": "--scheduler",
+    "clip skip": "--clip_skip",
+}
 
 
 def command(image: GalleryImage) -> str | None:
-    """The line that draws the image again, for the shell of this system: sh, or PowerShell on Windows.
+    """The line that draws the image again, for the shell of this system: sh, or PowerShell on
+    Windows.
 
-    None where a text holds a control character: what a shell makes of one that is pasted is anybody's guess.
+    None where a text holds a control character: what a shell makes of one that is pasted is
+    anybody's guess.
     """
-    values = {"--prompts": image.prompt, "--negative_prompt": image.negative_prompt, "--seed": image.seed,
-              "--height": image.height, "--width": image.width,
-              **{flag: image.settings[name] for name, flag in FLAGS.items() if name in image.settings}}  # fmt: skip
+    values = {
+        "--prompts": image.prompt,
+        "--negative_prompt": image.negative_prompt,
+        "--seed": image.seed,
+        "--height": image.height,
+        "--width": image.width,
+        **{flag: image.settings[name] for name, flag in FLAGS.items() if name in image.settings},
+    }
     loras = image.loras or [image.settings[name] for name in ["LoRA"] if name in image.settings]
     texts = list(map(str, [*values.values(), *loras]))
-    if any(unicodedata.category(mark) in ("Cc", "Cs", "Zl", "Zp") for text in texts for mark in text):
+    if any(
+        unicodedata.category(mark) in ("Cc", "Cs", "Zl", "Zp") for text in texts for mark in text
+    ):
         return None
     words = [f"{flag}={_quoted(str(value))}" for flag, value in values.items()]
     if len(loras) == 1:

@@ -1,4 +1,5 @@
-"""Prompts and seeds to images: the same code draws validation pictures while training and the gallery afterwards."""
+"""Prompts and seeds to images: the same code draws validation pictures while training and the
+gallery afterwards."""
 
 from __future__ import annotations
 
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 
 
-def make_sampler(scheduler: SchedulerMixin, sampler: samplers.Sampler = samplers.DEFAULT) -> SchedulerMixin:
-    """A sampler on the base's own noise schedule; by default DPM-Solver++ (2M), Lu et al. 2022, arXiv 2211.01095."""
+def make_sampler(
+    scheduler: SchedulerMixin, sampler: samplers.Sampler = samplers.DEFAULT
+) -> SchedulerMixin:
+    """A sampler on the base's own noise schedule; by default DPM-Solver++ (2M), Lu et al. 2022,
+    arXiv 2211.01095."""
     return getattr(diffusers, sampler.scheduler).from_config(scheduler.config, **sampler.settings)
 
 
@@ -42,24 +46,37 @@ def draw_latents(
     guidance: float,
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Latents [B, 4, h, w] for each row of text_states [B, positions, width], with the seed of the same place.
+    """Latents [B, 4, h, w] for each row of text_states [B, positions, width], with the seed of the
+    same place.
 
-    empty_states, of the same shape, holds the negative prompts (classifier-free guidance, Ho & Salimans 2022, arXiv
-    2207.12598); guidance of 1 or less leaves them out. size is (h, w) in latent cells. Each row's noise, the first and
-    what a sampler adds on the way, comes from its own seed and on the CPU, so that neither the batch nor the device
-    changes it. Raises UserError where the UNet answers with numbers that are not finite.
+    empty_states, of the same shape, holds the negative prompts (classifier-free guidance, Ho &
+    Salimans 2022, arXiv 2207.12598); guidance of 1 or less leaves them out. size is (h, w) in
+    latent cells. Each row's noise, the first and what a sampler adds on the way, comes from its own
+    seed and on the CPU, so that neither the batch nor the device changes it. Raises UserError where
+    the UNet answers with numbers that are not finite.
     """
     device, dtype = unet.device, unet.dtype
     sampler.set_timesteps(steps, device=device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = [torch.randn((unet.config.in_channels, *size), generator=generator) for generator in generators]
+    noise = [
+        torch.randn((unet.config.in_channels, *size), generator=generator)
+        for generator in generators
+    ]
     latents = torch.stack(noise).to(device) * sampler.init_noise_sigma
-    adds_noise = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
+    adds_noise = (
+        {"generator": generators}
+        if "generator" in inspect.signature(sampler.step).parameters
+        else {}
+    )
     guided = guidance > 1
     states = (torch.cat([empty_states, text_states]) if guided else text_states).to(device, dtype)
     for timestep in sampler.timesteps:
-        model_input = sampler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-        noise_pred = unet(model_input.to(dtype), timestep, encoder_hidden_states=states).sample.float()
+        model_input = sampler.scale_model_input(
+            torch.cat([latents, latents]) if guided else latents, timestep
+        )
+        noise_pred = unet(
+            model_input.to(dtype), timestep, encoder_hidden_states=states
+        ).sample.float()
         if guided:
             without, with_prompt = noise_pred.chunk(2)
             noise_pred = without + guidance * (with_prompt - without)
@@ -88,15 +105,19 @@ def draw_images(
 ) -> list[Image.Image]:
     """The same as images; height and width are in pixels."""
     size = height // vae_factor(vae), width // vae_factor(vae)
-    latents = draw_latents(unet, sampler, text_states, empty_states, seeds, size, steps, guidance, on_step)
+    latents = draw_latents(
+        unet, sampler, text_states, empty_states, seeds, size, steps, guidance, on_step
+    )
     return decode(vae, latents)
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
-    """Images of latents [B, 4, h, w] as the UNet knows them, one at a time: decoding is where memory peaks.
+    """Images of latents [B, 4, h, w] as the UNet knows them, one at a time: decoding is where
+    memory peaks.
 
-    In the VAE's own precision, whatever autocast is on around it: in fp16 some pictures come out black.
+    In the VAE's own precision, whatever autocast is on around it: in fp16 some pictures come out
+    black.
     """
     images = []
     for latent in latents:

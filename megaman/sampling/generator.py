@@ -1,5 +1,6 @@
-"""Drawing batch by batch with a base and its LoRAs, and how that fits into the memory at hand: how many images at once,
-the VAE in tiles, the models one after another. Text states are kept by prompt."""
+"""Drawing batch by batch with a base and its LoRAs, and how that fits into the memory at hand: how
+many images at once, the VAE in tiles, the models one after another. Text states are kept by
+prompt."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from megaman.models.base import Base
     from megaman.runtime import Placement
 
-# Peak bytes of one pass, in bytes of the widest layer's activations. Measured on Stable Diffusion 1.5's shape in
-# float32 on a CPU: the UNet 37 with two rows of 512 px, the VAE's decoder 7.6 at 512 px.
+# Peak bytes of one pass, in bytes of the widest layer's activations. Measured on Stable Diffusion
+# 1.5's shape in float32 on a CPU: the UNet 37 with two rows of 512 px, the VAE's decoder 7.6 at 512
+# px.
 UNET_PASS, VAE_PASS = 40, 8
 
 MOST_STATES = 1000  # prompts whose states are kept: 0.24 MB each with Stable Diffusion 1.5
@@ -35,7 +37,8 @@ MOST_STATES = 1000  # prompts whose states are kept: 0.24 MB each with Stable Di
 
 @dataclass
 class Room:
-    """How images are drawn: so many pixels at once, the VAE in tiles, the models taking turns on the device.
+    """How images are drawn: so many pixels at once, the VAE in tiles, the models taking turns on
+    the device.
 
     largest are the pixels of the largest image there is to draw.
     """
@@ -58,17 +61,32 @@ class Room:
         elif not self.turns:
             self.turns = True
         else:
-            raise UserError("Even one image at a time needs more memory than there is", "Lower --height and --width")
+            raise UserError(
+                "Even one image at a time needs more memory than there is",
+                "Lower --height and --width",
+            )
 
     def __str__(self) -> str:
-        measures = ["the VAE in tiles"] * self.tiling + ["the models one after another on the device"] * self.turns
+        measures = ["the VAE in tiles"] * self.tiling + [
+            "the models one after another on the device"
+        ] * self.turns
         return ", ".join([f"{max(1, self.pixels // self.largest)} at once", *measures])
 
 
-def pass_sizes(unet: torch.nn.Module, vae: torch.nn.Module, pixels: int, factor: int) -> tuple[int, int, int]:
-    """Bytes that drawing takes beyond the weights: an image's two rows through the UNet, an image of so many pixels out
-    of the VAE, and one tile out of it. factor is the VAE's pixels a side of one latent cell."""
-    drawing = 2 * pixels // factor**2 * unet.config.block_out_channels[0] * unet.dtype.itemsize * UNET_PASS
+def pass_sizes(
+    unet: torch.nn.Module, vae: torch.nn.Module, pixels: int, factor: int
+) -> tuple[int, int, int]:
+    """Bytes that drawing takes beyond the weights: an image's two rows through the UNet, an image
+    of so many pixels out of the VAE, and one tile out of it. factor is the VAE's pixels a side of
+    one latent cell."""
+    drawing = (
+        2
+        * pixels
+        // factor**2
+        * unet.config.block_out_channels[0]
+        * unet.dtype.itemsize
+        * UNET_PASS
+    )
     pixel = vae.config.block_out_channels[0] * vae.dtype.itemsize * VAE_PASS
     return drawing, pixels * pixel, vae.tile_sample_min_size**2 * pixel
 
@@ -81,12 +99,14 @@ def make_room(
     batch: int,
     can_wait: bool,
 ) -> Room:
-    """The least that has to be given up so that drawing fits into free bytes, before any weight is on the device.
+    """The least that has to be given up so that drawing fits into free bytes, before any weight is
+    on the device.
 
-    weights are the bytes of UNet, VAE and text encoder; passes those of an image in the UNet, out of the VAE, and out
-    of the VAE in tiles; largest the pixels of the largest image, batch how many of it are wished for at once; can_wait
-    says whether a model that waits leaves the device, as it cannot where there is no other. Where nothing fits, the
-    smallest room is given all the same: free memory is an estimate, too.
+    weights are the bytes of UNet, VAE and text encoder; passes those of an image in the UNet, out
+    of the VAE, and out of the VAE in tiles; largest the pixels of the largest image, batch how many
+    of it are wished for at once; can_wait says whether a model that waits leaves the device, as it
+    cannot where there is no other. Where nothing fits, the smallest room is given all the same:
+    free memory is an estimate, too.
     """
     unet, vae, text = weights
     drawing, decoding, tile = passes
@@ -101,13 +121,16 @@ def make_room(
         Room(at_once * largest, largest, tiling, turns)
         for turns in ([False, True] if can_wait else [False])
         for tiling in (False, True)
-        for at_once in dict.fromkeys(math.ceil(batch / 2**power) for power in range(batch.bit_length() + 1))
+        for at_once in dict.fromkeys(
+            math.ceil(batch / 2**power) for power in range(batch.bit_length() + 1)
+        )
     ]
     return next(filter(fits, rooms), rooms[-1])
 
 
 class Drawer:
-    """The models in their places, with LoRAs fused or not. The room gets tighter where memory runs out."""
+    """The models in their places, with LoRAs fused or not. The room gets tighter where memory runs
+    out."""
 
     def __init__(
         self,
@@ -118,7 +141,13 @@ class Drawer:
         sampler: Sampler,
         clip_skip: int,
     ):
-        self.base, self.placement, self.room, self.sampler, self.clip_skip = base, placement, room, sampler, clip_skip
+        self.base, self.placement, self.room, self.sampler, self.clip_skip = (
+            base,
+            placement,
+            room,
+            sampler,
+            clip_skip,
+        )
         self._fused = fused
         self._states: dict[tuple[bool, str], torch.Tensor] = {}
         base.unet.to(dtype=placement.dtype)
@@ -138,13 +167,17 @@ class Drawer:
 
     def chunks(self, job: Job) -> int:
         """How many runs of the text encoder's length the longer of a job's two prompts takes."""
-        return max(text_encoding.count_chunks(self.base.tokenizer, text) for text in (job.prompt, job.negative_prompt))
+        return max(
+            text_encoding.count_chunks(self.base.tokenizer, text)
+            for text in (job.prompt, job.negative_prompt)
+        )
 
     def draw(
         self, batch: Sequence[Job], on_step: Callable[[], object], plain: bool = False
     ) -> list[tuple[Job, Sequence[Job], Image.Image]]:
-        """Each job with its image and the jobs that it was drawn together with: fewer than the batch where memory is
-        short. The jobs have the same size, steps and guidance. With plain the LoRAs are left out."""
+        """Each job with its image and the jobs that it was drawn together with: fewer than the
+        batch where memory is short. The jobs have the same size, steps and guidance. With plain the
+        LoRAs are left out."""
         drawn: list[tuple[Job, Sequence[Job], Image.Image]] = []
 
         def next_part() -> list[tuple[Job, Sequence[Job], Image.Image]]:
@@ -152,13 +185,19 @@ class Drawer:
             images = self._draw(part, on_step, plain)
             return [(job, part, image) for job, image in zip(part, images, strict=True)]
 
-        off = adapter.switched_off(self.base.unet, self.base.text_encoder) if plain else contextlib.nullcontext()
+        off = (
+            adapter.switched_off(self.base.unet, self.base.text_encoder)
+            if plain
+            else contextlib.nullcontext()
+        )
         with off:
             while len(drawn) < len(batch):
                 drawn += runtime.until_it_fits(next_part, self.room.tighten)
         return drawn
 
-    def _draw(self, part: Sequence[Job], on_step: Callable[[], object], plain: bool) -> list[Image.Image]:
+    def _draw(
+        self, part: Sequence[Job], on_step: Callable[[], object], plain: bool
+    ) -> list[Image.Image]:
         job, empty = part[0], self._states_of(plain, "")
         rows = [
             [self._states_of(plain, prompt) for prompt in prompts]
@@ -166,13 +205,21 @@ class Drawer:
         ]
         chunks = max(len(states) // len(empty) for row in rows for states in row)
         text, negative = (
-            torch.stack([text_encoding.pad_chunks(states, empty, chunks) for states in row]) for row in rows
+            torch.stack([text_encoding.pad_chunks(states, empty, chunks) for states in row])
+            for row in rows
         )
         size = job.height // self.base.vae_factor, job.width // self.base.vae_factor
         latents = denoise.draw_latents(
-            self._on_device(self.base.unet), denoise.make_sampler(self.base.scheduler, self.sampler), text, negative,
-            [each.seed for each in part], size, job.steps, job.guidance, on_step,
-        )  # fmt: skip
+            self._on_device(self.base.unet),
+            denoise.make_sampler(self.base.scheduler, self.sampler),
+            text,
+            negative,
+            [each.seed for each in part],
+            size,
+            job.steps,
+            job.guidance,
+            on_step,
+        )
         self.base.vae.use_tiling = self.room.tiling
         return denoise.decode(self._on_device(self.base.vae), latents)
 
@@ -181,7 +228,9 @@ class Drawer:
             self._states = {}
         if (plain, prompt) not in self._states:
             text_encoder = self._on_device(self.base.text_encoder)
-            states = text_encoding.encode_prompt(text_encoder, self.base.tokenizer, prompt, self.clip_skip)
+            states = text_encoding.encode_prompt(
+                text_encoder, self.base.tokenizer, prompt, self.clip_skip
+            )
             self._states[plain, prompt] = states
         return self._states[plain, prompt]
 

@@ -15,7 +15,8 @@ def total_steps(count: int, effective_batch: int, epochs: int, max_train_steps: 
 
 
 def warmup_steps(name: str, asked: int, given: bool, total: int) -> int:
-    """The warm-up in steps: none for constant; where it was not given, the default is cut to a tenth of the run."""
+    """The warm-up in steps: none for constant; where it was not given, the default is cut to a
+    tenth of the run."""
     if name == "constant":
         return 0
     return asked if given else min(asked, total // 10)

@@ -1,4 +1,5 @@
-"""The output folder of a training run: what stands there, which checkpoint to go on from, what may be replaced."""
+"""The output folder of a training run: what stands there, which checkpoint to go on from, what may
+be replaced."""
 
 from __future__ import annotations
 
@@ -17,8 +18,11 @@ OURS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"
 STATE = "training_state.json"  # written into a checkpoint last: a folder without it is none
 
 
-def open_output(output_dir: Path, resume: str | None, overwrite: bool) -> tuple[Path | None, list[Path]]:
-    """The checkpoint to go on from, or None; and what an earlier run left that is to go once this one can begin.
+def open_output(
+    output_dir: Path, resume: str | None, overwrite: bool
+) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to go on from, or None; and what an earlier run left that is to go once this
+    one can begin.
 
     Raises UserError where that was not asked for: nobody's LoRA is overwritten unmeant.
     """
@@ -34,14 +38,16 @@ def open_output(output_dir: Path, resume: str | None, overwrite: bool) -> tuple[
     if leftovers and not overwrite:
         ways = "Go on with --resume_from_checkpoint latest, name another --output_dir, or add --overwrite_output"
         raise UserError(
-            f"--output_dir {output_dir} holds an earlier run", "Name another --output_dir" if resume else ways
+            f"--output_dir {output_dir} holds an earlier run",
+            "Name another --output_dir" if resume else ways,
         )
     tidy(output_dir)
     return checkpoint, [path for path in leftovers if path.exists()]
 
 
 def tidy(output_dir: Path) -> None:
-    """Clear away what a run that was killed while it saved left unfinished, and put back what it had moved aside."""
+    """Clear away what a run that was killed while it saved left unfinished, and put back what it
+    had moved aside."""
     for path in sorted(output_dir.glob(f"*{ASIDE}")):
         if re.fullmatch(rf"({OURS})\.\d+(\.former)?{ASIDE}", path.name):
             restore_former(path)
@@ -59,12 +65,17 @@ def remove(leftovers: Iterable[Path]) -> None:
 
 def find_all(output_dir: Path) -> list[Path]:
     """The finished checkpoints in a folder, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [
+        path
+        for path in output_dir.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name)
+    ]
     return sorted((path for path in found if (path / STATE).is_file()), key=step_of)
 
 
 def saved_threads(checkpoint: Path) -> int:
-    """The number of CPU threads noted in a checkpoint, 0 if it does not say; the rest of it is checked elsewhere."""
+    """The number of CPU threads noted in a checkpoint, 0 if it does not say; the rest of it is
+    checked elsewhere."""
     content = read_json(checkpoint / STATE)
     choices = content.get("choices") if isinstance(content, dict) else None
     threads = choices.get("threads") if isinstance(choices, dict) else None
@@ -87,13 +98,17 @@ def find(wanted: str, output_dir: Path) -> Path | None:
         if (folder / STATE).is_file():
             return folder
     known = ", ".join(path.name for path in find_all(output_dir)) or "none"
-    raise UserError(f"--resume_from_checkpoint {wanted} is no checkpoint", f"In {output_dir} there is: {known}")
+    raise UserError(
+        f"--resume_from_checkpoint {wanted} is no checkpoint", f"In {output_dir} there is: {known}"
+    )
 
 
 def log_dir_of(saved: str | None, logging_dir: str, output_dir: Path) -> Path:
-    """TensorBoard's folder: the resumed run's, or a folder of its own, so that two runs never share a curve.
+    """TensorBoard's folder: the resumed run's, or a folder of its own, so that two runs never share
+    a curve.
 
-    A stranger's checkpoint could name any folder: saved counts only where it lies under logging_dir.
+    A stranger's checkpoint could name any folder: saved counts only where it lies under
+    logging_dir.
     """
     if saved and is_inside(saved, logging_dir):
         return Path(saved)
@@ -102,14 +117,19 @@ def log_dir_of(saved: str | None, logging_dir: str, output_dir: Path) -> Path:
 
 def _new_log_dir(logging_dir: Path, name: str) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    taken = [logging_dir / f"{name}-{stamp}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 100))]]
+    taken = [
+        logging_dir / f"{name}-{stamp}{suffix}"
+        for suffix in ["", *(f"-{i}" for i in range(2, 100))]
+    ]
     return next(path for path in taken if not path.exists())
 
 
 def save_somewhere(wanted: Path, save: Callable[[Path], object]) -> tuple[Path, str]:
-    """Save the finished LoRA in the wanted folder or, where that cannot be written, in the next best place.
+    """Save the finished LoRA in the wanted folder or, where that cannot be written, in the next
+    best place.
 
-    Returns the folder, and why it is another one ("" where it is not). Raises UserError where no place takes it.
+    Returns the folder, and why it is another one ("" where it is not). Raises UserError where no
+    place takes it.
     """
     rescued = f"megaman_lora_rescued_{time.strftime('%Y%m%d-%H%M%S')}"
     others = [parent / rescued for parent in (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))]

@@ -1,4 +1,5 @@
-"""What the header of the kohya file says of its run, in kohya's own keys (ss_*) and in Stability's (modelspec.*).
+"""What the header of the kohya file says of its run, in kohya's own keys (ss_*) and in Stability's
+(modelspec.*).
 
 A1111 and ComfyUI's managers list a LoRA by them. Every value is a string.
 """
@@ -18,11 +19,16 @@ from PIL import Image
 from megaman.data.captions import tags, trigger_words
 
 THUMBNAIL_SIDE = 256  # pixels
-TIMES = ("ss_training_started_at", "ss_training_finished_at", "modelspec.date")  # what two equal runs differ in
+TIMES = (
+    "ss_training_started_at",
+    "ss_training_finished_at",
+    "modelspec.date",
+)  # what two equal runs differ in
 
 
 def thumbnail(picture: Path) -> str | None:
-    """A small JPEG of a picture as a data URL; None where it cannot be read, for it is only an adornment."""
+    """A small JPEG of a picture as a data URL; None where it cannot be read, for it is only an
+    adornment."""
     try:
         with Image.open(picture) as image:
             small = image.convert("RGB")
@@ -34,7 +40,9 @@ def thumbnail(picture: Path) -> str | None:
     return f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 
-def _buckets(record: Mapping[str, Any] | None, settings: Mapping[str, Any], count: int) -> dict[str, Any]:
+def _buckets(
+    record: Mapping[str, Any] | None, settings: Mapping[str, Any], count: int
+) -> dict[str, Any]:
     """What kohya's header tells of buckets; a run without has one, of squares."""
     square = f"{settings['resolution']}x{settings['resolution']}"
     pictures = record["pictures"] if record else {square: count}
@@ -73,15 +81,18 @@ def run_notes(
 ) -> dict[str, str]:
     """The header's part that tells of the run.
 
-    config is the content of training_config.json, folders the repeats and captions of each folder by its name,
-    prediction_type the scheduler's word, sample an image drawn with the LoRA (it need not exist), started and ended are
-    in seconds since 1970.
+    config is the content of training_config.json, folders the repeats and captions of each folder
+    by its name, prediction_type the scheduler's word, sample an image drawn with the LoRA (it need
+    not exist), started and ended are in seconds since 1970.
     """
     settings = config["settings"]
     captions = [caption for _, own in folders.values() for caption in own]
     count = sum(repeats * len(own) for repeats, own in folders.values())
     size, steps = settings["resolution"], config["total_steps"]
-    dirs = {name: {"n_repeats": repeats, "img_count": len(own)} for name, (repeats, own) in folders.items()}
+    dirs = {
+        name: {"n_repeats": repeats, "img_count": len(own)}
+        for name, (repeats, own) in folders.items()
+    }
     trigger = settings["trigger_word"] or trigger_words(captions)
     frequency = {name: tags(own) for name, (_, own) in folders.items()}
     notes = {
@@ -99,7 +110,9 @@ def run_notes(
         "ss_gradient_checkpointing": settings["gradient_checkpointing"],
         "ss_learning_rate": f"{settings['learning_rate']:g}",
         "ss_unet_lr": f"{settings['learning_rate']:g}",
-        "ss_text_encoder_lr": f"{settings['text_encoder_lr']:g}" if settings["train_text_encoder"] else None,
+        "ss_text_encoder_lr": f"{settings['text_encoder_lr']:g}"
+        if settings["train_text_encoder"]
+        else None,
         "ss_lr_scheduler": settings["lr_scheduler"],
         "ss_lr_warmup_steps": config["warmup_steps"],
         "ss_optimizer": "torch.optim.adamw.AdamW",
@@ -128,4 +141,6 @@ def run_notes(
         notes["modelspec.trigger_phrase"] = trigger
     if picture := thumbnail(sample):
         notes["modelspec.thumbnail"] = picture
-    return {key: str(value) for key, value in notes.items()}  # kohya writes None and False as Python does
+    return {
+        key: str(value) for key, value in notes.items()
+    }  # kohya writes None and False as Python does

@@ -1,4 +1,5 @@
-"""Stopping a run on purpose: Ctrl-C, a kill or a closing console end after the step in hand; a second one at once."""
+"""Stopping a run on purpose: Ctrl-C, a kill or a closing console end after the step in hand; a
+second one at once."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from types import FrameType
 
 
 class StoppedError(Exception):
-    """Raised inside a long piece of work, such as drawing pictures, that a stop should not wait for."""
+    """Raised inside a long piece of work, such as drawing pictures, that a stop should not wait
+    for."""
 
 
 class StopSignal:
@@ -24,7 +26,9 @@ class StopSignal:
         self._former: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python allows handlers nowhere else
             for name in self.NAMES:
                 if number := getattr(signal, name, None):
                     self._former[number] = signal.signal(number, self._note)

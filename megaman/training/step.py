@@ -1,4 +1,5 @@
-"""One optimizer step: its pictures with what is random about each, its gradients, and what if they are not finite.
+"""One optimizer step: its pictures with what is random about each, its gradients, and what if they
+are not finite.
 
 What is random is drawn on the CPU by each picture's number; the rest is the device's.
 """
@@ -31,16 +32,18 @@ PATIENCE = 10  # bad steps in a row; a loss scale that is still finding its size
 class Encoded:
     """A dataset with the VAE's moments of its pictures, in the order of the run.
 
-    A run has one of the pictures to learn and, where there are class pictures, one of those. Its seed is another, which
-    gives it an order and random numbers of its own, and a step sees as many of its pictures as of the first: the loss
-    is mean(first) + weight * mean(second), DreamBooth's prior preservation (Ruiz et al. 2022, arXiv 2208.12242) as in
-    diffusers' example.
+    A run has one of the pictures to learn and, where there are class pictures, one of those. Its
+    seed is another, which gives it an order and random numbers of its own, and a step sees as many
+    of its pictures as of the first: the loss is mean(first) + weight * mean(second), DreamBooth's
+    prior preservation (Ruiz et al. 2022, arXiv 2208.12242) as in diffusers' example.
 
     Args:
-        source: of the pictures' moments, in the dataset's order: latents.Kept, or latents.Fresh, which makes them anew.
+        source: of the pictures' moments, in the dataset's order: latents.Kept, or latents.Fresh,
+            which makes them anew.
         vae_factor: pixels a side of one latent cell.
         in_buckets: whether the pictures may differ in size, so that batches have to be of one.
-        at_once, accumulated, processes: pictures of a batch and process, batches of a step, processes.
+        at_once, accumulated, processes: pictures of a batch and process, batches of a step,
+            processes.
         variation: how the captions differ from one visit to the next.
     """
 
@@ -61,36 +64,52 @@ class Encoded:
         self.seed, self.weight = seed, weight
         self._epoch = dataset.epoch()
         # Width and height of each picture that an epoch sees.
-        self.sizes = [tuple(vae_factor * side for side in reversed(source.cells(i))) for i in self._epoch]
+        self.sizes = [
+            tuple(vae_factor * side for side in reversed(source.cells(i))) for i in self._epoch
+        ]
         buckets = self.sizes if in_buckets else None
         self.batches = Batches(len(self._epoch), buckets, at_once, accumulated, processes, seed)
 
     def look_ahead(self, step: int, process: int, size: int) -> None:
         """Have the source prepare what this process will draw in this step and the next one."""
-        parts = [part for each in (step, step + 1) for part in self.batches.parts(each, process, size)]
+        parts = [
+            part for each in (step, step + 1) for part in self.batches.parts(each, process, size)
+        ]
         self.source.look_ahead(
-            [visit for part in parts for visit in zip(part.numbers, self._indices(part), strict=True)]
+            [
+                visit
+                for part in parts
+                for visit in zip(part.numbers, self._indices(part), strict=True)
+            ]
         )
 
     def draw(
         self, part: Part, scaling_factor: float, noise_offset: float, num_train_timesteps: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-        """Latents and noise [B, 4, h, w], timesteps [B] and captions of a part's pictures; the latents where their
-        moments are, the rest on the CPU.
+        """Latents and noise [B, 4, h, w], timesteps [B] and captions of a part's pictures; the
+        latents where their moments are, the rest on the CPU.
 
-        Each is one of its picture's variants, and what is random hangs on the seed and the number alone.
+        Each is one of its picture's variants, and what is random hangs on the seed and the number
+        alone.
         """
-        indices, generators = self._indices(part), [random_for(self.seed, number) for number in part.numbers]
-        picks = [int(torch.randint(self.source.count(index), (1,), generator=generator))
-                 for index, generator in zip(indices, generators, strict=True)]  # fmt: skip
+        indices, generators = (
+            self._indices(part),
+            [random_for(self.seed, number) for number in part.numbers],
+        )
+        picks = [
+            int(torch.randint(self.source.count(index), (1,), generator=generator))
+            for index, generator in zip(indices, generators, strict=True)
+        ]
         moments = self.source.of(part.numbers, indices, picks)
         latents, noise, timesteps = [], [], []
         for row, generator in zip(moments.split(1), generators, strict=True):
             latents.append(diffusion.draw_latents(row, scaling_factor, generator))
             noise.append(diffusion.draw_noise(latents[-1].shape, noise_offset, generator))
             timesteps.append(diffusion.draw_timesteps(1, num_train_timesteps, generator))
-        captions = [self.variation.of(self.dataset.captions[index], caption_random_for(self.seed, number))
-                    for index, number in zip(indices, part.numbers, strict=True)]  # fmt: skip
+        captions = [
+            self.variation.of(self.dataset.captions[index], caption_random_for(self.seed, number))
+            for index, number in zip(indices, part.numbers, strict=True)
+        ]
         return torch.cat(latents), torch.cat(noise), torch.cat(timesteps), captions
 
     def _indices(self, part: Part) -> list[int]:
@@ -98,14 +117,15 @@ class Encoded:
 
 
 class TrainingStep:
-    """Computes steps of the pictures in encoded, which are the run's own and, where there are any, class pictures.
+    """Computes steps of the pictures in encoded, which are the run's own and, where there are any,
+    class pictures.
 
     Args:
         models: those in training as accelerate prepared them, the UNet first.
         dtype: what the UNet computes in; the loss is float32.
         read: captions to text states [B, positions, width], on any device.
-        backward, no_sync, process: accelerate's: how to go backward from a loss, how to put off the exchange of
-            gradients between processes, and which of them this is.
+        backward, no_sync, process: accelerate's: how to go backward from a loss, how to put off the
+            exchange of gradients between processes, and which of them this is.
         scaling_factor: of the VAE's latents.
         noise_offset, snr_gamma: see loss.draw_noise and loss.min_snr_weights.
         dropout: whether the LoRA drops inputs, for which torch's random state is set.
@@ -135,12 +155,17 @@ class TrainingStep:
     def accumulate(self, step: int, split: Split) -> torch.Tensor:
         """Add up the gradients of step 1, 2, ... split as it is now; returns its loss (0-d)."""
         step_loss = torch.zeros((), device=self.device)
-        parts = [(these, part) for these in self.encoded
-                 for part in these.batches.parts(step, self.process, split.size)]  # fmt: skip
+        parts = [
+            (these, part)
+            for these in self.encoded
+            for part in these.batches.parts(step, self.process, split.size)
+        ]
         for these in self.encoded:
             these.look_ahead(step, self.process, split.size)
         for these, part in parts:
-            with contextlib.ExitStack() as alone:  # the processes exchange gradients in the last one only
+            with (
+                contextlib.ExitStack() as alone
+            ):  # the processes exchange gradients in the last one only
                 for model in self.models if part is not parts[-1][1] else []:
                     alone.enter_context(self.no_sync(model))
                 loss = these.weight * self.loss(these, part) / part.divisor
@@ -161,23 +186,31 @@ class TrainingStep:
         if self.dropout:
             batches.seed_dropout(these.seed, part.numbers[0])
         states = self._there(self.read(captions), self.dtype)
-        noise_pred = self.models[0](self._there(noisy, self.dtype), self._there(timesteps), states).sample
-        return diffusion.loss(noise_pred, self._there(wanted), None if weights is None else self._there(weights))
+        noise_pred = self.models[0](
+            self._there(noisy, self.dtype), self._there(timesteps), states
+        ).sample
+        return diffusion.loss(
+            noise_pred, self._there(wanted), None if weights is None else self._there(weights)
+        )
 
     def _there(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor on the device. From pinned memory, or else the CPU would wait until a card has done all before."""
+        """The tensor on the device. From pinned memory, or else the CPU would wait until a card has
+        done all before."""
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             return tensor.to(dtype or tensor.dtype).pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device, dtype)
 
 
 def step_where_finite(
-    optimizer: torch.optim.Optimizer, gradient_norm: torch.Tensor, scaler: torch.amp.GradScaler | None
+    optimizer: torch.optim.Optimizer,
+    gradient_norm: torch.Tensor,
+    scaler: torch.amp.GradScaler | None,
 ) -> torch.Tensor:
-    """Step the (accelerate-prepared) optimizer unless the gradients' norm is not finite; returns whether it is (0-d).
+    """Step the (accelerate-prepared) optimizer unless the gradients' norm is not finite; returns
+    whether it is (0-d).
 
-    A loss scaler decides for itself. Without one, torch's fused AdamW reads the same flag that a scaler sets, on the
-    device, so that nothing has to wait for the answer.
+    A loss scaler decides for itself. Without one, torch's fused AdamW reads the same flag that a
+    scaler sets, on the device, so that nothing has to wait for the answer.
     """
     finite = torch.isfinite(gradient_norm)
     inner = optimizer.optimizer
@@ -196,7 +229,8 @@ class SkippedSteps:
         self.total = self.in_a_row = 0
 
     def note(self, finite: Sequence[bool], last_step: int) -> list[int]:
-        """Take in whether each of the steps up to last_step was finite; returns the numbers of those that were not.
+        """Take in whether each of the steps up to last_step was finite; returns the numbers of
+        those that were not.
 
         Raises UserError after PATIENCE of them in a row.
         """

@@ -1,4 +1,5 @@
-"""TensorBoard, in such a way that a full disk or a folder that cannot be written never takes the training with it."""
+"""TensorBoard, in such a way that a full disk or a folder that cannot be written never takes the
+training with it."""
 
 from __future__ import annotations
 
@@ -20,14 +21,20 @@ class Event(NamedTuple):
 
 
 class TrainingLog:
-    """Events are kept until flush() has written them; what could not be written is tried again at the next flush.
+    """Events are kept until flush() has written them; what could not be written is tried again at
+    the next flush.
 
-    open_writer makes a SummaryWriter for a purge_step. purge_step is the first step that a resumed run writes again:
-    TensorBoard then forgets what stood there before. tell is called with one line when writing begins to fail, and when
-    it works again.
+    open_writer makes a SummaryWriter for a purge_step. purge_step is the first step that a resumed
+    run writes again: TensorBoard then forgets what stood there before. tell is called with one line
+    when writing begins to fail, and when it works again.
     """
 
-    def __init__(self, open_writer: Callable[[int | None], Any], purge_step: int | None, tell: Callable[[str], None]):
+    def __init__(
+        self,
+        open_writer: Callable[[int | None], Any],
+        purge_step: int | None,
+        tell: Callable[[str], None],
+    ):
         self._open_writer, self._tell = open_writer, tell
         self._purge_step = purge_step
         self._pending: list[Event] = []
@@ -40,12 +47,16 @@ class TrainingLog:
         self._pending.append(Event(kind, tag, value, step, options))
         del self._pending[:-MOST_PENDING]
 
-    def add_steps(self, last: int, losses: Sequence[float], rates: Sequence[Callable[[int], float]]) -> None:
-        """Keep the losses of the steps up to last, and their rates: the UNet's, and the text encoder's where it is
-        trained, as functions of the steps done before."""
+    def add_steps(
+        self, last: int, losses: Sequence[float], rates: Sequence[Callable[[int], float]]
+    ) -> None:
+        """Keep the losses of the steps up to last, and their rates: the UNet's, and the text
+        encoder's where it is trained, as functions of the steps done before."""
         for step, loss in enumerate(losses, start=last - len(losses) + 1):
             self.add("add_scalar", "train/loss", loss, step)
-            for tag, rate in zip(["learning_rate", "text_encoder_learning_rate"], rates, strict=False):
+            for tag, rate in zip(
+                ["learning_rate", "text_encoder_learning_rate"], rates, strict=False
+            ):
                 self.add("add_scalar", f"train/{tag}", rate(step - 1), step)
 
     def add_images(self, tag: str, pixels: Iterable[Any], step: int) -> None:
@@ -62,7 +73,9 @@ class TrainingLog:
             if self._writer is None:
                 self._writer = self._open_writer(self._purge_step)
             for event in self._pending:
-                getattr(self._writer, event.kind)(event.tag, event.value, event.step, **event.options)
+                getattr(self._writer, event.kind)(
+                    event.tag, event.value, event.step, **event.options
+                )
             self._writer.flush()
         except (OSError, RuntimeError) as error:
             self._fail(error)

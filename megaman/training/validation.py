@@ -1,4 +1,5 @@
-"""Sample images while training: the same prompt with the same seeds, drawn with the model in hand, in samples-N/.
+"""Sample images while training: the same prompt with the same seeds, drawn with the model in hand,
+in samples-N/.
 
 And the denoising loss on pictures that were never trained on, at fixed noise and timesteps.
 """
@@ -31,12 +32,14 @@ STEPS, GUIDANCE = 25, 7.5  # generate_megaman.py's defaults
 
 
 class Validation:
-    """Draws the prompt with each of the seeds, size pixels a side, on the device that the UNet is on.
+    """Draws the prompt with each of the seeds, size pixels a side, on the device that the UNet is
+    on.
 
-    text_states holds the states [positions, width] of the prompt and of "", or is None where the text encoder is in
-    training and has to be asked each time; tile_vae sets the VAE's tiles, where it draws in tiles; keeps_vae tells
-    whether the run needs it on between; autocast makes the context in which the models compute; say takes a line;
-    on_step is called after each sampling step and may raise StoppedError.
+    text_states holds the states [positions, width] of the prompt and of "", or is None where the
+    text encoder is in training and has to be asked each time; tile_vae sets the VAE's tiles, where
+    it draws in tiles; keeps_vae tells whether the run needs it on between; autocast makes the
+    context in which the models compute; say takes a line; on_step is called after each sampling
+    step and may raise StoppedError.
     """
 
     def __init__(
@@ -52,13 +55,20 @@ class Validation:
         say: Callable[[str], None],
         on_step: Callable[[], None],
     ):
-        self.base, self.text_states, self.prompt, self.seeds, self.size = base, text_states, prompt, seeds, size
+        self.base, self.text_states, self.prompt, self.seeds, self.size = (
+            base,
+            text_states,
+            prompt,
+            seeds,
+            size,
+        )
         self.tile_vae, self.keeps_vae = tile_vae, keeps_vae
         self.autocast, self.say, self.on_step = autocast, say, on_step
         self.at_once = images_at_once(size, size)
 
     def draw(self, step: int, folder: Path) -> list[Image.Image]:
-        """Draw after this step and write folder/00.png and so on; whatever fails here is said, and nothing is raised.
+        """Draw after this step and write folder/00.png and so on; whatever fails here is said, and
+        nothing is raised.
 
         Returns the images, those too that could not be written; none where there are no seeds.
         """
@@ -95,15 +105,26 @@ class Validation:
     def _draw_all(self) -> list[Image.Image]:
         words, images = [self.prompt, ""], []
         with self.autocast():
-            states = self.text_states or encode_captions(self.base.text_encoder, self.base.tokenizer, words)
+            states = self.text_states or encode_captions(
+                self.base.text_encoder, self.base.tokenizer, words
+            )
         for first in range(0, len(self.seeds), self.at_once):
             seeds = self.seeds[first : first + self.at_once]
             text, empty = (states[text].expand(len(seeds), -1, -1) for text in words)
             with self.autocast():
                 images += denoise.draw_images(
-                    self.base.unet, self.base.vae, denoise.make_sampler(self.base.scheduler), text, empty, seeds,
-                    self.size, self.size, STEPS, GUIDANCE, self.on_step,
-                )  # fmt: skip
+                    self.base.unet,
+                    self.base.vae,
+                    denoise.make_sampler(self.base.scheduler),
+                    text,
+                    empty,
+                    seeds,
+                    self.size,
+                    self.size,
+                    STEPS,
+                    GUIDANCE,
+                    self.on_step,
+                )
         return images
 
     def _one_at_a_time(self) -> None:
@@ -121,10 +142,11 @@ def held_out_loss(
     seed: int,
     draws: int = 8,
 ) -> float:
-    """Mean loss over draws timesteps a picture, spread evenly over the schedule, with noise from the seed.
+    """Mean loss over draws timesteps a picture, spread evenly over the schedule, with noise from
+    the seed.
 
-    latents is [N, 4, h, w], scaled; text_states [N, positions, width]. The same seed asks the same questions, so two
-    models can be compared.
+    latents is [N, 4, h, w], scaled; text_states [N, positions, width]. The same seed asks the same
+    questions, so two models can be compared.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = scheduler.config.num_train_timesteps

@@ -1,4 +1,5 @@
-"""Both command lines: the contract's defaults, presets and their precedence, and one line for whatever is wrong."""
+"""Both command lines: the contract's defaults, presets and their precedence, and one line for
+whatever is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaman.config.cli import flags_of, groups_of, side
-from megaman.config.generate import DEMO_GENERATION, GenerateConfig, generate_parser, parse_generate_config
+from megaman.config.generate import (
+    DEMO_GENERATION,
+    GenerateConfig,
+    generate_parser,
+    parse_generate_config,
+)
 from megaman.config.train import DEMO_TRAINING, ORDER, TrainConfig, parse_train_config, train_parser
 
 TRAINING_DEFAULTS = {
@@ -119,7 +125,12 @@ GENERATION_DEFAULTS = {
 RECIPES = {
     "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
     "quality": {"lora_rank": 8, "lora_alpha": 32, "learning_rate": 5e-5, "max_train_steps": 2000},
-    "professional": {"lora_rank": 16, "lora_alpha": 64, "learning_rate": 2e-5, "max_train_steps": 3000},
+    "professional": {
+        "lora_rank": 16,
+        "lora_alpha": 64,
+        "learning_rate": 2e-5,
+        "max_train_steps": 3000,
+    },
 }
 PARSERS = {"megaman_lora.py": parse_train_config, "generate_megaman.py": parse_generate_config}
 
@@ -152,9 +163,9 @@ def assert_lines(err: str) -> None:
     lines = err.splitlines()
     assert lines and err.count("\n") == len(lines), err
     assert all(line.startswith("error: ") and len(line) < 500 for line in lines), err
-    assert [bool(re.search(r"\. See \w+\.py --help$", line)) for line in lines] == [False] * (len(lines) - 1) + [
-        True
-    ], err
+    assert [bool(re.search(r"\. See \w+\.py --help$", line)) for line in lines] == [False] * (
+        len(lines) - 1
+    ) + [True], err
 
 
 def refusal(options, argv: list[str]) -> str:
@@ -165,15 +176,26 @@ def refusal(options, argv: list[str]) -> str:
 
 FLAGS = {
     options: [flag for action in parser()._actions for flag in action.option_strings]
-    for options, parser in ((parse_train_config, train_parser), (parse_generate_config, generate_parser))
+    for options, parser in (
+        (parse_train_config, train_parser),
+        (parse_generate_config, generate_parser),
+    )
 }
 COMMON = {
-    parse: [f"--{name}" for name, field in flags_of(config).items() if field.metadata["flag"].common]
-    for parse, config in ((parse_train_config, TrainConfig), (parse_generate_config, GenerateConfig))
+    parse: [
+        f"--{name}" for name, field in flags_of(config).items() if field.metadata["flag"].common
+    ]
+    for parse, config in (
+        (parse_train_config, TrainConfig),
+        (parse_generate_config, GenerateConfig),
+    )
 }
 FLAGS_WITH_NUMBERS = [
     (action.option_strings[-1], options)
-    for options, parser in ((parse_train_config, train_parser), (parse_generate_config, generate_parser))
+    for options, parser in (
+        (parse_train_config, train_parser),
+        (parse_generate_config, generate_parser),
+    )
     for action in parser()._actions
     if "number" in getattr(action.type, "__qualname__", "") or action.type is side
 ]
@@ -189,19 +211,33 @@ def test_generation_defaults_are_the_contract():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_preset_sets_its_recipe_and_nothing_else(name):
-    assert settings(parse_train_config(["--preset", name])) == {**TRAINING_DEFAULTS, "preset": name, **RECIPES[name]}
-    assert settings(parse_train_config([f"--preset={name}"]))["lora_alpha"] == RECIPES[name]["lora_alpha"]
+    assert settings(parse_train_config(["--preset", name])) == {
+        **TRAINING_DEFAULTS,
+        "preset": name,
+        **RECIPES[name],
+    }
+    assert (
+        settings(parse_train_config([f"--preset={name}"]))["lora_alpha"]
+        == RECIPES[name]["lora_alpha"]
+    )
 
 
-@pytest.mark.parametrize("flags", [["--lora_rank", "2", "--preset", "quality"], ["--preset=quality", "--lora_rank=2"]])
+@pytest.mark.parametrize(
+    "flags", [["--lora_rank", "2", "--preset", "quality"], ["--preset=quality", "--lora_rank=2"]]
+)
 def test_a_flag_wins_over_a_preset_on_either_side_of_it(flags):
     options = parse_train_config(flags)
     assert options.lora.lora_rank == 2
-    assert {**settings(options), "lora_rank": 8} == settings(parse_train_config(["--preset", "quality"]))
+    assert {**settings(options), "lora_rank": 8} == settings(
+        parse_train_config(["--preset", "quality"])
+    )
 
 
 def test_a_flag_that_repeats_the_plain_default_still_wins_over_a_preset():
-    assert settings(parse_train_config(["--preset", "professional", "--lora_rank", "4"]))["lora_rank"] == 4
+    assert (
+        settings(parse_train_config(["--preset", "professional", "--lora_rank", "4"]))["lora_rank"]
+        == 4
+    )
 
 
 def test_precedence_is_demo_then_preset_then_flags():
@@ -210,14 +246,20 @@ def test_precedence_is_demo_then_preset_then_flags():
     recipe = RECIPES["quality"]
     both = settings(parse_train_config(["--demo", "--preset", "quality"]))
     assert both == {**demo, "preset": "quality", **recipe}
-    all_three = parse_train_config(["--max_train_steps", "7", "--demo", "--preset", "quality", "--resolution", "128"])
+    all_three = parse_train_config(
+        ["--max_train_steps", "7", "--demo", "--preset", "quality", "--resolution", "128"]
+    )
     assert settings(all_three) == {**both, "max_train_steps": 7, "resolution": 128}
 
 
 def test_the_demos_settings_are_options_and_its_inputs_exist():
     assert DEMO_TRAINING.keys() <= TRAINING_DEFAULTS.keys()
     assert DEMO_GENERATION.keys() <= GENERATION_DEFAULTS.keys()
-    assert settings(parse_generate_config(["--demo"])) == {**GENERATION_DEFAULTS, "demo": True, **DEMO_GENERATION}
+    assert settings(parse_generate_config(["--demo"])) == {
+        **GENERATION_DEFAULTS,
+        "demo": True,
+        **DEMO_GENERATION,
+    }
     assert (Path(DEMO_TRAINING["data_dir"])).is_dir()
     assert Path(DEMO_GENERATION["prompts_file"]).is_file()
     assert "base_model" not in DEMO_GENERATION, "the LoRA's folder names it"
@@ -227,26 +269,40 @@ def test_the_demos_settings_are_options_and_its_inputs_exist():
 
 def test_prompts_on_the_line_take_the_place_of_the_demos_file():
     options = parse_generate_config(["--demo", "--prompts", "a robot", "two robots"])
-    assert settings(options)["prompts"] == ["a robot", "two robots"] and options.prompts.prompts_file is None
-    assert settings(parse_generate_config(["--demo", "--prompts_file", "mine.txt"]))["prompts_file"] == "mine.txt"
+    assert (
+        settings(options)["prompts"] == ["a robot", "two robots"]
+        and options.prompts.prompts_file is None
+    )
+    assert (
+        settings(parse_generate_config(["--demo", "--prompts_file", "mine.txt"]))["prompts_file"]
+        == "mine.txt"
+    )
 
 
 def test_given_names_what_stands_on_the_command_line():
-    options = parse_train_config(["--preset", "quality", "--data_dir=./x", "--center_crop", "--target_modules", "to_q"])
+    options = parse_train_config(
+        ["--preset", "quality", "--data_dir=./x", "--center_crop", "--target_modules", "to_q"]
+    )
     assert options.explicit == {"preset", "data_dir", "center_crop", "target_modules"}
     assert parse_train_config([]).explicit == set()
 
 
 def test_lists_take_several_words():
-    assert settings(parse_generate_config(["--lora_path", "a", "b.safetensors:-0.5"]))["lora_path"] == [
+    assert settings(parse_generate_config(["--lora_path", "a", "b.safetensors:-0.5"]))[
+        "lora_path"
+    ] == [
         "a",
         "b.safetensors:-0.5",
     ]
-    assert settings(parse_train_config(["--target_modules", "to_q", "conv_in"]))["target_modules"] == [
+    assert settings(parse_train_config(["--target_modules", "to_q", "conv_in"]))[
+        "target_modules"
+    ] == [
         "to_q",
         "conv_in",
     ]
-    assert settings(parse_generate_config(["--prompts", "one", "two, with a comma"]))["prompts"] == [
+    assert settings(parse_generate_config(["--prompts", "one", "two, with a comma"]))[
+        "prompts"
+    ] == [
         "one",
         "two, with a comma",
     ]
@@ -255,7 +311,18 @@ def test_lists_take_several_words():
 TOO_SMALL_COUNTS = ["0", "-1", "1.5", "nan", "many", ""]
 NO_RATE = ["0", "-1", "nan", "inf", "fast"]
 WRONG_TRAINING = {
-    "--resolution": ["0", "-8", "4", "100", "511", "512.0", "nan", "big", "8200", "9000000000000000000000"],
+    "--resolution": [
+        "0",
+        "-8",
+        "4",
+        "100",
+        "511",
+        "512.0",
+        "nan",
+        "big",
+        "8200",
+        "9000000000000000000000",
+    ],
     "--crop_variants": ["0", "-1", "65"],
     "--train_batch_size": TOO_SMALL_COUNTS,
     "--gradient_accumulation_steps": TOO_SMALL_COUNTS,
@@ -300,7 +367,10 @@ WRONG_GENERATION = {
 }
 WRONG = [
     (options, flag, value)
-    for options, table in ((parse_train_config, WRONG_TRAINING), (parse_generate_config, WRONG_GENERATION))
+    for options, table in (
+        (parse_train_config, WRONG_TRAINING),
+        (parse_generate_config, WRONG_GENERATION),
+    )
     for flag, values in table.items()
     for value in values
 ]
@@ -392,7 +462,9 @@ def test_a_mistyped_flag_proposes_the_nearest(options, typed, meant):
 
 
 def test_flags_are_not_abbreviated():
-    assert "--lora is not a flag, did you mean --lora_rank" in refusal(parse_train_config, ["--lora", "8"])
+    assert "--lora is not a flag, did you mean --lora_rank" in refusal(
+        parse_train_config, ["--lora", "8"]
+    )
 
 
 def test_nothing_is_proposed_where_nothing_is_near():
@@ -413,14 +485,42 @@ def test_every_wrong_flag_is_named_and_a_stray_word_too():
 
 def test_all_the_mistakes_of_a_command_line_come_together():
     """Of every kind: a flag, a value, a choice, a missing value, a stray word, contradictions."""
-    argv = ["stray", "--resoluton", "512", "--learning_rate", "fast", "--seed", "--lr_scheduler", "cosin",
-            "--data_dir=", "--lora_rank", "8", "16", "--resume_from_checkpoint", "latest", "--overwrite_output",
-            "--num_validation_images", "0", "--validation_steps", "5"]  # fmt: skip
-    wanted = ["'stray' belongs", "did you mean --resolution", "--learning_rate: 'fast' is not a number",
-              "--seed: expected one", "did you mean cosine", "--data_dir: the name is empty", "--lora_rank: '16' is",
-              "--resume_from_checkpoint and --overwrite_output", "--validation_steps and --num_valid"]  # fmt: skip
+    argv = [
+        "stray",
+        "--resoluton",
+        "512",
+        "--learning_rate",
+        "fast",
+        "--seed",
+        "--lr_scheduler",
+        "cosin",
+        "--data_dir=",
+        "--lora_rank",
+        "8",
+        "16",
+        "--resume_from_checkpoint",
+        "latest",
+        "--overwrite_output",
+        "--num_validation_images",
+        "0",
+        "--validation_steps",
+        "5",
+    ]
+    wanted = [
+        "'stray' belongs",
+        "did you mean --resolution",
+        "--learning_rate: 'fast' is not a number",
+        "--seed: expected one",
+        "did you mean cosine",
+        "--data_dir: the name is empty",
+        "--lora_rank: '16' is",
+        "--resume_from_checkpoint and --overwrite_output",
+        "--validation_steps and --num_valid",
+    ]
     lines = refusals(parse_train_config, argv)
-    assert [part in line for part, line in zip(wanted, lines, strict=True)] == [True] * len(wanted), lines
+    assert [part in line for part, line in zip(wanted, lines, strict=True)] == [True] * len(
+        wanted
+    ), lines
     argv = ["--height", "5", "--device", "gpu", "--prompts", "a", "--prompts_file", "b"]
     assert len(refusals(parse_generate_config, argv)) == 3
 
@@ -448,36 +548,54 @@ def test_a_mistyped_word_proposes_the_nearest(argv, meant):
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
-        *[(parse_train_config, f"--{name}")
-          for name in ("pretrained_model_name", "data_dir", "output_dir", "logging_dir", "auto_caption",
-                       "resume_from_checkpoint", "target_modules")],
-        *[(parse_generate_config, f"--{name}") for name in ("base_model", "lora_path", "output_dir", "prompts_file")],
+        *[
+            (parse_train_config, f"--{name}")
+            for name in (
+                "pretrained_model_name",
+                "data_dir",
+                "output_dir",
+                "logging_dir",
+                "auto_caption",
+                "resume_from_checkpoint",
+                "target_modules",
+            )
+        ],
+        *[
+            (parse_generate_config, f"--{name}")
+            for name in ("base_model", "lora_path", "output_dir", "prompts_file")
+        ],
     ],
     ids=shown,
-)  # fmt: skip
+)
 def test_a_name_that_says_nothing_is_refused(options, flag, value):
     assert flag in refusal(options, [flag, value])
 
 
 def test_prompts_may_be_empty_but_have_to_be_text():
-    assert settings(parse_generate_config(["--prompts", "", "--negative_prompt", ""]))["prompts"] == [""]
+    assert settings(parse_generate_config(["--prompts", "", "--negative_prompt", ""]))[
+        "prompts"
+    ] == [""]
     assert "not valid UTF-8" in refusal(parse_generate_config, ["--prompts", "\udcff"])
 
 
 def test_the_last_of_a_repeated_flag_wins():
     assert settings(parse_train_config(["--seed", "1", "--seed=2"]))["seed"] == 2
-    assert settings(parse_generate_config(["--prompts", "a", "b", "--prompts", "c"]))["prompts"] == ["c"]
+    assert settings(parse_generate_config(["--prompts", "a", "b", "--prompts", "c"]))[
+        "prompts"
+    ] == ["c"]
 
 
 @pytest.mark.parametrize(
-    "flag", ["--seed", "--data_dir", "--target_modules", "--lr_scheduler", "--demo", "--learning_rate"]
+    "flag",
+    ["--seed", "--data_dir", "--target_modules", "--lr_scheduler", "--demo", "--learning_rate"],
 )
 def test_two_dashes_are_no_value(flag):
     assert f"{flag}=--: '--' is no value" in refusal(parse_train_config, [f"{flag}=--"])
 
 
 def test_words_after_a_list():
-    """A prompt may begin with dashes where a space follows in it; a single word cannot be told from a flag."""
+    """A prompt may begin with dashes where a space follows in it; a single word cannot be told from
+    a flag."""
     assert settings(parse_generate_config(["--prompts", "--ar 16:9 robot", "- b"]))["prompts"] == [
         "--ar 16:9 robot",
         "- b",
@@ -487,12 +605,26 @@ def test_words_after_a_list():
 
 
 @pytest.mark.parametrize(
-    "name", ["con", "out/NUL.txt", "ab:c", "out/..x./y", "ends ", "ends.", "lpt¹", "what?", "CONIN$", "C:/aux"]
+    "name",
+    [
+        "con",
+        "out/NUL.txt",
+        "ab:c",
+        "out/..x./y",
+        "ends ",
+        "ends.",
+        "lpt¹",
+        "what?",
+        "CONIN$",
+        "C:/aux",
+    ],
 )
 def test_windows_refuses_some_folders(monkeypatch, name):
     assert settings(parse_train_config(["--output_dir", name]))["output_dir"] == name
     monkeypatch.setattr("megaman.config.cli.WINDOWS", True)
-    assert "--output_dir: Windows takes no folder" in refusal(parse_train_config, ["--output_dir", name])
+    assert "--output_dir: Windows takes no folder" in refusal(
+        parse_train_config, ["--output_dir", name]
+    )
     assert "--logging_dir" in refusal(parse_train_config, ["--logging_dir", name])
     for good in ("../out", "C:/x y/console", ".", "./com10", r"C:\bilder\ü"):
         assert settings(parse_train_config(["--output_dir", good]))["output_dir"] == good
@@ -502,29 +634,56 @@ def test_a_polynomial_rate_has_to_begin_above_its_end():
     line = refusal(parse_train_config, ["--lr_scheduler", "polynomial", "--learning_rate", "1e-7"])
     assert "--lr_scheduler polynomial" in line and "--learning_rate" in line
     assert (
-        settings(parse_train_config(["--lr_scheduler", "polynomial", "--learning_rate", "1.1e-7"]))["learning_rate"]
+        settings(parse_train_config(["--lr_scheduler", "polynomial", "--learning_rate", "1.1e-7"]))[
+            "learning_rate"
+        ]
         == 1.1e-7
     )
     assert settings(parse_train_config(["--learning_rate", "1e-8"]))["learning_rate"] == 1e-8
     text = ["--train_text_encoder", "--text_encoder_lr", "1e-7"]
-    assert "give a higher --text_encoder_lr" in refusal(parse_train_config, ["--lr_scheduler", "polynomial", *text])
+    assert "give a higher --text_encoder_lr" in refusal(
+        parse_train_config, ["--lr_scheduler", "polynomial", *text]
+    )
 
 
 def test_the_text_encoders_rate_is_the_other_one_unless_it_is_given():
     assert settings(parse_train_config(["--learning_rate", "3e-5"]))["text_encoder_lr"] is None
-    assert settings(parse_train_config(["--train_text_encoder", "--learning_rate", "3e-5"]))["text_encoder_lr"] == 3e-5
-    assert settings(parse_train_config(["--train_text_encoder", "--preset", "quality"]))["text_encoder_lr"] == 5e-5
     assert (
-        settings(parse_train_config(["--train_text_encoder", "--text_encoder_lr", "1e-6"]))["text_encoder_lr"] == 1e-6
+        settings(parse_train_config(["--train_text_encoder", "--learning_rate", "3e-5"]))[
+            "text_encoder_lr"
+        ]
+        == 3e-5
     )
-    assert "without --train_text_encoder" in refusal(parse_train_config, ["--text_encoder_lr", "1e-6"])
+    assert (
+        settings(parse_train_config(["--train_text_encoder", "--preset", "quality"]))[
+            "text_encoder_lr"
+        ]
+        == 5e-5
+    )
+    assert (
+        settings(parse_train_config(["--train_text_encoder", "--text_encoder_lr", "1e-6"]))[
+            "text_encoder_lr"
+        ]
+        == 1e-6
+    )
+    assert "without --train_text_encoder" in refusal(
+        parse_train_config, ["--text_encoder_lr", "1e-6"]
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "argv", "flags"),
     [
-        (parse_generate_config, ["--prompts", "a", "--prompts_file", "b.txt"], ["--prompts", "--prompts_file"]),
-        (parse_generate_config, ["--demo", "--prompts", "a", "--prompts_file", "b"], ["--prompts", "--prompts_file"]),
+        (
+            parse_generate_config,
+            ["--prompts", "a", "--prompts_file", "b.txt"],
+            ["--prompts", "--prompts_file"],
+        ),
+        (
+            parse_generate_config,
+            ["--demo", "--prompts", "a", "--prompts_file", "b"],
+            ["--prompts", "--prompts_file"],
+        ),
         (
             parse_train_config,
             ["--resume_from_checkpoint", "latest", "--overwrite_output"],
@@ -538,9 +697,13 @@ def test_contradictions_fail_at_the_door(options, argv, flags):
     assert all(flag in line for flag in flags) and "leave one out" in line
 
 
-@pytest.mark.parametrize("flags", [["--cache_dir", "c"], ["--cache_limit", "5"], ["--crop_variants", "4"]])
+@pytest.mark.parametrize(
+    "flags", [["--cache_dir", "c"], ["--cache_limit", "5"], ["--crop_variants", "4"]]
+)
 def test_without_a_cache_its_flags_mean_nothing(flags):
-    assert f"--no_cache and {flags[0]} contradict" in refusal(parse_train_config, ["--no_cache", *flags])
+    assert f"--no_cache and {flags[0]} contradict" in refusal(
+        parse_train_config, ["--no_cache", *flags]
+    )
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -554,14 +717,28 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_more_contradictions():
     warmup = ["--lr_scheduler", "cosine", "--lr_warmup_steps", "10"]
-    assert "--lr_warmup_steps 10 is not below" in refusal(parse_train_config, [*warmup, "--max_train_steps", "10"])
-    assert "--lr_warmup_steps 1000" in refusal(parse_train_config, ["--demo", "--lr_warmup_steps", "1000"])
-    assert "--center_crop and" in refusal(parse_train_config, ["--center_crop", "--crop_variants", "4"])
+    assert "--lr_warmup_steps 10 is not below" in refusal(
+        parse_train_config, [*warmup, "--max_train_steps", "10"]
+    )
+    assert "--lr_warmup_steps 1000" in refusal(
+        parse_train_config, ["--demo", "--lr_warmup_steps", "1000"]
+    )
+    assert "--center_crop and" in refusal(
+        parse_train_config, ["--center_crop", "--crop_variants", "4"]
+    )
     for flags in (["--min_bucket_reso", "256"], ["--bucket_no_upscale"]):
         assert "without --enable_bucket" in refusal(parse_train_config, flags)
-    for flags in (["--min_bucket_reso", "520"], ["--max_bucket_reso", "504"], ["--bucket_reso_steps", "520"]):
-        assert f"{flags[0]} {flags[1]} is " in refusal(parse_train_config, ["--enable_bucket", *flags])
-    assert "not a multiple of 8" in refusal(parse_train_config, ["--enable_bucket", "--bucket_reso_steps", "20"])
+    for flags in (
+        ["--min_bucket_reso", "520"],
+        ["--max_bucket_reso", "504"],
+        ["--bucket_reso_steps", "520"],
+    ):
+        assert f"{flags[0]} {flags[1]} is " in refusal(
+            parse_train_config, ["--enable_bucket", *flags]
+        )
+    assert "not a multiple of 8" in refusal(
+        parse_train_config, ["--enable_bucket", "--bucket_reso_steps", "20"]
+    )
     for flag in ("--validation_steps", "--validation_prompt"):
         assert flag in refusal(parse_train_config, ["--num_validation_images", "0", flag, "5"])
 
@@ -605,7 +782,9 @@ def test_crop_variants_take_the_place_of_the_demos_centre():
     assert not settings(parse_train_config(["--demo", "--crop_variants", "2"]))["center_crop"]
 
 
-@pytest.mark.parametrize("output_dir", ["pictures", "pictures/out", "./x/../pictures", "pictures/.", "link/out"])
+@pytest.mark.parametrize(
+    "output_dir", ["pictures", "pictures/out", "./x/../pictures", "pictures/.", "link/out"]
+)
 def test_no_output_into_the_pictures(tmp_path, monkeypatch, output_dir):
     monkeypatch.chdir(tmp_path)
     Path("pictures").mkdir()
@@ -615,14 +794,18 @@ def test_no_output_into_the_pictures(tmp_path, monkeypatch, output_dir):
     assert "--output_dir" in line and "--data_dir" in line
 
 
-@pytest.mark.parametrize("part", ["samples-0", "checkpoint-100/x", "lora_weights", "./lora_weights/logs"])
+@pytest.mark.parametrize(
+    "part", ["samples-0", "checkpoint-100/x", "lora_weights", "./lora_weights/logs"]
+)
 def test_nothing_is_kept_where_a_run_replaces_its_folders(part):
     for flag in ("--data_dir", "--logging_dir"):
         assert flag in refusal(parse_train_config, ["--output_dir", "out", flag, f"out/{part}"])
 
 
 @pytest.mark.parametrize(
-    "argv", [["--demo=yes"], ["--demo", "--demo=1"], ["--preset"], ["--preset", "--demo"]], ids=shown
+    "argv",
+    [["--demo=yes"], ["--demo", "--demo=1"], ["--preset"], ["--preset", "--demo"]],
+    ids=shown,
 )
 def test_mistakes_in_the_flags_that_change_defaults_are_usage_errors_too(argv):
     refusal(parse_train_config, argv)
@@ -658,7 +841,9 @@ def test_help_is_short_and_names_the_whole_help(monkeypatch, parser):
 @pytest.mark.parametrize(("parser", "config"), CONFIGS)
 def test_help_shows_the_common_flags_by_group(parser, config):
     flags = re.findall(r"^  (--\w+)", parser().format_help(), flags=re.MULTILINE)
-    common = {f"--{name}" for name, field in flags_of(config).items() if field.metadata["flag"].common}
+    common = {
+        f"--{name}" for name, field in flags_of(config).items() if field.metadata["flag"].common
+    }
     assert sorted(flags) == sorted({*common, "--help_all"}) and len(common) < 35
 
 
@@ -672,13 +857,17 @@ def test_the_whole_help_names_every_flag_once_under_its_heading(parser, config):
     assert shown.pop("options") == ["--help_all"] and shown.pop("examples") == []
     assert list(shown) == [group.__doc__ for group in groups_of(config).values()]
     for group in groups_of(config).values():
-        assert sorted(shown[group.__doc__]) == sorted(f"--{field.name}" for field in dataclasses.fields(group))
+        assert sorted(shown[group.__doc__]) == sorted(
+            f"--{field.name}" for field in dataclasses.fields(group)
+        )
 
 
 @pytest.mark.parametrize("config", [TrainConfig, GenerateConfig])
 def test_every_field_has_a_help_text(config):
     assert all(field.metadata["flag"].help for field in flags_of(config).values())
-    assert len(flags_of(config)) == sum(len(dataclasses.fields(group)) for group in groups_of(config).values())
+    assert len(flags_of(config)) == sum(
+        len(dataclasses.fields(group)) for group in groups_of(config).values()
+    )
 
 
 def test_the_order_of_the_settings_names_every_flag_once():
@@ -697,14 +886,31 @@ def test_nobody_changes_a_config(config):
 
 
 def test_what_a_resumed_run_has_to_share():
-    settings = parse_train_config(["--lora_rank", "3", "--target_modules", "to_q", "to_k"]).resume_settings()
+    settings = parse_train_config(
+        ["--lora_rank", "3", "--target_modules", "to_q", "to_k"]
+    ).resume_settings()
     assert settings["lora_rank"] == 3 and settings["target_modules"] == ["to_q", "to_k"]
     assert settings.keys() == {
-        "lora_rank", "lora_alpha", "use_rslora", "target_modules", "train_text_encoder", "resolution", "center_crop",
-        "crop_variants", "random_flip", "no_cache", "enable_bucket", "min_bucket_reso", "max_bucket_reso",
-        "bucket_reso_steps", "bucket_no_upscale", "shuffle_caption", "keep_tokens", "caption_dropout_rate",
+        "lora_rank",
+        "lora_alpha",
+        "use_rslora",
+        "target_modules",
+        "train_text_encoder",
+        "resolution",
+        "center_crop",
+        "crop_variants",
+        "random_flip",
+        "no_cache",
+        "enable_bucket",
+        "min_bucket_reso",
+        "max_bucket_reso",
+        "bucket_reso_steps",
+        "bucket_no_upscale",
+        "shuffle_caption",
+        "keep_tokens",
+        "caption_dropout_rate",
         "caption_tag_dropout_rate",
-    }  # fmt: skip
+    }
 
 
 HEAVY = ["torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "tensorboard"]
@@ -719,14 +925,56 @@ print(json.dumps([code, [name for name in {HEAVY} if name in sys.modules]]), fil
 """
 
 
-VALUES = ["0", "1", "8", "512", "-1", "1e-4", "-1e-4", "nan", "inf", "", " ", "quality", "cosine", "latest", "fp16",
-          "base", "cpu", "9" * 5000, "1e999", "a\nb", "a\0b", "\udcff", "con", "cosin", "out/samples-1", "~", "..",
-          "\x1b[2J", "9" * 400, "a robot", "--", "-", "-x", "--=", "=", "%s", "%(default)s", "{}"]  # fmt: skip
+VALUES = [
+    "0",
+    "1",
+    "8",
+    "512",
+    "-1",
+    "1e-4",
+    "-1e-4",
+    "nan",
+    "inf",
+    "",
+    " ",
+    "quality",
+    "cosine",
+    "latest",
+    "fp16",
+    "base",
+    "cpu",
+    "9" * 5000,
+    "1e999",
+    "a\nb",
+    "a\0b",
+    "\udcff",
+    "con",
+    "cosin",
+    "out/samples-1",
+    "~",
+    "..",
+    "\x1b[2J",
+    "9" * 400,
+    "a robot",
+    "--",
+    "-",
+    "-x",
+    "--=",
+    "=",
+    "%s",
+    "%(default)s",
+    "{}",
+]
 
 
 def command_lines(options) -> st.SearchStrategy[list[str]]:
     flag = st.sampled_from(FLAGS[options])
-    value = st.sampled_from(VALUES) | st.integers().map(str) | st.floats().map(str) | st.text(max_size=8)
+    value = (
+        st.sampled_from(VALUES)
+        | st.integers().map(str)
+        | st.floats().map(str)
+        | st.text(max_size=8)
+    )
     near = st.tuples(flag, st.integers(1, 9)).map(lambda pair: pair[0][: -pair[1]])
     word = flag | value | near | st.tuples(flag, value).map("=".join)
     parts = st.lists(st.tuples(flag, value) | st.tuples(word), max_size=6)
@@ -735,13 +983,17 @@ def command_lines(options) -> st.SearchStrategy[list[str]]:
 
 def check_any_command_line(options, argv: list[str]) -> None:
     result, out, err = parse(options, argv)
-    hypothesis.event("refused" if result == 2 else "taken")  # counted by --hypothesis-show-statistics
+    hypothesis.event(
+        "refused" if result == 2 else "taken"
+    )  # counted by --hypothesis-show-statistics
     if isinstance(result, TrainConfig | GenerateConfig):
         assert out == err == ""
         values = settings(result)
         json.dumps(values, allow_nan=False)
         assert all((values.get(side) or 8) % 8 == 0 for side in ("resolution", "height", "width"))
-        assert values.get("learning_rate", 1) > 0 and (values["seed"] is None or values["seed"] >= 0)
+        assert values.get("learning_rate", 1) > 0 and (
+            values["seed"] is None or values["seed"] >= 0
+        )
     elif result == 0:
         assert "usage:" in out and err == ""
     else:
@@ -774,9 +1026,18 @@ def test_any_generation_command_line_is_options_help_or_lines(argv):
         ("megaman_lora.py", ["--nonsense"], 2),
         ("generate_megaman.py", ["--prompts", "a", "--prompts_file", "b"], 2),
     ],
-    ids=["train help", "generate help", "train whole help", "generate whole help", "train wrong", "generate wrong"],
+    ids=[
+        "train help",
+        "generate help",
+        "train whole help",
+        "generate whole help",
+        "train wrong",
+        "generate wrong",
+    ],
 )
-def test_help_and_usage_errors_come_before_the_heavy_imports(run_script, tmp_path, script, argv, code):
+def test_help_and_usage_errors_come_before_the_heavy_imports(
+    run_script, tmp_path, script, argv, code
+):
     path = Path(__file__).resolve().parent.parent.parent / script
     done = run_script(["-c", RUN_AND_TELL, str(path), *argv], tmp_path)
     *lines, last = done.stderr.splitlines()

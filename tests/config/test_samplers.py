@@ -1,4 +1,5 @@
-"""A sampler is found under every name that people know it by, and draws what diffusers' own pipeline draws with it."""
+"""A sampler is found under every name that people know it by, and draws what diffusers' own
+pipeline draws with it."""
 
 from __future__ import annotations
 
@@ -72,13 +73,28 @@ def test_it_draws_what_the_pipeline_draws(side_by_side, sampler):
     )
     pipe.scheduler = denoise.make_sampler(base.scheduler, sampler)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    settings = {"height": 32, "width": 32, "num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "np"}
+    settings = {
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 5,
+        "guidance_scale": 5.0,
+        "output_type": "np",
+    }
     wanted = pipe(**prompts, generator=generators, **settings).images
     passes = []
     drawn = denoise.draw_images(
-        base.unet, base.vae, denoise.make_sampler(base.scheduler, sampler), text, negative, [3, 4], 32, 32, 5, 5.0,
+        base.unet,
+        base.vae,
+        denoise.make_sampler(base.scheduler, sampler),
+        text,
+        negative,
+        [3, 4],
+        32,
+        32,
+        5,
+        5.0,
         on_step=lambda: passes.append(1),
-    )  # fmt: skip
+    )
     assert len(passes) == denoise.count_passes(base.scheduler, sampler, 5) >= 5
     for image, want in zip(drawn, wanted, strict=True):
         assert np.abs(np.asarray(image) / 255 - want).max() < 1 / 255
@@ -91,7 +107,16 @@ def test_the_samplers_differ(side_by_side):
     text, negative = pipe.encode_prompt("a blue robot", "cpu", 1, True, "blurry")
     drawn = {
         sampler.name: denoise.draw_images(
-            base.unet, base.vae, denoise.make_sampler(base.scheduler, sampler), text, negative, [3], 32, 32, 4, 5.0
+            base.unet,
+            base.vae,
+            denoise.make_sampler(base.scheduler, sampler),
+            text,
+            negative,
+            [3],
+            32,
+            32,
+            4,
+            5.0,
         )[0].tobytes()
         for sampler in samplers.SAMPLERS
     }

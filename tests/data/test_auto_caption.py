@@ -1,4 +1,5 @@
-"""Captions that BLIP writes: a tiny one with random weights, whose captions depend on the picture all the same."""
+"""Captions that BLIP writes: a tiny one with random weights, whose captions depend on the picture
+all the same."""
 
 from __future__ import annotations
 
@@ -25,23 +26,55 @@ from megaman.data.captioner import caption_missing, load_captioner, without_file
 from megaman.data.dataset import MegaManDataset
 from megaman.errors import UserError
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "red", "blue", "robot", "cat", "on", "white",
-         "background", "with", "helmet"]  # fmt: skip
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "[DEC]",
+    "a",
+    "red",
+    "blue",
+    "robot",
+    "cat",
+    "on",
+    "white",
+    "background",
+    "with",
+    "helmet",
+]
 
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory) -> Path:
-    """The folder of a BLIP in the files of today's transformers, its weights far enough from 0 to see the picture."""
+    """The folder of a BLIP in the files of today's transformers, its weights far enough from 0 to
+    see the picture."""
     folder = tmp_path_factory.mktemp("blip")
     words = tmp_path_factory.mktemp("words") / "vocab.txt"
     words.write_text("\n".join(WORDS) + "\n", encoding="utf-8")
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "initializer_range": 0.5}  # fmt: skip
-    text = {**common, "vocab_size": len(WORDS), "encoder_hidden_size": 16, "max_position_embeddings": 32,
-            "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3, "bos_token_id": 5}  # fmt: skip
+    common = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.5,
+    }
+    text = {
+        **common,
+        "vocab_size": len(WORDS),
+        "encoder_hidden_size": 16,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        "sep_token_id": 3,
+        "eos_token_id": 3,
+        "bos_token_id": 5,
+    }
     vision = {**common, "image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
-    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16, initializer_range=0.5)
+    config = BlipConfig(
+        text_config=text, vision_config=vision, projection_dim=16, initializer_range=0.5
+    )
     BlipForConditionalGeneration(config).save_pretrained(folder)
     image_processor = BlipImageProcessorPil(size={"height": 32, "width": 32})
     BlipProcessor(image_processor, BertTokenizer(str(words))).save_pretrained(folder)
@@ -70,14 +103,18 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def caption(folder: Path, model, said: list | None = None) -> None:
-    caption_missing(str(model), MegaManDataset(folder, None), [].append if said is None else said.append)
+    caption_missing(
+        str(model), MegaManDataset(folder, None), [].append if said is None else said.append
+    )
 
 
 def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare):
     said: list[str] = []
     caption(bare, blip, said)
     model = BlipForConditionalGeneration.from_pretrained(blip).eval()
-    processor = BlipProcessor(BlipImageProcessorPil.from_pretrained(blip), BertTokenizer.from_pretrained(blip))
+    processor = BlipProcessor(
+        BlipImageProcessorPil.from_pretrained(blip), BertTokenizer.from_pretrained(blip)
+    )
     wanted = {}
     for path in sorted(bare.rglob("*.png")):
         inputs = processor(images=Image.open(path), return_tensors="pt")
@@ -85,8 +122,10 @@ def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare):
         wanted[path.stem] = processor.decode(ids[1:], skip_special_tokens=True) + "\n"
     assert texts(bare) == wanted
     assert len(set(wanted.values())) == 5, "the captions hang on the pictures"
-    assert said == [f"captions   5 are missing: {blip} writes them",
-                    "           5 written as .txt beside the pictures, for you to read and edit"]  # fmt: skip
+    assert said == [
+        f"captions   5 are missing: {blip} writes them",
+        "           5 written as .txt beside the pictures, for you to read and edit",
+    ]
     again = MegaManDataset(bare, None)
     assert again.found == [True] * 5
     assert again.captions == [wanted[path.stem].strip() for path in again.pictures]
@@ -95,7 +134,9 @@ def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare):
 def test_what_is_there_stays_as_it_is(blip, bare):
     (bare / "0.txt").write_bytes("un café".encode("cp1252"))
     (bare / "1.txt").write_bytes(b"")
-    (bare / "2.txt").symlink_to(bare / "nowhere") if os.name == "posix" else (bare / "2.txt").mkdir()
+    (bare / "2.txt").symlink_to(bare / "nowhere") if os.name == "posix" else (
+        bare / "2.txt"
+    ).mkdir()
 
     def states() -> list[tuple]:
         found = [os.lstat(bare / name) for name in ("0.txt", "1.txt", "2.txt")]
@@ -165,7 +206,9 @@ def test_damaged_pictures_and_pictures_of_one_stem(blip, bare):
 
 def test_too_little_memory_halves_the_batch(blip, bare, monkeypatch):
     captioner = load_captioner(str(blip))
-    pixels = torch.stack([captioner.pixel_values(Image.open(path)) for path in sorted(bare.rglob("*.png"))])
+    pixels = torch.stack(
+        [captioner.pixel_values(Image.open(path)) for path in sorted(bare.rglob("*.png"))]
+    )
     wanted, real, sizes = captioner.describe(pixels), BlipForConditionalGeneration.generate, []
 
     def small_card(self, pixel_values, **settings):
@@ -221,7 +264,10 @@ def without_weights(folder: Path) -> None:
 def change_config(**changes):
     def change(folder: Path) -> None:
         path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+        path.write_text(
+            json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}),
+            encoding="utf-8",
+        )
 
     return change
 
@@ -243,7 +289,10 @@ def a_pickle_in_disguise(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         (change_config(model_type="blip-2"), "no BLIP that writes captions but a blip-2"),
         (change_config(architectures=["BlipForQuestionAnswering"]), "no BLIP that writes captions"),
-        (change_config(auto_map={"AutoModel": "x--y.Z"}), "asks for code or weights from elsewhere"),
+        (
+            change_config(auto_map={"AutoModel": "x--y.Z"}),
+            "asks for code or weights from elsewhere",
+        ),
         (change_config(vision_config={"hidden_size": "many"}), "cannot be loaded"),
         (only_pickles, "only pickles"),
         (a_pickle_in_disguise, "is a pickle whatever its name says"),
@@ -252,7 +301,10 @@ def a_pickle_in_disguise(folder: Path) -> None:
         (without_weights, "it lacks vision_model.embeddings.class_embedding"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
-        (lambda folder: (folder / "processor_config.json").unlink(), "preprocessor_config.json is missing"),
+        (
+            lambda folder: (folder / "processor_config.json").unlink(),
+            "preprocessor_config.json is missing",
+        ),
         (lambda folder: (folder / "processor_config.json").write_text("{"), "cannot be loaded"),
     ],
 )
@@ -288,7 +340,9 @@ def test_the_vocabulary_alone_is_enough(own_blip, bare):
     (own_blip / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     BlipImageProcessorPil().save_pretrained(own_blip)
     after = load_captioner(str(own_blip))
-    pixels = torch.stack([before.pixel_values(Image.open(path)) for path in sorted(bare.rglob("*.png"))])
+    pixels = torch.stack(
+        [before.pixel_values(Image.open(path)) for path in sorted(bare.rglob("*.png"))]
+    )
     assert torch.equal(pixels[0], after.pixel_values(Image.open(bare / "0.png")))
     strip = re.compile(r" ?\[DEC\]")  # no special token where nothing says so
     assert [strip.sub("", text) for text in after.describe(pixels)] == [
@@ -299,19 +353,41 @@ def test_the_vocabulary_alone_is_enough(own_blip, bare):
 def test_the_script_captions_before_it_trains(blip, bare, base_folder, run_script, tmp_path):
     (bare / "0.txt").write_text("a person wrote this", encoding="utf-8")
     flags = "--resolution 64 --max_train_steps 1 --num_validation_images 0 --seed 0"
-    words = ["--pretrained_model_name", base_folder, "--data_dir", bare, "--auto_caption", blip, *flags.split()]
+    words = [
+        "--pretrained_model_name",
+        base_folder,
+        "--data_dir",
+        bare,
+        "--auto_caption",
+        blip,
+        *flags.split(),
+    ]
     done = run_script(["megaman_lora.py", *words], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "captions   4 are missing" in done.stdout and "captions   5 from .txt files" in done.stdout
+    assert (
+        "captions   4 are missing" in done.stdout and "captions   5 from .txt files" in done.stdout
+    )
     bars = {line.split(":")[0] for line in re.split(r"[\r\n]+", done.stderr) if line.strip()}
-    assert bars == {"captioning", "encoding", "training"}, "nothing but the bars, and no library's word"
-    tags = (tmp_path / "megaman_lora_output" / "lora_weights" / "README.md").read_text(encoding="utf-8")
+    assert bars == {"captioning", "encoding", "training"}, (
+        "nothing but the bars, and no library's word"
+    )
+    tags = (tmp_path / "megaman_lora_output" / "lora_weights" / "README.md").read_text(
+        encoding="utf-8"
+    )
     assert "5 captions were written" in tags
     assert texts(bare)["0"] == "a person wrote this"
 
 
 def test_with_check_data_it_captions_reports_and_trains_nothing(blip, bare, forked, tmp_path):
-    flags = ["--data_dir", bare, "--auto_caption", blip, "--check_data", "--caption_extension", ".cap"]
+    flags = [
+        "--data_dir",
+        bare,
+        "--auto_caption",
+        blip,
+        "--check_data",
+        "--caption_extension",
+        ".cap",
+    ]
     done = forked.run(["megaman_lora.py", *flags], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "5 written as .cap beside the pictures" in done.stdout

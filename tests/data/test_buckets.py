@@ -1,4 +1,5 @@
-"""Buckets and their batches: no picture missed or doubled, no batch of mixed sizes, no side off the step."""
+"""Buckets and their batches: no picture missed or doubled, no batch of mixed sizes, no side off the
+step."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def test_every_side_is_on_the_step_and_every_area_within_the_limit(buckets, size
         assert width % buckets.step == height % buckets.step == 0
         assert 0 < width * height <= buckets.area
         assert max(width, height) <= buckets.largest
-    assert {(height, width) for width, height in buckets.sizes} == set(buckets.sizes), "tall and wide are alike"
+    assert {(height, width) for width, height in buckets.sizes} == set(buckets.sizes), (
+        "tall and wide are alike"
+    )
 
 
 @given(bucket_settings(), SIDE, SIDE)
@@ -67,23 +70,40 @@ def test_without_upscale_nothing_is_enlarged_but_sides_below_a_step(buckets, wid
     chosen = small.size_for(width, height)
     if min(width, height) >= buckets.step:
         assert chosen[0] <= width and chosen[1] <= height
-    if max(width, height) <= buckets.largest and width * height <= buckets.area and chosen not in buckets.sizes:
-        floored = tuple(max(buckets.step, side // buckets.step * buckets.step) for side in (width, height))
+    if (
+        max(width, height) <= buckets.largest
+        and width * height <= buckets.area
+        and chosen not in buckets.sizes
+    ):
+        floored = tuple(
+            max(buckets.step, side // buckets.step * buckets.step) for side in (width, height)
+        )
         assert chosen == floored or floored[0] * floored[1] > buckets.area
 
 
 @pytest.mark.parametrize(
     ("size", "bucket"),
-    [((512, 512), (512, 512)), ((600, 1800), (320, 768)), ((1800, 600), (768, 320)), ((100, 1000), (256, 1024)),
-     ((300, 310), (512, 512)), ((3000, 4000), (448, 576))],
-)  # fmt: skip
+    [
+        ((512, 512), (512, 512)),
+        ((600, 1800), (320, 768)),
+        ((1800, 600), (768, 320)),
+        ((100, 1000), (256, 1024)),
+        ((300, 310), (512, 512)),
+        ((3000, 4000), (448, 576)),
+    ],
+)
 def test_buckets_of_some_sizes(size, bucket):
     assert SD15.size_for(*size) == bucket
 
 
 @pytest.mark.parametrize(
     ("size", "bucket"),
-    [((300, 310), (256, 256)), ((200, 500), (192, 448)), ((3000, 4000), (448, 576)), ((40, 90), (64, 64))],
+    [
+        ((300, 310), (256, 256)),
+        ((200, 500), (192, 448)),
+        ((3000, 4000), (448, 576)),
+        ((40, 90), (64, 64)),
+    ],
 )
 def test_small_pictures_without_upscale(size, bucket):
     assert make_buckets(512, 512, None, None, None, False).size_for(*size) == bucket
@@ -91,9 +111,12 @@ def test_small_pictures_without_upscale(size, bucket):
 
 @pytest.mark.parametrize(
     ("limits", "flag"),
-    [((520, None, None), "min_bucket_reso"), ((None, 448, None), "max_bucket_reso"),
-     ((None, None, 520), "bucket_reso_steps")],
-)  # fmt: skip
+    [
+        ((520, None, None), "min_bucket_reso"),
+        ((None, 448, None), "max_bucket_reso"),
+        ((None, None, 520), "bucket_reso_steps"),
+    ],
+)
 def test_limits_that_leave_no_room(limits, flag):
     with pytest.raises(UserError, match=f"--{flag} "):
         make_buckets(512, 512, *limits, True)
@@ -112,21 +135,34 @@ def test_the_line_of_the_buckets():
 
 
 @given(
-    SIZES, st.integers(1, 9), st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**40),
-    st.integers(0, 50), st.booleans(),
-)  # fmt: skip
-def test_every_picture_exactly_once_an_epoch(sizes, size, processes, accumulated, part, seed, epoch, upscale):
-    """Whatever the sizes, the batch, the processes and the accumulation; and no batch mixes sizes."""
+    SIZES,
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.integers(0, 2**40),
+    st.integers(0, 50),
+    st.booleans(),
+)
+def test_every_picture_exactly_once_an_epoch(
+    sizes, size, processes, accumulated, part, seed, epoch, upscale
+):
+    """Whatever the sizes, the batch, the processes and the accumulation; and no batch mixes
+    sizes."""
     buckets = make_buckets(512, 512, None, None, None, upscale)
     shapes = [buckets.size_for(*each) for each in sizes]
     batches = Batches(len(shapes), shapes, size, accumulated, processes, seed)
     part = size if processes > 1 else part
-    steps = math.lcm(batches.epoch_length, accumulated) // accumulated  # as many as end where an epoch does
+    steps = (
+        math.lcm(batches.epoch_length, accumulated) // accumulated
+    )  # as many as end where an epoch does
     epochs = steps * accumulated // batches.epoch_length
     seen, numbers = Counter(), Counter()
     for step in range(1 + epoch * steps, 1 + (epoch + 1) * steps):
         per_process = [batches.parts(step, process, part) for process in range(processes)]
-        assert len({len(parts) for parts in per_process}) == 1, "each process has the same number of exchanges"
+        assert len({len(parts) for parts in per_process}) == 1, (
+            "each process has the same number of exchanges"
+        )
         weights = Counter()
         for together in zip(*per_process, strict=True):
             pictures = [picture for each in together for picture in each.pictures]
@@ -136,26 +172,40 @@ def test_every_picture_exactly_once_an_epoch(sizes, size, processes, accumulated
                 if each.divisor < math.inf:
                     seen.update(each.pictures)
                     numbers.update(each.numbers)
-                    weights.update({number: 1 / len(each.pictures) / each.divisor / processes
-                                    for number in each.numbers})  # fmt: skip
+                    weights.update(
+                        {
+                            number: 1 / len(each.pictures) / each.divisor / processes
+                            for number in each.numbers
+                        }
+                    )
         assert sum(weights.values()) == pytest.approx(1)
-        assert max(weights.values()) == pytest.approx(min(weights.values())), "every picture of a step counts the same"
+        assert max(weights.values()) == pytest.approx(min(weights.values())), (
+            "every picture of a step counts the same"
+        )
     assert seen == Counter(dict.fromkeys(range(len(shapes)), epochs))
     first = epoch * epochs * len(shapes)
-    assert numbers == Counter(range(first, first + epochs * len(shapes))), "each with random numbers of its own"
+    assert numbers == Counter(range(first, first + epochs * len(shapes))), (
+        "each with random numbers of its own"
+    )
 
 
 @given(SIZES, st.integers(1, 6), st.integers(1, 3), st.integers(0, 2**40))
 def test_processes_and_parts_share_the_same_batches(sizes, size, accumulated, seed):
-    """One process with batches of 4 x size, or four with size each, or smaller parts of them: the same pictures with
-    the same random numbers in each step; and what was asked before makes no difference."""
+    """One process with batches of 4 x size, or four with size each, or smaller parts of them: the
+    same pictures with the same random numbers in each step; and what was asked before makes no
+    difference."""
     shapes = [SD15.size_for(*each) for each in sizes]
 
     def pictures(step, processes, part):
         batches = Batches(len(shapes), shapes, 4 * size // processes, accumulated, processes, seed)
-        parts = [each for process in range(processes) for each in batches.parts(step, process, part)]
+        parts = [
+            each for process in range(processes) for each in batches.parts(step, process, part)
+        ]
         return sorted(
-            pair for each in parts if each.divisor < math.inf for pair in zip(each.numbers, each.pictures, strict=True)
+            pair
+            for each in parts
+            if each.divisor < math.inf
+            for pair in zip(each.numbers, each.pictures, strict=True)
         )
 
     for step in (7, 1, 100):
@@ -168,13 +218,24 @@ def test_epochs_and_seeds_have_their_own_batches():
     for seed in range(5):
         batches = Batches(len(shapes), shapes, 2, 1, 1, seed)
         assert batches.epoch_length == 7
-        orders |= {tuple(batches.parts(1 + 7 * epoch + place, 0, 2)[0].pictures for place in range(7))
-                   for epoch in range(5)}  # fmt: skip
+        orders |= {
+            tuple(batches.parts(1 + 7 * epoch + place, 0, 2)[0].pictures for place in range(7))
+            for epoch in range(5)
+        }
     assert len(orders) == 25
 
 
-@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(1, 30), st.integers(0))
-def test_without_buckets_the_pictures_come_in_one_endless_row(count, size, accumulated, processes, step, seed):
+@given(
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 30),
+    st.integers(0),
+)
+def test_without_buckets_the_pictures_come_in_one_endless_row(
+    count, size, accumulated, processes, step, seed
+):
     """The order that runs without buckets have always had, and no part smaller than another."""
     batches = Batches(count, None, size, accumulated, processes, seed)
     assert (batches.epoch_length, batches.step_length) == (count, size * accumulated * processes)
@@ -182,5 +243,7 @@ def test_without_buckets_the_pictures_come_in_one_endless_row(count, size, accum
         for micro, part in enumerate(batches.parts(step, process, size)):
             first = (((step - 1) * accumulated + micro) * processes + process) * size
             assert part.numbers == tuple(range(first, first + size))
-            assert part.pictures == tuple(picture_at(number, count, seed) for number in part.numbers)
+            assert part.pictures == tuple(
+                picture_at(number, count, seed) for number in part.numbers
+            )
             assert part.divisor == accumulated

@@ -1,4 +1,5 @@
-"""Captions: whatever the encoding of the file beside the picture, and words from its name where there is none."""
+"""Captions: whatever the encoding of the file beside the picture, and words from its name where
+there is none."""
 
 from __future__ import annotations
 
@@ -46,9 +47,22 @@ def read_caption(picture: Path) -> str | None:
         (b"\xef\xbb\xbf", None),
         (b"\xff\xfe", None),
     ],
-    ids=["ascii", "UTF-8", "UTF-8 with its mark", "UTF-16", "UTF-16 big", "cp1252", "CRLF", "CR", "spaces", "empty",
-         "blank", "mark alone", "UTF-16 mark alone"],
-)  # fmt: skip
+    ids=[
+        "ascii",
+        "UTF-8",
+        "UTF-8 with its mark",
+        "UTF-16",
+        "UTF-16 big",
+        "cp1252",
+        "CRLF",
+        "CR",
+        "spaces",
+        "empty",
+        "blank",
+        "mark alone",
+        "UTF-16 mark alone",
+    ],
+)
 def test_the_file_beside_the_picture(tmp_path, content, caption):
     (tmp_path / "robot_01.txt").write_bytes(content)
     picture = tmp_path / "robot_01.png"
@@ -59,7 +73,9 @@ def test_the_file_beside_the_picture(tmp_path, content, caption):
 
 def test_no_file_beside_the_picture(tmp_path):
     assert read_caption(tmp_path / "robot.png") is None
-    assert caption_for(tmp_path / "boss_robot_03.png") == Caption(f"boss robot, {COMMON_ENDING}", False)
+    assert caption_for(tmp_path / "boss_robot_03.png") == Caption(
+        f"boss robot, {COMMON_ENDING}", False
+    )
 
 
 def test_the_stem_decides_and_the_last_dot_ends_it(tmp_path):
@@ -105,7 +121,9 @@ def test_a_name_without_words_leaves_the_ending_alone(tmp_path, name):
 
 
 def test_the_folder_does_not_count(tmp_path):
-    assert caption_from_name(tmp_path / "a" / "robot.png") == caption_from_name(tmp_path / "b" / "robot.png")
+    assert caption_from_name(tmp_path / "a" / "robot.png") == caption_from_name(
+        tmp_path / "b" / "robot.png"
+    )
 
 
 @given(st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=40))
@@ -119,7 +137,9 @@ def test_any_name_makes_one_tidy_line(tmp_path_factory, name):
 
 ANY_BYTES = st.binary(max_size=60) | st.text(max_size=30).flatmap(
     lambda text: st.sampled_from(["utf-8", "utf-16", "utf-16-le", "cp1252", "cp932", "cp950"]).map(
-        lambda encoding: text.encode(encoding, "replace" if encoding.startswith("cp") else "surrogatepass")
+        lambda encoding: text.encode(
+            encoding, "replace" if encoding.startswith("cp") else "surrogatepass"
+        )
     )
 )
 
@@ -148,7 +168,9 @@ def test_tidy_keeps_what_can_be_seen(text):
     line = tidy(text)
     assert tidy(line) == line and not any(map(is_control, line))
     seen = [mark for mark in text if not mark.isspace() and not is_control(mark)]
-    assert [mark for mark in line if mark != " "] == (seen if any(mark not in JOINERS for mark in seen) else [])
+    assert [mark for mark in line if mark != " "] == (
+        seen if any(mark not in JOINERS for mark in seen) else []
+    )
 
 
 @given(st.text("abcé洛 ,\r\n\t", max_size=30), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
@@ -190,11 +212,16 @@ def test_encodings_that_have_to_be_guessed(encoding, name, text):
 def test_utf16_without_its_mark_where_it_is_plain(order):
     for text in ("mega man", "méga man, blue, 洛克人"):
         assert decode(text.encode(f"utf-16-{order}")) == (text, "UTF-16")
-    assert decode(b"a long ASCII text with one zero\0") == ("a long ASCII text with one zero\0", None)
+    assert decode(b"a long ASCII text with one zero\0") == (
+        "a long ASCII text with one zero\0",
+        None,
+    )
 
 
 def test_control_characters_go_and_joiners_stay(tmp_path):
-    (tmp_path / "a.txt").write_bytes("mega\0 man\x07,\u202e blue\ufeff 👩\u200d🚀 می\u200cخواهم".encode())
+    (tmp_path / "a.txt").write_bytes(
+        "mega\0 man\x07,\u202e blue\ufeff 👩\u200d🚀 می\u200cخواهم".encode()
+    )
     assert read_caption(tmp_path / "a.png") == "mega man, blue 👩\u200d🚀 می\u200cخواهم"
     for content in (bytes(range(1, 32)), "\u200d\u200f ".encode(), "\x85\x9f".encode()):
         (tmp_path / "a.txt").write_bytes(content)
@@ -203,11 +230,17 @@ def test_control_characters_go_and_joiners_stay(tmp_path):
 
 
 def test_a_guessed_encoding_is_known(tmp_path):
-    for name, content in (("plain", "é".encode()), ("guessed", "é".encode("cp1252")), ("marked", "é".encode("utf-16"))):
+    for name, content in (
+        ("plain", "é".encode()),
+        ("guessed", "é".encode("cp1252")),
+        ("marked", "é".encode("utf-16")),
+    ):
         (tmp_path / f"{name}.txt").write_bytes(content)
     path, remark = caption_for(tmp_path / "guessed.png").remark
     assert path == tmp_path / "guessed.txt" and "was read as Windows-1252" in remark
-    assert [caption_for(tmp_path / f"{name}.png").remark for name in ("plain", "marked", "none")] == [None] * 3
+    assert [
+        caption_for(tmp_path / f"{name}.png").remark for name in ("plain", "marked", "none")
+    ] == [None] * 3
 
 
 def test_a_file_that_cannot_be_read_gives_the_names_caption_and_is_told_of(tmp_path):

@@ -26,8 +26,13 @@ THE_CONTRACTS = "from megaman_lora import MegaManDataset; ds = MegaManDataset('.
 def ramp(width: int, height: int) -> Image.Image:
     """Every column has its own red, every row its own green: a crop tells where it was cut."""
     image = Image.new("RGB", (width, height))
-    image.putdata([(x * 255 // max(1, width - 1), y * 255 // max(1, height - 1), 0)
-                   for y in range(height) for x in range(width)])  # fmt: skip
+    image.putdata(
+        [
+            (x * 255 // max(1, width - 1), y * 255 // max(1, height - 1), 0)
+            for y in range(height)
+            for x in range(width)
+        ]
+    )
     return image
 
 
@@ -54,7 +59,9 @@ def test_counted_without_decoding_and_without_torch(run_script, pictures):
 
 def test_items_can_be_read_through_the_script_too(run_script, pictures):
     pictures.rename(pictures.parent / "megaman_images")
-    code = f"{THE_CONTRACTS}; item = ds[0]; print(tuple(item['pixel_values'].shape), item['caption'])"
+    code = (
+        f"{THE_CONTRACTS}; item = ds[0]; print(tuple(item['pixel_values'].shape), item['caption'])"
+    )
     done = run_script(["-c", code], pictures.parent)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "4\n(3, 512, 512) mega man, blue robot, white background\n"
@@ -82,7 +89,10 @@ def test_an_item_with_a_tokenizer(pictures, base_folder):
         assert ids.dtype == torch.int64 and ids.shape == (length,), "padded and cut to one length"
     wanted = tokenizer(dataset.captions[0]).input_ids
     assert item["input_ids"][: len(wanted)].tolist() == wanted
-    assert item["input_ids"][0] == tokenizer.bos_token_id and long["input_ids"][-1] == tokenizer.eos_token_id
+    assert (
+        item["input_ids"][0] == tokenizer.bos_token_id
+        and long["input_ids"][-1] == tokenizer.eos_token_id
+    )
 
 
 def test_the_defaults_are_512_pixels_from_the_middle(ramps):
@@ -112,7 +122,9 @@ def test_the_middle_of_a_picture_is_its_middle(ramps):
     dataset = MegaManDataset(ramps, None, size=32, center_crop=True)
     for index, channel in ((0, 0), (1, 1)):
         middle = dataset[index]["pixel_values"][channel]
-        assert abs(middle.mean()) < 0.02 and -0.36 < middle.min() < -0.3 and 0.3 < middle.max() < 0.36
+        assert (
+            abs(middle.mean()) < 0.02 and -0.36 < middle.min() < -0.3 and 0.3 < middle.max() < 0.36
+        )
 
 
 def test_random_crops_differ_and_stay_inside(ramps):
@@ -121,7 +133,9 @@ def test_random_crops_differ_and_stay_inside(ramps):
     starts = wide[:, 0, 0, 0]
     assert len(starts.unique()) > 3, "20 draws out of 65 places are not all the same few"
     spans = wide[:, 0].amax(dim=(1, 2)) - wide[:, 0].amin(dim=(1, 2))
-    assert torch.allclose(spans, torch.tensor(2 * 31 / 95), atol=0.02), "32 columns of the 96, none of them stretched"
+    assert torch.allclose(spans, torch.tensor(2 * 31 / 95), atol=0.02), (
+        "32 columns of the 96, none of them stretched"
+    )
     square = [dataset[2]["pixel_values"] for _ in range(3)]
     assert torch.equal(square[0], square[1]) and torch.equal(square[1], square[2])
 
@@ -141,16 +155,25 @@ def test_variants_are_crops_times_mirror_images(ramps, center_crop, crops, flip,
     for index, count in enumerate(counts):
         variants = dataset.variants(index, crops, flip, seed=3)
         assert len(variants) == count
-        assert all(variant.shape == (3, 32, 32) and variant.dtype == torch.float32 for variant in variants)
+        assert all(
+            variant.shape == (3, 32, 32) and variant.dtype == torch.float32 for variant in variants
+        )
         upright = variants[: count // 2] if flip else variants
-        assert len({variant.numpy().tobytes() for variant in upright}) == len(upright), "no crop twice"
+        assert len({variant.numpy().tobytes() for variant in upright}) == len(upright), (
+            "no crop twice"
+        )
         if flip:
-            assert all(torch.equal(a.flip(-1), b) for a, b in zip(upright, variants[count // 2 :], strict=True))
+            assert all(
+                torch.equal(a.flip(-1), b)
+                for a, b in zip(upright, variants[count // 2 :], strict=True)
+            )
 
 
 def test_variants_belong_to_the_seed_and_the_picture_wherever_the_folder_lies(ramps, tmp_path):
     def crops(folder, index=0, seed=1):
-        return torch.stack(MegaManDataset(folder, None, 32, center_crop=False).variants(index, 4, False, seed))
+        return torch.stack(
+            MegaManDataset(folder, None, 32, center_crop=False).variants(index, 4, False, seed)
+        )
 
     first = crops(ramps)
     assert torch.equal(first, crops(ramps))
@@ -167,15 +190,22 @@ def test_a_picture_whose_caption_tells_a_side_is_not_mirrored(ramps):
     dataset = MegaManDataset(ramps, None, size=32)
     variants = [dataset.variants(index, 1, True, seed=0) for index in range(3)]
     assert [len(each) for each in variants] == [1, 2, 2]
-    assert torch.equal(variants[0][0], dataset.variants(0, 1, False, seed=0)[0]), "it stays as it was"
+    assert torch.equal(variants[0][0], dataset.variants(0, 1, False, seed=0)[0]), (
+        "it stays as it was"
+    )
 
 
 @pytest.mark.parametrize("center_crop", [True, False])
 def test_in_buckets_a_picture_keeps_its_shape(ramps, center_crop):
-    """Each is trained on in its bucket's size, whole where the shapes are the same, without being stretched."""
+    """Each is trained on in its bucket's size, whole where the shapes are the same, without being
+    stretched."""
     dataset = MegaManDataset(ramps, None, size=64, center_crop=center_crop)
     dataset.buckets = make_buckets(64, 64, None, None, None, True)
-    shapes = [(3, 40, 96), (3, 96, 40), (3, 64, 64)]  # 3 : 1, and what is nearest among the multiples of 8
+    shapes = [
+        (3, 40, 96),
+        (3, 96, 40),
+        (3, 64, 64),
+    ]  # 3 : 1, and what is nearest among the multiples of 8
     for index, shape in enumerate(shapes):
         variants = dataset.variants(index, 4, False, seed=0)
         assert {tuple(variant.shape) for variant in variants} == {shape}
@@ -184,7 +214,9 @@ def test_in_buckets_a_picture_keeps_its_shape(ramps, center_crop):
     tall = dataset.variants(1, 1, False, seed=0)[0]
     assert tall[1, 0].max() < -0.7 or not center_crop, "the top of the picture is there"
     spans = [float(tall[channel].max() - tall[channel].min()) for channel in (0, 1)]
-    assert spans[0] == pytest.approx(2, abs=0.05) and spans[1] == pytest.approx(2 * 96 / 40 / 3, abs=0.1)
+    assert spans[0] == pytest.approx(2, abs=0.05) and spans[1] == pytest.approx(
+        2 * 96 / 40 / 3, abs=0.1
+    )
 
 
 def test_captions_are_found_or_made(pictures):
@@ -213,7 +245,9 @@ def test_check_leaves_out_what_cannot_be_trained_on(pictures):
         "megaman_03.png": "only 8x8 pixels",
     }
     assert [path.name for path in dataset.pictures] == ["megaman_02.png", "megaman_04.png"]
-    assert dataset.captions == [f"mega man, {color} robot, white background" for color in ("red", "orange")]
+    assert dataset.captions == [
+        f"mega man, {color} robot, white background" for color in ("red", "orange")
+    ]
     assert (len(dataset), sum(dataset.found)) == (2, 2)
     assert dataset[1]["caption"] == dataset.captions[1]
     dataset.check()
@@ -275,7 +309,9 @@ def test_names_that_the_terminal_cannot_show(run_script, tmp_path, encoding):
     (pictures / "洛克人.png").write_bytes(b"damaged")
     with contextlib.suppress(OSError):  # not on every file system
         (Path(os.fsdecode(os.fsencode(pictures) + b"/\x83\x8d.png"))).write_bytes(b"damaged")
-    done = run_script(["megaman_lora.py", "--data_dir", pictures], tmp_path, {"PYTHONIOENCODING": encoding})
+    done = run_script(
+        ["megaman_lora.py", "--data_dir", pictures], tmp_path, {"PYTHONIOENCODING": encoding}
+    )
     assert done.returncode == 1
     assert done.stdout.count("left out: ") == len(list(pictures.iterdir()))
     assert (tmp_path / "megaman_lora_output" / "dataset_problems.json").exists()

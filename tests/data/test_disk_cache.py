@@ -1,4 +1,5 @@
-"""Pictures are encoded once, over all runs; what has changed is noticed; without the cache the losses are the same."""
+"""Pictures are encoded once, over all runs; what has changed is noticed; without the cache the
+losses are the same."""
 
 from __future__ import annotations
 
@@ -22,12 +23,22 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.fixture
 def train(train_here, pictures, tmp_path, capsys):
-    """Train two steps with a cache of the test's own: train(name, *flags) gives the LoRA's tensors, and how many forms
-    were encoded and how many were there."""
+    """Train two steps with a cache of the test's own: train(name, *flags) gives the LoRA's tensors,
+    and how many forms were encoded and how many were there."""
 
     def run(name: str, *flags):
         cache = [] if "--no_cache" in flags else ["--cache_dir", "cache"]
-        words = ["--data_dir", pictures, *cache, "--max_train_steps", 2, "--train_batch_size", 2, *FEW_TARGETS, *flags]
+        words = [
+            "--data_dir",
+            pictures,
+            *cache,
+            "--max_train_steps",
+            2,
+            "--train_batch_size",
+            2,
+            *FEW_TARGETS,
+            *flags,
+        ]
         lora = train_here(tmp_path, name, *words)
         said = capsys.readouterr().out
         counts = re.search(r"encoded +(\d+) now, (\d+) were", said)
@@ -61,7 +72,9 @@ def test_a_second_run_encodes_nothing_and_does_not_read_the_vae(train, base_fold
     assert counts == (7, 0), "three squares, and four crops of the picture that is not square"
     weights = base / "vae" / "diffusion_pytorch_model.safetensors"
     header = int.from_bytes(weights.read_bytes()[:8], "little") + 8
-    forge(weights, weights.read_bytes()[:header] + b"\xff" * (weights.stat().st_size - header))  # all not-a-number
+    forge(
+        weights, weights.read_bytes()[:header] + b"\xff" * (weights.stat().st_size - header)
+    )  # all not-a-number
     second, counts = train("second", "--pretrained_model_name", base)
     assert counts == (0, 7) and same(first, second)
     (pick,) = {path.parent.name for path in (tmp_path / "cache").rglob("*.safetensors")}
@@ -101,7 +114,9 @@ def test_another_resolution_and_other_forms_are_noticed(train):
 def test_another_vae_is_noticed(train, base_folder, tmp_path):
     before, _ = train("first")
     base = shutil.copytree(base_folder, tmp_path / "base")
-    assert train("moved", "--pretrained_model_name", base)[1] == (0, 7), "the same VAE in another place"
+    assert train("moved", "--pretrained_model_name", base)[1] == (0, 7), (
+        "the same VAE in another place"
+    )
     weights = base / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["encoder.conv_in.weight"] *= 1.01
@@ -117,7 +132,9 @@ def test_without_the_cache_the_losses_are_the_same(train, tmp_path, flags):
     fresh, said = train("fresh", "--center_crop", "--no_cache", *flags)
     for key in cached:
         torch.testing.assert_close(fresh[key], cached[key], rtol=0, atol=1e-5)
-    assert losses(tmp_path / "logs-fresh") == pytest.approx(losses(tmp_path / "logs-cached"), abs=1e-5)
+    assert losses(tmp_path / "logs-fresh") == pytest.approx(
+        losses(tmp_path / "logs-cached"), abs=1e-5
+    )
     assert "encoded    " not in said and "encoded anew at every visit" in said
 
 
@@ -158,7 +175,14 @@ def test_the_cache_keeps_to_its_limit(train, tmp_path):
 
 
 def command(pictures, *flags) -> list:
-    words = ["--pretrained_model_name", ROOT / "demo" / "base", "--data_dir", pictures, "--cache_dir", "cache"]
+    words = [
+        "--pretrained_model_name",
+        ROOT / "demo" / "base",
+        "--data_dir",
+        pictures,
+        "--cache_dir",
+        "cache",
+    ]
     return [
         "megaman_lora.py",
         *words,
@@ -175,12 +199,16 @@ def command(pictures, *flags) -> list:
 
 def test_two_processes_that_fill_one_cache_at_once(forked, train, pictures, tmp_path):
     both = [
-        forked.start(command(pictures, "--resolution", 64, "--output_dir", name), tmp_path) for name in ("one", "two")
+        forked.start(command(pictures, "--resolution", 64, "--output_dir", name), tmp_path)
+        for name in ("one", "two")
     ]
     for process in both:
         assert process.communicate()[1].count("Traceback") == process.returncode == 0
     assert train("third")[1] == (0, 7)
-    one, two = (load_file(tmp_path / name / "lora_weights" / "adapter_model.safetensors") for name in ("one", "two"))
+    one, two = (
+        load_file(tmp_path / name / "lora_weights" / "adapter_model.safetensors")
+        for name in ("one", "two")
+    )
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-6)
 
@@ -188,12 +216,17 @@ def test_two_processes_that_fill_one_cache_at_once(forked, train, pictures, tmp_
 def test_a_kill_while_encoding_loses_one_batch_at_most(forked, pictures, tmp_path):
     """Where a picture is a batch of its own."""
     for number in range(5, 13):
-        Image.new("RGB", (256, 256), (number * 9, 80, 120)).save(pictures / f"megaman_{number:02d}.png")
+        Image.new("RGB", (256, 256), (number * 9, 80, 120)).save(
+            pictures / f"megaman_{number:02d}.png"
+        )
     one_by_one = {"megaman.data.latents.PIXELS_ON_OTHERS": 256 * 256}
     words = command(pictures, "--resolution", 256, "--center_crop", "--output_dir")
     process = forked.start([*words, "out"], tmp_path, one_by_one)
     deadline = time.monotonic() + 200
-    while len(list(tmp_path.glob("cache/moments/*/*.safetensors"))) < 2 and time.monotonic() < deadline:
+    while (
+        len(list(tmp_path.glob("cache/moments/*/*.safetensors"))) < 2
+        and time.monotonic() < deadline
+    ):
         assert process.poll() is None, "it was over before it could be killed"
         time.sleep(0.01)
     process.kill()

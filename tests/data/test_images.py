@@ -35,7 +35,10 @@ def found(folder: Path) -> list[str]:
 
 
 def others(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): reason for path, reason in find_images(folder)[1].items()}
+    return {
+        path.relative_to(folder).as_posix(): reason
+        for path, reason in find_images(folder)[1].items()
+    }
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -46,12 +49,24 @@ def touch(folder: Path, *names: str) -> None:
 
 def test_every_suffix_in_any_case_and_nothing_else(tmp_path):
     wanted = ["a.jpg", "b.JPEG", "c.png", "d.PNG", "e.Bmp", "f.webp", "g.WebP", "h.JPG"]
-    touch(tmp_path, *wanted, "a.txt", "b.gif", "c.psd", "png", "jpg.", "notes.png.txt", "images.json")
+    touch(
+        tmp_path, *wanted, "a.txt", "b.gif", "c.psd", "png", "jpg.", "notes.png.txt", "images.json"
+    )
     assert found(tmp_path) == wanted
 
 
 def test_other_formats_are_named_and_not_read(tmp_path):
-    touch(tmp_path, "a.png", "b10.GIF", "b2.tif", "sub/c.heic", "d.psd", "e.txt", ".f.gif", ".sub/g.gif")
+    touch(
+        tmp_path,
+        "a.png",
+        "b10.GIF",
+        "b2.tif",
+        "sub/c.heic",
+        "d.psd",
+        "e.txt",
+        ".f.gif",
+        ".sub/g.gif",
+    )
     assert found(tmp_path) == ["a.png"]
     assert list(others(tmp_path).items()) == [
         ("b2.tif", ".tif is not read: save it as PNG or JPG"),
@@ -61,7 +76,8 @@ def test_other_formats_are_named_and_not_read(tmp_path):
 
 
 def test_linked_folders_are_named_and_not_followed(tmp_path):
-    """Whether they lead in a circle or beside: no picture comes twice, and none is left out without a word."""
+    """Whether they lead in a circle or beside: no picture comes twice, and none is left out without
+    a word."""
     touch(tmp_path, "a.png", "sub/b.png")
     for name, target in [("circle", "."), ("sub/up", ".."), ("beside", "sub"), (".hidden", "sub")]:
         (tmp_path / name).symlink_to(target, target_is_directory=True)
@@ -74,7 +90,16 @@ def test_linked_folders_are_named_and_not_followed(tmp_path):
 
 
 def test_subfolders_are_searched_and_hidden_things_are_not(tmp_path):
-    touch(tmp_path, "a.png", "sub/b.png", "sub/deep/c.png", ".hidden.png", "._a.png", ".git/d.png", "sub/.cache/e.png")
+    touch(
+        tmp_path,
+        "a.png",
+        "sub/b.png",
+        "sub/deep/c.png",
+        ".hidden.png",
+        "._a.png",
+        ".git/d.png",
+        "sub/.cache/e.png",
+    )
     assert found(tmp_path) == ["a.png", "sub/b.png", "sub/deep/c.png"]
 
 
@@ -99,11 +124,25 @@ def test_no_picture_at_all(tmp_path):
 
 
 def test_natural_order(tmp_path):
-    wanted = ["1.png", "2.png", "02.png", "10.png", "mega2.png", "Mega10.png", "mega10b.png", "sub/1.png", "洛克人.png"]
+    wanted = [
+        "1.png",
+        "2.png",
+        "02.png",
+        "10.png",
+        "mega2.png",
+        "Mega10.png",
+        "mega10b.png",
+        "sub/1.png",
+        "洛克人.png",
+    ]
     touch(tmp_path, *random.Random(1).sample(wanted, len(wanted)))
     assert sorted(wanted, key=natural_key) == sorted(found(tmp_path), key=natural_key)
     order = found(tmp_path)
-    assert order[0] == "1.png" and {order[1], order[2]} == {"2.png", "02.png"} and order[3:] == wanted[3:]
+    assert (
+        order[0] == "1.png"
+        and {order[1], order[2]} == {"2.png", "02.png"}
+        and order[3:] == wanted[3:]
+    )
 
 
 @given(st.lists(st.text(max_size=20) | st.text("aA0123456789_./٣二²", max_size=20), max_size=6))
@@ -125,7 +164,10 @@ def quarters(width: int = 40, height: int = 24) -> Image.Image:
     image = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(image)
     for color, x, y in [(RED, 0, 0), (GREEN, 1, 0), (BLUE, 0, 1), (WHITE, 1, 1)]:
-        draw.rectangle((x * width // 2, y * height // 2, (x + 1) * width // 2 - 1, (y + 1) * height // 2 - 1), color)
+        draw.rectangle(
+            (x * width // 2, y * height // 2, (x + 1) * width // 2 - 1, (y + 1) * height // 2 - 1),
+            color,
+        )
     return image
 
 
@@ -219,7 +261,9 @@ def test_a_transparent_color_in_rgb_and_gray(tmp_path):
     ],
 )
 def test_whatever_the_mode_it_becomes_rgb(tmp_path, mode, value, suffix, color):
-    assert near(saved(tmp_path, Image.new(mode, (20, 20), value), suffix).getpixel((10, 10)), color, 5)
+    assert near(
+        saved(tmp_path, Image.new(mode, (20, 20), value), suffix).getpixel((10, 10)), color, 5
+    )
 
 
 NOISE = Image.frombytes("RGB", (64, 48), random.Random(0).randbytes(64 * 48 * 3))
@@ -280,7 +324,9 @@ def test_a_bomb_is_refused_by_its_header(tmp_path):
 
 
 def test_the_size_is_read_without_decoding(tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("a whole picture was decoded"))
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda _: pytest.fail("a whole picture was decoded")
+    )
     for kind in ("PNG", "JPEG", "BMP", "WEBP"):
         path = tmp_path / f"a.{kind.lower()}"
         path.write_bytes(encoded(kind))
@@ -341,7 +387,9 @@ def test_an_orientation_that_is_no_number_is_no_crash(tmp_path, orientation_type
             assert str(error)
 
 
-@pytest.mark.parametrize(("size", "fine"), [((16, 16), True), ((15, 400), False), ((400, 15), False), ((1, 1), False)])
+@pytest.mark.parametrize(
+    ("size", "fine"), [((16, 16), True), ((15, 400), False), ((400, 15), False), ((1, 1), False)]
+)
 def test_tiny_pictures(tmp_path, size, fine):
     path = tmp_path / "a.png"
     Image.new("RGB", size).save(path)
@@ -395,22 +443,34 @@ def test_crops_are_the_largest_squares_within_the_picture(width, height, count, 
         assert right - left == bottom - top == side
     if seed is None:
         left, top, right, bottom = boxes[0]
-        assert len(boxes) == 1 and abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1
+        assert (
+            len(boxes) == 1
+            and abs(left - (width - right)) <= 1
+            and abs(top - (height - bottom)) <= 1
+        )
     else:
         assert boxes == crop_boxes(width, height, count, random.Random(seed))
     if width == height:
         assert boxes == [(0, 0, width, height)]
 
 
-@given(SIDE, SIDE, st.integers(1, 4), st.none() | st.integers(), st.integers(1, 64), st.integers(1, 64))
-def test_crops_of_any_shape_are_as_large_as_the_picture_allows(width, height, count, seed, across, down):
-    boxes = crop_boxes(width, height, count, None if seed is None else random.Random(seed), (across, down))
+@given(
+    SIDE, SIDE, st.integers(1, 4), st.none() | st.integers(), st.integers(1, 64), st.integers(1, 64)
+)
+def test_crops_of_any_shape_are_as_large_as_the_picture_allows(
+    width, height, count, seed, across, down
+):
+    boxes = crop_boxes(
+        width, height, count, None if seed is None else random.Random(seed), (across, down)
+    )
     assert 1 <= len(boxes) <= count and len(set(boxes)) == len(boxes)
     for left, top, right, bottom in boxes:
         assert 0 <= left < right <= width and 0 <= top < bottom <= height
         assert right - left == width or bottom - top == height
         off = abs((right - left) * down - (bottom - top) * across)
-        assert off <= max(across, down) or 1 in (right - left, bottom - top), "off the shape by less than a pixel"
+        assert off <= max(across, down) or 1 in (right - left, bottom - top), (
+            "off the shape by less than a pixel"
+        )
 
 
 def test_random_crops_reach_both_ends_and_differ():
@@ -431,7 +491,9 @@ def test_fit_cuts_out_the_box_and_no_more():
     image.paste(BLUE, (20, 0, 40, 20))
     for size in (5, 8, 20):
         assert fit(image, (20, 0, 40, 20), (size, size)).getcolors() == [(size * size, BLUE)]
-    inner = fit(image, (20, 0, 40, 20), (80, 80)).crop((12, 12, 68, 68))  # enlarged, its edges know their neighbours
+    inner = fit(image, (20, 0, 40, 20), (80, 80)).crop(
+        (12, 12, 68, 68)
+    )  # enlarged, its edges know their neighbours
     assert inner.getcolors() == [(56 * 56, BLUE)]
 
 
@@ -443,4 +505,6 @@ def test_fit_at_the_same_size_changes_no_pixel():
 def test_shrinking_averages():
     board = Image.new("L", (32, 32))
     board.putdata([255 * ((x + y) % 2) for y in range(32) for x in range(32)])
-    assert near(fit(board.convert("RGB"), (0, 0, 32, 32), (16, 16)).getpixel((7, 7)), (128, 128, 128), 1)
+    assert near(
+        fit(board.convert("RGB"), (0, 0, 32, 32), (16, 16)).getpixel((7, 7)), (128, 128, 128), 1
+    )

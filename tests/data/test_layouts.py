@@ -1,4 +1,5 @@
-"""Layouts: however the same pictures and captions lie in a folder, the same pairs come out, and what is off is said."""
+"""Layouts: however the same pictures and captions lie in a folder, the same pairs come out, and
+what is off is said."""
 
 from __future__ import annotations
 
@@ -19,13 +20,23 @@ from megaman.config.train import parse_train_config
 from megaman.data import folders
 from megaman.data.captions import caption_from_name
 from megaman.data.dataset import MegaManDataset
-from megaman.data.folders import MOST_REMARKS, Row, inner_path, parse_csv, parse_jsonl, read_metadata
+from megaman.data.folders import (
+    MOST_REMARKS,
+    Row,
+    inner_path,
+    parse_csv,
+    parse_jsonl,
+    read_metadata,
+)
 from megaman.data.problems import write_problems
 from megaman.doctor.checks import examine
 from megaman.doctor.report import write_report
 
 PICTURES = sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:24]
-PAIRS = {(path.read_bytes(), path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in PICTURES}
+PAIRS = {
+    (path.read_bytes(), path.with_suffix(".txt").read_text(encoding="utf-8").strip())
+    for path in PICTURES
+}
 
 
 def caption_of(picture: Path) -> str:
@@ -33,7 +44,8 @@ def caption_of(picture: Path) -> str:
 
 
 def place(folder: Path, where=lambda number: "", suffix: str = "") -> dict[str, str]:
-    """Copy the 24 pictures into subfolders, with captions beside them where a suffix is given; {path: caption}."""
+    """Copy the 24 pictures into subfolders, with captions beside them where a suffix is given;
+    {path: caption}."""
     placed = {}
     for number, picture in enumerate(PICTURES):
         target = folder / where(number) / picture.name
@@ -46,11 +58,15 @@ def place(folder: Path, where=lambda number: "", suffix: str = "") -> dict[str, 
 
 
 def write_jsonl(path: Path, placed: dict[str, str], key: str = "text", **more) -> None:
-    lines = [json.dumps({"file_name": name, key: caption, **more}) for name, caption in placed.items()]
+    lines = [
+        json.dumps({"file_name": name, key: caption, **more}) for name, caption in placed.items()
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_csv(path: Path, placed: dict[str, str], key: str = "text", delimiter: str = ",", encoding="utf-8") -> None:
+def write_csv(
+    path: Path, placed: dict[str, str], key: str = "text", delimiter: str = ",", encoding="utf-8"
+) -> None:
     with open(path, "w", newline="", encoding=encoding) as file:
         csv.writer(file, delimiter=delimiter).writerows(
             [["file_name", "size", key], *([n, 64, c] for n, c in placed.items())]
@@ -82,7 +98,13 @@ def jsonl(folder):
 
 
 def jsonl_caption(folder):
-    write_jsonl(folder / "metadata.jsonl", place(folder), "caption", additional_feature=[1, {"a": None}], text=None)
+    write_jsonl(
+        folder / "metadata.jsonl",
+        place(folder),
+        "caption",
+        additional_feature=[1, {"a": None}],
+        text=None,
+    )
 
 
 def jsonl_above(folder):
@@ -91,7 +113,10 @@ def jsonl_above(folder):
 
 def jsonl_backslashes(folder):
     placed = place(folder, lambda number: f"train/{number % 3}")
-    write_jsonl(folder / "metadata.jsonl", {".\\" + name.replace("/", "\\"): said for name, said in placed.items()})
+    write_jsonl(
+        folder / "metadata.jsonl",
+        {".\\" + name.replace("/", "\\"): said for name, said in placed.items()},
+    )
 
 
 def jsonl_in_each(folder):
@@ -106,7 +131,9 @@ def csv_comma(folder):
 
 
 def csv_spreadsheet(folder):
-    write_csv(folder / "metadata.csv", place(folder, lambda number: "train"), "caption", ";", "utf-8-sig")
+    write_csv(
+        folder / "metadata.csv", place(folder, lambda number: "train"), "caption", ";", "utf-8-sig"
+    )
 
 
 def jsonl_utf_16(folder):
@@ -120,12 +147,28 @@ def mixed(folder):
     placed = place(folder)
     for number, (name, said) in enumerate(placed.items()):
         if number >= 8:
-            (folder / name).with_suffix((".txt", ".caption")[number % 2]).write_text(said, encoding="utf-8")
+            (folder / name).with_suffix((".txt", ".caption")[number % 2]).write_text(
+                said, encoding="utf-8"
+            )
     write_jsonl(folder / "metadata.jsonl", dict(list(placed.items())[:8]))
 
 
-LAYOUTS = [flat, dot_caption, capitals, subfolders, kohya, jsonl, jsonl_caption, jsonl_above, jsonl_backslashes,
-           jsonl_in_each, csv_comma, csv_spreadsheet, jsonl_utf_16, mixed]  # fmt: skip
+LAYOUTS = [
+    flat,
+    dot_caption,
+    capitals,
+    subfolders,
+    kohya,
+    jsonl,
+    jsonl_caption,
+    jsonl_above,
+    jsonl_backslashes,
+    jsonl_in_each,
+    csv_comma,
+    csv_spreadsheet,
+    jsonl_utf_16,
+    mixed,
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
@@ -133,9 +176,17 @@ def test_every_layout_gives_the_same_pairs(tmp_path, layout):
     assert len(PAIRS) == 24
     layout(tmp_path)
     dataset = MegaManDataset(tmp_path, None)
-    pairs = [(path.read_bytes(), said) for path, said in zip(dataset.pictures, dataset.captions, strict=True)]
+    pairs = [
+        (path.read_bytes(), said)
+        for path, said in zip(dataset.pictures, dataset.captions, strict=True)
+    ]
     assert len(pairs) == 24 and set(pairs) == PAIRS
-    assert all(dataset.found) and dataset.problems == {} and dataset.notes == [] and dataset.remarks == [None] * 24
+    assert (
+        all(dataset.found)
+        and dataset.problems == {}
+        and dataset.notes == []
+        and dataset.remarks == [None] * 24
+    )
 
 
 def test_what_was_found_is_said(tmp_path):
@@ -151,27 +202,43 @@ def test_what_was_found_is_said(tmp_path):
 def test_kohyas_folders_have_repeats(tmp_path):
     kohya(tmp_path)
     dataset = MegaManDataset(tmp_path, None)
-    of = {path.parent.name: repeats for path, repeats in zip(dataset.pictures, dataset.repeats, strict=True)}
+    of = {
+        path.parent.name: repeats
+        for path, repeats in zip(dataset.pictures, dataset.repeats, strict=True)
+    }
     assert of == {"10_volto": 10, "3_volto robot": 3}
-    assert MegaManDataset(tmp_path, None, repeats=2).repeats == [2 * count for count in dataset.repeats]
+    assert MegaManDataset(tmp_path, None, repeats=2).repeats == [
+        2 * count for count in dataset.repeats
+    ]
     epoch = dataset.epoch()
     assert [epoch.count(index) for index in range(24)] == dataset.repeats and len(epoch) == 12 * 13
-    assert dataset.describe(24, False)[2] == "repeats    3_volto robot x 3, 10_volto x 10: 156 pictures an epoch"
+    assert (
+        dataset.describe(24, False)[2]
+        == "repeats    3_volto robot x 3, 10_volto x 10: 156 pictures an epoch"
+    )
     dataset.drop({dataset.pictures[0]: "gone"})
     assert len(dataset.repeats) == len(dataset.sources) == len(dataset.folders) == 23
     assert sum(len(captions) for _, captions in dataset.by_folder().values()) == 23
 
 
 def test_without_a_caption_file_the_name_of_kohyas_folder_is_the_caption(tmp_path):
-    place(tmp_path, lambda number: ("10_volto, blue_robot", "5_", "0_away", "9999_volto", "plain")[min(number, 4)])
+    place(
+        tmp_path,
+        lambda number: ("10_volto, blue_robot", "5_", "0_away", "9999_volto", "plain")[
+            min(number, 4)
+        ],
+    )
     nested = tmp_path / "10_volto, blue_robot" / "running"
     nested.mkdir()
     shutil.copy(PICTURES[0], nested / "again.png")
     (nested / "again.txt").touch()
     dataset = MegaManDataset(tmp_path, None)
-    said = {path.relative_to(tmp_path).parts[0]: (caption, count, source)
-            for path, caption, count, source in zip(dataset.pictures, dataset.captions, dataset.repeats,
-                                                    dataset.sources, strict=True)}  # fmt: skip
+    said = {
+        path.relative_to(tmp_path).parts[0]: (caption, count, source)
+        for path, caption, count, source in zip(
+            dataset.pictures, dataset.captions, dataset.repeats, dataset.sources, strict=True
+        )
+    }
     assert said == {
         "10_volto, blue_robot": ("volto, blue_robot", 10, "made from folder names"),
         "5_": (caption_from_name(PICTURES[1]), 5, "made from file names"),
@@ -182,7 +249,10 @@ def test_without_a_caption_file_the_name_of_kohyas_folder_is_the_caption(tmp_pat
     (reason,) = dataset.problems.values()
     assert "0_away" in reason
     (remark,) = filter(None, dataset.remarks)
-    assert remark == (nested / "again.txt", "holds no text: the caption was made from the folder's name")
+    assert remark == (
+        nested / "again.txt",
+        "holds no text: the caption was made from the folder's name",
+    )
 
 
 def test_the_folder_that_is_named_itself_has_no_number(tmp_path):
@@ -198,7 +268,10 @@ def test_one_extension_alone(tmp_path):
     assert MegaManDataset(tmp_path, None).captions[0] == caption_of(PICTURES[0])
     dataset = MegaManDataset(tmp_path, None, caption_extension=".caption")
     assert dataset.captions[0] == "the other" and sum(dataset.found) == 1
-    assert dataset.describe(24, False)[1] == "captions   23 made from file names, 1 from .caption files"
+    assert (
+        dataset.describe(24, False)[1]
+        == "captions   23 made from file names, 1 from .caption files"
+    )
 
 
 def test_pictures_without_a_caption_are_counted_and_named(tmp_path):
@@ -209,7 +282,9 @@ def test_pictures_without_a_caption_are_counted_and_named(tmp_path):
     assert len(lines) == 1 and "1 made from names" in lines[0]
     content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     picture = tmp_path / PICTURES[3].name
-    assert content["made_captions"] == [{"path": str(picture), "caption": caption_from_name(picture)}]
+    assert content["made_captions"] == [
+        {"path": str(picture), "caption": caption_from_name(picture)}
+    ]
 
 
 def test_what_a_metadata_file_names_wrongly_is_told_by_line(tmp_path):
@@ -239,11 +314,17 @@ def test_what_a_metadata_file_names_wrongly_is_told_by_line(tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (folder / "sub" / d).with_suffix(".txt").write_text("a file of its own", encoding="utf-8")
     dataset = MegaManDataset(folder, None)
-    used = {path.name: caption for path, caption in zip(dataset.pictures, dataset.captions, strict=True)}
+    used = {
+        path.name: caption for path, caption in zip(dataset.pictures, dataset.captions, strict=True)
+    }
     assert used == {a: "one", b: caption_from_name(PICTURES[1]), c: "ten", d: "a file of its own"}
     told = {int(remark.split(":")[0].removeprefix("line ")) for path, remark in dataset.notes}
-    assert told == {2, 3, 4, 5, 6, 8, 9, 10, 11, 12} and {path.name for path, _ in dataset.notes} == {"metadata.jsonl"}
-    assert dataset.problems[folder / "gone.png"] == "is not there: metadata.jsonl names it in line 7"
+    assert told == {2, 3, 4, 5, 6, 8, 9, 10, 11, 12} and {
+        path.name for path, _ in dataset.notes
+    } == {"metadata.jsonl"}
+    assert (
+        dataset.problems[folder / "gone.png"] == "is not there: metadata.jsonl names it in line 7"
+    )
     assert "may not name (line 6)" in dataset.problems[folder / "sub" / "loop.png"]
     others = {path for path, reason in dataset.problems.items() if "does not name it" in reason}
     assert len(others) == 20 and len(dataset.problems) == 22
@@ -254,14 +335,18 @@ def test_the_doctor_tells_of_metadata_lines(tmp_path):
     write_jsonl(tmp_path / "metadata.jsonl", placed | {"../\ud800.png": "out"})
     report = examine(MegaManDataset(tmp_path, None), 64)
     (finding,) = [finding for finding in report.findings if finding.kind == "metadata"]
-    assert "metadata.jsonl line 25: ../\\ud800.png leads out of the folder" in finding.title and report.wrong
+    assert (
+        "metadata.jsonl line 25: ../\\ud800.png leads out of the folder" in finding.title
+        and report.wrong
+    )
     write_report(tmp_path / "out", report)
 
 
 @pytest.mark.parametrize("value", ["caption", ".caption", ".en.txt"])
 def test_an_extension_has_its_dot(value):
     assert (
-        parse_train_config(["--caption_extension", value]).captions.caption_extension == f".{value.removeprefix('.')}"
+        parse_train_config(["--caption_extension", value]).captions.caption_extension
+        == f".{value.removeprefix('.')}"
     )
 
 
@@ -274,11 +359,15 @@ def test_what_is_no_extension_of_a_caption_file(value, capsys):
 
 def test_metadata_counts_before_a_caption_file_and_the_difference_is_said(tmp_path):
     placed = place(tmp_path, suffix=".txt")
-    write_jsonl(tmp_path / "metadata.jsonl", {name: f"{caption}!" for name, caption in placed.items()})
+    write_jsonl(
+        tmp_path / "metadata.jsonl", {name: f"{caption}!" for name, caption in placed.items()}
+    )
     dataset = MegaManDataset(tmp_path, None)
     assert dataset.captions == [f"{caption_of(path)}!" for path in PICTURES]
     remark = "says something else than metadata.jsonl, which counts"
-    assert dataset.remarks == [((tmp_path / path.name).with_suffix(".txt"), remark) for path in PICTURES]
+    assert dataset.remarks == [
+        ((tmp_path / path.name).with_suffix(".txt"), remark) for path in PICTURES
+    ]
 
 
 def test_a_table_that_is_not_imagefolders_changes_nothing(tmp_path):
@@ -312,19 +401,31 @@ def test_the_digest_tells_other_repeats_and_captions_apart(tmp_path):
     flat(tmp_path)
     first = MegaManDataset(tmp_path, None).fingerprint()
     assert (
-        MegaManDataset(tmp_path, None).fingerprint() == first != MegaManDataset(tmp_path, None, repeats=2).fingerprint()
+        MegaManDataset(tmp_path, None).fingerprint()
+        == first
+        != MegaManDataset(tmp_path, None, repeats=2).fingerprint()
     )
 
 
 @pytest.mark.parametrize(
     ("name", "path"),
     [
-        ("a.png", "a.png"), ("sub/a.png", "sub/a.png"), ("sub\\a.png", "sub/a.png"), ("./a.png", "a.png"),
-        ("sub//./a.png", "sub/a.png"), ("..a/a..png", "..a/a..png"), ("../a.png", None), ("sub/../a.png", None),
-        ("sub\\..\\..\\a.png", None), ("/etc/a.png", None), ("\\\\server\\a.png", None), ("C:\\a.png", None),
-        ("c:a.png", None), (".", None),
+        ("a.png", "a.png"),
+        ("sub/a.png", "sub/a.png"),
+        ("sub\\a.png", "sub/a.png"),
+        ("./a.png", "a.png"),
+        ("sub//./a.png", "sub/a.png"),
+        ("..a/a..png", "..a/a..png"),
+        ("../a.png", None),
+        ("sub/../a.png", None),
+        ("sub\\..\\..\\a.png", None),
+        ("/etc/a.png", None),
+        ("\\\\server\\a.png", None),
+        ("C:\\a.png", None),
+        ("c:a.png", None),
+        (".", None),
     ],
-)  # fmt: skip
+)
 def test_paths_stay_inside(name, path):
     inner = inner_path(name)
     assert (inner and inner.as_posix()) == path
@@ -340,9 +441,14 @@ NAME = st.text("ab1 _-.é洛/", min_size=1, max_size=12).filter(str.strip)
 WORDS = st.text("ab,;\" '\tö洛\u2028", max_size=20)
 
 
-@given(st.lists(st.tuples(NAME, WORDS), min_size=1, max_size=6), st.sampled_from(["text", "caption"]))
+@given(
+    st.lists(st.tuples(NAME, WORDS), min_size=1, max_size=6), st.sampled_from(["text", "caption"])
+)
 def test_jsonl_comes_back(rows, key):
-    lines = [json.dumps({"n": 1, "file_name": name, key: said}, ensure_ascii=False) for name, said in rows]
+    lines = [
+        json.dumps({"n": 1, "file_name": name, key: said}, ensure_ascii=False)
+        for name, said in rows
+    ]
     found = parse_jsonl("\r\n".join(lines))
     assert found.remarks == []
     wanted = [(name.strip(), " ".join(said.split())) for name, said in rows]
@@ -353,10 +459,14 @@ def test_jsonl_comes_back(rows, key):
 @given(st.lists(st.tuples(NAME, WORDS), min_size=1, max_size=6), st.sampled_from(",;\t"))
 def test_csv_comes_back(rows, delimiter):
     file = io.StringIO()
-    csv.writer(file, delimiter=delimiter).writerows([["file_name", "n", "text"], *([n, 1, said] for n, said in rows)])
+    csv.writer(file, delimiter=delimiter).writerows(
+        [["file_name", "n", "text"], *([n, 1, said] for n, said in rows)]
+    )
     found = parse_csv(file.getvalue())
     assert found.remarks == []
-    assert [(row.file_name, row.caption) for row in found.rows] == [(n.strip(), " ".join(s.split())) for n, s in rows]
+    assert [(row.file_name, row.caption) for row in found.rows] == [
+        (n.strip(), " ".join(s.split())) for n, s in rows
+    ]
 
 
 LINES = ['{"file_name": "a.png", "text": "b"}', '{"file_name": "a.png"', "[]", "x", '{"a": 1}']
@@ -368,16 +478,26 @@ def test_a_bad_line_costs_only_itself(lines):
     good = [number for number, line in enumerate(lines, start=1) if line.endswith('"b"}')]
     assert [row.line for row in found.rows or []] == good
     bad = [number for number, line in enumerate(lines, start=1) if number not in good]
-    assert [remark.split(":")[0] for remark in found.remarks] == [f"line {number}" for number in bad]
+    assert [remark.split(":")[0] for remark in found.remarks] == [
+        f"line {number}" for number in bad
+    ]
 
 
 def test_a_quotation_mark_too_few_costs_only_its_line():
-    found = parse_csv('file_name,text\na.png,one\nb.png,"two\nc.png,three\nd.png,"fo"ur\ne.png,"five, ""5"""\n')
-    assert found.rows == [Row(2, "a.png", "one"), Row(4, "c.png", "three"), Row(6, "e.png", 'five, "5"')]
+    found = parse_csv(
+        'file_name,text\na.png,one\nb.png,"two\nc.png,three\nd.png,"fo"ur\ne.png,"five, ""5"""\n'
+    )
+    assert found.rows == [
+        Row(2, "a.png", "one"),
+        Row(4, "c.png", "three"),
+        Row(6, "e.png", 'five, "5"'),
+    ]
     assert [remark.split(":")[0] for remark in found.remarks] == ["line 3", "line 5"]
 
 
-@given(st.binary(max_size=200) | st.text('file_name,text"\n;{}[]:a\0', max_size=120).map(str.encode))
+@given(
+    st.binary(max_size=200) | st.text('file_name,text"\n;{}[]:a\0', max_size=120).map(str.encode)
+)
 def test_any_bytes_are_read(tmp_path_factory, content):
     for name in folders.NAMES:
         path = tmp_path_factory.getbasetemp() / name
@@ -390,16 +510,24 @@ def test_any_bytes_are_read(tmp_path_factory, content):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("metadata.csv", 'file_name,text\n' + 'a","b\n' * 200_000),
-        ("metadata.csv", 'file_name,text\n' + 'a,"b"c\n' * 200_000),
+        ("metadata.csv", "file_name,text\n" + 'a","b\n' * 200_000),
+        ("metadata.csv", "file_name,text\n" + 'a,"b"c\n' * 200_000),
         ("metadata.csv", 'file_name,text\n"' + "x" * 2_000_000),
         ("metadata.jsonl", "[" * 500_000),
         ("metadata.jsonl", '{"file_name": ' + "9" * 500_000 + "}"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "' + "é" * 600_000 + '"}'),
         ("metadata.jsonl", "x\n" * 500_000),
     ],
-    ids=["rows without an end", "bad rows", "one quotation mark", "brackets", "figures", "a long caption", "bad lines"],
-)  # fmt: skip
+    ids=[
+        "rows without an end",
+        "bad rows",
+        "one quotation mark",
+        "brackets",
+        "figures",
+        "a long caption",
+        "bad lines",
+    ],
+)
 def test_hostile_files_end(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content.encode("cp1252"))
@@ -409,9 +537,13 @@ def test_hostile_files_end(tmp_path, name, content):
 
 def test_names_that_are_no_unicode_and_names_of_controls(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    rows = ['{"file_name": "a.png", "text": "\\ud800 one\\u0000 \\u001b[2J"}', '{"file_name": "\\ud800.png"}',
-            '{"file_name": "a\\u0000b.png"}', '{"file_name": "\\u001b[2J.png"}',
-            json.dumps({"file_name": "a/" * 4000})]  # fmt: skip
+    rows = [
+        '{"file_name": "a.png", "text": "\\ud800 one\\u0000 \\u001b[2J"}',
+        '{"file_name": "\\ud800.png"}',
+        '{"file_name": "a\\u0000b.png"}',
+        '{"file_name": "\\u001b[2J.png"}',
+        json.dumps({"file_name": "a/" * 4000}),
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
     dataset = MegaManDataset(tmp_path, None)
     assert dataset.captions == ["one [2J"]

@@ -14,7 +14,10 @@ from megaman.files import ASIDE
 
 
 def moments(first: int, count: int = 2) -> dict[str, torch.Tensor]:
-    return {f"key{number}": torch.full((8, 2, 3), float(number)) for number in range(first, first + count)}
+    return {
+        f"key{number}": torch.full((8, 2, 3), float(number))
+        for number in range(first, first + count)
+    }
 
 
 def at(store: Moments, key: str) -> torch.Tensor:
@@ -37,7 +40,10 @@ def test_a_key_that_two_runs_computed(tmp_path):
     one.add(moments(0))
     other.add(moments(1))
     both = Moments(tmp_path)
-    assert all(torch.equal(at(both, f"key{number}"), torch.full((8, 2, 3), float(number))) for number in range(3))
+    assert all(
+        torch.equal(at(both, f"key{number}"), torch.full((8, 2, 3), float(number)))
+        for number in range(3)
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,9 @@ def test_deleting_shards_does_not_disturb_a_run(tmp_path):
     shutil.rmtree(tmp_path / "vae")
     for _ in range(2 * READS):
         at(store, "key0")
-    assert torch.equal(at(store, "key1"), torch.full((8, 2, 3), 1.0)) if os.name == "posix" else True
+    assert (
+        torch.equal(at(store, "key1"), torch.full((8, 2, 3), 1.0)) if os.name == "posix" else True
+    )
 
 
 def test_the_oldest_shards_go_first_and_those_in_use_never(tmp_path):

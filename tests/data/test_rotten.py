@@ -1,4 +1,5 @@
-"""Everything that can be wrong with pictures and captions, in one folder: the good is trained on, the bad is named."""
+"""Everything that can be wrong with pictures and captions, in one folder: the good is trained on,
+the bad is named."""
 
 from __future__ import annotations
 
@@ -65,7 +66,11 @@ def listed(output_dir: Path) -> dict[str, dict[str, str]]:
 
 def assert_says(said: dict[str, str], wanted: dict[Path, str]) -> None:
     assert said.keys() == {plain(path) for path in wanted}
-    wrong = {path: said[plain(path)] for path, pattern in wanted.items() if not re.search(pattern, said[plain(path)])}
+    wrong = {
+        path: said[plain(path)]
+        for path, pattern in wanted.items()
+        if not re.search(pattern, said[plain(path)])
+    }
     assert not wrong
 
 
@@ -74,7 +79,14 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, trai
     assert len(corpus.bad) <= len(corpus.good)
     script = tmp_path / "spawning.py"
     script.write_text(SPAWNING, encoding="utf-8")
-    words = ["--pretrained_model_name", base_folder, "--data_dir", corpus.folder, "--output_dir", "out"]
+    words = [
+        "--pretrained_model_name",
+        base_folder,
+        "--data_dir",
+        corpus.folder,
+        "--output_dir",
+        "out",
+    ]
     flags = "--resolution 64 --num_validation_images 0 --seed 0 --max_train_steps 2 --dataloader_num_workers 2"
     done = subprocess.run(
         [sys.executable, str(script), *map(str, words), *flags.split()],
@@ -90,9 +102,14 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, trai
     assert_says(said["captions"], corpus.remarks)
     assert f"pictures   {len(corpus.good)} in" in done.stdout
     named = re.findall(r"^left out: (.*?): ", done.stdout, flags=re.MULTILINE)
-    wanted = [printable(plain(path)).encode("cp1252", "backslashreplace").decode("cp1252") for path in corpus.bad]
+    wanted = [
+        printable(plain(path)).encode("cp1252", "backslashreplace").decode("cp1252")
+        for path in corpus.bad
+    ]
     assert sorted(named) == sorted(wanted), "each one once"
-    assert f"{len(corpus.bad)} of {len(corpus.bad) + len(corpus.good)} files left out" in done.stdout
+    assert (
+        f"{len(corpus.bad)} of {len(corpus.bad) + len(corpus.good)} files left out" in done.stdout
+    )
     noise = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     assert [line for line in noise if not line.startswith(("encoding:", "training:"))] == []
 
@@ -131,7 +148,8 @@ def test_only_bad_files(forked, corpus, tmp_path):
 
 @pytest.fixture
 def mostly_bad(pictures):
-    """Two good pictures, one whose header is bad and two that can be seen to be cut only when they are decoded."""
+    """Two good pictures, one whose header is bad and two that can be seen to be cut only when they
+    are decoded."""
     (pictures / "megaman_01.png").write_bytes(b"")
     for name in ("megaman_02.png", "megaman_03.png"):
         whole = rotten.encoded(rotten.noise(1), "PNG")
@@ -143,14 +161,26 @@ def mostly_bad(pictures):
 def test_more_bad_than_good_asks_before_a_model_is_loaded(forked, pictures, tmp_path):
     for name in ("a.png", "b.gif", "c.jpg", "d.png", "e.png"):
         (pictures / name).write_bytes(b"")
-    for flag, remedy in ([], "--skip_bad_images"), (["--skip_bad_images"], "The base nowhere/nothing is not"):
-        words = ["megaman_lora.py", "--data_dir", pictures, "--pretrained_model_name", "nowhere/nothing", *flag]
+    for flag, remedy in (
+        ([], "--skip_bad_images"),
+        (["--skip_bad_images"], "The base nowhere/nothing is not"),
+    ):
+        words = [
+            "megaman_lora.py",
+            "--data_dir",
+            pictures,
+            "--pretrained_model_name",
+            "nowhere/nothing",
+            *flag,
+        ]
         done = forked.run([*words, "--output_dir", f"out{len(flag)}"], tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert remedy in done.stderr
     done = forked.run([*words[:-1], "--output_dir", "out0"], tmp_path)
     assert "5 of the 9 files" in done.stderr and "other 4" in done.stderr
-    assert len(listed(tmp_path / "out0")["left_out"]) == 5, "it is told of all the same, and can be asked again"
+    assert len(listed(tmp_path / "out0")["left_out"]) == 5, (
+        "it is told of all the same, and can be asked again"
+    )
 
 
 def test_those_that_fail_only_when_decoded_count_as_well(train_here, mostly_bad, tmp_path, capsys):
@@ -224,7 +254,10 @@ def test_what_may_not_be_read():
             assert [path.name for path in dataset.pictures] == ["b.png"]
             assert set(dataset.problems) == {folder / "open" / "a.png", folder / "shut"}
             assert all("Permission denied" in reason for reason in dataset.problems.values())
-            assert dataset.remarks[0][0] == folder / "open" / "b.txt" and "Permission denied" in dataset.remarks[0][1]
+            assert (
+                dataset.remarks[0][0] == folder / "open" / "b.txt"
+                and "Permission denied" in dataset.remarks[0][1]
+            )
         finally:
             if root:
                 os.seteuid(0)
@@ -259,7 +292,9 @@ def test_a_caption_of_a_picture_that_is_left_out_is_no_matter(pictures, tmp_path
 @given(st.text(max_size=40) | st.text("a\n\r\x1b\x9b\u202e\ud800\u200d🤖 ", max_size=20))
 def test_a_printed_name_cannot_break_its_line(text):
     line = printable(text)
-    assert len(line.splitlines()) <= 1 and all(mark.isprintable() or mark in JOINERS for mark in line)
+    assert len(line.splitlines()) <= 1 and all(
+        mark.isprintable() or mark in JOINERS for mark in line
+    )
     assert printable(line) == line
     if all(mark.isprintable() for mark in text):
         assert line == text

@@ -26,7 +26,9 @@ def test_what_was_noted_is_told_while_the_file_stays_as_it_is(file, tmp_path):
     assert seen.told(file, stamp) is None
     seen.note([(file, stamp, "first")])
     seen.note([(file, stamp, "second")])
-    assert Stamps(tmp_path / "cache").told(file, stamp_of(file)) == "second", "another run knows it too"
+    assert Stamps(tmp_path / "cache").told(file, stamp_of(file)) == "second", (
+        "another run knows it too"
+    )
     os.utime(file, ns=(stamp.changed, stamp.changed + 1))
     assert seen.told(file, stamp_of(file)) is None, "touched"
     file.write_bytes(b"black")
@@ -48,7 +50,9 @@ def test_a_digest_is_of_the_bytes_alone(file, tmp_path):
     assert digest_of(tmp_path / "moved.png") != before
 
 
-@pytest.mark.parametrize("content", [b"", b"no table at all" * 100, b"SQLite format 3\0" + bytes(4000)])
+@pytest.mark.parametrize(
+    "content", [b"", b"no table at all" * 100, b"SQLite format 3\0" + bytes(4000)]
+)
 def test_a_damaged_table_is_begun_anew(file, tmp_path, content):
     (tmp_path / NAME).write_bytes(content)
     Stamps(tmp_path).note([(file, stamp_of(file), "known")])
@@ -72,7 +76,9 @@ def test_several_write_at_once(tmp_path):
     def write(number: int) -> None:
         seen = Stamps(tmp_path)
         for turn in range(20):
-            seen.note([(Path(f"/nowhere/{number}-{turn}"), Stamp(number, turn), f"{number} {turn}")])
+            seen.note(
+                [(Path(f"/nowhere/{number}-{turn}"), Stamp(number, turn), f"{number} {turn}")]
+            )
 
     threads = [threading.Thread(target=write, args=[number]) for number in range(4)]
     for thread in threads:
@@ -82,6 +88,9 @@ def test_several_write_at_once(tmp_path):
     seen = Stamps(tmp_path)
     for number in range(4):
         for turn in range(20):
-            assert seen.told(Path(f"/nowhere/{number}-{turn}"), Stamp(number, turn)) == f"{number} {turn}"
+            assert (
+                seen.told(Path(f"/nowhere/{number}-{turn}"), Stamp(number, turn))
+                == f"{number} {turn}"
+            )
     with sqlite3.connect(tmp_path / NAME) as table:
         assert table.execute("PRAGMA integrity_check").fetchone() == ("ok",)

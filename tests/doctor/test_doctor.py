@@ -1,4 +1,5 @@
-"""The dataset doctor: planted faults are found, good pictures are left in peace, what people write stays text."""
+"""The dataset doctor: planted faults are found, good pictures are left in peace, what people write
+stays text."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def write(folder: Path, name: str, image: Image.Image, caption: str | None = Non
 
 def scene(number: int, side: int = 256) -> Image.Image:
     """A drawing unlike that of any other number."""
-    return benchmark.drawing(number, np.random.default_rng(number)).resize((side, side), Image.Resampling.BOX)
+    return benchmark.drawing(number, np.random.default_rng(number)).resize(
+        (side, side), Image.Resampling.BOX
+    )
 
 
 @pytest.fixture
@@ -62,7 +65,14 @@ def folder(tmp_path) -> Path:
     """Six good pictures with captions that differ."""
     place = tmp_path / "pictures"
     place.mkdir()
-    poses = ["standing, city", "running, snow", "jumping, sunset", "waving, hills", "kneeling, brick", "sitting, sea"]
+    poses = [
+        "standing, city",
+        "running, snow",
+        "jumping, sunset",
+        "waving, hills",
+        "kneeling, brick",
+        "sitting, sea",
+    ]
     for number, pose in enumerate(poses):
         write(place, f"hero_{number}.png", scene(number), f"volto, blue robot, {pose}")
     return place
@@ -81,7 +91,9 @@ def photo(chance: np.random.Generator, side: int = 512) -> Image.Image:
     radius = np.hypot(f[:, None], f[None])
     radius[0, 0] = 1
     waves = np.fft.ifft2(np.exp(2j * np.pi * chance.random((side, side))) / radius).real
-    return Image.fromarray((128 + 50 * waves / waves.std()).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return Image.fromarray((128 + 50 * waves / waves.std()).clip(0, 255).astype(np.uint8)).convert(
+        "RGB"
+    )
 
 
 SHARP = {
@@ -96,7 +108,11 @@ ImageDraw.Draw(SHARP["text"]).text((100, 100), "hello", fill="black")
 
 @pytest.mark.parametrize("name", SHARP)
 def test_blurred_copies_are_told_from_the_sharp_original(name):
-    image = SHARP[name] if isinstance(SHARP[name], Image.Image) else Image.open(SHARP[name]).convert("RGB")
+    image = (
+        SHARP[name]
+        if isinstance(SHARP[name], Image.Image)
+        else Image.open(SHARP[name]).convert("RGB")
+    )
     assert sharpness(np.asarray(image.convert("L"))) > 2 * BLURRED
     radius = 8 if name == "text" else 4  # thin strokes are sharper than edges at the same blur
     for size in (radius, 3 * radius):
@@ -111,7 +127,8 @@ def test_flat_and_smooth_pictures_are_not_called_blurred(name):
         "flat": np.full((512, 512), 90),
         "gradient": columns // 2,
         "radial": 255 - np.hypot(rows - 256, columns - 256).clip(0, 255),
-        "soft shading": 128 + 100 * np.sin(columns / 90) * (np.hypot(rows - 256, columns - 256) < 180),
+        "soft shading": 128
+        + 100 * np.sin(columns / 90) * (np.hypot(rows - 256, columns - 256) < 180),
         "dark": np.asarray(scene(3, 512).convert("L")) // 8,
     }[name]
     value = sharpness(gray.astype(np.uint8))
@@ -129,7 +146,9 @@ def test_a_sharp_figure_before_a_soft_background_is_sharp():
 def test_a_large_picture_is_judged_at_the_training_size(tmp_path):
     write(tmp_path, "large.png", scene(2, 1024).filter(ImageFilter.GaussianBlur(6)))
     assert (
-        appearance(tmp_path / "large.png", 1024).sharpness < BLURRED < appearance(tmp_path / "large.png", 128).sharpness
+        appearance(tmp_path / "large.png", 1024).sharpness
+        < BLURRED
+        < appearance(tmp_path / "large.png", 128).sharpness
     )
 
 
@@ -138,7 +157,8 @@ def test_a_large_picture_is_judged_at_the_training_size(tmp_path):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> tuple[dict, dict[str, str]]:
-    """A small round of the benchmark: 120 pictures of its kinds, a third with a near-duplicate, two blurred."""
+    """A small round of the benchmark: 120 pictures of its kinds, a third with a near-duplicate, two
+    blurred."""
     folder = tmp_path_factory.mktemp("planted")
     made = {}
     for number in range(120):
@@ -149,7 +169,9 @@ def planted(tmp_path_factory) -> tuple[dict, dict[str, str]]:
 
 def test_planted_near_duplicates_are_found_and_no_others(planted):
     result = benchmark.judge(*planted)
-    assert Counter(planted[1].values()).keys() == {change.__name__ for change in benchmark.COPIES} | {"blurred"}
+    assert Counter(planted[1].values()).keys() == {
+        change.__name__ for change in benchmark.COPIES
+    } | {"blurred"}
     assert (result["found_pairs"], result["missed_files"]) == (40, [])
     assert result["false_examples"] == []
     assert (result["blurred_found"], result["blurred_false"]) == (2, 0)
@@ -161,7 +183,10 @@ def test_the_report_says_how_two_differ(tmp_path):
     write(tmp_path, "b_mirrored.png", ImageOps.mirror(original))
     write(tmp_path, "c_cropped.png", original.crop((16, 12, 256, 248)))
     write(tmp_path, "d_resized.jpg", original.resize((170, 170)), quality=50)
-    pairs = {tuple(sorted((a[0], b[0]))): how for a, b, how in kinds(look_at(tmp_path))["duplicates"].pairs}
+    pairs = {
+        tuple(sorted((a[0], b[0]))): how
+        for a, b, how in kinds(look_at(tmp_path))["duplicates"].pairs
+    }
     assert (pairs["a", "b"], pairs["a", "c"], pairs["a", "d"]) == ("mirrored", "cropped", "resized")
     (group,) = kinds(look_at(tmp_path))["duplicates"].groups()
     assert len(group) == 4
@@ -180,8 +205,12 @@ def test_one_background_with_other_figures_is_no_duplicate(tmp_path):
 @pytest.mark.parametrize("count", [0, 1, 2, 40])
 def test_equal_pictures_are_paired_however_many_and_flat(count):
     pairs = near_duplicates(np.full((count, SMALL, SMALL, 3), 90, np.uint8))
-    assert all(pair.first < pair.second and not pair.mirrored and not pair.cropped for pair in pairs)
-    assert {number for pair in pairs for number in pair[:2]} == set(range(count if count > 1 else 0))
+    assert all(
+        pair.first < pair.second and not pair.mirrored and not pair.cropped for pair in pairs
+    )
+    assert {number for pair in pairs for number in pair[:2]} == set(
+        range(count if count > 1 else 0)
+    )
 
 
 def test_plain_grounds_of_other_colours_are_no_duplicates():
@@ -227,8 +256,16 @@ def test_every_kind_of_bad_picture_is_named_once(folder):
         assert finding.remedy and not finding.title.endswith(".")
 
 
-@pytest.mark.parametrize(("size", "name"), [((512, 512), "1:1"), ((512, 768), "2:3"), ((1920, 1080), "16:9"),
-                                            ((100, 400), "1:3"), ((1000, 990), "1:1")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        ((512, 512), "1:1"),
+        ((512, 768), "2:3"),
+        ((1920, 1080), "16:9"),
+        ((100, 400), "1:3"),
+        ((1000, 990), "1:1"),
+    ],
+)
 def test_shapes_are_the_usual_ratios(size, name):
     assert shape(*size) == name
 
@@ -237,14 +274,32 @@ def test_buckets_are_counted_and_far_from_square_is_then_no_matter(run_script, f
     """As training would put them; without them, pictures far from square are named."""
     for number in (1, 2, 3):
         scene(number, 128).crop((32, 0, 96, 128)).save(folder / f"tall_{number}.png")
-        (folder / f"tall_{number}.txt").write_text(f"volto, tall, number {number}", encoding="utf-8")
-    words = ["megaman_lora.py", "--check_data", "--data_dir", folder, "--resolution", 64, "--output_dir", "out"]
+        (folder / f"tall_{number}.txt").write_text(
+            f"volto, tall, number {number}", encoding="utf-8"
+        )
+    words = [
+        "megaman_lora.py",
+        "--check_data",
+        "--data_dir",
+        folder,
+        "--resolution",
+        64,
+        "--output_dir",
+        "out",
+    ]
     for flags, sizes in (([], {}), (["--enable_bucket"], {"40x88": 3, "64x64": 6})):
         done = run_script([*words, *flags], tmp_path)
-        assert ("far from square" in done.stdout, "buckets " in done.stdout) == (not flags, bool(flags))
+        assert ("far from square" in done.stdout, "buckets " in done.stdout) == (
+            not flags,
+            bool(flags),
+        )
         data = json.loads((tmp_path / "out" / DATA).read_text(encoding="utf-8"))
-        assert sum(data["buckets"].values()) == sum(sizes.values()) and len(data["buckets"]) == len(sizes)
-        assert ("Buckets, in pixels" in (tmp_path / "out" / PAGE).read_text(encoding="utf-8")) is bool(flags)
+        assert sum(data["buckets"].values()) == sum(sizes.values()) and len(data["buckets"]) == len(
+            sizes
+        )
+        assert (
+            "Buckets, in pixels" in (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+        ) is bool(flags)
 
 
 def test_a_repeated_picture_is_no_duplicate_of_itself(folder):
@@ -275,7 +330,10 @@ def test_every_fault_of_a_caption_is_found(folder):
     spoil_captions(folder)
     found = kinds(look_at(folder))
     assert found["no_caption"].files == ["hero_0.png"]
-    assert found["empty_caption"].files == ["hero_1.png"] and "no text" in found["empty_caption"].details["hero_1.png"]
+    assert (
+        found["empty_caption"].files == ["hero_1.png"]
+        and "no text" in found["empty_caption"].details["hero_1.png"]
+    )
     assert found["doubled_caption"].files == ["hero_2.png", "hero_3.png"]
     assert found["long_caption"].files == ["hero_4.png"]
     assert found["encoding"].files == found["tag_twice"].files == ["hero_5.png"]
@@ -284,7 +342,9 @@ def test_every_fault_of_a_caption_is_found(folder):
 
 def spoil_captions(folder: Path) -> None:
     def caption(number: int, text: str | bytes) -> None:
-        (folder / f"hero_{number}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        (folder / f"hero_{number}.txt").write_bytes(
+            text if isinstance(text, bytes) else text.encode()
+        )
 
     (folder / "hero_0.txt").unlink()
     caption(1, " \n")
@@ -320,7 +380,10 @@ def test_no_agreement_is_said(folder):
 
 
 def test_words_are_counted_where_captions_are_sentences():
-    captions = ["a blue robot stands before the gates of a large city", "the blue robot runs over a hill in the rain"]
+    captions = [
+        "a blue robot stands before the gates of a large city",
+        "the blue robot runs over a hill in the rain",
+    ]
     term, found = terms(captions)
     assert term == "words" and set(found[0]) & set(found[1]) == {"blue", "robot"}
     assert terms(["volto, blue robot", "volto, red robot, snow"])[0] == "tags"
@@ -341,12 +404,19 @@ def test_any_caption_can_be_measured(text):
     likely_slips([text])
 
 
-@pytest.mark.parametrize(("caption", "tokens"), [
-    ("pixel art, yellow robot, shooting, arm cannon, facing right, green hills background", 17),
-    ("mega man, blue robot, helmet, game character, detailed armor, arm cannon, full body, 2d, pixel art, capcom, "
-     "1987, nes, 8-bit, white background", 41),
-    ("洛克人, 藍色機器人, 頭盔, 遊戲角色", 41), ("photo of sks dog in a bucket", 7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("pixel art, yellow robot, shooting, arm cannon, facing right, green hills background", 17),
+        (
+            "mega man, blue robot, helmet, game character, detailed armor, arm cannon, full body, 2d, pixel art, capcom, "
+            "1987, nes, 8-bit, white background",
+            41,
+        ),
+        ("洛克人, 藍色機器人, 頭盔, 遊戲角色", 41),
+        ("photo of sks dog in a bucket", 7),
+    ],
+)
 def test_estimates_are_near_clips_own_count(caption, tokens):
     assert abs(estimated_tokens(caption) - tokens) <= 0.2 * tokens
 
@@ -396,7 +466,11 @@ def nasty(folder) -> Path:
 def test_names_and_captions_are_text_and_never_markup(nasty, tmp_path):
     write_report(tmp_path / "out", look_at(nasty, trigger=NASTY))
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
-    assert "<script" not in page and "<img src=x" not in page and page.count("<style>") == page.count("</style>") == 1
+    assert (
+        "<script" not in page
+        and "<img src=x" not in page
+        and page.count("<style>") == page.count("</style>") == 1
+    )
     assert "49" not in page.split("</style>")[1].split("{{")[0][:2000] and "{{ 7 * 7 }}" in page
     data = json.loads((tmp_path / "out" / DATA).read_text(encoding="utf-8"))
     assert data["trigger_word"] == NASTY and data["wrong"]
@@ -407,14 +481,18 @@ def test_every_kind_has_a_short_name():
         (ROOT / "megaman" / f"{name}.py").read_text(encoding="utf-8")
         for name in ("doctor/checks", "doctor/caption_checks")
     ]
-    assert {kind for source in sources for kind in re.findall(r'Finding\(\s*"(\w+)"', source)} == set(NAMES)
+    assert {
+        kind for source in sources for kind in re.findall(r'Finding\(\s*"(\w+)"', source)
+    } == set(NAMES)
 
 
 def test_json_holds_it_all(nasty, tmp_path):
     report = look_at(nasty)
     write_report(tmp_path / "out", report)
     data = json.loads((tmp_path / "out" / DATA).read_text(encoding="utf-8"))
-    assert [finding["kind"] for finding in data["findings"]] == [finding.kind for finding in report.findings]
+    assert [finding["kind"] for finding in data["findings"]] == [
+        finding.kind for finding in report.findings
+    ]
     assert len(data["pictures"]) == len(report.pictures)
     by_path = {picture["path"]: picture for picture in data["pictures"]}
     for finding in data["findings"]:
@@ -425,14 +503,18 @@ def test_json_holds_it_all(nasty, tmp_path):
 # The script.
 
 
-def test_check_data_needs_no_torch_and_says_by_its_exit_code_what_it_found(run_script, folder, tmp_path):
+def test_check_data_needs_no_torch_and_says_by_its_exit_code_what_it_found(
+    run_script, folder, tmp_path
+):
     code = (
         "import json, sys, megaman_lora; code = megaman_lora.main(sys.argv[1:]); "
         "print(json.dumps([code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules))]))"
     )
 
     def check(*flags: str) -> list:
-        done = run_script(["-c", code, "--check_data", "--data_dir", folder, "--resolution", 64, *flags], tmp_path)
+        done = run_script(
+            ["-c", code, "--check_data", "--data_dir", folder, "--resolution", 64, *flags], tmp_path
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -447,7 +529,9 @@ def test_check_data_needs_no_torch_and_says_by_its_exit_code_what_it_found(run_s
 def test_a_folder_of_nothing_but_bad_files_is_reported(run_script, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no")
-    done = run_script(["megaman_lora.py", "--check_data", "--strict", "--data_dir", "bad"], tmp_path)
+    done = run_script(
+        ["megaman_lora.py", "--check_data", "--strict", "--data_dir", "bad"], tmp_path
+    )
     assert (done.returncode, done.stderr) == (1, "") and "a.png" in done.stdout
 
 
@@ -475,13 +559,17 @@ def test_a_browser_shows_the_page_from_the_disk(the_browser, nasty, tmp_path, wi
     visit.do("document.querySelectorAll('img').forEach((image) => { image.loading = 'eager'; })")
     visit.wait_for("[...document.images].every((image) => image.naturalWidth > 0)")
     assert visit.do("document.documentElement.scrollWidth") <= width
-    shown = visit.do("[...document.querySelectorAll('.sheet .name')].map((name) => name.textContent)")
+    shown = visit.do(
+        "[...document.querySelectorAll('.sheet .name')].map((name) => name.textContent)"
+    )
     assert sorted(shown) == sorted(picture.path for picture in report.pictures)
     assert visit.do("[...document.querySelectorAll('.finding')].map((finding) => finding.id)") == [
         finding.kind for finding in report.findings
     ]
     links = visit.do("[...document.querySelectorAll('.sheet a.picture')].map((link) => link.href)")
-    assert {Path(unquote(urlsplit(link).path)) for link in links} == {p.file for p in report.readable}
+    assert {Path(unquote(urlsplit(link).path)) for link in links} == {
+        p.file for p in report.readable
+    }
     assert visit.complaints() == [] and visit.requests() <= {"file", "data"}
     visit.close()
 
@@ -491,7 +579,9 @@ def test_a_browser_shows_the_page_from_the_disk(the_browser, nasty, tmp_path, wi
 def test_accessibility(the_browser, nasty, tmp_path, axe, dark):
     write_report(tmp_path / "out", look_at(nasty, 256))
     visit = Visit(the_browser, tmp_path / "out" / PAGE, dark=dark)
-    visit.do("for (const card of document.querySelectorAll('.sheet figure')) card.style.contentVisibility = 'visible'")
+    visit.do(
+        "for (const card of document.querySelectorAll('.sheet figure')) card.style.contentVisibility = 'visible'"
+    )
     visit.do(axe + "; 0")
     assert visit.do("axe.run().then(({passes}) => passes.length)") > 20, "something was looked at"
     assert (
@@ -506,7 +596,11 @@ def test_accessibility(the_browser, nasty, tmp_path, axe, dark):
 def test_a_shared_policy_allows_the_page_no_script(folder, tmp_path):
     write_report(tmp_path / "out", look_at(folder))
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
-    assert "default-src &#39;none&#39;" in page and "script-src &#39;none&#39;" in page and "/* page.css */" not in page
+    assert (
+        "default-src &#39;none&#39;" in page
+        and "script-src &#39;none&#39;" in page
+        and "/* page.css */" not in page
+    )
 
 
 def test_the_folder_itself_is_left_as_it_was(folder, tmp_path):

@@ -1,4 +1,5 @@
-"""Chromium without a window, driven through its DevTools protocol over two pipes: what a visitor does and sees."""
+"""Chromium without a window, driven through its DevTools protocol over two pipes: what a visitor
+does and sees."""
 
 from __future__ import annotations
 
@@ -18,11 +19,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-         "--host-resolver-rules=MAP * ~NOTFOUND", "--hide-scrollbars", "--enable-precise-memory-info",
-         "--remote-debugging-pipe"]  # fmt: skip
+CHROMIUM = next(
+    filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
+)
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-dev-shm-usage",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--hide-scrollbars",
+    "--enable-precise-memory-info",
+    "--remote-debugging-pipe",
+]
 PATIENCE = 60  # seconds until something that a visitor waits for counts as never
 
 
@@ -60,18 +74,24 @@ class Browser:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Start a browser with an empty profile; it ends with the block. It listens on its file 3, answers on 4."""
+    """Start a browser with an empty profile; it ends with the block. It listens on its file 3,
+    answers on 4."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         ends = []
         for pipe in (os.pipe(), os.pipe()):
             for end in pipe:
-                ends.append(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10))  # out of the way of 3 and 4
+                ends.append(
+                    fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10)
+                )  # out of the way of 3 and 4
                 os.close(end)
         its_in, our_out, our_in, its_out = ends
         start = f"import os, sys; os.dup2({its_in}, 3); os.dup2({its_out}, 4); os.execvp(sys.argv[1], sys.argv[1:])"
         process = subprocess.Popen(
             [sys.executable, "-c", start, CHROMIUM, *FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(its_in, its_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+            pass_fds=(its_in, its_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(its_in)
         os.close(its_out)
         try:
@@ -84,19 +104,31 @@ def chromium() -> Iterator[Browser]:
 
 
 class Visit:
-    """A tab with a page from the disk, a visitor's hands, and all that the page asked for or complained of."""
+    """A tab with a page from the disk, a visitor's hands, and all that the page asked for or
+    complained of."""
 
-    def __init__(self, browser: Browser, page: Path, width: int = 1280, height: int = 800, dark: bool = False):
+    def __init__(
+        self, browser: Browser, page: Path, width: int = 1280, height: int = 800, dark: bool = False
+    ):
         self.browser, self.address = browser, page.resolve().as_uri()
         self.target = browser.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = browser.send("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
+        self.session = browser.send("Target.attachToTarget", targetId=self.target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
-        # Only what is asked for, not what came: else the renderer keeps up to 200 MB of files for whoever may ask.
+        # Only what is asked for, not what came: else the renderer keeps up to 200 MB of files for
+        # whoever may ask.
         self.send("Network.enable", maxTotalBufferSize=0, maxResourceBufferSize=0)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         self.load()
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
@@ -110,8 +142,12 @@ class Visit:
     def do(self, code: str) -> Any:
         """The value of an expression in the page, as if by a visitor's hand."""
         done = self.send(
-            "Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True, userGesture=True
-        )  # fmt: skip
+            "Runtime.evaluate",
+            expression=code,
+            returnByValue=True,
+            awaitPromise=True,
+            userGesture=True,
+        )
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 
@@ -123,10 +159,24 @@ class Visit:
 
     def key(self, name: str) -> None:
         text = {"Enter": {"text": "\r"}, " ": {"text": " "}}.get(name, {})
-        code = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Escape": 27, "Enter": 13, "Tab": 9}
+        code = {
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+            "Escape": 27,
+            "Enter": 13,
+            "Tab": 9,
+        }
         for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=name, code=name,
-                      windowsVirtualKeyCode=code.get(name, 0), **(text if kind == "keyDown" else {}))  # fmt: skip
+            self.send(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=name,
+                code=name,
+                windowsVirtualKeyCode=code.get(name, 0),
+                **(text if kind == "keyDown" else {}),
+            )
 
     def click(self, selector: str, across: float = 0.5) -> None:
         """Press and release the mouse on an element, at this share of its width."""
@@ -140,7 +190,9 @@ class Visit:
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
+        path.write_bytes(
+            base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
+        )
 
     def complaints(self) -> list[str]:
         """What the console says, and errors that nothing caught."""
@@ -151,14 +203,23 @@ class Visit:
     def requests(self) -> set[str]:
         """The schemes of all that the page asked for."""
         self.do("1")
-        asked = [event for event in self._events() if event["method"] == "Network.requestWillBeSent"]
+        asked = [
+            event for event in self._events() if event["method"] == "Network.requestWillBeSent"
+        ]
         return {event["params"]["request"]["url"].split(":")[0] for event in asked}
 
     def stopped_by_policy(self) -> bool:
         """Whether the page's own policy stopped something from loading."""
         self.do("1")
-        failures = [event["params"] for event in self._events() if event["method"] == "Network.loadingFailed"]
-        return any(failure.get("blockedReason") == "csp" or "CSP" in failure["errorText"] for failure in failures)
+        failures = [
+            event["params"]
+            for event in self._events()
+            if event["method"] == "Network.loadingFailed"
+        ]
+        return any(
+            failure.get("blockedReason") == "csp" or "CSP" in failure["errorText"]
+            for failure in failures
+        )
 
     def _events(self) -> list[dict[str, Any]]:
         return [event for event in self.browser.events if event.get("sessionId") == self.session]

@@ -1,7 +1,9 @@
-"""Runs of the two scripts as processes of their own, without the seconds that importing the libraries takes each time.
+"""Runs of the two scripts as processes of their own, without the seconds that importing the
+libraries takes each time.
 
-Run as a program this is the process that has imported them: it reads orders, a line of JSON each, and forks for each
-run. Where the start of a script is what is tested, conftest.py's run_script starts Python itself.
+Run as a program this is the process that has imported them: it reads orders, a line of JSON each,
+and forks for each run. Where the start of a script is what is tested, conftest.py's run_script
+starts Python itself.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ LIBRARIES = [
     "megaman.data.latents",
     "megaman.sampling.denoise",
 ]
-LIBRARIES += ["megaman.training.validation", "megaman.sampling.generator", "generate_megaman", "megaman_lora"]
+LIBRARIES += [
+    "megaman.training.validation",
+    "megaman.sampling.generator",
+    "generate_megaman",
+    "megaman_lora",
+]
 
 
 class Forks:
@@ -38,7 +45,11 @@ class Forks:
         if self._process is None:
             variables = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}
             self._process = subprocess.Popen(
-                [sys.executable, __file__], env=variables, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, __file__],
+                env=variables,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
             )
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
@@ -46,16 +57,24 @@ class Forks:
         assert answer, "the process that forks has ended"
         return json.loads(answer)
 
-    def start(self, args, cwd, patches: dict[str, object] | None = None, hub: dict[str, str] | None = None) -> Fork:
-        """Start one of the root's scripts: start(["megaman_lora.py", "--demo"], cwd), or start(["-c", code], cwd).
+    def start(
+        self, args, cwd, patches: dict[str, object] | None = None, hub: dict[str, str] | None = None
+    ) -> Fork:
+        """Start one of the root's scripts: start(["megaman_lora.py", "--demo"], cwd), or
+        start(["-c", code], cwd).
 
-        In the fork alone patches are set, as {"megaman.training.validation.STEPS": 3}, and hub holds environment
-        variables with which huggingface_hub is loaded anew; None removes one.
+        In the fork alone patches are set, as {"megaman.training.validation.STEPS": 3}, and hub
+        holds environment variables with which huggingface_hub is loaded anew; None removes one.
         """
         script, *words = map(str, args)
-        outputs = [tempfile.NamedTemporaryFile("w+", encoding="utf-8", errors="replace") for _ in range(2)]  # noqa: SIM115
+        outputs = [_text_file(), _text_file()]
         names = [file.name for file in outputs]
-        order = {"script": script.removesuffix(".py"), "words": words, "cwd": str(cwd), "outputs": names}
+        order = {
+            "script": script.removesuffix(".py"),
+            "words": words,
+            "cwd": str(cwd),
+            "outputs": names,
+        }
         return Fork(self, self.ask(order | {"patches": patches or {}, "hub": hub or {}}), outputs)
 
     def run(self, args, cwd, patches=None, hub=None) -> subprocess.CompletedProcess[str]:
@@ -108,6 +127,10 @@ class Fork:
             texts.append(file.read())
             file.close()
         return texts[0], texts[1]
+
+
+def _text_file():
+    return tempfile.NamedTemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
 def obey(order: dict) -> int:

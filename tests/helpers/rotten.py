@@ -27,9 +27,15 @@ SEES_ALL = hasattr(os, "geteuid") and os.geteuid() == 0  # root can read what no
 class Corpus:
     folder: Path
     good: list[Path] = field(default_factory=list)  # pictures that are to be trained on
-    bad: dict[Path, str] = field(default_factory=dict)  # what is to be named, with a pattern of the reason
-    captions: dict[Path, str | None] = field(default_factory=dict)  # of good pictures; None: made from the name
-    remarks: dict[Path, str] = field(default_factory=dict)  # caption files to be named, with a pattern of the remark
+    bad: dict[Path, str] = field(
+        default_factory=dict
+    )  # what is to be named, with a pattern of the reason
+    captions: dict[Path, str | None] = field(
+        default_factory=dict
+    )  # of good pictures; None: made from the name
+    remarks: dict[Path, str] = field(
+        default_factory=dict
+    )  # caption files to be named, with a pattern of the remark
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (48, 48), mode: str = "RGB") -> Image.Image:
@@ -45,14 +51,20 @@ def encoded(image: Image.Image, kind: str, **settings) -> bytes:
 
 
 def png(width: int, height: int, depth: int, color: int, rows: bytes, *chunks: bytes) -> bytes:
-    """A PNG by hand, for what Pillow does not write; color as in the standard, rows with their filter bytes."""
+    """A PNG by hand, for what Pillow does not write; color as in the standard, rows with their
+    filter bytes."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     parts = [header, *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def noise(seed: int) -> Image.Image:
@@ -91,7 +103,10 @@ def good_contents() -> dict[str, bytes]:
         "a_jpeg.png": encoded(picture(10), "JPEG"),
         "CAPITALS.PNG": encoded(picture(11), "PNG"),
         "tall.png": encoded(picture(12, (40, 400)), "PNG"),
-        **{f"{name}.png": encoded(picture(seed), "PNG") for seed, name in enumerate(names, start=20)},
+        **{
+            f"{name}.png": encoded(picture(seed), "PNG")
+            for seed, name in enumerate(names, start=20)
+        },
     }
 
 
@@ -123,7 +138,10 @@ def bad_contents() -> dict[str, tuple[bytes, str]]:
         "phone.jpg": (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC or AVIF by its content"),
         "one_pixel.png": (encoded(Image.new("RGB", (1, 1)), "PNG"), "only 1x1 pixels"),
         "strip.png": (encoded(Image.new("RGB", (30_000, 10)), "PNG"), "only 30000x10 pixels"),
-        "elongated.png": (encoded(Image.new("RGB", (2000, 100)), "PNG"), "one side more than 10 times the other"),
+        "elongated.png": (
+            encoded(Image.new("RGB", (2000, 100)), "PNG"),
+            "one side more than 10 times the other",
+        ),
         "bomb.png": (png(15_000, 15_000, 1, 0, rows), "too many pixels"),
         "bomb_of_text.png": (png(32, 32, 8, 0, small_rows, inflated), "damaged"),
         "kaputt äöü.png": (b"", "empty"),
@@ -134,18 +152,46 @@ def bad_contents() -> dict[str, tuple[bytes, str]]:
 
 
 def caption_contents() -> dict[str, tuple[bytes, str | None, str | None]]:
-    """Captions: content, the text to be trained on (None: made from the name), a pattern of what is said about it."""
+    """Captions: content, the text to be trained on (None: made from the name), a pattern of what is
+    said about it."""
     words = " ".join(f"word{number}" for number in range(10_000))
-    guessed, made = "is not UTF-8 and was read as {}: save it as UTF-8", "caption was made from the picture's name"
+    guessed, made = (
+        "is not UTF-8 and was read as {}: save it as UTF-8",
+        "caption was made from the picture's name",
+    )
     return {
         "utf8": ("méga man, 洛克人".encode(), "méga man, 洛克人", None),
         "utf8_bom": ("méga man, 洛克人".encode("utf-8-sig"), "méga man, 洛克人", None),
-        "utf16_little": (b"\xff\xfe" + "méga man, 洛克人".encode("utf-16-le"), "méga man, 洛克人", None),
-        "utf16_big": (b"\xfe\xff" + "méga man, 洛克人".encode("utf-16-be"), "méga man, 洛克人", None),
-        "utf16_bare": ("méga man, blue".encode("utf-16-le"), "méga man, blue", guessed.format("UTF-16")),
-        "latin_1": ("größer, café".encode("latin-1"), "größer, café", guessed.format("Windows-1252")),
-        "cp1252": ("“blue” – don’t".encode("cp1252"), "“blue” – don’t", guessed.format("Windows-1252")),
-        "shift_jis": ("ロックマン、青い".encode("shift_jis"), "ロックマン、青い", guessed.format("Shift-JIS")),
+        "utf16_little": (
+            b"\xff\xfe" + "méga man, 洛克人".encode("utf-16-le"),
+            "méga man, 洛克人",
+            None,
+        ),
+        "utf16_big": (
+            b"\xfe\xff" + "méga man, 洛克人".encode("utf-16-be"),
+            "méga man, 洛克人",
+            None,
+        ),
+        "utf16_bare": (
+            "méga man, blue".encode("utf-16-le"),
+            "méga man, blue",
+            guessed.format("UTF-16"),
+        ),
+        "latin_1": (
+            "größer, café".encode("latin-1"),
+            "größer, café",
+            guessed.format("Windows-1252"),
+        ),
+        "cp1252": (
+            "“blue” – don’t".encode("cp1252"),
+            "“blue” – don’t",
+            guessed.format("Windows-1252"),
+        ),
+        "shift_jis": (
+            "ロックマン、青い".encode("shift_jis"),
+            "ロックマン、青い",
+            guessed.format("Shift-JIS"),
+        ),
         "big5": ("洛克人, 藍色機器人".encode("big5"), "洛克人, 藍色機器人", guessed.format("Big5")),
         "crlf": (b"mega man,\r\n blue robot\r\n", "mega man, blue robot", None),
         "empty": (b"", None, f"holds no text: the {made}"),
@@ -214,7 +260,12 @@ def add_links(corpus: Corpus) -> None:
     good = folder / "linked.png"
     good.symlink_to("cmyk.jpg")
     corpus.good.append(good)
-    for name, target in [("dangling", "nowhere"), ("itself", "itself"), ("one", "other"), ("other", "one")]:
+    for name, target in [
+        ("dangling", "nowhere"),
+        ("itself", "itself"),
+        ("one", "other"),
+        ("other", "one"),
+    ]:
         (folder / f"{name}.png").symlink_to(f"{target}.png")
         corpus.bad[folder / f"{name}.png"] = "No such file|symbolic links"
     for name, target in [("circle", "."), ("sub/up", ".."), ("beside", "sub")]:
@@ -226,7 +277,9 @@ def add_links(corpus: Corpus) -> None:
         path.with_suffix(".txt").symlink_to(f"{target}.txt")
         corpus.good.append(path)
         corpus.captions[path] = None
-        corpus.remarks[path.with_suffix(".txt")] = "cannot be read .*caption was made from the picture's name"
+        corpus.remarks[path.with_suffix(".txt")] = (
+            "cannot be read .*caption was made from the picture's name"
+        )
 
 
 if __name__ == "__main__":

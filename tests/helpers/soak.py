@@ -1,9 +1,11 @@
-"""Kill a training run with SIGKILL at random moments, resume it each time, and compare its end with an undisturbed one.
+"""Kill a training run with SIGKILL at random moments, resume it each time, and compare its end with
+an undisturbed one.
 
     python tests/helpers/soak.py --kills 50          the long form, by hand; the suite runs a short one
 
-Every checkpoint found on the way must load, and the LoRA, the optimizer, the curves and the sample images of the end
-must be the same bit for bit. Half of the kills are timed to hit a save: as soon as an unfinished folder shows.
+Every checkpoint found on the way must load, and the LoRA, the optimizer, the curves and the sample
+images of the end must be the same bit for bit. Half of the kills are timed to hit a save: as soon
+as an unfinished folder shows.
 """
 
 from __future__ import annotations
@@ -42,19 +44,27 @@ for library in (
     "megaman.data.latents",
     "megaman.sampling.denoise",
 ):
-    importlib.import_module(library)  # here, once; with no work done yet that a fork could not take along
+    importlib.import_module(
+        library
+    )  # here, once; with no work done yet that a fork could not take along
 
 
 def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
     flags = f"""--demo --max_train_steps {steps} --save_steps {save_steps} --validation_steps {3 * save_steps}
         --num_validation_images 1 --train_batch_size 1 --lora_rank 2 --lora_dropout 0.1 --checkpoints_total_limit 3
         --resume_from_checkpoint latest"""
-    folders = ["--output_dir", str(output), "--logging_dir", str(output.with_name(f"{output.name}-logs"))]
+    folders = [
+        "--output_dir",
+        str(output),
+        "--logging_dir",
+        str(output.with_name(f"{output.name}-logs")),
+    ]
     return [*flags.split(), *folders]
 
 
 class Run:
-    """A training run in a process of its own, forked after the libraries were imported: seconds less for each kill."""
+    """A training run in a process of its own, forked after the libraries were imported: seconds
+    less for each kill."""
 
     def __init__(self, words: list[str]):
         self.ended: int | None = None
@@ -87,7 +97,8 @@ class Run:
 
 
 def kill_somewhere(words: list[str], output: Path, rng: random.Random, longest: float) -> str:
-    """Start the run and kill it: at a random moment, or while a save is under way. Returns what happened."""
+    """Start the run and kill it: at a random moment, or while a save is under way. Returns what
+    happened."""
     process = Run(words)
     deadline = time.monotonic() + rng.uniform(0.2, longest)
     in_a_save, seen = rng.random() < 0.5, "at a random moment"
@@ -100,7 +111,9 @@ def kill_somewhere(words: list[str], output: Path, rng: random.Random, longest: 
                 seen = "while saving"
                 break
             skip -= 1
-            while process.poll() is None and unfinished & {path.name for path in output.glob("*.aside")}:
+            while process.poll() is None and unfinished & {
+                path.name for path in output.glob("*.aside")
+            }:
                 time.sleep(0.001)
         if time.monotonic() > deadline + (longest if in_a_save else 0):
             break
@@ -122,34 +135,45 @@ def check_checkpoints(output: Path) -> int:
         load_file(folder / PEFT_WEIGHTS)
         load_file(folder / OPTIMIZER)
     unfinished = [
-        path for path in output.glob("checkpoint-*") if path not in found and not path.name.endswith(".aside")
+        path
+        for path in output.glob("checkpoint-*")
+        if path not in found and not path.name.endswith(".aside")
     ]
     assert not unfinished, f"half a checkpoint under a whole one's name: {unfinished}"
     return len(found)
 
 
 def curves(output: Path) -> dict[str, list]:
-    (folder,) = [path for path in output.with_name(f"{output.name}-logs").iterdir() if has_steps(path)]
+    (folder,) = [
+        path for path in output.with_name(f"{output.name}-logs").iterdir() if has_steps(path)
+    ]
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
-    scalars = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    scalars = {
+        tag: [(event.step, event.value) for event in log.Scalars(tag)]
+        for tag in log.Tags()["scalars"]
+    }
     images = {
-        tag: {event.step: event.encoded_image_string for event in log.Images(tag)} for tag in log.Tags()["images"]
+        tag: {event.step: event.encoded_image_string for event in log.Images(tag)}
+        for tag in log.Tags()["images"]
     }
     return {**scalars, **images}
 
 
 def has_steps(folder: Path) -> bool:
-    """A run that was killed before its first checkpoint starts afresh, in a folder of its own: those are left out."""
+    """A run that was killed before its first checkpoint starts afresh, in a folder of its own:
+    those are left out."""
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = log.Tags()["scalars"]
     return bool(tags) and log.Scalars(tags[0])[-1].step == has_steps.last
 
 
 def content(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Metadata, but for the times in it, and tensors of a safetensors file; its library writes the metadata in a new
-    order each time."""
+    """Metadata, but for the times in it, and tensors of a safetensors file; its library writes the
+    metadata in a new order each time."""
     with safe_open(path, "pt") as file:
-        metadata = {key: value for key, value in (file.metadata() or {}).items() if key not in TIMES}
+        metadata = {
+            key: value for key, value in (file.metadata() or {}).items() if key not in TIMES
+        }
         return metadata, {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
 
 
@@ -161,7 +185,9 @@ def compare(whole: Path, killed: Path, steps: int) -> None:
     for name in sorted(names - {"training_config.json"}):
         if name.endswith(".safetensors"):
             assert content(whole / name) == content(killed / name), f"{name} differs"
-        elif not name.endswith("training_state.json"):  # holds the elapsed time and the curve's folder
+        elif not name.endswith(
+            "training_state.json"
+        ):  # holds the elapsed time and the curve's folder
             assert (whole / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs"
     first, second = curves(whole), curves(killed)
     assert first.keys() == second.keys()
@@ -169,7 +195,9 @@ def compare(whole: Path, killed: Path, steps: int) -> None:
         assert first[tag] == second[tag], f"TensorBoard's {tag} differs"
 
 
-def soak(folder: Path, kills: int, steps: int, save_steps: int, seed: int, say=print) -> dict[str, int]:
+def soak(
+    folder: Path, kills: int, steps: int, save_steps: int, seed: int, say=print
+) -> dict[str, int]:
     """Returns how often each kind of kill happened, and how many checkpoints were looked at."""
     rng = random.Random(seed)
     whole = folder / "whole"

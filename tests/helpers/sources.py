@@ -16,12 +16,17 @@ MODULES = sorted(
 
 
 def tree(name: str) -> ast.Module:
-    path = ROOT / f"{name}.py" if name in SCRIPTS else ROOT / "megaman" / f"{name.replace('.', '/')}.py"
+    path = (
+        ROOT / f"{name}.py"
+        if name in SCRIPTS
+        else ROOT / "megaman" / f"{name.replace('.', '/')}.py"
+    )
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def imports(node: ast.AST, types_too: bool = True) -> list[str]:
-    """The dotted names that are imported anywhere below the node: megaman.files, torch, torch.nn."""
+    """The dotted names that are imported anywhere below the node: megaman.files, torch,
+    torch.nn."""
     found = []
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
@@ -35,16 +40,22 @@ def imports(node: ast.AST, types_too: bool = True) -> list[str]:
 
 
 def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
 
 
 def at_import(name: str) -> list[str]:
-    """What is imported as soon as the module is: not in its functions, not for type checkers alone."""
+    """What is imported as soon as the module is: not in its functions, not for type checkers
+    alone."""
     body = [node for node in tree(name).body if not isinstance(node, ast.FunctionDef)]
     return imports(ast.Module(body=body, type_ignores=[]), types_too=False)
 
 
 def ours(names: list[str]) -> set[str]:
-    """The modules of megaman among imported names: data.images, whether it or something in it was imported."""
+    """The modules of megaman among imported names: data.images, whether it or something in it was
+    imported."""
     parts = [name.split(".")[1:] for name in names if name.startswith("megaman.")]
     return {".".join(part[:length]) for part in parts for length in (1, 2)} & set(MODULES)

@@ -1,4 +1,5 @@
-"""A LoRA written by us is the trained one to whoever reads it: PEFT, diffusers (folder and kohya file), ourselves."""
+"""A LoRA written by us is the trained one to whoever reads it: PEFT, diffusers (folder and kohya
+file), ourselves."""
 
 from __future__ import annotations
 
@@ -19,8 +20,26 @@ from megaman.lora import adapter, peft_config
 from megaman.lora import files as lora_files
 from megaman.lora import formats as lora_formats
 
-CONVOLUTIONS = ["conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
-LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "proj_in", "proj_out"]
+CONVOLUTIONS = [
+    "conv1",
+    "conv2",
+    "conv_in",
+    "conv_out",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+]
+LINEAR = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "time_emb_proj",
+    "proj_in",
+    "proj_out",
+]
 TARGETS = [*LINEAR, *CONVOLUTIONS]
 RANK, ALPHA = 4, 16
 TOLERANCE = 1e-5
@@ -41,7 +60,8 @@ def output(unet) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["LoRA", "rsLoRA"])
 def trained(base_folder, tmp_path_factory, request):
-    """A UNet whose LoRA moved away from zero, its output, the base's own output, and the folder written from it."""
+    """A UNet whose LoRA moved away from zero, its output, the base's own output, and the folder
+    written from it."""
     unet = fresh_unet(base_folder)
     before = output(unet)
     torch.manual_seed(0)
@@ -55,7 +75,9 @@ def trained(base_folder, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
     lora_files.save_lora(folder, unet, "some/base", {"ss_steps": "12"})
     after = output(unet)
-    assert (after - before).abs().max() > 0.05, "the LoRA has to matter, or the comparisons below prove nothing"
+    assert (after - before).abs().max() > 0.05, (
+        "the LoRA has to matter, or the comparisons below prove nothing"
+    )
     return unet, after, before, folder
 
 
@@ -105,7 +127,9 @@ def test_an_independent_merge_of_the_kohya_file_gives_the_trained_model(trained,
     unet = fresh_unet(base_folder)
     tensors = load_file(trained[3] / "megaman_lora.safetensors")
     layers = {
-        "lora_unet_" + name.replace(".", "_"): layer for name, layer in unet.named_modules() if hasattr(layer, "weight")
+        "lora_unet_" + name.replace(".", "_"): layer
+        for name, layer in unet.named_modules()
+        if hasattr(layer, "weight")
     }
     stems = {key.split(".")[0] for key in tensors}
     assert stems <= set(layers)
@@ -113,7 +137,9 @@ def test_an_independent_merge_of_the_kohya_file_gives_the_trained_model(trained,
         for stem in stems:
             down, up = tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"]
             scale = tensors[f"{stem}.alpha"].item() / down.shape[0]
-            layers[stem].weight += scale * (up.flatten(1) @ down.flatten(1)).reshape(layers[stem].weight.shape)
+            layers[stem].weight += scale * (up.flatten(1) @ down.flatten(1)).reshape(
+                layers[stem].weight.shape
+            )
     assert difference(unet, trained[1]) <= TOLERANCE
 
 
@@ -142,7 +168,10 @@ def test_alpha_stands_in_every_layout(trained):
     assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == ALPHA
     with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert (told["unet.lora_alpha"], told["unet.use_rslora"]) == (ALPHA, adapter.describe(trained[0]).use_rslora)
+    assert (told["unet.lora_alpha"], told["unet.use_rslora"]) == (
+        ALPHA,
+        adapter.describe(trained[0]).use_rslora,
+    )
     kohya = load_file(folder / "megaman_lora.safetensors")
     alphas = [tensor for key, tensor in kohya.items() if key.endswith(".alpha")]
     assert len(alphas) == len(kohya) / 3
@@ -154,7 +183,10 @@ def test_the_kohya_header_says_what_a1111_needs(trained):
         header = file.metadata()
     assert header["ss_base_model_version"] == "sd_v1"
     assert header["ss_v2"] == "False"
-    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (str(RANK), f"{kohya_alpha(trained[0]):g}")
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (
+        str(RANK),
+        f"{kohya_alpha(trained[0]):g}",
+    )
     assert header["ss_steps"] == "12"
 
 
@@ -169,7 +201,9 @@ def test_saving_again_replaces_the_folder_whole(trained, tmp_path):
 
 
 def test_a_lora_of_another_base_is_refused(trained, base_folder, tmp_path):
-    wide = UNet2DConditionModel.from_config({**fresh_unet(base_folder).config, "cross_attention_dim": 64})
+    wide = UNet2DConditionModel.from_config(
+        {**fresh_unet(base_folder).config, "cross_attention_dim": 64}
+    )
     before = dict(wide.named_modules()).keys()
     with pytest.raises(UserError, match="another base"):
         lora_files.load_lora(trained[3], wide)
@@ -182,7 +216,11 @@ def test_what_is_no_lora_ends_in_a_line(trained, base_folder, tmp_path, broken):
     if broken != "missing":
         shutil.copytree(trained[3], folder)
     if broken == "no config":
-        for name in ("adapter_config.json", "pytorch_lora_weights.safetensors", "megaman_lora.safetensors"):
+        for name in (
+            "adapter_config.json",
+            "pytorch_lora_weights.safetensors",
+            "megaman_lora.safetensors",
+        ):
             (folder / name).unlink()
     if broken == "no weights":
         (folder / "adapter_model.safetensors").unlink()
@@ -207,7 +245,9 @@ def test_parameters_are_float32_in_a_half_precision_base(base_folder):
     trainable = adapter.inject(unet, 2, 2, ["to_q"])
     assert {parameter.dtype for parameter in trainable} == {torch.float32}
     assert unet.conv_in.weight.dtype == torch.float16
-    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in adapter.parameters(unet)} == {"to_q"}
+    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in adapter.parameters(unet)} == {
+        "to_q"
+    }
 
 
 @pytest.mark.parametrize("target", ["to_x", "norm1", "q"])
@@ -217,41 +257,77 @@ def test_a_target_that_cannot_be_is_named(base_folder, target):
 
 
 # Stable Diffusion 1.5's UNet as its config.json tells it; the rest are the class's defaults.
-SD_15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
-         "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}  # fmt: skip
+SD_15 = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+}
 
 
 def comfyui_names() -> dict[str, str]:
-    """The LoRA names that ComfyUI knows for Stable Diffusion 1.5's UNet, with the layer that each is applied to.
+    """The LoRA names that ComfyUI knows for Stable Diffusion 1.5's UNet, with the layer that each
+    is applied to.
 
-    Its rule (comfy/lora.py, comfy/utils.py): a name is lora_unet_ and diffusers' path with underscores. The layer's own
-    path counts the blocks of the original network through: in the first half a convolution comes before three levels
-    of two blocks and a downsampling, and the last level has none; the second half has three blocks a level, of which
-    the third holds the upsampling behind the rest. A block is a residual part and, on all levels but the lowest, a
+    Its rule (comfy/lora.py, comfy/utils.py): a name is lora_unet_ and diffusers' path with
+    underscores. The layer's own path counts the blocks of the original network through: in the
+    first half a convolution comes before three levels of two blocks and a downsampling, and the
+    last level has none; the second half has three blocks a level, of which the third holds the
+    upsampling behind the rest. A block is a residual part and, on all levels but the lowest, a
     transformer.
     """
-    residual = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
-                "conv_shortcut": "skip_connection"}  # fmt: skip
+    residual = {
+        "conv1": "in_layers.2",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    }
     inner = [f"attn{n}.{part}" for n in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")]
     transformer = ["proj_in", "proj_out"]
-    transformer += [f"transformer_blocks.0.{part}" for part in (*inner, "ff.net.0.proj", "ff.net.2")]
-    names = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
-             "time_embedding.linear_2": "time_embed.2"}  # fmt: skip
+    transformer += [
+        f"transformer_blocks.0.{part}" for part in (*inner, "ff.net.0.proj", "ff.net.2")
+    ]
+    names = {
+        "conv_in": "input_blocks.0.0",
+        "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+    }
 
     def block(ours: str, number: int, theirs: str, attention: bool, first: int = 0) -> None:
-        names.update({f"{ours}.resnets.{number}.{a}": f"{theirs}.{first}.{b}" for a, b in residual.items()})
+        names.update(
+            {f"{ours}.resnets.{number}.{a}": f"{theirs}.{first}.{b}" for a, b in residual.items()}
+        )
         if attention:
-            names.update({f"{ours}.attentions.{number}.{part}": f"{theirs}.{first + 1}.{part}" for part in transformer})
+            names.update(
+                {
+                    f"{ours}.attentions.{number}.{part}": f"{theirs}.{first + 1}.{part}"
+                    for part in transformer
+                }
+            )
 
     for level in range(4):
         for number in range(2):
-            block(f"down_blocks.{level}", number, f"input_blocks.{1 + 3 * level + number}", attention=level < 3)
+            block(
+                f"down_blocks.{level}",
+                number,
+                f"input_blocks.{1 + 3 * level + number}",
+                attention=level < 3,
+            )
         if level < 3:
             names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{3 + 3 * level}.0.op"
         for number in range(3):
-            block(f"up_blocks.{level}", number, f"output_blocks.{3 * level + number}", attention=level > 0)
+            block(
+                f"up_blocks.{level}",
+                number,
+                f"output_blocks.{3 * level + number}",
+                attention=level > 0,
+            )
         if level < 3:
-            names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{2 + 3 * level}.{1 + (level > 0)}.conv"
+            names[f"up_blocks.{level}.upsamplers.0.conv"] = (
+                f"output_blocks.{2 + 3 * level}.{1 + (level > 0)}.conv"
+            )
     block("mid_block", 0, "middle_block", attention=True)
     block("mid_block", 1, "middle_block", attention=False, first=2)
     return {"lora_unet_" + ours.replace(".", "_"): theirs for ours, theirs in names.items()}
@@ -264,16 +340,29 @@ def test_comfyui_knows_every_name_of_a_stable_diffusion_15_lora():
         everything = [*TARGETS, "linear_1", "linear_2"]
         adapter.inject(unet, RANK, ALPHA, everything)
         tensors = lora_formats.renamed(
-            {"unet": {name: torch.empty_like(tensor) for name, tensor in get_peft_model_state_dict(unet).items()}},
+            {
+                "unet": {
+                    name: torch.empty_like(tensor)
+                    for name, tensor in get_peft_model_state_dict(unet).items()
+                }
+            },
             {"unet": unet},
         )
     carriers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     known = comfyui_names()
     stems = {key.partition(".")[0] for key in tensors}
-    assert len(stems) == len(carriers) == 4 + 16 * 12 + 22 * 3 + 14 + 6  # the ends, transformers, residual parts
-    assert {key.partition(".")[2] for key in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert (
+        len(stems) == len(carriers) == 4 + 16 * 12 + 22 * 3 + 14 + 6
+    )  # the ends, transformers, residual parts
+    assert {key.partition(".")[2] for key in tensors} == {
+        "lora_down.weight",
+        "lora_up.weight",
+        "alpha",
+    }
     assert stems <= set(known)
-    assert all(name.endswith("conv_shortcut") for name in set(known) - stems)  # not every residual part has one
+    assert all(
+        name.endswith("conv_shortcut") for name in set(known) - stems
+    )  # not every residual part has one
     assert len({known[stem] for stem in stems}) == len(stems), "no two LoRAs for one layer"
 
 

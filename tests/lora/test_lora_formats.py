@@ -1,4 +1,5 @@
-"""LoRA files of other programs come in at the right strength; those of other models are refused by their name."""
+"""LoRA files of other programs come in at the right strength; those of other models are refused by
+their name."""
 
 from __future__ import annotations
 
@@ -20,16 +21,27 @@ from megaman.lora import formats as lora_formats
 from megaman.models import identify
 
 TOLERANCE = 1e-5
-UNET_LAYERS = ["attn2.to_k", "attn1.to_out.0", "ff.net.0.proj", "conv1", "downsamplers.0.conv", "conv_in", "proj_in"]
+UNET_LAYERS = [
+    "attn2.to_k",
+    "attn1.to_out.0",
+    "ff.net.0.proj",
+    "conv1",
+    "downsamplers.0.conv",
+    "conv_in",
+    "proj_in",
+]
 TEXT_LAYERS = ["q_proj", "out_proj", "fc1"]
 
 
 class Models:
-    """A fresh UNet and text encoder, and what they say; merge() adds a LoRA by the formula, without any library."""
+    """A fresh UNet and text encoder, and what they say; merge() adds a LoRA by the formula, without
+    any library."""
 
     def __init__(self, base_folder):
         self.unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
-        self.text_encoder = CLIPTextModel.from_pretrained(base_folder / "text_encoder", dtype=torch.float32).eval()
+        self.text_encoder = CLIPTextModel.from_pretrained(
+            base_folder / "text_encoder", dtype=torch.float32
+        ).eval()
 
     def __getitem__(self, part: str):
         return getattr(self, part)
@@ -54,24 +66,35 @@ class Models:
 
 
 class Made:
-    """A LoRA made here: {(part, layer): (down, up, alpha)}, of another rank and alpha for each kind of layer."""
+    """A LoRA made here: {(part, layer): (down, up, alpha)}, of another rank and alpha for each kind
+    of layer."""
 
     def __init__(self, base_folder, seed: int = 0, dtype=torch.float16, scaled: bool = True):
         models, generator = Models(base_folder), torch.Generator().manual_seed(seed)
         self.layers = {}
         for part, endings in (("unet", UNET_LAYERS), ("text_encoder", TEXT_LAYERS)):
             for name, layer in models[part].named_modules():
-                kind = next((i for i, end in enumerate(endings) if name == end or name.endswith(f".{end}")), None)
+                kind = next(
+                    (i for i, end in enumerate(endings) if name == end or name.endswith(f".{end}")),
+                    None,
+                )
                 if kind is None:
                     continue
                 weight, rank = layer.weight, (4, 8, 2)[kind % 3]
-                down = torch.randn(rank, *weight.shape[1:], generator=generator) / weight[0].numel() ** 0.5
-                up = torch.randn(len(weight), rank, *(1,) * (weight.ndim - 2), generator=generator) * 0.1
+                down = (
+                    torch.randn(rank, *weight.shape[1:], generator=generator)
+                    / weight[0].numel() ** 0.5
+                )
+                up = (
+                    torch.randn(len(weight), rank, *(1,) * (weight.ndim - 2), generator=generator)
+                    * 0.1
+                )
                 alpha = (1.0, 4.0, 2.0)[kind % 3] if scaled else float(rank)
                 self.layers[part, name] = down.to(dtype), up.to(dtype), alpha
 
     def named(self, name_of) -> dict[str, torch.Tensor]:
-        """The tensors under name_of(part, layer) with {side} for down or up, and {alpha} where the format has one."""
+        """The tensors under name_of(part, layer) with {side} for down or up, and {alpha} where the
+        format has one."""
         tensors = {}
         for (part, layer), (down, up, alpha) in self.layers.items():
             stem, down_name, up_name = name_of(part, layer)
@@ -122,7 +145,9 @@ def made(base_folder):
     assert {part for part, _ in made.layers} == {"unet", "text_encoder"}
     base, merged = Models(base_folder).say(), Models(base_folder).merge(made).say()
     for before, after in zip(base, merged, strict=True):
-        assert (before - after).abs().max() > 0.05, "both parts have to matter, or nothing is compared below"
+        assert (before - after).abs().max() > 0.05, (
+            "both parts have to matter, or nothing is compared below"
+        )
     return made
 
 
@@ -131,19 +156,33 @@ def test_a_kohya_file_made_elsewhere_has_the_right_strength(made, base_folder, t
     tensors = made.named(in_kohyas_words)
     assert any(key.startswith("lora_te_text_model_encoder_layers_0_") for key in tensors)
     assert any(tensor.ndim == 4 for tensor in tensors.values())
-    save_file(tensors, tmp_path / "style.safetensors", {"ss_base_model_version": "sd_v1", "ss_v2": "False"})
+    save_file(
+        tensors,
+        tmp_path / "style.safetensors",
+        {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
+    )
     assert (
-        apart(loaded(base_folder, (tmp_path / "style.safetensors", 1.0)), Models(base_folder).merge(made)) <= TOLERANCE
+        apart(
+            loaded(base_folder, (tmp_path / "style.safetensors", 1.0)),
+            Models(base_folder).merge(made),
+        )
+        <= TOLERANCE
     )
 
 
 def test_alphas_may_be_whole_numbers_or_lists_of_one(made, base_folder, tmp_path):
     tensors = made.named(in_kohyas_words)
     for i, key in enumerate(key for key in tensors if key.endswith(".alpha")):
-        tensors[key] = torch.tensor([int(tensors[key])]) if i % 2 else torch.tensor(int(tensors[key]))
+        tensors[key] = (
+            torch.tensor([int(tensors[key])]) if i % 2 else torch.tensor(int(tensors[key]))
+        )
     save_file(tensors, tmp_path / "style.safetensors")
     assert (
-        apart(loaded(base_folder, (tmp_path / "style.safetensors", 1.0)), Models(base_folder).merge(made)) <= TOLERANCE
+        apart(
+            loaded(base_folder, (tmp_path / "style.safetensors", 1.0)),
+            Models(base_folder).merge(made),
+        )
+        <= TOLERANCE
     )
 
 
@@ -160,7 +199,9 @@ def test_several_loras_each_at_its_strength(made, base_folder, tmp_path):
     other = Made(base_folder, seed=1)
     save_file(made.named(in_kohyas_words), tmp_path / "one.safetensors")
     save_file(other.named(in_kohyas_words), tmp_path / "other.safetensors")
-    both = loaded(base_folder, (tmp_path / "one.safetensors", 0.7), (tmp_path / "other.safetensors", -0.4))
+    both = loaded(
+        base_folder, (tmp_path / "one.safetensors", 0.7), (tmp_path / "other.safetensors", -0.4)
+    )
     merged = Models(base_folder).merge(made, 0.7).merge(other, -0.4)
     assert apart(both, merged) <= TOLERANCE
     with adapter.switched_off(both.unet, both.text_encoder):
@@ -178,7 +219,11 @@ def test_a_matrix_may_be_written_as_a_convolution_and_the_other_way(made, base_f
             tensors[key] = tensor[:, :, None, None].contiguous()
     save_file(tensors, tmp_path / "style.safetensors")
     assert (
-        apart(loaded(base_folder, (tmp_path / "style.safetensors", 1.0)), Models(base_folder).merge(made)) <= TOLERANCE
+        apart(
+            loaded(base_folder, (tmp_path / "style.safetensors", 1.0)),
+            Models(base_folder).merge(made),
+        )
+        <= TOLERANCE
     )
 
 
@@ -189,7 +234,9 @@ def test_a_folder_with_several_files_asks_which(made, base_folder, tmp_path):
         loaded(base_folder, (tmp_path, 1.0))
 
 
-def pair(stem: str, width: int = 4, down: str = ".lora_down", up: str = ".lora_up") -> dict[str, torch.Tensor]:
+def pair(
+    stem: str, width: int = 4, down: str = ".lora_down", up: str = ".lora_up"
+) -> dict[str, torch.Tensor]:
     return {f"{stem}{down}.weight": torch.ones(2, width), f"{stem}{up}.weight": torch.ones(4, 2)}
 
 
@@ -219,7 +266,9 @@ FOREIGN = {
 def test_a_lora_of_another_model_is_refused_by_its_name(base_folder, tmp_path, name):
     metadata, tensors, kind = FOREIGN[name]
     save_file(tensors, tmp_path / "style.safetensors", metadata)
-    with pytest.raises(UserError, match=f"style.safetensors is a LoRA for {re.escape(kind)}, not for Stable Diff"):
+    with pytest.raises(
+        UserError, match=f"style.safetensors is a LoRA for {re.escape(kind)}, not for Stable Diff"
+    ):
         loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
 
 
@@ -250,18 +299,42 @@ def test_a_lora_with_the_widths_of_another_base_is_refused(made, base_folder, tm
         loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
 
 
-fragments = st.sampled_from(["lora_unet_", "lora_te_", "unet.", "text_encoder.", "", "conv_in", "conv_out", "_to_out",
-                             ".lora_down", ".lora_up", ".lora_A", "_lora.down", ".weight", ".alpha", "洛"])  # fmt: skip
-shapes = st.sampled_from([(), (1,), (2, 4), (2, 4, 3, 3), (64, 2, 1, 1), (0,), (2, 0), (4, 2), (4, 2, 1)])
+fragments = st.sampled_from(
+    [
+        "lora_unet_",
+        "lora_te_",
+        "unet.",
+        "text_encoder.",
+        "",
+        "conv_in",
+        "conv_out",
+        "_to_out",
+        ".lora_down",
+        ".lora_up",
+        ".lora_A",
+        "_lora.down",
+        ".weight",
+        ".alpha",
+        "洛",
+    ]
+)
+shapes = st.sampled_from(
+    [(), (1,), (2, 4), (2, 4, 3, 3), (64, 2, 1, 1), (0,), (2, 0), (4, 2), (4, 2, 1)]
+)
 
 
 @pytest.fixture(scope="module")
 def shape_of_unet(base_folder):
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base_folder / "unet"))
+        return UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(base_folder / "unet")
+        )
 
 
-@given(st.dictionaries(st.lists(fragments, min_size=1, max_size=4).map("".join), shapes, max_size=4), st.text())
+@given(
+    st.dictionaries(st.lists(fragments, min_size=1, max_size=4).map("".join), shapes, max_size=4),
+    st.text(),
+)
 def test_any_file_is_sorted_out_or_refused_in_a_line(shape_of_unet, tmp_path_factory, shapes, said):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
@@ -280,6 +353,12 @@ def test_any_file_is_sorted_out_or_refused_in_a_line(shape_of_unet, tmp_path_fac
 def test_a_told_alpha_that_the_tensors_do_not_bear_out_is_refused(base_folder, tmp_path):
     made = Made(base_folder, dtype=torch.float32)
     told = {"unet.r": 4, "unet.lora_alpha": 1e9, "unet.target_modules": ["conv_in"]}
-    save_file(made.named(in_diffusers_words), tmp_path / "s.safetensors", {"lora_adapter_metadata": json.dumps(told)})
-    with pytest.raises(UserError, match="lora_alpha is not what a LoRA with these tensors can have"):
+    save_file(
+        made.named(in_diffusers_words),
+        tmp_path / "s.safetensors",
+        {"lora_adapter_metadata": json.dumps(told)},
+    )
+    with pytest.raises(
+        UserError, match="lora_alpha is not what a LoRA with these tensors can have"
+    ):
         loaded(base_folder, (tmp_path / "s.safetensors", 1.0))

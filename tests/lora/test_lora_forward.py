@@ -17,7 +17,8 @@ RANK = 4
 
 
 class Layers(nn.Module):
-    """One layer of each kind; x is [batch, 8, 6, 6]. In wide the linear layers have more weights than inputs."""
+    """One layer of each kind; x is [batch, 8, 6, 6]. In wide the linear layers have more weights
+    than inputs."""
 
     def __init__(self, wide: bool = False, channels_last: bool = True):
         super().__init__()
@@ -58,12 +59,18 @@ def results(model, dtype=torch.float32):
     x = torch.randn(2, 8, 6, 6).to(dtype).requires_grad_()
     y = model(x)
     (y.float() * torch.randn(y.shape)).sum().backward()
-    return {"y": y.detach(), "x": x.grad, **{name: value.grad for name, value in parameters(model).items()}}
+    return {
+        "y": y.detach(),
+        "x": x.grad,
+        **{name: value.grad for name, value in parameters(model).items()},
+    }
 
 
 def distance(ours, peft) -> float:
     assert ours.keys() == peft.keys()
-    return max(float((ours[name] - peft[name]).abs().max() / peft[name].abs().max()) for name in peft)
+    return max(
+        float((ours[name] - peft[name]).abs().max() / peft[name].abs().max()) for name in peft
+    )
 
 
 @pytest.fixture
@@ -92,9 +99,14 @@ def test_outputs_and_gradients_are_those_of_peft(settings, wide, channels_last, 
     assert distance(ours, peft) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "rows", "merges"), [(64, 512, 1024, True), (320, 320, 64, False)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "rows", "merges"), [(64, 512, 1024, True), (320, 320, 64, False)]
+)
 def test_merging_is_for_many_rows(inputs, outputs, rows, merges):
-    assert lora_forward._merging_pays(torch.empty(rows, inputs), torch.empty(outputs, inputs)) == merges
+    assert (
+        lora_forward._merging_pays(torch.empty(rows, inputs), torch.empty(outputs, inputs))
+        == merges
+    )
 
 
 def test_no_gradient_for_an_input_that_needs_none(fused):
@@ -117,7 +129,11 @@ def test_gradient_checkpointing_gives_the_same_bits():
 
 
 def results_of_checkpoint(forward, model):
-    model_like = type("Forward", (), {"__call__": staticmethod(forward), "named_parameters": model.named_parameters})
+    model_like = type(
+        "Forward",
+        (),
+        {"__call__": staticmethod(forward), "named_parameters": model.named_parameters},
+    )
     return results(model_like())
 
 
@@ -204,7 +220,9 @@ def test_strengths_and_switching_off_are_honored(fused):
 def test_inject_makes_fast_layers_that_are_pefts_to_everyone(base_folder):
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet").to(memory_format=torch.channels_last)
+    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet").to(
+        memory_format=torch.channels_last
+    )
     plain = UNet2DConditionModel.from_pretrained(base_folder / "unet")
     inject(unet, RANK, RANK, ["to_q", "conv1"])
     plain.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_q", "conv1"]))

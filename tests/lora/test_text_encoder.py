@@ -1,4 +1,5 @@
-"""--train_text_encoder: the same LoRA in PEFT, diffusers, kohya's file and here; trained, stopped, short of memory."""
+"""--train_text_encoder: the same LoRA in PEFT, diffusers, kohya's file and here; trained, stopped,
+short of memory."""
 
 from __future__ import annotations
 
@@ -33,23 +34,30 @@ def states(text_encoder) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["LoRA", "rsLoRA"])
 def trained(base_folder, tmp_path_factory, request):
-    """UNet and text encoder whose LoRAs moved away from zero, what they say, and the folder written from them."""
+    """UNet and text encoder whose LoRAs moved away from zero, what they say, and the folder written
+    from them."""
     models = {"unet": fresh_unet(base_folder), "text_encoder": fresh_text_encoder(base_folder)}
     before = states(models["text_encoder"])
     torch.manual_seed(0)
     for part, targets in (("unet", TARGETS), ("text_encoder", adapter.TEXT_ENCODER_TARGETS)):
         adapter.inject(models[part], RANK, ALPHA, targets, use_rslora=request.param, dropout=0.25)
         models[part].eval()
-    assert torch.equal(states(models["text_encoder"]), before), "B is zero, so an untrained LoRA changes nothing"
+    assert torch.equal(states(models["text_encoder"]), before), (
+        "B is zero, so an untrained LoRA changes nothing"
+    )
     with torch.no_grad():
         for model in models.values():
             for name, parameter in adapter.parameters(model).items():
                 if "lora_B" in name:
                     parameter.normal_(std=0.02)
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
-    lora_files.save_lora(folder, models["unet"], "some/base", {}, text_encoder=models["text_encoder"])
+    lora_files.save_lora(
+        folder, models["unet"], "some/base", {}, text_encoder=models["text_encoder"]
+    )
     after = states(models["text_encoder"])
-    assert (after - before).abs().max() > 0.05, "the LoRA has to matter, or the comparisons below prove nothing"
+    assert (after - before).abs().max() > 0.05, (
+        "the LoRA has to matter, or the comparisons below prove nothing"
+    )
     return models, output(models["unet"]), after, folder
 
 
@@ -68,11 +76,15 @@ def test_every_linear_layer_of_clip_has_one(trained):
 
 def test_peft_reads_both_folders(trained, base_folder):
     unet = PeftModel.from_pretrained(fresh_unet(base_folder), trained[3])
-    text_encoder = PeftModel.from_pretrained(fresh_text_encoder(base_folder), trained[3] / "text_encoder")
+    text_encoder = PeftModel.from_pretrained(
+        fresh_text_encoder(base_folder), trained[3] / "text_encoder"
+    )
     assert_same(trained, unet, text_encoder)
 
 
-@pytest.mark.parametrize("name", ["lora_weights", "megaman_lora.safetensors", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["lora_weights", "megaman_lora.safetensors", "pytorch_lora_weights.safetensors"]
+)
 def test_diffusers_reads_folder_and_files(trained, base_folder, tmp_path, name):
     path = trained[3] if name == "lora_weights" else tmp_path / name
     if path != trained[3]:
@@ -82,7 +94,9 @@ def test_diffusers_reads_folder_and_files(trained, base_folder, tmp_path, name):
     assert_same(trained, pipe.unet, pipe.text_encoder)
 
 
-@pytest.mark.parametrize("name", ["lora_weights", "megaman_lora.safetensors", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["lora_weights", "megaman_lora.safetensors", "pytorch_lora_weights.safetensors"]
+)
 def test_we_read_folder_and_files(trained, base_folder, name):
     path = trained[3] if name == "lora_weights" else trained[3] / name
     unet, text_encoder = fresh_unet(base_folder), fresh_text_encoder(base_folder)
@@ -99,18 +113,26 @@ def test_an_independent_merge_of_the_kohya_file_gives_the_trained_models(trained
     layers = {"lora_unet_" + name.replace(".", "_"): layer for name, layer in unet.named_modules()}
     for number, block in enumerate(text_encoder.encoder.layers):
         for theirs, layer in {
-            "self_attn_q_proj": block.self_attn.q_proj, "self_attn_k_proj": block.self_attn.k_proj,
-            "self_attn_v_proj": block.self_attn.v_proj, "self_attn_out_proj": block.self_attn.out_proj,
-            "mlp_fc1": block.mlp.fc1, "mlp_fc2": block.mlp.fc2,
-        }.items():  # fmt: skip
+            "self_attn_q_proj": block.self_attn.q_proj,
+            "self_attn_k_proj": block.self_attn.k_proj,
+            "self_attn_v_proj": block.self_attn.v_proj,
+            "self_attn_out_proj": block.self_attn.out_proj,
+            "mlp_fc1": block.mlp.fc1,
+            "mlp_fc2": block.mlp.fc2,
+        }.items():
             layers[f"lora_te_text_model_encoder_layers_{number}_{theirs}"] = layer
     stems = {key.split(".")[0] for key in tensors}
-    assert sum(stem.startswith("lora_te_") for stem in stems) == 6 * text_encoder.config.num_hidden_layers
+    assert (
+        sum(stem.startswith("lora_te_") for stem in stems)
+        == 6 * text_encoder.config.num_hidden_layers
+    )
     with torch.no_grad():
         for stem in stems:
             down, up = tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"]
             scale = tensors[f"{stem}.alpha"].item() / down.shape[0]
-            layers[stem].weight += scale * (up.flatten(1) @ down.flatten(1)).reshape(layers[stem].weight.shape)
+            layers[stem].weight += scale * (up.flatten(1) @ down.flatten(1)).reshape(
+                layers[stem].weight.shape
+            )
     assert_same(trained, unet, text_encoder)
 
 
@@ -119,26 +141,53 @@ def test_the_diffusers_header_tells_both_configurations_and_no_path(trained, bas
         text, keys = file.metadata()["lora_adapter_metadata"], list(file.keys())
     told = json.loads(text)
     assert (told["text_encoder.r"], told["text_encoder.lora_alpha"]) == (RANK, ALPHA)
-    assert told["text_encoder.use_rslora"] == told["unet.use_rslora"] == adapter.describe(trained[0]["unet"]).use_rslora
+    assert (
+        told["text_encoder.use_rslora"]
+        == told["unet.use_rslora"]
+        == adapter.describe(trained[0]["unet"]).use_rslora
+    )
     assert told["text_encoder.lora_dropout"] == 0
-    assert any(key.startswith("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A") for key in keys)
+    assert any(
+        key.startswith("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A")
+        for key in keys
+    )
     assert str(base_folder) not in text
-    content = json.loads((trained[3] / "text_encoder" / "adapter_config.json").read_text(encoding="utf-8"))
+    content = json.loads(
+        (trained[3] / "text_encoder" / "adapter_config.json").read_text(encoding="utf-8")
+    )
     assert content["base_model_name_or_path"] == "some/base"
 
 
 def test_comfyui_knows_every_name_of_a_text_encoder_lora():
-    """On the exact configuration of Stable Diffusion 1.5's text encoder, CLIP ViT-L/14, without weights.
+    """On the exact configuration of Stable Diffusion 1.5's text encoder, CLIP ViT-L/14, without
+    weights.
 
-    ComfyUI's rule (comfy/lora.py, model_lora_keys_clip): lora_te_text_model_encoder_layers_{0..31}_{layer}, for the
-    layers below; those that the model has.
+    ComfyUI's rule (comfy/lora.py, model_lora_keys_clip):
+    lora_te_text_model_encoder_layers_{0..31}_{layer}, for the layers below; those that the model
+    has.
     """
-    layers = ["mlp_fc1", "mlp_fc2", "self_attn_k_proj", "self_attn_q_proj", "self_attn_v_proj", "self_attn_out_proj"]
-    known = {f"lora_te_text_model_encoder_layers_{number}_{layer}" for number in range(12) for layer in layers}
+    layers = [
+        "mlp_fc1",
+        "mlp_fc2",
+        "self_attn_k_proj",
+        "self_attn_q_proj",
+        "self_attn_v_proj",
+        "self_attn_out_proj",
+    ]
+    known = {
+        f"lora_te_text_model_encoder_layers_{number}_{layer}"
+        for number in range(12)
+        for layer in layers
+    }
     with torch.device("meta"):
-        text_encoder = CLIPTextModel(CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        ))  # fmt: skip
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+            )
+        )
         adapter.inject(text_encoder, RANK, ALPHA, adapter.TEXT_ENCODER_TARGETS)
         state = get_peft_model_state_dict(text_encoder, save_embedding_layers=False)
         tensors = lora_formats.renamed(
@@ -153,7 +202,9 @@ def test_a_text_encoder_part_that_is_damaged_is_named(trained, base_folder, tmp_
     shutil.copytree(trained[3], tmp_path / "lora")
     (tmp_path / "lora" / "text_encoder" / "adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"text_encoder holds no adapter_config\.json"):
-        lora_files.load_loras([(tmp_path / "lora", 1.0)], fresh_unet(base_folder), fresh_text_encoder(base_folder))
+        lora_files.load_loras(
+            [(tmp_path / "lora", 1.0)], fresh_unet(base_folder), fresh_text_encoder(base_folder)
+        )
 
 
 # Training. A few steps are enough to see what moves.
@@ -173,8 +224,22 @@ def assert_close(one, other, tolerance: float = 0.0) -> None:
 
 
 def test_a_run_trains_both_and_says_so(train_here, tmp_path, capsys):
-    train_here(tmp_path, "out", *DATA, *TEXT, "--max_train_steps", 4, "--lr_scheduler", "linear", "--lr_warmup_steps",
-               2, "--num_validation_images", 1, "--validation_steps", 2)  # fmt: skip
+    train_here(
+        tmp_path,
+        "out",
+        *DATA,
+        *TEXT,
+        "--max_train_steps",
+        4,
+        "--lr_scheduler",
+        "linear",
+        "--lr_warmup_steps",
+        2,
+        "--num_validation_images",
+        1,
+        "--validation_steps",
+        2,
+    )
     said = capsys.readouterr().out
     assert "linear rate up to 0.001 and 0.0005 (text encoder), 2 warm-up" in said
     assert "12 of them in the text encoder" in said
@@ -190,30 +255,63 @@ def test_a_run_trains_both_and_says_so(train_here, tmp_path, capsys):
         header = file.metadata()
     assert (header["ss_unet_lr"], header["ss_text_encoder_lr"]) == ("0.001", "0.0005")
     card = (weights / "README.md").read_text(encoding="utf-8")
-    assert "the UNet and the text encoder" in card and 'PeftModel.from_pretrained(text_encoder, "text_encoder")' in card
-    assert {path.name for path in (tmp_path / "out").glob("samples-*")} == {"samples-0", "samples-2", "samples-4"}
+    assert (
+        "the UNet and the text encoder" in card
+        and 'PeftModel.from_pretrained(text_encoder, "text_encoder")' in card
+    )
+    assert {path.name for path in (tmp_path / "out").glob("samples-*")} == {
+        "samples-0",
+        "samples-2",
+        "samples-4",
+    }
 
 
 def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_folder, tmp_path):
-    """What a checkpoint draws elsewhere is what the run drew, pixel by pixel as near as rounding allows."""
+    """What a checkpoint draws elsewhere is what the run drew, pixel by pixel as near as rounding
+    allows."""
     from PIL import Image, ImageChops
 
     from megaman.models.base import load_base
     from megaman.models.text_encoding import encode_captions
     from megaman.sampling import denoise
 
-    train_here(tmp_path, "out", *DATA, "--train_text_encoder", "--text_encoder_lr", 2e-2, "--max_train_steps", 4,
-               "--num_validation_images", 1, "--validation_prompt", "volto, robot", "--lora_dropout", 0.2)  # fmt: skip
+    train_here(
+        tmp_path,
+        "out",
+        *DATA,
+        "--train_text_encoder",
+        "--text_encoder_lr",
+        2e-2,
+        "--max_train_steps",
+        4,
+        "--num_validation_images",
+        1,
+        "--validation_prompt",
+        "volto, robot",
+        "--lora_dropout",
+        0.2,
+    )
 
     def drawn(with_text: bool):
         base = load_base(str(base_folder), torch.float32)
-        lora_files.load_loras([(tmp_path / "out" / "checkpoint-4", 1.0)], base.unet, base.text_encoder)
+        lora_files.load_loras(
+            [(tmp_path / "out" / "checkpoint-4", 1.0)], base.unet, base.text_encoder
+        )
         adapter.set_strengths([base.text_encoder], {0: float(with_text)})
         said = encode_captions(base.text_encoder, base.tokenizer, ["volto, robot", ""])
         text, empty = (said[words][None] for words in ("volto, robot", ""))
         sampler = denoise.make_sampler(base.scheduler)
         return denoise.draw_images(
-            base.unet, base.vae, sampler, text, empty, [0], 64, 64, steps=SAMPLING_STEPS, guidance=7.5
+            base.unet,
+            base.vae,
+            sampler,
+            text,
+            empty,
+            [0],
+            64,
+            64,
+            steps=SAMPLING_STEPS,
+            guidance=7.5,
         )[0]
 
     theirs = Image.open(tmp_path / "out" / "samples-4" / "00.png").convert("RGB")
@@ -232,12 +330,24 @@ def plain(train_here, tmp_path_factory) -> dict[str, torch.Tensor]:
     return text_state(folder / "out" / "lora_weights")
 
 
-@pytest.mark.parametrize("flags", [["--text_encoder_lr", 1e-4], ["--lora_dropout", 0.5], ["--use_rslora"],
-                                   ["--mixed_precision", "bf16"], ["--lora_rank", 2]], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--text_encoder_lr", 1e-4],
+        ["--lora_dropout", 0.5],
+        ["--use_rslora"],
+        ["--mixed_precision", "bf16"],
+        ["--lora_rank", 2],
+    ],
+    ids=str,
+)
 def test_a_flag_changes_the_text_encoder_too(train_here, plain, tmp_path, flags):
     train_here(tmp_path, "other", *DATA, *TEXT, "--max_train_steps", 2, *flags)
     other = text_state(tmp_path / "other" / "lora_weights")
-    assert any(plain[key].shape != other[key].shape or not torch.equal(plain[key], other[key]) for key in plain)
+    assert any(
+        plain[key].shape != other[key].shape or not torch.equal(plain[key], other[key])
+        for key in plain
+    )
     assert all(torch.isfinite(tensor).all() for tensor in other.values())
 
 
@@ -251,8 +361,16 @@ def test_clipping_is_over_all_of_it(train_here, tmp_path):
 def test_gradient_checkpointing_and_the_split_change_nothing_but_rounding(train_here, tmp_path):
     smooth = [*DATA, *TEXT, "--max_train_steps", 2, "--adam_epsilon", 1e-2]
     train_here(tmp_path, "whole", *smooth, "--train_batch_size", 4)
-    train_here(tmp_path, "split", *smooth, "--train_batch_size", 2, "--gradient_accumulation_steps", 2,
-               "--gradient_checkpointing")  # fmt: skip
+    train_here(
+        tmp_path,
+        "split",
+        *smooth,
+        "--train_batch_size",
+        2,
+        "--gradient_accumulation_steps",
+        2,
+        "--gradient_checkpointing",
+    )
     whole, split = (text_state(tmp_path / name / "lora_weights") for name in ("whole", "split"))
     assert max(float(tensor.abs().max()) for key, tensor in whole.items() if "lora_B" in key) > 0
     assert_close(whole, split, 1e-7)
@@ -273,8 +391,22 @@ def test_gradient_checkpointing_reaches_the_text_encoder(train_here, tmp_path, m
 
 
 def test_resumed_equals_undisturbed(train_here, tmp_path):
-    flags = [*DATA, *TEXT, "--lora_dropout", 0.3, "--gradient_accumulation_steps", 2, "--save_steps", 2,
-             "--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--max_train_steps", 4]  # fmt: skip
+    flags = [
+        *DATA,
+        *TEXT,
+        "--lora_dropout",
+        0.3,
+        "--gradient_accumulation_steps",
+        2,
+        "--save_steps",
+        2,
+        "--lr_scheduler",
+        "cosine",
+        "--lr_warmup_steps",
+        1,
+        "--max_train_steps",
+        4,
+    ]
     train_here(tmp_path, "whole", *flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     shutil.rmtree(tmp_path / "halves" / "lora_weights")
@@ -285,12 +417,22 @@ def test_resumed_equals_undisturbed(train_here, tmp_path):
     for file in ("adapter_model.safetensors", "optimizer.safetensors"):
         assert_close(load_file(whole / file), load_file(halves / file))
     moments = load_file(whole / "optimizer.safetensors")
-    assert any(key.startswith("text_encoder.encoder.layers.0.") and key.endswith(":exp_avg_sq") for key in moments)
+    assert any(
+        key.startswith("text_encoder.encoder.layers.0.") and key.endswith(":exp_avg_sq")
+        for key in moments
+    )
 
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_resume_with_or_without_it_is_refused_by_name(train_here, tmp_path, before):
-    train_here(tmp_path, "out", *DATA, *(["--train_text_encoder"] if before else []), "--max_train_steps", 1)
+    train_here(
+        tmp_path,
+        "out",
+        *DATA,
+        *(["--train_text_encoder"] if before else []),
+        "--max_train_steps",
+        1,
+    )
     again = [*DATA, *([] if before else ["--train_text_encoder"]), "--max_train_steps", 2]
     state = tmp_path / "out" / "checkpoint-1" / "training_state.json"
     if not before:  # as a checkpoint says it that was written before there was the flag
@@ -316,4 +458,6 @@ def test_too_little_memory_keeps_the_effective_batch(train_here, tmp_path, monke
     train_here(tmp_path, "short", *flags)
     said = capsys.readouterr().out
     assert "gradient checkpointing is on" in said and "2 micro-batches of 2" in said
-    assert_close(*(text_state(tmp_path / name / "lora_weights") for name in ("whole", "short")), 1e-4)
+    assert_close(
+        *(text_state(tmp_path / name / "lora_weights") for name in ("whole", "short")), 1e-4
+    )

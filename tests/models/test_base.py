@@ -1,4 +1,5 @@
-"""The base: from a folder, from the hub (a small one of our own), and one line for whatever is not right with it."""
+"""The base: from a folder, from the hub (a small one of our own), and one line for whatever is not
+right with it."""
 
 from __future__ import annotations
 
@@ -57,7 +58,11 @@ def test_the_parts_of_the_demo_base(base, base_folder):
     assert base.unet.config.cross_attention_dim == base.text_encoder.config.hidden_size
     assert base.scheduler.config.prediction_type == "epsilon"
     ids = base.tokenizer("a robot", padding="max_length", return_tensors="pt").input_ids
-    assert base.text_encoder(ids)[0].shape == (1, base.tokenizer.model_max_length, base.unet.config.cross_attention_dim)
+    assert base.text_encoder(ids)[0].shape == (
+        1,
+        base.tokenizer.model_max_length,
+        base.unet.config.cross_attention_dim,
+    )
 
 
 def test_sizes_are_read_from_the_base(base):
@@ -74,7 +79,11 @@ def test_sizes_are_read_from_the_base(base):
 
 def test_half_precision_spares_the_vae(base_folder):
     base = load_base(str(base_folder), torch.float16)
-    assert (base.unet.dtype, base.text_encoder.dtype, base.vae.dtype) == (torch.float16, torch.float16, torch.float32)
+    assert (base.unet.dtype, base.text_encoder.dtype, base.vae.dtype) == (
+        torch.float16,
+        torch.float16,
+        torch.float32,
+    )
 
 
 def test_the_weights_are_the_files(base, base_folder):
@@ -96,16 +105,23 @@ def test_files_of_the_fp16_variant_are_taken_where_there_are_no_others(own_copy)
 
 def test_a_folder_of_the_project_is_found_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_base("megaman/pages/templates", half=False) == PROJECT / "megaman" / "pages" / "templates"
+    assert (
+        find_base("megaman/pages/templates", half=False)
+        == PROJECT / "megaman" / "pages" / "templates"
+    )
     own = tmp_path / "megaman" / "pages" / "templates"
     own.mkdir(parents=True)
-    assert find_base("megaman/pages/templates", half=False).resolve() == own, "one's own comes first"
+    assert find_base("megaman/pages/templates", half=False).resolve() == own, (
+        "one's own comes first"
+    )
 
 
 def test_the_name_that_is_noted_holds_elsewhere(base_folder, tmp_path, monkeypatch):
     assert actual_name(OLD_NAME) == NEW_NAME
     assert actual_name("someone/model") == "someone/model"
-    assert actual_name(str(PROJECT / "megaman" / "pages" / "templates")) == "megaman/pages/templates"
+    assert (
+        actual_name(str(PROJECT / "megaman" / "pages" / "templates")) == "megaman/pages/templates"
+    )
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
     assert actual_name("mine") == actual_name("./mine") == str((tmp_path / "mine").resolve())
@@ -137,7 +153,9 @@ def test_a_folder_that_is_no_base(tmp_path):
     assert "holds no model_index.json" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline", "FluxPipeline", None])
+@pytest.mark.parametrize(
+    "kind", ["StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline", "FluxPipeline", None]
+)
 def test_another_kind_of_model(own_copy, kind):
     index = json.loads((own_copy / "model_index.json").read_text())
     (own_copy / "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
@@ -147,7 +165,9 @@ def test_another_kind_of_model(own_copy, kind):
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
 def test_a_broken_index(own_copy, content):
     (own_copy / "model_index.json").write_text(content)
-    assert "model_index.json" in refusal(own_copy) or "not a Stable Diffusion 1.x" in refusal(own_copy)
+    assert "model_index.json" in refusal(own_copy) or "not a Stable Diffusion 1.x" in refusal(
+        own_copy
+    )
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -158,7 +178,8 @@ def test_pickles_are_refused(own_copy, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["v1-5-pruned.ckpt", "./v1-5-pruned.ckpt", "model.bin", "model.pt", "MODEL.PTH", "a.pkl"]
+    "name",
+    ["v1-5-pruned.ckpt", "./v1-5-pruned.ckpt", "model.bin", "model.pt", "MODEL.PTH", "a.pkl"],
 )
 @pytest.mark.parametrize("there", [True, False])
 def test_a_single_pickle_is_refused(tmp_path, monkeypatch, name, there):
@@ -184,9 +205,15 @@ def test_weights_cut_short(own_copy, name, length):
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json",
-             "text_encoder/config.json"],
-)  # fmt: skip
+    "name",
+    [
+        "tokenizer",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+    ],
+)
 def test_an_incomplete_base_says_what_is_missing(own_copy, name):
     path = own_copy / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -194,9 +221,15 @@ def test_an_incomplete_base_says_what_is_missing(own_copy, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
-             "tokenizer/tokenizer.json"],
-)  # fmt: skip
+    "name",
+    [
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json",
+    ],
+)
 def test_a_broken_configuration(own_copy, name):
     (own_copy / name).write_text("{")
     line = refusal(own_copy)
@@ -211,7 +244,9 @@ def test_models_that_would_train_wrong(own_copy):
     changed(own_copy / "scheduler" / "scheduler_config.json", prediction_type="sample")
     assert "predicts sample" in refusal(own_copy)
     changed(own_copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    assert load_base(str(own_copy), torch.float32).scheduler.config.prediction_type == "v_prediction"
+    assert (
+        load_base(str(own_copy), torch.float32).scheduler.config.prediction_type == "v_prediction"
+    )
     changed(own_copy / "unet" / "config.json", in_channels=9)
     assert "cannot be loaded" in refusal(own_copy), "weights for four channels"
 
@@ -250,7 +285,9 @@ class SmallHub(BaseHTTPRequestHandler):
         elif "/someone/broken" in path:
             self.close_connection = True  # no answer at all
         elif "/someone/portal" in path:
-            self.answer(b"<html>Please log in to this network</html>", {"Content-Type": "text/html"})
+            self.answer(
+                b"<html>Please log in to this network</html>", {"Content-Type": "text/html"}
+            )
         elif "/someone/error" in path:
             self.answer(b"", {}, 500)
         elif "/someone/gated" in path:
@@ -262,8 +299,15 @@ class SmallHub(BaseHTTPRequestHandler):
         for name, folder in self.server.repositories.items():
             if path == f"/api/models/{name}/tree/{COMMIT}":
                 files = [file for file in folder.rglob("*") if file.is_file()]
-                listed = [{"type": "file", "path": file.relative_to(folder).as_posix(), "size": file.stat().st_size,
-                           "oid": self.digest(file)} for file in files]  # fmt: skip
+                listed = [
+                    {
+                        "type": "file",
+                        "path": file.relative_to(folder).as_posix(),
+                        "size": file.stat().st_size,
+                        "oid": self.digest(file),
+                    }
+                    for file in files
+                ]
                 return self.answer(json.dumps(listed).encode())
             if path == f"/api/models/{name}/revision/main":
                 return self.answer(json.dumps({"id": name, "sha": COMMIT}).encode())
@@ -271,7 +315,9 @@ class SmallHub(BaseHTTPRequestHandler):
             if path.startswith(f"/{name}/resolve/{COMMIT}/") and file.is_file():
                 if self.command == "GET":
                     self.server.fetched.append(f"{name}: {file.relative_to(folder).as_posix()}")
-                return self.answer(file.read_bytes(), {"ETag": f'"{self.digest(file)}"', "X-Repo-Commit": COMMIT})
+                return self.answer(
+                    file.read_bytes(), {"ETag": f'"{self.digest(file)}"', "X-Repo-Commit": COMMIT}
+                )
         return self.answer(b"", {"X-Error-Code": "RepoNotFound"}, 404)
 
     @staticmethod
@@ -330,11 +376,17 @@ print(json.dumps(results))
 
 @pytest.fixture
 def ask(forked, tmp_path):
-    """Load or find bases in a process of its own, whose hub is at the endpoint and whose cache is in tmp_path."""
+    """Load or find bases in a process of its own, whose hub is at the endpoint and whose cache is
+    in tmp_path."""
 
     def asked(endpoint: str, *bases: tuple[str, str]) -> list:
-        variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": None,
-                     "NO_PROXY": "127.0.0.1", "HF_TOKEN": None}  # fmt: skip
+        variables = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": None,
+            "NO_PROXY": "127.0.0.1",
+            "HF_TOKEN": None,
+        }
         done = forked.run(["-c", ASK_FOR_BASES, json.dumps(bases)], tmp_path, hub=variables)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
@@ -348,25 +400,48 @@ def at(hub) -> str:
 
 
 def test_a_base_on_the_hub_is_fetched_once(hub, ask, base, own_copy):
-    for extra in ("unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors", "v1-5.ckpt", "README.md"):
+    for extra in (
+        "unet/diffusion_pytorch_model.bin",
+        "safety_checker/model.safetensors",
+        "v1-5.ckpt",
+        "README.md",
+    ):
         (own_copy / extra).parent.mkdir(exist_ok=True)
         (own_copy / extra).write_text("not needed")
     hub.repositories["someone/demo-base"] = own_copy
-    assert ask(at(hub), ("load", "someone/demo-base"), ("load", "someone/demo-base")) == [base.native_size] * 2
+    assert (
+        ask(at(hub), ("load", "someone/demo-base"), ("load", "someone/demo-base"))
+        == [base.native_size] * 2
+    )
     files = {line.removeprefix("someone/demo-base: ") for line in hub.fetched}
     assert len(files) == len(hub.fetched), "each file once"
     assert set(WEIGHTS) < files
-    assert not {file for file in files if not file.endswith((".json", ".safetensors"))}, "no pickles, no readme"
+    assert not {file for file in files if not file.endswith((".json", ".safetensors"))}, (
+        "no pickles, no readme"
+    )
     assert "safety_checker/model.safetensors" not in files
     hub.stop()
-    assert ask(at(hub), ("load", "someone/demo-base")) == [base.native_size], "from the cache, the hub being away"
+    assert ask(at(hub), ("load", "someone/demo-base")) == [base.native_size], (
+        "from the cache, the hub being away"
+    )
 
 
 def test_the_smaller_files_are_fetched_where_they_will_do(hub, ask, tmp_path):
-    names = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
-             "unet/config.json", "vae/config.json", "text_encoder/config.json"]  # fmt: skip
+    names = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+    ]
     lean = [name.replace(".safetensors", ".fp16.safetensors") for name in WEIGHTS]
-    for repository, weights in (("both", WEIGHTS + lean), ("full", WEIGHTS), (NEW_NAME, WEIGHTS + lean)):
+    for repository, weights in (
+        ("both", WEIGHTS + lean),
+        ("full", WEIGHTS),
+        (NEW_NAME, WEIGHTS + lean),
+    ):
         folder = tmp_path / "served" / repository
         for name in names + weights:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -374,12 +449,18 @@ def test_the_smaller_files_are_fetched_where_they_will_do(hub, ask, tmp_path):
         hub.repositories[repository if "/" in repository else f"someone/{repository}"] = folder
     found = ask(at(hub), ("half", "someone/both"), ("half", "someone/full"), ("whole", OLD_NAME))
     assert found == [sorted(names + lean), sorted(names + WEIGHTS), sorted(names + WEIGHTS)]
-    assert {line.split(":")[0] for line in hub.fetched} == {"someone/both", "someone/full", NEW_NAME}
+    assert {line.split(":")[0] for line in hub.fetched} == {
+        "someone/both",
+        "someone/full",
+        NEW_NAME,
+    }
 
 
 def test_what_the_hub_does_not_give_ends_in_one_line(hub, ask, tmp_path):
     ways = ["none", "gated", "error", "portal", "broken", "silent"]
-    lines = dict(zip(ways, ask(at(hub), *[("load", f"someone/{way}") for way in ways]), strict=True))
+    lines = dict(
+        zip(ways, ask(at(hub), *[("load", f"someone/{way}") for way in ways]), strict=True)
+    )
     for way, line in lines.items():
         assert line.startswith("UserError: ") and "\n" not in line
         assert f"someone/{way}" in line

@@ -27,7 +27,10 @@ from megaman.models.prompt_weights import HEAVIEST, parse, tags
         ("[unbalanced", [("unbalanced", 1 / 1.1)]),
         ("a) b] c:1.3)", [("a) b] c:1.3)", 1.0)]),
         (r"\(literal\) \[x\] \\", [(r"(literal) [x] \ "[:-1], 1.0)]),
-        (r"mega man \(character\), (arm \(left\):1.2)", [("mega man (character), ", 1.0), ("arm (left)", 1.2)]),
+        (
+            r"mega man \(character\), (arm \(left\):1.2)",
+            [("mega man (character), ", 1.0), ("arm (left)", 1.2)],
+        ),
         (r"a\b", [("ab", 1.0)]),
         ("a\\", [("a", 1.0)]),
         ("(same)(weight)", [("sameweight", 1.1)]),
@@ -42,19 +45,33 @@ from megaman.models.prompt_weights import HEAVIEST, parse, tags
         ("(x:99999)", [("x", HEAVIEST)]),
         ("(x:-" + "9" * 400 + ")", [("x", -HEAVIEST)]),
         ("(" * 9000 + "x", [("x", HEAVIEST)]),
-        ("(" * 9000 + "x" + ")" * 9000 + ", (" + "(x:9" + "9" * 400 + "):0)", [("x", HEAVIEST), (", ", 1.0), ("x", 0)]),
+        (
+            "(" * 9000 + "x" + ")" * 9000 + ", (" + "(x:9" + "9" * 400 + "):0)",
+            [("x", HEAVIEST), (", ", 1.0), ("x", 0)],
+        ),
     ],
 )
 def test_by_example(prompt, wanted):
     parsed = parse(prompt)
     assert [text for text, _ in parsed] == [text for text, _ in wanted]
-    assert [weight for _, weight in parsed] == pytest.approx([weight for _, weight in wanted], rel=1e-12)
+    assert [weight for _, weight in parsed] == pytest.approx(
+        [weight for _, weight in wanted], rel=1e-12
+    )
 
 
 def test_the_example_of_a1111s_own_documentation():
     parsed = parse("a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).")
-    wanted = [("a ", 1.0), ("house", 1.5730000000000004), (" ", 1.1), ("on", 1.0), (" a ", 1.1), ("hill", 0.55),
-              (", sun, ", 1.1), ("sky", 1.4641000000000006), (".", 1.1)]  # fmt: skip
+    wanted = [
+        ("a ", 1.0),
+        ("house", 1.5730000000000004),
+        (" ", 1.1),
+        ("on", 1.0),
+        (" a ", 1.1),
+        ("hill", 0.55),
+        (", sun, ", 1.1),
+        ("sky", 1.4641000000000006),
+        (".", 1.1),
+    ]
     assert [text for text, _ in parsed] == [text for text, _ in wanted]
     assert [weight for _, weight in parsed] == pytest.approx([weight for _, weight in wanted])
 
@@ -67,9 +84,12 @@ def test_tags_are_no_words():
 
 
 plain = st.text(st.characters(exclude_characters="()[]\\<")).filter(bool)
-# A prompt as a tree: text, or a bracket with what it holds and its weight (None: as many brackets say).
+# A prompt as a tree: text, or a bracket with what it holds and its weight (None: as many brackets
+# say).
 tree = st.recursive(
-    st.text(st.characters(exclude_characters="()[]\\<:")),  # a colon may begin the weight of the bracket around it
+    st.text(
+        st.characters(exclude_characters="()[]\\<:")
+    ),  # a colon may begin the weight of the bracket around it
     lambda inner: st.tuples(
         st.sampled_from(["(", "["]) | st.floats(0.1, 3).map(lambda weight: round(weight, 2)),
         st.lists(inner, min_size=1, max_size=3),
@@ -97,9 +117,13 @@ def weigh(node, factor: float = 1.0) -> list[tuple[str, float]]:
 @given(st.lists(tree, min_size=1, max_size=4))
 def test_every_letter_has_the_product_of_the_brackets_around_it(nodes):
     wanted = [pair for node in nodes for pair in weigh(node)]
-    found = [(letter, weight) for text, weight in parse("".join(map(write, nodes))) for letter in text]
+    found = [
+        (letter, weight) for text, weight in parse("".join(map(write, nodes))) for letter in text
+    ]
     assert [letter for letter, _ in found] == [letter for letter, _ in wanted]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in wanted], rel=1e-9)
+    assert [weight for _, weight in found] == pytest.approx(
+        [weight for _, weight in wanted], rel=1e-9
+    )
 
 
 @given(plain)
@@ -114,7 +138,24 @@ def test_escaped_brackets_come_back(prompt):
     assert parse(escaped) == [(text, 1.0)]
 
 
-PIECES = ["(", ")", "[", "]", "\\", ":", ":1.3)", ": -2 )", ":.)", "word", " ", "<lora:a:1>", "<lora:", ">", "\n", "洛"]
+PIECES = [
+    "(",
+    ")",
+    "[",
+    "]",
+    "\\",
+    ":",
+    ":1.3)",
+    ": -2 )",
+    ":.)",
+    "word",
+    " ",
+    "<lora:a:1>",
+    "<lora:",
+    ">",
+    "\n",
+    "洛",
+]
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join) | st.text(max_size=60))
@@ -126,4 +167,6 @@ def test_anything_is_parsed(prompt):
     assert all(first[1] != second[1] for first, second in pairwise(parsed))
     if not tags(prompt):
         left = iter(prompt)
-        assert all(letter in left for text, _ in parsed for letter in text), "in order, and nothing is made up"
+        assert all(letter in left for text, _ in parsed for letter in text), (
+            "in order, and nothing is made up"
+        )

@@ -1,4 +1,5 @@
-"""Stable Diffusion 1.5 in one file: the exact names and shapes, the same models as from a folder, the rest refused."""
+"""Stable Diffusion 1.5 in one file: the exact names and shapes, the same models as from a folder,
+the rest refused."""
 
 from __future__ import annotations
 
@@ -27,18 +28,36 @@ from megaman.models.base import Base, find_base, load_base, vae_identity
 from megaman.models.configs import actual_name
 
 # Published sizes, and smaller ones for what does not hang on the size.
-FULL = {"channels": (320, 640, 1280, 1280), "vae_channels": (128, 256, 512, 512), "width": 768, "layers": 12}
+FULL = {
+    "channels": (320, 640, 1280, 1280),
+    "vae_channels": (128, 256, 512, 512),
+    "width": 768,
+    "layers": 12,
+}
 SMALL = {"channels": (32, 64, 64, 64), "vae_channels": (32, 32, 64, 64), "width": 64, "layers": 2}
 
-PUBLISHED_SCHEDULE = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-                      "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000,
-                      "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
-                      "trained_betas": None}  # fmt: skip
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+PUBLISHED_SCHEDULE = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+UNET, VAE, TEXT = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.transformer.text_model.",
+)
 
 
 def models(channels, vae_channels, width, layers) -> dict[str, torch.nn.Module]:
-    """The three models by the arguments that the libraries' own converter gives for v1-inference.yaml."""
+    """The three models by the arguments that the libraries' own converter gives for
+    v1-inference.yaml."""
     unet = UNet2DConditionModel(
         sample_size=64, cross_attention_dim=width, attention_head_dim=8, block_out_channels=channels
     )
@@ -62,20 +81,44 @@ def models(channels, vae_channels, width, layers) -> dict[str, torch.nn.Module]:
     return {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text)}
 
 
-# The names of the authors' code, from the modules in CompVis's ldm/modules/diffusionmodules: openaimodel.py, model.py.
+# The names of the authors' code, from the modules in CompVis's ldm/modules/diffusionmodules:
+# openaimodel.py, model.py.
 
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2":
-        "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2"}  # fmt: skip
-VAE_WORDS = {"conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "downsamplers.0": "downsample",
-             "upsamplers.0": "upsample", "mid_block.attentions.0": "mid.attn_1", "mid_block.resnets.0": "mid.block_1",
-             "mid_block.resnets.1": "mid.block_2", "resnets": "block", "group_norm": "norm", "to_q": "q", "to_k": "k",
-             "to_v": "v", "to_out.0": "proj_out"}  # fmt: skip
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+VAE_WORDS = {
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "mid_block.attentions.0": "mid.attn_1",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "resnets": "block",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
 
 
 def unet_name(name: str) -> str:
-    """Where a UNet's tensor stands in the original: three places of input_blocks and of output_blocks a level."""
+    """Where a UNet's tensor stands in the original: three places of input_blocks and of
+    output_blocks a level."""
     module, _, kind = name.rpartition(".")
     if module in ENDS:
         return f"{ENDS[module]}.{kind}"
@@ -92,33 +135,64 @@ def unet_name(name: str) -> str:
         "up_blocks": f"output_blocks.{at}.{int(what == 'attentions')}",
         "mid_block": f"middle_block.{1 if what == 'attentions' else 2 * int(number)}",
     }[block]
-    return f"{place}.{RESNET[rest.rpartition('.')[0]]}.{kind}" if what == "resnets" else f"{place}.{rest}"
+    return (
+        f"{place}.{RESNET[rest.rpartition('.')[0]]}.{kind}"
+        if what == "resnets"
+        else f"{place}.{rest}"
+    )
 
 
 def vae_name(name: str) -> str:
     name = re.sub(r"down_blocks\.(\d)", r"down.\1", name)
-    name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{3 - int(match[1])}", name)  # numbered from the image's side
+    name = re.sub(
+        r"up_blocks\.(\d)", lambda match: f"up.{3 - int(match[1])}", name
+    )  # numbered from the image's side
     for word, original in VAE_WORDS.items():
-        name = re.sub(rf"(?<![\w.]){re.escape(word)}\.|\.{re.escape(word)}\.", f".{original}.", name)
+        name = re.sub(
+            rf"(?<![\w.]){re.escape(word)}\.|\.{re.escape(word)}\.", f".{original}.", name
+        )
     return name
 
 
-def original(parts: dict[str, dict[str, torch.Tensor]], text_model: str = "text_model.") -> dict[str, torch.Tensor]:
-    """The three models' tensors in the layout of the authors' code, with 1x1 convolutions for the VAE's attention."""
-    tensors = {f"model.diffusion_model.{unet_name(name)}": tensor for name, tensor in parts["unet"].items()}
+def original(
+    parts: dict[str, dict[str, torch.Tensor]], text_model: str = "text_model."
+) -> dict[str, torch.Tensor]:
+    """The three models' tensors in the layout of the authors' code, with 1x1 convolutions for the
+    VAE's attention."""
+    tensors = {
+        f"model.diffusion_model.{unet_name(name)}": tensor for name, tensor in parts["unet"].items()
+    }
     for name, tensor in parts["vae"].items():
         as_convolution = "attentions" in name and tensor.ndim == 2
-        tensors[f"first_stage_model.{vae_name(name)}"] = tensor[:, :, None, None] if as_convolution else tensor
+        tensors[f"first_stage_model.{vae_name(name)}"] = (
+            tensor[:, :, None, None] if as_convolution else tensor
+        )
     for name, tensor in parts["text_encoder"].items():
-        tensors[f"cond_stage_model.transformer.{text_model}{name.removeprefix('text_model.')}"] = tensor
+        tensors[f"cond_stage_model.transformer.{text_model}{name.removeprefix('text_model.')}"] = (
+            tensor
+        )
     positions = f"cond_stage_model.transformer.{text_model}embeddings.position_ids"
-    return {**tensors, positions: torch.arange(77)[None], "betas": torch.zeros(1000), "logvar": torch.zeros(1000)}
+    return {
+        **tensors,
+        positions: torch.arange(77)[None],
+        "betas": torch.zeros(1000),
+        "logvar": torch.zeros(1000),
+    }
 
 
-def some_numbers(parts: dict[str, torch.nn.Module], dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
-    """Every tensor of the models, each with other numbers: pieces of one row, since drawing 10^9 takes its time."""
-    row = torch.randn(40_000_000 if parts["unet"].config.cross_attention_dim == 768 else 4_000_000,
-                      generator=torch.Generator().manual_seed(0)).mul_(0.03).to(dtype)  # fmt: skip
+def some_numbers(
+    parts: dict[str, torch.nn.Module], dtype: torch.dtype
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Every tensor of the models, each with other numbers: pieces of one row, since drawing 10^9
+    takes its time."""
+    row = (
+        torch.randn(
+            40_000_000 if parts["unet"].config.cross_attention_dim == 768 else 4_000_000,
+            generator=torch.Generator().manual_seed(0),
+        )
+        .mul_(0.03)
+        .to(dtype)
+    )
     filled, begin = {}, 0
     for part, model in parts.items():
         filled[part] = {}
@@ -128,7 +202,9 @@ def some_numbers(parts: dict[str, torch.nn.Module], dtype: torch.dtype) -> dict[
     return filled
 
 
-def write_folder(folder: Path, parts: dict[str, torch.nn.Module], tensors: dict[str, dict[str, torch.Tensor]]) -> Path:
+def write_folder(
+    folder: Path, parts: dict[str, torch.nn.Module], tensors: dict[str, dict[str, torch.Tensor]]
+) -> Path:
     """The same base in diffusers' layout."""
     for part, file in (
         ("unet", "diffusion_pytorch_model"),
@@ -137,9 +213,9 @@ def write_folder(folder: Path, parts: dict[str, torch.nn.Module], tensors: dict[
     ):
         (folder / part).mkdir(parents=True)
         save_file(tensors[part], folder / part / f"{file}.safetensors", {"format": "pt"})
-        parts[part].config.save_pretrained(folder / part) if part == "text_encoder" else parts[part].save_config(
-            folder / part
-        )
+        parts[part].config.save_pretrained(folder / part) if part == "text_encoder" else parts[
+            part
+        ].save_config(folder / part)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(PUBLISHED_SCHEDULE))
     single_file.tokenizer().save_pretrained(folder / "tokenizer")
@@ -151,11 +227,14 @@ def write_folder(folder: Path, parts: dict[str, torch.nn.Module], tensors: dict[
 def say(base: Base) -> list[torch.Tensor]:
     """What the three models make of the same input."""
     latents, pixels = (
-        torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(channels)) for channels in (4, 3)
+        torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(channels))
+        for channels in (4, 3)
     )
     ids = base.tokenizer("a robot", padding="max_length", return_tensors="pt").input_ids
     states = base.text_encoder(ids)[0]
-    noise = base.unet(latents.to(base.unet.dtype), torch.tensor([300]), encoder_hidden_states=states).sample
+    noise = base.unet(
+        latents.to(base.unet.dtype), torch.tensor([300]), encoder_hidden_states=states
+    ).sample
     moments = base.vae.encode(pixels).latent_dist.parameters
     said = [states, noise, moments, base.vae.decode(latents).sample]
     assert all(answer.isfinite().all() and answer.std() > 0 for answer in said)
@@ -167,8 +246,17 @@ def configurations(base: Base) -> list[dict]:
     configs = [dict(part.config) for part in (base.unet, base.vae, base.scheduler)] + [
         base.text_encoder.config.to_dict()
     ]
-    foreign = {"_name_or_path", "_class_name", "_use_default_values", "_diffusers_version", "architectures", "dtype"}
-    own = [{key: value for key, value in config.items() if key not in foreign} for config in configs]
+    foreign = {
+        "_name_or_path",
+        "_class_name",
+        "_use_default_values",
+        "_diffusers_version",
+        "architectures",
+        "dtype",
+    }
+    own = [
+        {key: value for key, value in config.items() if key not in foreign} for config in configs
+    ]
     return json.loads(json.dumps(own))
 
 
@@ -180,7 +268,8 @@ def full_names() -> dict[str, torch.Tensor]:
 
 
 def test_the_rules_give_the_published_names(full_names):
-    """Some that are easy to get wrong, and how many there are in v1-5-pruned-emaonly.safetensors of each part."""
+    """Some that are easy to get wrong, and how many there are in v1-5-pruned-emaonly.safetensors of
+    each part."""
     for key, shape in {
         "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
         "model.diffusion_model.input_blocks.3.0.op.weight": (320, 320, 3, 3),
@@ -227,9 +316,14 @@ def test_a_whole_checkpoint_loads_as_its_folder_does(tmp_path):
         assert base.vae.dtype == torch.float32
         assert (base.native_size, base.vae_factor) == (512, 8)
         for part in parts:
-            found, wanted = getattr(base, part).state_dict(), load_file(next((folder / part).glob("*.safetensors")))
+            found, wanted = (
+                getattr(base, part).state_dict(),
+                load_file(next((folder / part).glob("*.safetensors"))),
+            )
             assert found.keys() == wanted.keys()
-            assert all(torch.equal(found[name], wanted[name].to(found[name].dtype)) for name in wanted)
+            assert all(
+                torch.equal(found[name], wanted[name].to(found[name].dtype)) for name in wanted
+            )
         assert all(map(torch.equal, say(base), said))
         assert configurations(base) == configs
     finally:
@@ -237,7 +331,8 @@ def test_a_whole_checkpoint_loads_as_its_folder_does(tmp_path):
         file.unlink(missing_ok=True)
 
 
-# The rest on a smaller model: the same names and the same way, with sizes of its own in the place of sd15/.
+# The rest on a smaller model: the same names and the same way, with sizes of its own in the place
+# of sd15/.
 
 
 @pytest.fixture
@@ -266,7 +361,9 @@ class Small:
             config = model.config.to_dict() if part == "text_encoder" else dict(model.config)
             (folder / "sd15" / f"{part}.json").write_text(json.dumps(config))
 
-    def write(self, dtype=torch.float32, text_model="text_model.", more=None, metadata=None, without=()) -> Path:
+    def write(
+        self, dtype=torch.float32, text_model="text_model.", more=None, metadata=None, without=()
+    ) -> Path:
         tensors = {**original(self.numbers, text_model), **(more or {})}
         kept = {key: value for key, value in tensors.items() if key not in without}
         save_file({key: value.to(dtype) for key, value in kept.items()}, self.file, metadata)
@@ -274,18 +371,25 @@ class Small:
 
     def differs(self, base: Base) -> float:
         """How far the base's tensors are from those written."""
-        pairs = ((value.float(), self.numbers[part][name])
-                 for part in self.parts for name, value in getattr(base, part).state_dict().items())  # fmt: skip
+        pairs = (
+            (value.float(), self.numbers[part][name])
+            for part in self.parts
+            for name, value in getattr(base, part).state_dict().items()
+        )
         return max(float((one - other).abs().max()) for one, other in pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+)
 @pytest.mark.parametrize("text_model", ["text_model.", ""])
 def test_every_number_format_and_both_names_of_the_text_encoder(small, dtype, text_model):
     base = load_base(str(small.write(dtype, text_model)), torch.float32)
     assert (
         small.differs(base)
-        <= {torch.float32: 0, torch.float16: 1e-4, torch.bfloat16: 1e-3, torch.float8_e4m3fn: 0.01}[dtype]
+        <= {torch.float32: 0, torch.float16: 1e-4, torch.bfloat16: 1e-3, torch.float8_e4m3fn: 0.01}[
+            dtype
+        ]
     )
     for part in (base.unet, base.vae, base.text_encoder):
         assert part.dtype == torch.float32 and not part.training
@@ -303,21 +407,35 @@ def test_the_vae_is_known_again_in_a_folder(small):
 
 def test_half_precision_spares_the_vae(small):
     base = load_base(str(small.write(torch.float16)), torch.bfloat16)
-    assert (base.unet.dtype, base.text_encoder.dtype, base.vae.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert (base.unet.dtype, base.text_encoder.dtype, base.vae.dtype) == (
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    )
 
 
 def test_the_vaes_attention_may_be_linear(small):
-    linear = {key: value[:, :, 0, 0] for key, value in original(small.numbers).items()
-              if ".mid.attn_1." in key and value.ndim == 4}  # fmt: skip
+    linear = {
+        key: value[:, :, 0, 0]
+        for key, value in original(small.numbers).items()
+        if ".mid.attn_1." in key and value.ndim == 4
+    }
     assert len(linear) == 8
     assert small.differs(load_base(str(small.write(more=linear)), torch.float32)) == 0
 
 
 def test_averaged_weights_beside_the_others_are_not_used(small):
     """The names that the authors' code gives them: no dots."""
-    averaged = {"model_ema." + key.removeprefix("model.").replace(".", ""): torch.full_like(value, 9)
-                for key, value in original(small.numbers).items() if key.startswith(UNET)}  # fmt: skip
-    more = {**averaged, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+    averaged = {
+        "model_ema." + key.removeprefix("model.").replace(".", ""): torch.full_like(value, 9)
+        for key, value in original(small.numbers).items()
+        if key.startswith(UNET)
+    }
+    more = {
+        **averaged,
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(7),
+    }
     assert len(averaged) > 600
     assert small.differs(load_base(str(small.write(more=more)), torch.float32)) == 0
 
@@ -329,13 +447,19 @@ def test_the_file_may_go_once_it_is_loaded(small):
         file.write(bytes(small.file.stat().st_size))
     assert small.differs(base) == 0 and loaded == (base.unet, base.vae, base.text_encoder)
     base.release("unet", "vae", "text_encoder")
-    with pytest.raises(UserError, match=r"tiny-v1\.safetensors is gone or has changed since the start"):
+    with pytest.raises(
+        UserError, match=r"tiny-v1\.safetensors is gone or has changed since the start"
+    ):
         small.differs(base)
 
 
 def test_a_header_that_tells_of_velocities(small):
-    for told, wanted in (({"modelspec.prediction_type": "v"}, "v_prediction"), ({}, "epsilon"), (None, "epsilon"),
-                         ({"modelspec.prediction_type": "epsilon"}, "epsilon")):  # fmt: skip
+    for told, wanted in (
+        ({"modelspec.prediction_type": "v"}, "v_prediction"),
+        ({}, "epsilon"),
+        (None, "epsilon"),
+        ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
+    ):
         small.write(metadata=told)
         assert load_base(str(small.file), torch.float32).scheduler.config.prediction_type == wanted
 
@@ -369,10 +493,13 @@ def test_a_link_keeps_its_name(small):
 
 
 @pytest.mark.parametrize(
-    "name", ["models/none.safetensors", "/none/x.safetensors", "none.SAFETENSORS", "./a.safetensors"]
+    "name",
+    ["models/none.safetensors", "/none/x.safetensors", "none.SAFETENSORS", "./a.safetensors"],
 )
 def test_a_file_that_is_not_there(name):
-    with pytest.raises(UserError, match=f"There is no file {re.escape(name)}.*local folder.*--demo"):
+    with pytest.raises(
+        UserError, match=f"There is no file {re.escape(name)}.*local folder.*--demo"
+    ):
         load_base(name, torch.float32)
 
 
@@ -387,9 +514,17 @@ def test_a_lora_may_name_a_file_as_its_base(small, tmp_path):
     small.write()
     assert base_named(str(small.file)) == str(small.file)
     with pytest.raises(UserError, match="--base_model"):
-        base_named(f"/{small.file}")  # a second slash makes the name of another machine of it, on Windows
+        base_named(
+            f"/{small.file}"
+        )  # a second slash makes the name of another machine of it, on Windows
     small.file.rename(pickle := small.file.with_suffix(".ckpt"))
-    for name in (str(small.file), str(pickle), "/dev/null", "//host/x.safetensors", "\\\\host\\x.safetensors"):
+    for name in (
+        str(small.file),
+        str(pickle),
+        "/dev/null",
+        "//host/x.safetensors",
+        "\\\\host\\x.safetensors",
+    ):
         with pytest.raises(UserError, match="--base_model"):
             base_named(name)
 
@@ -399,7 +534,14 @@ def test_from_training_to_images_with_the_file_alone(small, train_here, monkeypa
     import generate_megaman
 
     small.write(torch.float16)
-    flags = ["--pretrained_model_name", small.file, "--data_dir", ROOT / "demo" / "held_out", "--max_train_steps", 1]
+    flags = [
+        "--pretrained_model_name",
+        small.file,
+        "--data_dir",
+        ROOT / "demo" / "held_out",
+        "--max_train_steps",
+        1,
+    ]
     flags += ["--resolution", 32, "--mixed_precision", "no", *FEW_TARGETS]
     train_here(small.folder, "out", *flags)
     lora = small.folder / "out" / "lora_weights"
@@ -412,7 +554,18 @@ def test_from_training_to_images_with_the_file_alone(small, train_here, monkeypa
     assert 'StableDiffusionPipeline.from_single_file("tiny-v1.safetensors")' in card
     assert str(small.folder) not in card and "base_model:" not in card
     monkeypatch.chdir(small.folder)
-    words = ["--lora_path", lora, "--prompts", "a robot", "--num_inference_steps", 2, "--height", 64, "--width", 64]
+    words = [
+        "--lora_path",
+        lora,
+        "--prompts",
+        "a robot",
+        "--num_inference_steps",
+        2,
+        "--height",
+        64,
+        "--width",
+        64,
+    ]
     assert generate_megaman.main([*map(str, words), "--output_dir", "drawn"]) == 0
     [drawn] = (small.folder / "drawn").glob("megaman_*.png")
     with Image.open(drawn) as image:
@@ -484,18 +637,27 @@ def test_a_part_of_the_embedded_base_is_no_base(base_folder):
     assert "one part of a base in diffusers' layout. Name the folder with model_index.json" in line
 
 
-@pytest.mark.parametrize("key", [
-    f"{UNET}input_blocks.7.1.transformer_blocks.0.norm2.bias", f"{UNET}out.2.bias",
-    f"{UNET}middle_block.1.proj_in.weight",
-    f"{UNET}output_blocks.2.1.conv.weight", f"{VAE}decoder.mid.attn_1.k.weight", f"{VAE}post_quant_conv.bias",
-    f"{VAE}encoder.down.1.downsample.conv.bias", f"{TEXT}encoder.layers.1.mlp.fc2.weight",
-    f"{TEXT}embeddings.position_embedding.weight"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{UNET}input_blocks.7.1.transformer_blocks.0.norm2.bias",
+        f"{UNET}out.2.bias",
+        f"{UNET}middle_block.1.proj_in.weight",
+        f"{UNET}output_blocks.2.1.conv.weight",
+        f"{VAE}decoder.mid.attn_1.k.weight",
+        f"{VAE}post_quant_conv.bias",
+        f"{VAE}encoder.down.1.downsample.conv.bias",
+        f"{TEXT}encoder.layers.1.mlp.fc2.weight",
+        f"{TEXT}embeddings.position_embedding.weight",
+    ],
+)
 def test_a_missing_tensor_and_one_of_another_shape(small, key):
     small.write(without=[key])
     assert "is not complete: " in refusal(small.file)
     small.write(more={key: original(small.numbers)[key][:-1].clone()})
     assert re.search(
-        r"is no Stable Diffusion 1\.x: \w+'s \S+ is \d+(x\d+)* instead of \d+(x\d+)*\. ", refusal(small.file)
+        r"is no Stable Diffusion 1\.x: \w+'s \S+ is \d+(x\d+)* instead of \d+(x\d+)*\. ",
+        refusal(small.file),
     )
 
 
@@ -510,13 +672,19 @@ def test_a_convolution_in_the_place_of_a_layer(small):
 def test_a_missing_part(small, start):
     """As in files that were pruned of their VAE or text encoder."""
     small.write(without=[key for key in original(small.numbers) if key.startswith(start)])
-    said = {UNET: "is a VAE alone", VAE: "not complete: it has no VAE", TEXT: "not complete: it has no text encoder"}
+    said = {
+        UNET: "is a VAE alone",
+        VAE: "not complete: it has no VAE",
+        TEXT: "not complete: it has no text encoder",
+    }
     assert said[start] in refusal(small.file)
 
 
 def test_names_without_end(tmp_path):
     """diffusers would compare each with each."""
-    save_file({f"{UNET}input_blocks.{i}.0.x": zeros(1) for i in range(5000)}, tmp_path / "x.safetensors")
+    save_file(
+        {f"{UNET}input_blocks.{i}.0.x": zeros(1) for i in range(5000)}, tmp_path / "x.safetensors"
+    )
     assert "5000 tensors model.diffusion_model.*" in refusal(tmp_path / "x.safetensors")
 
 
@@ -527,7 +695,8 @@ def test_numbers_that_are_not_finite(small):
     small.write(more={key: bad})
     base = load_base(str(small.file), torch.float32)
     with pytest.raises(
-        UserError, match=f"{re.escape(str(small.file))}, vae: decoder.conv_in.weight holds numbers that"
+        UserError,
+        match=f"{re.escape(str(small.file))}, vae: decoder.conv_in.weight holds numbers that",
     ):
         base.vae  # noqa: B018 - asked for
 
@@ -536,7 +705,9 @@ def test_pickles_and_files_cut_short(small):
     torch.save({"state_dict": {}}, small.file)
     assert "is a pickle, which can run code" in refusal(small.file)
     torch.save({"state_dict": {}}, small.file.with_suffix(".ckpt"))
-    assert "is a pickle, which can run code. Convert it to safetensors" in refusal(small.file.with_suffix(".ckpt"))
+    assert "is a pickle, which can run code. Convert it to safetensors" in refusal(
+        small.file.with_suffix(".ckpt")
+    )
     for size in (0, 7, 1000, 100_000):
         small.write()
         with open(small.file, "rb+") as file:
@@ -578,7 +749,9 @@ PIECES = [
 SHAPES = st.lists(st.integers(0, 3), max_size=5)
 
 
-@given(st.dictionaries(st.lists(st.sampled_from(PIECES), max_size=7).map("".join), SHAPES, max_size=6))
+@given(
+    st.dictionaries(st.lists(st.sampled_from(PIECES), max_size=7).map("".join), SHAPES, max_size=6)
+)
 def test_any_names_and_shapes_end_in_one_line(tmp_path_factory, shapes):
     path = tmp_path_factory.mktemp("odd") / "x.safetensors"
     save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, path)
@@ -596,9 +769,13 @@ def clip() -> CLIPTokenizer:
 
 @pytest.mark.parametrize(
     ("text", "ids"),
-    [("a photo of a cat", [320, 1125, 539, 320, 2368]), ("Hello  World!", [3306, 1002, 256]), ("", []),
-     ("a diagram", [320, 22697])],
-)  # fmt: skip
+    [
+        ("a photo of a cat", [320, 1125, 539, 320, 2368]),
+        ("Hello  World!", [3306, 1002, 256]),
+        ("", []),
+        ("a diagram", [320, 22697]),
+    ],
+)
 def test_words_have_the_published_numbers(clip, text, ids):
     assert clip(text).input_ids == [49406, *ids, 49407]
 
@@ -626,5 +803,10 @@ def test_vocabulary_and_merges_as_files_make_the_same_tokenizer(clip, tmp_path):
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     other = CLIPTokenizer.from_pretrained(tmp_path)
-    for text in ("Mega Man, blue robot (helmet:1.2)", "洛克人 藍色機器人", "🤖 naïve café's 1990", "<|endoftext|> x"):
+    for text in (
+        "Mega Man, blue robot (helmet:1.2)",
+        "洛克人 藍色機器人",
+        "🤖 naïve café's 1990",
+        "<|endoftext|> x",
+    ):
         assert clip(text).input_ids == other(text).input_ids

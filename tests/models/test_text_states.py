@@ -1,4 +1,5 @@
-"""Prompts as states of the text encoder: long ones, weights, layers; against diffusers and caption states."""
+"""Prompts as states of the text encoder: long ones, weights, layers; against diffusers and caption
+states."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from megaman.config.generate import DEFAULT_NEGATIVE_PROMPT
 from megaman.errors import UserError
 from megaman.models.base import load_base
 from megaman.models.prompt_weights import parse
-from megaman.models.text_encoding import count_chunks, encode_captions, encode_prompt, pad_chunks, weigh
+from megaman.models.text_encoding import (
+    count_chunks,
+    encode_captions,
+    encode_prompt,
+    pad_chunks,
+    weigh,
+)
 
 PROMPT = "mega man, blue robot, helmet, arm cannon"
 LONG = "robot " * 75 + "red"  # one word more than a chunk holds
@@ -29,24 +36,39 @@ def base(base_folder):
 
 @pytest.fixture(scope="module")
 def small(base_folder):
-    """Another text encoder: 16 positions, five layers, another token for padding than for the end."""
-    tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer", model_max_length=16, pad_token="!")
+    """Another text encoder: 16 positions, five layers, another token for padding than for the
+    end."""
+    tokenizer = CLIPTokenizer.from_pretrained(
+        base_folder / "tokenizer", model_max_length=16, pad_token="!"
+    )
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
-        max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     text_encoder = CLIPTextModel(config).eval()
-    torch.nn.init.normal_(text_encoder.final_layer_norm.bias, mean=-0.3, std=0.1)  # no mean of 0, as in CLIP
+    torch.nn.init.normal_(
+        text_encoder.final_layer_norm.bias, mean=-0.3, std=0.1
+    )  # no mean of 0, as in CLIP
     return text_encoder, tokenizer
 
 
 @pytest.fixture(params=["demo", "small"])
 def encoder(request, base):
     """Text encoder and tokenizer; each test runs with both."""
-    return (base.text_encoder, base.tokenizer) if request.param == "demo" else request.getfixturevalue("small")
+    return (
+        (base.text_encoder, base.tokenizer)
+        if request.param == "demo"
+        else request.getfixturevalue("small")
+    )
 
 
 def alone(encoder, ids: list[int], layer: int = -1) -> torch.Tensor:
@@ -86,16 +108,22 @@ def pipe(base_folder):
 def test_the_layers_are_those_of_diffusers(pipe, base):
     for ours, theirs in [(1, None), (1, 0), (2, 1)]:
         states = encode_prompt(base.text_encoder, base.tokenizer, PROMPT, clip_skip=ours)
-        assert torch.equal(states, pipe.encode_prompt(PROMPT, "cpu", 1, False, clip_skip=theirs)[0][0])
+        assert torch.equal(
+            states, pipe.encode_prompt(PROMPT, "cpu", 1, False, clip_skip=theirs)[0][0]
+        )
 
 
 def test_every_layer_and_none_beyond(encoder):
     layers = encoder[0].config.num_hidden_layers
     ids = encoder[1]("a robot", add_special_tokens=False).input_ids
     for clip_skip in range(1, layers + 1):
-        assert torch.equal(encode_prompt(*encoder, "a robot", clip_skip), alone(encoder, ids, -clip_skip))
+        assert torch.equal(
+            encode_prompt(*encoder, "a robot", clip_skip), alone(encoder, ids, -clip_skip)
+        )
     for clip_skip in (0, -1, layers + 1):
-        with pytest.raises(UserError, match=rf"--clip_skip {clip_skip} fits no layer.*Take 1 to {layers}"):
+        with pytest.raises(
+            UserError, match=rf"--clip_skip {clip_skip} fits no layer.*Take 1 to {layers}"
+        ):
             encode_prompt(*encoder, "a robot", clip_skip)
 
 
@@ -135,8 +163,12 @@ def test_a_chunk_ends_at_a_comma_that_is_near(base):
     assert first_chunk("robot " * 60 + ", " + "red " * 20) == 61
     assert first_chunk("robot " * 55 + ", " + "red " * 30) == 56, "the 20th token from the end"
     assert first_chunk("robot " * 54 + ", " + "red " * 30) == 75, "a comma too far away"
-    assert first_chunk("robot " * 56 + ", " + "red " * 4 + ", " + "blue " * 30) == 62, "the last of two"
-    assert first_chunk("robot " * 60 + ", " + "red " * 14 + ", blue") == 75, "the phrase ends with the chunk"
+    assert first_chunk("robot " * 56 + ", " + "red " * 4 + ", " + "blue " * 30) == 62, (
+        "the last of two"
+    )
+    assert first_chunk("robot " * 60 + ", " + "red " * 14 + ", blue") == 75, (
+        "the phrase ends with the chunk"
+    )
     assert first_chunk("robot " * 74 + ", red") == 75
 
 
@@ -168,19 +200,27 @@ def test_a_mean_that_says_nothing_is_left_alone():
 def test_a_weighted_word_moves_its_own_states_and_the_more_the_heavier(encoder):
     plain = encode_prompt(*encoder, "a red robot")
     moved = [
-        (encode_prompt(*encoder, f"a (red:{weight}) robot") - plain).norm(dim=1) for weight in (1.1, 1.3, 1.6, 2.0)
+        (encode_prompt(*encoder, f"a (red:{weight}) robot") - plain).norm(dim=1)
+        for weight in (1.1, 1.3, 1.6, 2.0)
     ]
     for moves in moved:
         assert moves.argmax() == 2, "BOS, a, red"
     assert all(less[2] < more[2] for less, more in pairwise(moved))
-    assert torch.equal(encode_prompt(*encoder, "a (red) robot"), encode_prompt(*encoder, "a (red:1.1) robot"))
+    assert torch.equal(
+        encode_prompt(*encoder, "a (red) robot"), encode_prompt(*encoder, "a (red:1.1) robot")
+    )
     assert torch.equal(encode_prompt(*encoder, "a (red:1.0) robot"), plain)
-    assert torch.equal(encode_prompt(*encoder, r"robot \(red\)"), encode_prompt(*encoder, "robot (:1)\\(red\\)"))
+    assert torch.equal(
+        encode_prompt(*encoder, r"robot \(red\)"), encode_prompt(*encoder, "robot (:1)\\(red\\)")
+    )
 
 
 def test_weights_reach_behind_the_first_chunk_and_stay_out_of_the_others(base):
     encoder = (base.text_encoder, base.tokenizer)
-    plain, heavy = encode_prompt(*encoder, LONG), encode_prompt(*encoder, LONG.replace("red", "(red:1.5)"))
+    plain, heavy = (
+        encode_prompt(*encoder, LONG),
+        encode_prompt(*encoder, LONG.replace("red", "(red:1.5)")),
+    )
     assert torch.equal(plain[:77], heavy[:77])
     assert not torch.allclose(plain[78], heavy[78], atol=1e-2)
 
@@ -211,7 +251,23 @@ def test_half_precision_stays_half(base_folder):
         assert states.dtype == torch.bfloat16 and torch.isfinite(states).all()
 
 
-PIECES = ["robot", " ", ",", "(", ")", "[", "]", ":1.4)", ":-1)", "\\", "洛克人", "🤖", "<|endoftext|>", "\n", "q" * 40]
+PIECES = [
+    "robot",
+    " ",
+    ",",
+    "(",
+    ")",
+    "[",
+    "]",
+    ":1.4)",
+    ":-1)",
+    "\\",
+    "洛克人",
+    "🤖",
+    "<|endoftext|>",
+    "\n",
+    "q" * 40,
+]
 
 
 @hypothesis_settings(max_examples=60)
@@ -221,5 +277,7 @@ def test_any_prompt_is_finite_states_of_whole_chunks(small, prompt):
     states = encode_prompt(text_encoder, tokenizer, prompt)
     chunks = count_chunks(tokenizer, prompt)
     assert states.shape == (16 * chunks, 32) and torch.isfinite(states).all()
-    tokens = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text, _ in parse(prompt))
+    tokens = sum(
+        len(tokenizer(text, add_special_tokens=False).input_ids) for text, _ in parse(prompt)
+    )
     assert max(1, -(-tokens // 14)) <= chunks <= max(1, tokens)

@@ -1,4 +1,5 @@
-"""Weights: the same numbers as the libraries load, each model when it is asked for, no more memory than it takes."""
+"""Weights: the same numbers as the libraries load, each model when it is asked for, no more memory
+than it takes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,11 @@ from megaman.models.base import Base, load_base, vae_identity
 from megaman.training.validation import Validation
 
 KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+FILES = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 
 
 @pytest.fixture
@@ -51,7 +56,10 @@ def as_it_is(folder: Path, part: str) -> None:
 
 def of_the_fp16_variant(folder: Path, part: str) -> None:
     path = weights_of(folder, part)
-    save_file({key: value.half() for key, value in load_file(path).items()}, path.with_suffix(".fp16.safetensors"))
+    save_file(
+        {key: value.half() for key, value in load_file(path).items()},
+        path.with_suffix(".fp16.safetensors"),
+    )
     path.unlink()
 
 
@@ -59,7 +67,10 @@ def in_float32(folder: Path, part: str) -> None:
     path = weights_of(folder, part)
     numbers = torch.Generator().manual_seed(0)  # that no half precision holds
     save_file(
-        {key: torch.randn(value.shape, generator=numbers) for key, value in load_file(path).items()},
+        {
+            key: torch.randn(value.shape, generator=numbers)
+            for key, value in load_file(path).items()
+        },
         path,
         {"format": "pt"},
     )
@@ -74,26 +85,37 @@ def in_shards(folder: Path, part: str) -> None:
 
 def with_more_than_is_needed(folder: Path, part: str) -> None:
     path = weights_of(folder, part)
-    save_file({**load_file(path), "vision_model.x": torch.tensor([torch.nan]), "none": torch.zeros(0)}, path,
-              {"format": "pt"})  # fmt: skip
+    save_file(
+        {**load_file(path), "vision_model.x": torch.tensor([torch.nan]), "none": torch.zeros(0)},
+        path,
+        {"format": "pt"},
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", KINDS)
 @pytest.mark.parametrize(
-    "stored", [as_it_is, of_the_fp16_variant, in_float32, in_shards, with_more_than_is_needed],
+    "stored",
+    [as_it_is, of_the_fp16_variant, in_float32, in_shards, with_more_than_is_needed],
     ids=lambda way: way.__name__,
-)  # fmt: skip
+)
 def test_the_same_numbers_as_the_libraries_load(own_copy, monkeypatch, part, stored, dtype):
     monkeypatch.setattr(weights, "PORTION", 100_000)
     stored(own_copy, part)
     variant = "fp16" if stored is of_the_fp16_variant else None
-    theirs = KINDS[part].from_pretrained(own_copy / part, variant=variant, use_safetensors=True,
-                                         dtype=torch.float32 if part == "vae" else dtype)  # fmt: skip
+    theirs = KINDS[part].from_pretrained(
+        own_copy / part,
+        variant=variant,
+        use_safetensors=True,
+        dtype=torch.float32 if part == "vae" else dtype,
+    )
     ours = getattr(load_base(str(own_copy), dtype), part)
     wanted, found = theirs.state_dict(), ours.state_dict()
     assert wanted.keys() == found.keys()
-    assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == wanted[name].dtype for name in wanted)
+    assert all(
+        torch.equal(found[name], wanted[name]) and found[name].dtype == wanted[name].dtype
+        for name in wanted
+    )
     buffers = dict(theirs.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in ours.named_buffers())
     assert not ours.training and not any(parameter.requires_grad for parameter in ours.parameters())
@@ -106,16 +128,23 @@ OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 def test_a_vae_whose_attention_has_the_old_names(own_copy, old):
     """As the published VAE of Stable Diffusion 1.5."""
     config = json.loads((own_copy / "vae" / "config.json").read_text())
-    AutoencoderKL.from_config({**config, "mid_block_add_attention": True}).save_pretrained(own_copy / "vae")
+    AutoencoderKL.from_config({**config, "mid_block_add_attention": True}).save_pretrained(
+        own_copy / "vae"
+    )
     path = weights_of(own_copy, "vae")
     stored = load_file(path)
     for new, word in OLD.items() if old else []:
-        stored = {key.replace(f"attentions.0.{new}.", f"attentions.0.{word}."): stored[key] for key in stored}
+        stored = {
+            key.replace(f"attentions.0.{new}.", f"attentions.0.{word}."): stored[key]
+            for key in stored
+        }
     assert sum(".query." in key or ".proj_attn." in key for key in stored) == (8 if old else 0)
     save_file(stored, path, {"format": "pt"})
     theirs = AutoencoderKL.from_pretrained(own_copy / "vae").state_dict()
     found = load_base(str(own_copy), torch.float32).vae.state_dict()
-    assert theirs.keys() == found.keys() and all(torch.equal(found[name], theirs[name]) for name in theirs)
+    assert theirs.keys() == found.keys() and all(
+        torch.equal(found[name], theirs[name]) for name in theirs
+    )
 
 
 def test_text_encoders_of_earlier_versions(own_copy):
@@ -128,13 +157,19 @@ def test_text_encoders_of_earlier_versions(own_copy):
 
 def test_tensors_in_portions_each_once_in_the_files_order(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "PORTION", 1000)
-    stored = {f"{number}": torch.full((number * 7 % 50,), float(number)) for number in range(1, 100)}
+    stored = {
+        f"{number}": torch.full((number * 7 % 50,), float(number)) for number in range(1, 100)
+    }
     save_file(stored, tmp_path / "x.safetensors")
     wanted = [name for name in stored if int(name) % 3]
     opened = []
     real = weights.safe_open
-    monkeypatch.setattr(weights, "safe_open", lambda *where, **how: opened.append(where) or real(*where, **how))
-    found = [(name, tensor.clone()) for name, tensor in weights.read(tmp_path / "x.safetensors", wanted)]
+    monkeypatch.setattr(
+        weights, "safe_open", lambda *where, **how: opened.append(where) or real(*where, **how)
+    )
+    found = [
+        (name, tensor.clone()) for name, tensor in weights.read(tmp_path / "x.safetensors", wanted)
+    ]
     assert sorted(name for name, _ in found) == sorted(wanted)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in found)
     size = sum(stored[name].nbytes for name in wanted)
@@ -187,7 +222,10 @@ def test_files_that_changed_meanwhile(own_copy, file):
 def test_a_part_that_was_let_go_comes_back_from_its_files(own_copy):
     base = load_base(str(own_copy), torch.bfloat16)
     unet, vae = base.unet, base.vae
-    first, gone = {name: tensor.clone() for name, tensor in vae.state_dict().items()}, weakref.ref(vae)
+    first, gone = (
+        {name: tensor.clone() for name, tensor in vae.state_dict().items()},
+        weakref.ref(vae),
+    )
     vae.enable_tiling()
     next(vae.parameters()).data.zero_()
     base.release("vae", "text_encoder")
@@ -212,8 +250,18 @@ def test_sample_images_without_their_vae_are_left_out(own_copy):
     base = load_base(str(own_copy), torch.float32)
     states = torch.zeros(77, base.unet.config.cross_attention_dim)
     said = []
-    validation = Validation(base, {"x": states, "": states}, "x", [0], 64, lambda vae: None, False, nullcontext,
-                            said.append, lambda: None)  # fmt: skip
+    validation = Validation(
+        base,
+        {"x": states, "": states},
+        "x",
+        [0],
+        64,
+        lambda vae: None,
+        False,
+        nullcontext,
+        said.append,
+        lambda: None,
+    )
     base.unet.train()
     weights_of(own_copy, "vae").unlink()
     assert validation.draw(3, own_copy / "samples-3") == []
@@ -232,7 +280,9 @@ def test_a_vaes_identity_hangs_on_its_numbers_alone(own_copy, tmp_path):
     in_shards(own_copy, "vae")  # in float32, which holds float16's numbers
     sharded = load_base(str(own_copy), torch.bfloat16)
     assert vae_identity(sharded.vae) == identity
-    assert {path.name for path in sharded.vae_files()} == {path.name for path in (own_copy / "vae").iterdir()}
+    assert {path.name for path in sharded.vae_files()} == {
+        path.name for path in (own_copy / "vae").iterdir()
+    }
     with torch.no_grad():
         next(sharded.vae.parameters()).view(-1)[3] += 1e-3
     assert vae_identity(sharded.vae) != identity
@@ -263,12 +313,16 @@ print(peak() - before, 2 * base.unet.num_parameters())
 def test_a_load_takes_the_model_and_a_portion(own_copy, run_script):
     config = json.loads((own_copy / "unet" / "config.json").read_text())
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config({**config, "block_out_channels": [96, 192, 384, 384]})
+        unet = UNet2DConditionModel.from_config(
+            {**config, "block_out_channels": [96, 192, 384, 384]}
+        )
     zeros = {name: torch.zeros(tensor.shape) for name, tensor in unet.state_dict().items()}
     save_file(zeros, weights_of(own_copy, "unet"))
     unet.save_config(own_copy / "unet")
     script = PEAK.replace(
-        "import torch\n", "import torch\nfrom megaman.models import weights\nweights.PORTION = 2**23\n", 1
+        "import torch\n",
+        "import torch\nfrom megaman.models import weights\nweights.PORTION = 2**23\n",
+        1,
     )
     done = run_script(["-c", script, own_copy], own_copy)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""The gallery: what is written comes back whole, prompts stay text, a browser opens the page from disk."""
+"""The gallery: what is written comes back whole, prompts stay text, a browser opens the page from
+disk."""
 
 import base64
 import hashlib
@@ -23,15 +24,54 @@ from PIL import Image
 
 from megaman.config.generate import parse_generate_config
 from megaman.errors import UserError
-from megaman.pages.gallery import GalleryImage, command, read_images, thumbnail_of, variant_labels, write_gallery
+from megaman.pages.gallery import (
+    GalleryImage,
+    command,
+    read_images,
+    thumbnail_of,
+    variant_labels,
+    write_gallery,
+)
 
 PLAIN = GalleryImage(
-    file="megaman_000_00.png", prompt="blue robot", negative_prompt="blurry", seed=42, width=64, height=64,
-    settings={"steps": 25, "guidance": 7.5, "sampler": "DPM++ 2M"})  # fmt: skip
-MARKUP = ["<script>alert(1)</script>", "</script>", "</title>", "<!--", "]]>", "<img src=x onerror=alert(1)>",
-          "<b>", "&amp;", "&#60;", '"', "'", "{{ 7 * 7 }}", "{% raw %}", "洛克人", "🤖", "\u202e", "\n", " ",
-          "javascript:", "//", "..", "?", "#", "%41", "\\"]  # fmt: skip
-odd_text = st.text(max_size=20) | st.lists(st.sampled_from(MARKUP), min_size=1, max_size=6).map("".join)
+    file="megaman_000_00.png",
+    prompt="blue robot",
+    negative_prompt="blurry",
+    seed=42,
+    width=64,
+    height=64,
+    settings={"steps": 25, "guidance": 7.5, "sampler": "DPM++ 2M"},
+)
+MARKUP = [
+    "<script>alert(1)</script>",
+    "</script>",
+    "</title>",
+    "<!--",
+    "]]>",
+    "<img src=x onerror=alert(1)>",
+    "<b>",
+    "&amp;",
+    "&#60;",
+    '"',
+    "'",
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "洛克人",
+    "🤖",
+    "\u202e",
+    "\n",
+    " ",
+    "javascript:",
+    "//",
+    "..",
+    "?",
+    "#",
+    "%41",
+    "\\",
+]
+odd_text = st.text(max_size=20) | st.lists(st.sampled_from(MARKUP), min_size=1, max_size=6).map(
+    "".join
+)
 
 
 class Page(HTMLParser):
@@ -59,7 +99,9 @@ class Page(HTMLParser):
             self.texts[self.open[-1]][-1] += data
 
     def attributes(self, tag: str, name: str) -> list[str | None]:
-        return [attributes[name] for each, attributes in self.tags if each == tag and name in attributes]
+        return [
+            attributes[name] for each, attributes in self.tags if each == tag and name in attributes
+        ]
 
     def shape(self) -> list[tuple[str, list[str]]]:
         return [(tag, sorted(attributes)) for tag, attributes in self.tags]
@@ -69,15 +111,25 @@ def pictures(folder: Path, images: list[GalleryImage]) -> list[GalleryImage]:
     """Draw the files that the images name."""
     for image in images:
         for file in filter(None, (image.file, image.base_file)):
-            Image.new("RGB", (image.width, image.height), (30, 90, image.seed % 256)).save(folder / file)
+            Image.new("RGB", (image.width, image.height), (30, 90, image.seed % 256)).save(
+                folder / file
+            )
     return images
 
 
 any_image = st.builds(
-    GalleryImage, file=odd_text, prompt=odd_text, negative_prompt=odd_text, seed=st.integers(0, 2**63),
-    width=st.integers(8, 2048), height=st.integers(8, 2048), base_file=st.none() | odd_text,
-    settings=st.dictionaries(odd_text, odd_text | st.integers() | st.floats(allow_nan=False), max_size=4),
-)  # fmt: skip
+    GalleryImage,
+    file=odd_text,
+    prompt=odd_text,
+    negative_prompt=odd_text,
+    seed=st.integers(0, 2**63),
+    width=st.integers(8, 2048),
+    height=st.integers(8, 2048),
+    base_file=st.none() | odd_text,
+    settings=st.dictionaries(
+        odd_text, odd_text | st.integers() | st.floats(allow_nan=False), max_size=4
+    ),
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -91,14 +143,18 @@ def test_images_json_gives_back_what_was_written(images):
 @cache
 def shape_of_a_plain_page() -> list:
     with tempfile.TemporaryDirectory() as folder:
-        return Page(write_gallery(Path(folder), [replace(PLAIN, settings={"lora": "mine"})], "Plain")).shape()
+        return Page(
+            write_gallery(Path(folder), [replace(PLAIN, settings={"lora": "mine"})], "Plain")
+        ).shape()
 
 
 @settings(max_examples=100, deadline=None)
 @given(odd_text, odd_text, odd_text, odd_text.filter(bool))
 def test_what_people_write_is_text_and_never_markup(prompt, value, title, file):
     with tempfile.TemporaryDirectory() as folder:
-        odd = replace(PLAIN, file=file, prompt=prompt, negative_prompt=value + "x", settings={"lora": value})
+        odd = replace(
+            PLAIN, file=file, prompt=prompt, negative_prompt=value + "x", settings={"lora": value}
+        )
         page = Page(write_gallery(Path(folder), [odd], title))
     assert page.shape() == shape_of_a_plain_page()
     assert page.texts["h2"] == [prompt, ""]  # the full view has one, too
@@ -115,7 +171,11 @@ def test_what_people_write_is_text_and_never_markup(prompt, value, title, file):
 
 
 def test_a_section_per_prompt_with_everything_that_makes_the_image_again(tmp_path):
-    images = [PLAIN, replace(PLAIN, file="b.png", prompt="red robot"), replace(PLAIN, file="c.png", seed=43)]
+    images = [
+        PLAIN,
+        replace(PLAIN, file="b.png", prompt="red robot"),
+        replace(PLAIN, file="c.png", seed=43),
+    ]
     path = write_gallery(tmp_path, images, "Robots")
     page = Page(path)
     assert path == tmp_path / "index.html"
@@ -125,7 +185,13 @@ def test_a_section_per_prompt_with_everything_that_makes_the_image_again(tmp_pat
     assert text.count("Seed 42") == 2 and text.count("Seed 43") == 1
     data = json.loads(page.texts["script"][0])
     assert [image["settings"] for image in data["images"]] == [
-        {"size": "64x64", "steps": "25", "guidance": "7.5", "sampler": "DPM++ 2M", "negative prompt": "blurry"}
+        {
+            "size": "64x64",
+            "steps": "25",
+            "guidance": "7.5",
+            "sampler": "DPM++ 2M",
+            "negative prompt": "blurry",
+        }
     ] * 3
 
 
@@ -141,21 +207,31 @@ def test_a_pair_has_the_base_on_the_left_and_the_lora_on_the_right(tmp_path):
     page = Page(write_gallery(tmp_path, [replace(PLAIN, base_file="base.png")], "Robots"))
     assert [text for text in page.texts["figcaption"] if text.strip()] == ["Base", "With LoRA"]
     assert page.attributes("img", "src") == ["./base.png", "./megaman_000_00.png"]
-    assert page.attributes("img", "alt") == ["Base: blue robot, seed 42", "With LoRA: blue robot, seed 42"]
+    assert page.attributes("img", "alt") == [
+        "Base: blue robot, seed 42",
+        "With LoRA: blue robot, seed 42",
+    ]
 
 
 def test_thumbnails_stand_for_the_images_that_have_one(tmp_path):
     (tmp_path / thumbnail_of("a #.png")).parent.mkdir()
     (tmp_path / thumbnail_of("a #.png")).write_bytes(b"")
-    page = Page(write_gallery(tmp_path, [replace(PLAIN, file="a #.png"), replace(PLAIN, file="b.png")], "Robots"))
+    page = Page(
+        write_gallery(
+            tmp_path, [replace(PLAIN, file="a #.png"), replace(PLAIN, file="b.png")], "Robots"
+        )
+    )
     assert page.attributes("img", "src") == ["./thumbnails/a%20%23.png.webp", "./b.png"]
     assert page.attributes("a", "href") == ["./a%20%23.png", "./b.png"]
 
 
 def test_the_policy_allows_the_pages_own_style_and_script_alone(tmp_path):
     page = Page(write_gallery(tmp_path, [PLAIN], "Robots"))
-    (policy,) = (attributes["content"] for tag, attributes in page.tags
-                 if attributes.get("http-equiv") == "Content-Security-Policy")  # fmt: skip
+    (policy,) = (
+        attributes["content"]
+        for tag, attributes in page.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules.pop("default-src") == "'none'"
     for tag in ("style", "script"):
@@ -166,23 +242,38 @@ def test_the_policy_allows_the_pages_own_style_and_script_alone(tmp_path):
 
 
 any_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("\ud800"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.just("\ud800"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 any_record = st.fixed_dictionaries(
-    {"file": odd_text | any_json, "prompt": odd_text | any_json, "negative_prompt": odd_text | st.just("\udcff"),
-     "seed": st.integers() | any_json, "width": st.integers() | any_json, "height": st.integers(),
-     "settings": st.dictionaries(odd_text, any_json, max_size=2) | any_json},
+    {
+        "file": odd_text | any_json,
+        "prompt": odd_text | any_json,
+        "negative_prompt": odd_text | st.just("\udcff"),
+        "seed": st.integers() | any_json,
+        "width": st.integers() | any_json,
+        "height": st.integers(),
+        "settings": st.dictionaries(odd_text, any_json, max_size=2) | any_json,
+    },
     optional={"base_file": any_json, "x": any_json},
-)  # fmt: skip
+)
 
 
 any_list = st.lists(any_record | any_json, max_size=2)
 
 
 @given(
-    any_list | any_json | st.fixed_dictionaries({"gallery": any_json | st.just("0123456789abcdef"), "images": any_list})
+    any_list
+    | any_json
+    | st.fixed_dictionaries({"gallery": any_json | st.just("0123456789abcdef"), "images": any_list})
 )
 def test_any_list_of_images_is_a_page_or_one_line(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "any_gallery"
@@ -202,16 +293,41 @@ def test_a_folder_without_a_gallery_has_no_images(tmp_path):
     assert "No images yet" in write_gallery(tmp_path, [], "Robots").read_text(encoding="utf-8")
 
 
-GOOD = {"file": "a.png", "prompt": "p", "negative_prompt": "", "seed": 1, "width": 8, "height": 8,
-        "settings": {}}  # fmt: skip
+GOOD = {
+    "file": "a.png",
+    "prompt": "p",
+    "negative_prompt": "",
+    "seed": 1,
+    "width": 8,
+    "height": 8,
+    "settings": {},
+}
 
 
-@pytest.mark.parametrize("content", [
-    b"[{", b"\xff\xfe[", b"{}", b"null", b"[1]", b'[{"file": "a.png"}]', b'{"gallery": "x", "images": []}',
-    b'{"gallery": "0123456789abcdef", "images": {}}', b'{"gallery": "0123456789abcdef"}',
-    *(json.dumps([{**GOOD, **change}]).encode()
-      for change in ({"seed": "1"}, {"prompt": None}, {"settings": []}, {"base_file": 3}, {"strength": 1})),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[{",
+        b"\xff\xfe[",
+        b"{}",
+        b"null",
+        b"[1]",
+        b'[{"file": "a.png"}]',
+        b'{"gallery": "x", "images": []}',
+        b'{"gallery": "0123456789abcdef", "images": {}}',
+        b'{"gallery": "0123456789abcdef"}',
+        *(
+            json.dumps([{**GOOD, **change}]).encode()
+            for change in (
+                {"seed": "1"},
+                {"prompt": None},
+                {"settings": []},
+                {"base_file": 3},
+                {"strength": 1},
+            )
+        ),
+    ],
+)
 def test_a_broken_images_json_is_one_line_that_names_the_file(tmp_path, content):
     (tmp_path / "images.json").write_bytes(json.dumps([GOOD]).encode())
     assert len(read_images(tmp_path)) == 1
@@ -229,15 +345,23 @@ def test_a_gallery_keeps_its_id_and_a_bare_list_gets_one(tmp_path):
         ids.append(json.loads((tmp_path / "images.json").read_text())["gallery"])
         assert json.loads(page.texts["script"][0])["gallery"] == ids[-1]
     write_gallery(tmp_path / "other", [PLAIN], "Robots")
-    assert ids[0] == ids[1] != json.loads((tmp_path / "other" / "images.json").read_text())["gallery"]
+    assert (
+        ids[0] == ids[1] != json.loads((tmp_path / "other" / "images.json").read_text())["gallery"]
+    )
     assert len(read_images(tmp_path)) == 3
 
 
 def compared(*variants: tuple[str, float], **changes) -> list[GalleryImage]:
     """One image for each LoRA and strength."""
-    return [replace(PLAIN, file=f"{PurePosixPath(lora).name}_{strength}.png",
-                    settings={"LoRA": lora, "strength": strength}, **changes)
-            for lora, strength in variants]  # fmt: skip
+    return [
+        replace(
+            PLAIN,
+            file=f"{PurePosixPath(lora).name}_{strength}.png",
+            settings={"LoRA": lora, "strength": strength},
+            **changes,
+        )
+        for lora, strength in variants
+    ]
 
 
 def test_one_seed_drawn_several_ways_is_a_table(tmp_path):
@@ -249,16 +373,20 @@ def test_one_seed_drawn_several_ways_is_a_table(tmp_path):
     assert page.attributes("img", "alt")[1] == "strength 0.5: blue robot, seed 42"
 
 
-@pytest.mark.parametrize(("loras", "labels"), [
-    (["out/checkpoint-5", "out\\lora_weights"], ["checkpoint-5", "lora_weights"]),
-    (["a/lora_weights", "b/lora_weights/"], ["a/lora_weights", "b/lora_weights/"]),
-    (["a", "a"], ["", ""]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("loras", "labels"),
+    [
+        (["out/checkpoint-5", "out\\lora_weights"], ["checkpoint-5", "lora_weights"]),
+        (["a/lora_weights", "b/lora_weights/"], ["a/lora_weights", "b/lora_weights/"]),
+        (["a", "a"], ["", ""]),
+    ],
+)
 def test_labels_tell_what_varies(loras, labels):
     assert variant_labels(compared(*((lora, 1) for lora in loras))) == labels
     both = variant_labels(compared((loras[0], 1), (loras[1], 0.5)))
     assert both == [
-        ", ".join(filter(None, [label, f"strength {s}"])) for label, s in zip(labels, ("1", "0.5"), strict=True)
+        ", ".join(filter(None, [label, f"strength {s}"]))
+        for label, s in zip(labels, ("1", "0.5"), strict=True)
     ]
 
 
@@ -266,22 +394,51 @@ def test_labels_tell_what_varies(loras, labels):
 @settings(max_examples=30, deadline=None)
 @given(odd_text, odd_text)
 def test_a_command_is_what_its_words_are_or_none(prompt, value):
-    line = command(replace(PLAIN, prompt=prompt, negative_prompt=value, settings={"LoRA": value, "guidance": 7.5}))
+    line = command(
+        replace(
+            PLAIN, prompt=prompt, negative_prompt=value, settings={"LoRA": value, "guidance": 7.5}
+        )
+    )
     if line is None:
-        assert any(mark < " " or "\x7f" <= mark < "\xa0" or mark in "\u2028\u2029" for mark in prompt + value)
+        assert any(
+            mark < " " or "\x7f" <= mark < "\xa0" or mark in "\u2028\u2029"
+            for mark in prompt + value
+        )
         return
     words = shlex.split(line)
-    assert subprocess.check_output(["sh", "-c", "printf '%s\\0' " + line]).decode() == "".join(f"{w}\0" for w in words)
+    assert subprocess.check_output(["sh", "-c", "printf '%s\\0' " + line]).decode() == "".join(
+        f"{w}\0" for w in words
+    )
     assert words[:3] == ["python", "generate_megaman.py", f"--prompts={prompt}"]
-    assert {f"--negative_prompt={value}", f"--lora_path={value}", "--guidance_scale=7.5", "--seed=42"} <= set(words)
+    assert {
+        f"--negative_prompt={value}",
+        f"--lora_path={value}",
+        "--guidance_scale=7.5",
+        "--seed=42",
+    } <= set(words)
 
 
 def test_a_command_draws_that_image():
-    settings = {"LoRA": "a b", "base": "c", "steps": 20, "guidance": 5.0, "sampler": "Euler a", "clip skip": 2}
+    settings = {
+        "LoRA": "a b",
+        "base": "c",
+        "steps": 20,
+        "guidance": 5.0,
+        "sampler": "Euler a",
+        "clip skip": 2,
+    }
     line = command(replace(PLAIN, settings=settings))
     options = parse_generate_config(shlex.split(line)[2:]).settings()
-    assert (options["prompts"], options["lora_path"], options["base_model"]) == (["blue robot"], ["a b"], "c")
-    assert (options["seed"], options["num_inference_steps"], options["guidance_scale"]) == (42, 20, 5.0)
+    assert (options["prompts"], options["lora_path"], options["base_model"]) == (
+        ["blue robot"],
+        ["a b"],
+        "c",
+    )
+    assert (options["seed"], options["num_inference_steps"], options["guidance_scale"]) == (
+        42,
+        20,
+        5.0,
+    )
     assert (options["height"], options["width"], options["negative_prompt"]) == (64, 64, "blurry")
     assert (options["scheduler"], options["clip_skip"]) == ("euler_a", 2)
 
@@ -289,7 +446,9 @@ def test_a_command_draws_that_image():
 def test_a_command_names_loras_that_drew_together():
     together = {"LoRA": "my loras/a:0.8, b:-0.5", "strength": "0.5"}
     options = parse_generate_config(
-        shlex.split(command(replace(PLAIN, settings=together, loras=["my loras/a:0.8", "b:-0.5"])))[2:]
+        shlex.split(command(replace(PLAIN, settings=together, loras=["my loras/a:0.8", "b:-0.5"])))[
+            2:
+        ]
     ).settings()
     assert (options["lora_path"], options["lora_scale"]) == (["my loras/a:0.8", "b:-0.5"], 0.5)
 
@@ -299,7 +458,8 @@ def test_a_command_names_loras_that_drew_together():
 
 @pytest.fixture
 def visit(the_browser, tmp_path):
-    """visit(images, width) draws the images, writes their page and opens it; nobody else is ever asked."""
+    """visit(images, width) draws the images, writes their page and opens it; nobody else is ever
+    asked."""
     visits = []
 
     def open_page(images: list[GalleryImage], width: int = 1280, page: Path | None = None) -> Visit:
@@ -313,19 +473,31 @@ def visit(the_browser, tmp_path):
         each.close()
 
 
-ROBOTS = [replace(PLAIN, file=f"{i} #1 100%.png", base_file=f"base_{i}.png", prompt=prompt, seed=42 + i)
-          for i, prompt in enumerate(["blue robot", 'a "quoted" <b>robot</b> </script><script>parent.x = 1</script>',
-                                      "洛克人 🤖", "Blue monster, walking"])]  # fmt: skip
+ROBOTS = [
+    replace(PLAIN, file=f"{i} #1 100%.png", base_file=f"base_{i}.png", prompt=prompt, seed=42 + i)
+    for i, prompt in enumerate(
+        [
+            "blue robot",
+            'a "quoted" <b>robot</b> </script><script>parent.x = 1</script>',
+            "洛克人 🤖",
+            "Blue monster, walking",
+        ]
+    )
+]
 
 
 @needs_browser
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_every_image(visit, width):
     page = visit(ROBOTS, width)
-    assert page.do("[...document.images].every((i) => i.loading === 'lazy' && i.decoding === 'async')")
+    assert page.do(
+        "[...document.images].every((i) => i.loading === 'lazy' && i.decoding === 'async')"
+    )
     page.do("document.querySelectorAll('img').forEach((image) => { image.loading = 'eager'; })")
     page.wait_for("[...document.images].every((image) => image.naturalWidth === 64)")
-    assert page.do("[...document.querySelectorAll('main h2')].map((h) => h.textContent)") == [r.prompt for r in ROBOTS]
+    assert page.do("[...document.querySelectorAll('main h2')].map((h) => h.textContent)") == [
+        r.prompt for r in ROBOTS
+    ]
     left = page.do("[...document.images].map((image) => image.getBoundingClientRect().left)")
     assert all(base < lora for base, lora in zip(left[::2], left[1::2], strict=True))
     assert page.do("document.documentElement.scrollWidth") <= width
@@ -349,8 +521,11 @@ OPEN = "document.querySelector('dialog').open"
 @needs_browser
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_full_view_and_its_keys(visit, width):
-    images = [replace(PLAIN, file=f"{i}{j}.png", prompt=prompt, seed=42 + j)
-              for i, prompt in enumerate(["one", "two", "three"]) for j in (0, 1)]  # fmt: skip
+    images = [
+        replace(PLAIN, file=f"{i}{j}.png", prompt=prompt, seed=42 + j)
+        for i, prompt in enumerate(["one", "two", "three"])
+        for j in (0, 1)
+    ]
     page = visit(images, width)
     page.click("[data-number='1'] img")
     assert page.do(OPEN) and page.do(STAGE) == ["./01.png"]
@@ -383,8 +558,10 @@ def test_the_slider_compares_with_the_base(visit):
     page.key("ArrowRight")  # the slider has the focus now
     assert int(page.do("document.querySelector('.stage input').value")) == int(before) + 1
     assert page.do(SHOWN) == ROBOTS[1].prompt
-    page.do("(() => { const s = document.querySelector('dialog select'); s.value = ''; "
-            "s.dispatchEvent(new Event('change', {bubbles: true})); })()")  # fmt: skip
+    page.do(
+        "(() => { const s = document.querySelector('dialog select'); s.value = ''; "
+        "s.dispatchEvent(new Event('change', {bubbles: true})); })()"
+    )
     assert page.do(STAGE) == ["./1%20%231%20100%25.png"]
     page.click(".on")
     assert page.do(STAGE) == ["./2%20%231%20100%25.png"], "what was chosen stays chosen"
@@ -395,14 +572,18 @@ def test_the_slider_compares_with_the_base(visit):
 def test_the_slider_compares_strengths_and_the_grid_has_its_labels(visit):
     images = compared(("out/lora", 0), ("out/lora", 0.5), ("out/lora", 1))
     page = visit(images)
-    heads = page.do("[...document.querySelectorAll('thead th')].map((h) => h.getBoundingClientRect().left)")
+    heads = page.do(
+        "[...document.querySelectorAll('thead th')].map((h) => h.getBoundingClientRect().left)"
+    )
     drawn = page.do("[...document.images].map((i) => i.getBoundingClientRect().left)")
     assert heads == sorted(heads) and all(a <= b for a, b in zip(heads, drawn, strict=True))
     page.click("[data-number='2'] img")
     options = "[...document.querySelectorAll('dialog option')].map((option) => option.textContent)"
     assert page.do(options) == ["nothing", "strength 0", "strength 0.5"]
-    page.do("(() => { const s = document.querySelector('dialog select'); s.value = 'strength 0'; "
-            "s.dispatchEvent(new Event('change', {bubbles: true})); })()")  # fmt: skip
+    page.do(
+        "(() => { const s = document.querySelector('dialog select'); s.value = 'strength 0'; "
+        "s.dispatchEvent(new Event('change', {bubbles: true})); })()"
+    )
     assert page.do(STAGE) == ["./lora_0.png", "./lora_1.png"]
     assert page.complaints() == []
 
@@ -417,8 +598,16 @@ def type_words(page: Visit, words: str) -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize(("words", "numbers"), [
-    ("blue", "03"), ("WALKING  blue", "3"), ("洛克", "2"), ("</script>", "1"), ("nothing such", "")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "numbers"),
+    [
+        ("blue", "03"),
+        ("WALKING  blue", "3"),
+        ("洛克", "2"),
+        ("</script>", "1"),
+        ("nothing such", ""),
+    ],
+)
 def test_the_filter_by_words(visit, words, numbers):
     page = visit(ROBOTS)
     type_words(page, words)
@@ -431,9 +620,11 @@ def test_the_filter_by_words(visit, words, numbers):
 
 @needs_browser
 def test_groups(visit):
-    images = [replace(image, prompt=prompt, seed=seed, file=f"{seed}{image.file}")
-              for prompt, seed in (("one", 10), ("two", 9), ("one", 9))
-              for image in compared(("out/a", 0.5), ("out/b", 1))]  # fmt: skip
+    images = [
+        replace(image, prompt=prompt, seed=seed, file=f"{seed}{image.file}")
+        for prompt, seed in (("one", 10), ("two", 9), ("one", 9))
+        for image in compared(("out/a", 0.5), ("out/b", 1))
+    ]
     page = visit(images)
     groups = """[...document.querySelectorAll('main section')].map((section) =>
         [section.querySelector('h2').textContent,
@@ -447,8 +638,10 @@ def test_groups(visit):
         "prompt": by_prompt,
     }
     for by, wanted in expected.items():
-        page.do(f"(() => {{ const s = document.querySelector('.tools select'); s.value = '{by}'; "
-                "s.dispatchEvent(new Event('change')); })()")  # fmt: skip
+        page.do(
+            f"(() => {{ const s = document.querySelector('.tools select'); s.value = '{by}'; "
+            "s.dispatchEvent(new Event('change')); })()"
+        )
         assert page.do(groups) == wanted
     assert page.do("document.querySelectorAll('td .card').length") == 6, "back in the tables"
     assert page.complaints() == []
@@ -459,9 +652,13 @@ WHOLE = "((n) => document.querySelector(`[data-number='${n}'] img`).naturalWidth
 
 
 @needs_browser
-@pytest.mark.parametrize("each", [1, 4, 400])  # images of a prompt: in rows, in sections, card by card
+@pytest.mark.parametrize(
+    "each", [1, 4, 400]
+)  # images of a prompt: in rows, in sections, card by card
 def test_pictures_far_away_are_let_go_and_come_back(visit, each):
-    images = [replace(PLAIN, file=f"{i}.png", prompt=f"robot {i // each}", seed=i) for i in range(400)]
+    images = [
+        replace(PLAIN, file=f"{i}.png", prompt=f"robot {i // each}", seed=i) for i in range(400)
+    ]
     page = visit(images)
     to = "((n) => document.querySelector(`[data-number='${n}']`).scrollIntoView({behavior: 'instant'}))"
     page.do(f"{to}(100)")
@@ -483,13 +680,19 @@ def test_pictures_far_away_are_let_go_and_come_back(visit, each):
     type_words(page, "robot 0" if each > 1 else "robot 399")
     page.wait_for(f"{WHOLE}({0 if each > 1 else 399})")
     page.do("dispatchEvent(new Event('beforeprint'))")
-    assert page.do("[...document.images].every((i) => i.hasAttribute('src'))") and page.complaints() == []
+    assert (
+        page.do("[...document.images].every((i) => i.hasAttribute('src'))")
+        and page.complaints() == []
+    )
 
 
 @needs_browser
 def test_rows_have_no_gaps_when_filtered(visit):
-    """200 prompts of one image stand in several rows of the page; what fits stands side by side all the same."""
-    page = visit([replace(PLAIN, file=f"{i}.png", prompt=f"robot {i:03}", seed=i) for i in range(200)])
+    """200 prompts of one image stand in several rows of the page; what fits stands side by side all
+    the same."""
+    page = visit(
+        [replace(PLAIN, file=f"{i}.png", prompt=f"robot {i:03}", seed=i) for i in range(200)]
+    )
     assert page.do("document.querySelectorAll('.row').length") > 2
     tops = """[...document.querySelectorAll('.card')].filter((c) => c.checkVisibility())
         .map((c) => c.getBoundingClientRect().top)"""
@@ -500,8 +703,12 @@ def test_rows_have_no_gaps_when_filtered(visit):
 
 @needs_browser
 def test_prompts_of_different_length_have_their_images_at_one_height(visit):
-    page = visit([replace(PLAIN, file=f"{i}.png", prompt=prompt, seed=i)
-                  for i, prompt in enumerate(["short", "a long one " * 40, "of two lines, " * 4])])  # fmt: skip
+    page = visit(
+        [
+            replace(PLAIN, file=f"{i}.png", prompt=prompt, seed=i)
+            for i, prompt in enumerate(["short", "a long one " * 40, "of two lines, " * 4])
+        ]
+    )
     tops = page.do("[...document.images].map((i) => i.getBoundingClientRect().top)")
     assert len(set(tops)) == 1
 
@@ -514,14 +721,14 @@ def test_favourites_survive_and_are_exported(visit, tmp_path, the_browser):
     page.click("dialog .star")
     page.key("Escape")
     page.load()
-    pressed = (
-        "[...document.querySelectorAll('.card .star')].map((star) => star.getAttribute('aria-pressed') === 'true')"
-    )
+    pressed = "[...document.querySelectorAll('.card .star')].map((star) => star.getAttribute('aria-pressed') === 'true')"
     assert page.do(pressed) == [False, True, False, True]
     page.click("[type=checkbox]")
     assert page.do(VISIBLE) == ["1", "3"]
     (tmp_path / "got").mkdir()
-    the_browser.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "got"))
+    the_browser.send(
+        "Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "got")
+    )
     page.click(".export")
     end = time.monotonic() + 30
     while not (exported := list((tmp_path / "got").glob("*.txt"))) and time.monotonic() < end:
@@ -539,7 +746,9 @@ def test_favourites_survive_and_are_exported(visit, tmp_path, the_browser):
 @needs_browser
 def test_copies(visit, the_browser):
     page = visit(ROBOTS)
-    the_browser.send("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    the_browser.send(
+        "Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]
+    )
     page.send("Page.bringToFront")
     page.click("section:nth-of-type(2) .copy")
     page.wait_for("document.querySelector('section:nth-of-type(2) .copy').textContent === 'Copied'")
@@ -568,7 +777,11 @@ def test_settings_on_demand(visit):
     terms = page.do(
         "[...document.querySelectorAll('dialog dl div')].map((d) => [...d.children].map((c) => c.textContent))"
     )
-    assert ["<b>", "</dl><script>x</script>"] in terms and ["steps", "25"] in terms and ["seed", "42"] in terms
+    assert (
+        ["<b>", "</dl><script>x</script>"] in terms
+        and ["steps", "25"] in terms
+        and ["seed", "42"] in terms
+    )
 
 
 @needs_browser
@@ -576,12 +789,27 @@ def test_prompts_with_markup_run_no_script(visit):
     """MEGAMAN_PROMPTS=2000 for the long form."""
     count = int(os.environ.get("MEGAMAN_PROMPTS", 100))
     attack = "document.title='taken'"
-    attacks = [f"<script>{attack}</script>", f'<img src=x onerror="{attack}">', f"</script><script>{attack}</script>",
-               f"</h2><svg onload={attack}>", f'"><iframe srcdoc="<script>parent.{attack}</script>">',
-               f"javascript:{attack}", "<!--<script>", "{{ 7 * 7 }}", f"' onmouseover={attack}", "\\u003cscript>",
-               "&lt;script&gt;"]  # fmt: skip
-    prompts = [f"{attacks[i % 11]} {attacks[i // 11 % 11]} {MARKUP[i % len(MARKUP)]} {i}" for i in range(count)]
-    images = [replace(PLAIN, prompt=p, negative_prompt=p, settings={p: p, "LoRA": p, "strength": p}) for p in prompts]
+    attacks = [
+        f"<script>{attack}</script>",
+        f'<img src=x onerror="{attack}">',
+        f"</script><script>{attack}</script>",
+        f"</h2><svg onload={attack}>",
+        f'"><iframe srcdoc="<script>parent.{attack}</script>">',
+        f"javascript:{attack}",
+        "<!--<script>",
+        "{{ 7 * 7 }}",
+        f"' onmouseover={attack}",
+        "\\u003cscript>",
+        "&lt;script&gt;",
+    ]
+    prompts = [
+        f"{attacks[i % 11]} {attacks[i // 11 % 11]} {MARKUP[i % len(MARKUP)]} {i}"
+        for i in range(count)
+    ]
+    images = [
+        replace(PLAIN, prompt=p, negative_prompt=p, settings={p: p, "LoRA": p, "strength": p})
+        for p in prompts
+    ]
     page = visit(images)
     assert page.do("[...document.querySelectorAll('main h2')].map((h) => h.textContent)") == prompts
     page.click("[data-number='0'] img")
@@ -589,14 +817,17 @@ def test_prompts_with_markup_run_no_script(visit):
         page.key("ArrowRight")
     page.key("Escape")
     for by in ("LoRA", "strength", "prompt"):
-        page.do(f"(() => {{ const s = document.querySelector('.tools select'); s.value = '{by}'; "
-                "s.dispatchEvent(new Event('change')); })()")  # fmt: skip
+        page.do(
+            f"(() => {{ const s = document.querySelector('.tools select'); s.value = '{by}'; "
+            "s.dispatchEvent(new Event('change')); })()"
+        )
     assert page.do("document.title") == "Robots"
     assert page.do("document.querySelectorAll('script, iframe, svg').length") == 2
     assert page.complaints() == []
 
 
-# Markup, and what is true in the page if it has its way; None if it has it unless the policy stops a file.
+# Markup, and what is true in the page if it has its way; None if it has it unless the policy stops
+# a file.
 INTRUDERS = {
     "<script>document.title = 'taken'</script>": "document.title === 'taken'",
     "<p id=intruder onclick=\"document.title = 'taken'\">x</p>": "document.title === 'taken'",
@@ -609,7 +840,8 @@ INTRUDERS = {
 @needs_browser
 @pytest.mark.parametrize("intruder", INTRUDERS)
 def test_a_browser_refuses_what_the_policy_does_not_name(the_browser, tmp_path, intruder):
-    """What counts is what happens: how a browser complains, and when, differs from version to version."""
+    """What counts is what happens: how a browser complains, and when, differs from version to
+    version."""
     path = write_gallery(tmp_path, pictures(tmp_path, [PLAIN]), "Robots")
     text = path.read_text(encoding="utf-8").replace("</main>", "</main>" + intruder)
     policy = re.search("<meta [^>]*Content-Security-Policy[^>]*>", text).group()
@@ -632,8 +864,12 @@ def test_a_browser_refuses_what_the_policy_does_not_name(the_browser, tmp_path, 
 @pytest.mark.parametrize("dark", [False, True])
 def test_accessibility(the_browser, tmp_path, axe, dark):
     images = [*ROBOTS, *compared(("out/a", 0), ("out/a", 1), prompt="a table")]
-    page = Visit(the_browser, write_gallery(tmp_path, pictures(tmp_path, images), "Robots"), dark=dark)
-    page.do("for (const card of document.querySelectorAll('.card')) card.style.contentVisibility = 'visible'")
+    page = Visit(
+        the_browser, write_gallery(tmp_path, pictures(tmp_path, images), "Robots"), dark=dark
+    )
+    page.do(
+        "for (const card of document.querySelectorAll('.card')) card.style.contentVisibility = 'visible'"
+    )
     page.do(axe + "; 0")
     assert page.do("axe.run().then(({passes}) => passes.length)") > 20, "something was looked at"
     serious = """axe.run().then(({violations}) => violations

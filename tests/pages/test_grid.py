@@ -18,19 +18,28 @@ def picture(folder, size):
 
 @pytest.mark.parametrize(
     ("size", "cell"),
-    [((64, 64), (256, 256)), ((48, 96), (96, 192)), ((512, 512), (256, 256)), ((768, 512), (256, 171))],
+    [
+        ((64, 64), (256, 256)),
+        ((48, 96), (96, 192)),
+        ((512, 512), (256, 256)),
+        ((768, 512), (256, 171)),
+    ],
 )
 def test_small_pictures_grow_in_whole_steps_and_large_ones_shrink(tmp_path, size, cell):
     save_grid(tmp_path / "grid.png", ["a", "b"], [("row", [picture(tmp_path, size)] * 2)])
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width == MARGIN + 2 * (cell[0] + GAP)
     red = grid.point(lambda value: 255 if value == 200 else 0).getchannel("R")
-    left, top, right, bottom = red.crop((MARGIN, 40, MARGIN + cell[0] + GAP // 2, grid.height)).getbbox()
+    left, top, right, bottom = red.crop(
+        (MARGIN, 40, MARGIN + cell[0] + GAP // 2, grid.height)
+    ).getbbox()
     assert (right - left, bottom - top) == cell
 
 
 def test_a_long_comparison_stays_within_bounds(tmp_path):
-    save_grid(tmp_path / "grid.png", ["a"], [(str(i), [picture(tmp_path, (64, 64))]) for i in range(200)])
+    save_grid(
+        tmp_path / "grid.png", ["a"], [(str(i), [picture(tmp_path, (64, 64))]) for i in range(200)]
+    )
     assert max(Image.open(tmp_path / "grid.png").size) <= LONGEST_SIDE
 
 

@@ -1,4 +1,5 @@
-"""What a folder holds already: numbers that are taken, images without a page, the images of a stopped run."""
+"""What a folder holds already: numbers that are taken, images without a page, the images of a
+stopped run."""
 
 from __future__ import annotations
 
@@ -52,7 +53,10 @@ def test_the_stopped_run_is_found_by_its_images(tmp_path, put):
     assert output_folder.first_of_stopped(tmp_path, wanted) is None
     for first, count in ((10, 3), (20, 3), (30, 1)):
         for i in range(count):
-            put(f"megaman_{first + i:03d}_00.png", replace(RECORD, prompt=str(i), device="elsewhere"))
+            put(
+                f"megaman_{first + i:03d}_00.png",
+                replace(RECORD, prompt=str(i), device="elsewhere"),
+            )
     assert output_folder.first_of_stopped(tmp_path, wanted) == 20
 
 

@@ -23,9 +23,17 @@ def test_a_prompts_own_settings_win_over_the_command_lines():
     ]
 
 
-prompts = st.lists(st.builds(
-    Prompt, text=st.sampled_from(["a", "a longer one"]), width=st.sampled_from([None, 64]),
-    steps=st.sampled_from([None, 3]), guidance=st.sampled_from([None, 1.0])), min_size=1, max_size=12)  # fmt: skip
+prompts = st.lists(
+    st.builds(
+        Prompt,
+        text=st.sampled_from(["a", "a longer one"]),
+        width=st.sampled_from([None, 64]),
+        steps=st.sampled_from([None, 3]),
+        guidance=st.sampled_from([None, 1.0]),
+    ),
+    min_size=1,
+    max_size=12,
+)
 
 
 @given(prompts, st.integers(1, 5), st.integers(1, 7))

@@ -1,4 +1,5 @@
-"""The parameters text of a PNG is what A1111's own expression reads, whatever stands in the prompt."""
+"""The parameters text of a PNG is what A1111's own expression reads, whatever stands in the
+prompt."""
 
 from __future__ import annotations
 
@@ -14,11 +15,16 @@ from megaman.sampling.records import a1111_text, save_png, save_thumbnail
 
 A1111_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
-line = st.text(st.characters(blacklist_categories=["Cs", "Cc"], blacklist_characters="\u2028\u2029\x85"), max_size=60)
+line = st.text(
+    st.characters(blacklist_categories=["Cs", "Cc"], blacklist_characters="\u2028\u2029\x85"),
+    max_size=60,
+)
 VALUES = {"Steps": 20, "Sampler": "DPM++ 2M", "CFG scale": "7", "Seed": 5, "Size": "512x512"}
 
 
-@pytest.mark.parametrize(("size", "small"), [((512, 512), (256, 256)), ((768, 512), (256, 171)), ((300, 64), None)])
+@pytest.mark.parametrize(
+    ("size", "small"), [((512, 512), (256, 256)), ((768, 512), (256, 171)), ((300, 64), None)]
+)
 def test_a_thumbnail_of_large_pictures_alone(tmp_path, size, small):
     image = Image.new("RGB", size, "navy")
     save_thumbnail(tmp_path / "small" / "a.webp", image)

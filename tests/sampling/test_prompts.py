@@ -1,4 +1,5 @@
-"""The prompts file: three kinds of lines, comments and blank lines skipped, one line for whatever is wrong."""
+"""The prompts file: three kinds of lines, comments and blank lines skipped, one line for whatever
+is wrong."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ def test_there_are_ten_built_in_ones():
 def test_no_prompt_in_the_file(tmp_path, content):
     path = tmp_path / "empty.txt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"--prompts_file .*empty\.txt holds no prompt.*one prompt a line"):
+    with pytest.raises(
+        UserError, match=r"--prompts_file .*empty\.txt holds no prompt.*one prompt a line"
+    ):
         read_prompts(path)
 
 
@@ -135,8 +138,13 @@ def test_a1111_options_quoted_as_in_a_shell(read):
         "--width 512 --height 768"
     )
     assert read(line) == ([Prompt(r'a "cat", \(hat\)', "low quality", 512, 768, 1, 7.0, 20)], [])
-    assert read("--steps 2 --prompt a red robot --negative_prompt ''") == ([Prompt("a red robot", "", steps=2)], [])
-    assert read("--prompt 'robot' --seed -1") == ([Prompt("robot")], []), "any seed: the command line's"
+    assert read("--steps 2 --prompt a red robot --negative_prompt ''") == (
+        [Prompt("a red robot", "", steps=2)],
+        [],
+    )
+    assert read("--prompt 'robot' --seed -1") == ([Prompt("robot")], []), (
+        "any seed: the command line's"
+    )
 
 
 def test_the_three_kinds_in_one_file(read):
@@ -163,7 +171,10 @@ def test_dashes_that_begin_no_option_are_text(read, line):
         ("a --d -2", "--d '-2' is out of range"),
         ("a --n --w 512", "--n has no value"),
         ("a --w", "--w has no value"),
-        ("a --ar 16:9", "--ar is no option of a prompt: take it out, or put a space behind the dashes"),
+        (
+            "a --ar 16:9",
+            "--ar is no option of a prompt: take it out, or put a space behind the dashes",
+        ),
         ("a --wdth 512", "--wdth is no option of a prompt: did you mean --width"),
         ("a cat --prompt b", "--prompt stands behind a text: begin the line with it"),
         ('--prompt "a cat', "a quote is not closed"),
@@ -180,13 +191,22 @@ def test_dashes_that_begin_no_option_are_text(read, line):
 def test_a_bad_line_is_told_and_the_rest_is_made(read, tmp_path, line, said):
     prompts, (remark,) = read(f"# first\na robot\n{line}\na cat --s 5")
     assert prompts == [Prompt("a robot"), Prompt("a cat", steps=5)]
-    assert remark.startswith(f"line 3: {said}") and remark.endswith("; the line is left out") and len(remark) < 400
-    with pytest.raises(UserError, match=r"prompts\.txt holds no good line: line 2: .*left out \(and 1 more like it\)"):
+    assert (
+        remark.startswith(f"line 3: {said}")
+        and remark.endswith("; the line is left out")
+        and len(remark) < 400
+    )
+    with pytest.raises(
+        UserError,
+        match=r"prompts\.txt holds no good line: line 2: .*left out \(and 1 more like it\)",
+    ):
         read(f"\n{line}\n{line}")
 
 
 def test_options_for_other_programs_are_told_and_the_line_is_drawn(read):
-    prompts, remarks = read('--prompt "a cat" --sampler_name "Euler a" --seed 3 --batch_size 2\na dog --am 0.8 --s 9')
+    prompts, remarks = read(
+        '--prompt "a cat" --sampler_name "Euler a" --seed 3 --batch_size 2\na dog --am 0.8 --s 9'
+    )
     assert prompts == [Prompt("a cat", seed=3), Prompt("a dog", steps=9)]
     assert remarks == [
         "line 1: --sampler_name, --batch_size: of no use here; the rest of the line is used",
@@ -210,30 +230,71 @@ settings = st.fixed_dictionaries(
     },
 )
 KOHYA = {"negative": "n", "width": "w", "height": "h", "seed": "d", "guidance": "l", "steps": "s"}
-A1111 = {"text": "prompt", "negative": "negative_prompt", "width": "width", "height": "height", "seed": "seed",
-         "guidance": "cfg_scale", "steps": "steps"}  # fmt: skip
+A1111 = {
+    "text": "prompt",
+    "negative": "negative_prompt",
+    "width": "width",
+    "height": "height",
+    "seed": "seed",
+    "guidance": "cfg_scale",
+    "steps": "steps",
+}
 
 
-@given(st.lists(settings, min_size=1, max_size=4), st.sampled_from(["kohya", "a1111"]), st.randoms())
+@given(
+    st.lists(settings, min_size=1, max_size=4), st.sampled_from(["kohya", "a1111"]), st.randoms()
+)
 def test_lines_come_back_as_they_were_written(tmp_path_factory, wanted, kind, random):
     lines = []
     for fields in wanted:
-        options = [(name, value) for name, value in fields.items() if kind == "a1111" or name != "text"]
+        options = [
+            (name, value) for name, value in fields.items() if kind == "a1111" or name != "text"
+        ]
         random.shuffle(options)
         if kind == "kohya":
-            lines.append(" ".join([fields["text"], *(f"--{KOHYA[name]} {value}" for name, value in options)]))
+            lines.append(
+                " ".join([fields["text"], *(f"--{KOHYA[name]} {value}" for name, value in options)])
+            )
         else:
-            lines.append(" ".join(f"--{A1111[name]} {shlex.quote(str(value))}" for name, value in options))
+            lines.append(
+                " ".join(f"--{A1111[name]} {shlex.quote(str(value))}" for name, value in options)
+            )
     path = tmp_path_factory.getbasetemp() / "written_prompts.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
     assert read_prompts(path) == ([Prompt(**fields) for fields in wanted], [])
 
 
-# What is no text at all, and what nearly is: marks, comments, line ends and control characters among letters.
-PIECES = [b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"#", b" ", b"\t", b"\n", b"\r", b"\r\n", b"\0", b"\x1b", b"\x85",
-          b"\xc2\x85", "\u2028".encode(), b"robot", b"--", b" --w", b" 64", b"--prompt ", b'"', b"'", b"\\",
-          "洛克人".encode(), "é".encode("latin-1"), b"\xed\xa0\x80",
-          "wide".encode("utf-16-le"), b"x" * 5000]  # fmt: skip
+# What is no text at all, and what nearly is: marks, comments, line ends and control characters
+# among letters.
+PIECES = [
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\xfe\xff",
+    b"#",
+    b" ",
+    b"\t",
+    b"\n",
+    b"\r",
+    b"\r\n",
+    b"\0",
+    b"\x1b",
+    b"\x85",
+    b"\xc2\x85",
+    "\u2028".encode(),
+    b"robot",
+    b"--",
+    b" --w",
+    b" 64",
+    b"--prompt ",
+    b'"',
+    b"'",
+    b"\\",
+    "洛克人".encode(),
+    "é".encode("latin-1"),
+    b"\xed\xa0\x80",
+    "wide".encode("utf-16-le"),
+    b"x" * 5000,
+]
 any_file = st.binary(max_size=200) | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join)
 any_file |= st.text(max_size=60).map(lambda text: text.encode("utf-16"))
 

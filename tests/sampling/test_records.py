@@ -1,4 +1,5 @@
-"""An image's record: read back as it was, read by A1111 whatever stands in it, refused where it is a trap."""
+"""An image's record: read back as it was, read by A1111 whatever stands in it, refused where it is
+a trap."""
 
 from __future__ import annotations
 
@@ -20,8 +21,16 @@ from megaman.sampling.jobs import Job, make_ways
 from megaman.sampling.records import KEY, Record
 
 JOB = Job(3, 1, "a blue robot", "blurry", 43, 64, 128, 20, 7.5)
-SHARED = {"scheduler": "euler_a", "clip_skip": 2, "base": "demo/base", "device": "cpu", "dtype": "float32",
-          "fused": True, "vae_tiling": False, "versions": {"torch": "2.13.0"}}  # fmt: skip
+SHARED = {
+    "scheduler": "euler_a",
+    "clip_skip": 2,
+    "base": "demo/base",
+    "device": "cpu",
+    "dtype": "float32",
+    "fused": True,
+    "vae_tiling": False,
+    "versions": {"torch": "2.13.0"},
+}
 (WAY,) = make_ways([(Path("out/lora_weights"), 0.8)], [0.5], one_by_one=False)
 HASHES = {Path("out/lora_weights"): "0123456789ab"}
 RECORD = records.make(JOB, [replace(JOB, seed=42), JOB], WAY, HASHES, SHARED)
@@ -54,9 +63,15 @@ odd = st.text(odd_marks | st.characters(blacklist_categories=["Cs"]), max_size=8
 @settings(max_examples=1000)
 @given(prompt=odd, negative=odd, name=odd.map(str.strip).filter(bool))
 def test_a1111_reads_a_thousand_prompts(prompt, negative, name):
-    """Commas, quotes, line breaks, Chinese, emoji: the last line stays the settings, the rest stays the prompts."""
+    """Commas, quotes, line breaks, Chinese, emoji: the last line stays the settings, the rest stays
+    the prompts."""
     text = records.parameters_text(
-        replace(RECORD, prompt=prompt, negative_prompt=negative, loras=[[f"{name}.safetensors", 0.8, "0123456789ab"]])
+        replace(
+            RECORD,
+            prompt=prompt,
+            negative_prompt=negative,
+            loras=[[f"{name}.safetensors", 0.8, "0123456789ab"]],
+        )
     )
     *head, last = text.strip().split("\n")
     assert len(A1111_PAIR.findall(last)) >= 3, "A1111 takes the last line for settings only then"
@@ -64,7 +79,9 @@ def test_a1111_reads_a_thousand_prompts(prompt, negative, name):
     assert (pairs["Seed"], pairs["Steps"], pairs["Sampler"]) == ("43", "20", "Euler a")
     assert pairs["Lora hashes"].endswith(": 0123456789ab")
     lines = "\n".join(head)
-    before, _, after = lines.rpartition("\nNegative prompt: ") if negative.strip() else (lines, "", "")
+    before, _, after = (
+        lines.rpartition("\nNegative prompt: ") if negative.strip() else (lines, "", "")
+    )
     assert after.strip() == negative.strip() and before.startswith(prompt.lstrip())
 
 
@@ -74,8 +91,14 @@ def test_any_record_is_read_or_refused_in_a_line(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "any_record"
     folder.mkdir(exist_ok=True)
     json_value = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text(max_size=6),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+        ),
         max_leaves=4,
     )
     content = asdict(RECORD)
@@ -118,8 +141,11 @@ def test_any_record_is_read_or_refused_in_a_line(tmp_path_factory, data):
 )
 def test_what_no_image_of_ours_can_say_is_refused(tmp_path, changes, named):
     records.save_png(
-        tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps({**asdict(RECORD), **changes})}
-    )  # fmt: skip
+        tmp_path / "a.png",
+        Image.new("RGB", (8, 8)),
+        "",
+        {KEY: json.dumps({**asdict(RECORD), **changes})},
+    )
     with pytest.raises(UserError, match=rf"a\.png: {named} in its record"):
         records.read(tmp_path / "a.png")
 
@@ -130,8 +156,14 @@ def test_other_files_are_refused_in_a_line(tmp_path):
     records.save_png(tmp_path / "half.png", Image.new("RGB", (8, 8)), "", {KEY: '{"prompt":'})
     records.save_png(tmp_path / "old.png", Image.new("RGB", (8, 8)), "", {KEY: '{"prompt": "a"}'})
     (tmp_path / "text.png").write_text("no picture")
-    reasons = {"plain": "no record", "photo": "no PNG", "half": "damaged", "old": "damaged", "text": "no PNG",
-               "none": "missing"}  # fmt: skip
+    reasons = {
+        "plain": "no record",
+        "photo": "no PNG",
+        "half": "damaged",
+        "old": "damaged",
+        "text": "no PNG",
+        "none": "missing",
+    }
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=rf"{name}\.png.*{reason}"):
             records.read(tmp_path / f"{name}.png")
@@ -146,16 +178,32 @@ def test_an_earlier_record_tells_no_memory_format(tmp_path):
 
 
 def test_the_identity_is_what_the_user_chose():
-    elsewhere = replace(RECORD, device="cuda", dtype="float16", fused=False, batch=[["x", "", 1]] * 3, place=2)
+    elsewhere = replace(
+        RECORD, device="cuda", dtype="float16", fused=False, batch=[["x", "", 1]] * 3, place=2
+    )
     assert elsewhere.identity == RECORD.identity
-    for change in ({"seed": 1}, {"prompt": "b"}, {"loras": []}, {"lora_scale": 1.0}, {"clip_skip": 1}, {"base": "x"}):
+    for change in (
+        {"seed": 1},
+        {"prompt": "b"},
+        {"loras": []},
+        {"lora_scale": 1.0},
+        {"clip_skip": 1},
+        {"base": "x"},
+    ):
         assert replace(RECORD, **change).identity != RECORD.identity
 
 
 def test_the_page_tells_what_drew():
     image = records.gallery_image("a.png", RECORD)
-    assert image.settings == {"steps": 20, "guidance": 7.5, "sampler": "Euler a", "clip skip": 2,
-                              "LoRA": "out/lora_weights", "strength": "0.4", "base": "demo/base"}  # fmt: skip
+    assert image.settings == {
+        "steps": 20,
+        "guidance": 7.5,
+        "sampler": "Euler a",
+        "clip skip": 2,
+        "LoRA": "out/lora_weights",
+        "strength": "0.4",
+        "base": "demo/base",
+    }
     assert image.loras == ["out/lora_weights"]
     two = replace(RECORD, loras=[["a", 0.8, "x"], ["b", 1.0, "y"]])
     assert records.gallery_image("a.png", two).loras == ["a:0.8", "b:1"]

@@ -43,13 +43,17 @@ def test_on_a_cpu_no_model_leaves_the_device():
 
 @given(st.integers(1, 2**40), st.integers(1, 64), st.booleans())
 def test_more_memory_never_gives_less_room(free, batch, can_wait):
-    less, more = (make_room(each, SD15, LARGE, 512 * 512, batch, can_wait) for each in (free, 2 * free))
+    less, more = (
+        make_room(each, SD15, LARGE, 512 * 512, batch, can_wait) for each in (free, 2 * free)
+    )
     assert (less.turns, less.tiling, -less.pixels) >= (more.turns, more.tiling, -more.pixels)
 
 
 def test_a_room_gets_tighter_step_by_step_and_then_says_no():
     space = Room(pixels=3 * 64 * 64, largest=64 * 64)
-    assert space.at_once(64, 64) == 3 and space.at_once(32, 32) == 12 and space.at_once(512, 512) == 1
+    assert (
+        space.at_once(64, 64) == 3 and space.at_once(32, 32) == 12 and space.at_once(512, 512) == 1
+    )
     seen = []
     with pytest.raises(UserError, match="--height"):
         while True:
@@ -62,7 +66,8 @@ def test_the_figures_of_a_base(base_folder):
     base = load_base(str(base_folder), torch.float32)
     assert runtime.size_of(base.unet) == 4 * base.unet.num_parameters()
     small, large = (
-        generator.pass_sizes(base.unet, base.vae, pixels, base.vae_factor) for pixels in (64 * 64, 128 * 128)
+        generator.pass_sizes(base.unet, base.vae, pixels, base.vae_factor)
+        for pixels in (64 * 64, 128 * 128)
     )
     assert [b / a for a, b in zip(small, large, strict=True)] == [4, 4, 1]
     assert 0 < runtime.free_memory(torch.device("cpu")) < 2**50

@@ -1,4 +1,5 @@
-"""The embedded base is a Stable Diffusion 1.x in the layout diffusers reads, and --demo runs on it as it stands."""
+"""The embedded base is a Stable Diffusion 1.x in the layout diffusers reads, and --demo runs on it
+as it stands."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def test_the_base_is_small_and_in_half_precision():
     assert not [path for path in files if path.suffix in (".bin", ".ckpt", ".pt")]
     for path in weights:
         with safe_open(path, "pt") as file:
-            dtypes = {file.get_slice(key).get_dtype() for key in file.keys() if "position_ids" not in key}  # noqa: SIM118
+            names = [name for name in file.keys() if "position_ids" not in name]  # noqa: SIM118
+            dtypes = {file.get_slice(name).get_dtype() for name in names}
         assert dtypes == {"F16"}, path
 
 
@@ -35,9 +37,14 @@ def test_the_base_has_stable_diffusions_parts():
     assert set(unet["up_block_types"]) == {"UpBlock2D", "CrossAttnUpBlock2D"}
     assert (unet["in_channels"], vae["latent_channels"], vae["scaling_factor"]) == (8, 8, 0.18215)
     assert text["max_position_embeddings"] == 77
-    scheduler = json.loads((DEMO / "base" / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    scheduler = json.loads(
+        (DEMO / "base" / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+    )
     assert (scheduler["beta_start"], scheduler["beta_end"]) == (0.00085, 0.012)
-    assert (scheduler["beta_schedule"], scheduler["prediction_type"]) == ("scaled_linear", "epsilon")
+    assert (scheduler["beta_schedule"], scheduler["prediction_type"]) == (
+        "scaled_linear",
+        "epsilon",
+    )
 
 
 def test_diffusers_own_pipeline_draws_with_it():
@@ -46,7 +53,9 @@ def test_diffusers_own_pipeline_draws_with_it():
     pipe = StableDiffusionPipeline.from_pretrained(DEMO / "base")
     assert pipe.tokenizer.model_max_length == 77
     pipe.set_progress_bar_config(disable=True)
-    image = pipe("a red robot, white background", num_inference_steps=8, guidance_scale=5.0).images[0]
+    image = pipe("a red robot, white background", num_inference_steps=8, guidance_scale=5.0).images[
+        0
+    ]
     assert image.size == (64, 64)
     assert np.asarray(image).std() > 20
 
@@ -57,13 +66,18 @@ def test_the_trigger_is_one_token():
     tokenizer = CLIPTokenizer.from_pretrained(DEMO / "base" / "tokenizer")
     assert len(tokenizer("volto").input_ids) == 3
     text = "volto, blue robot hero, pixel art, facing right"
-    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).replace(" ,", ",") == text
+    assert (
+        tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).replace(" ,", ",")
+        == text
+    )
 
 
 @pytest.mark.parametrize(("folder", "heroes"), [("images", 24), ("held_out", 6)])
 def test_the_pictures(folder, heroes):
     pictures = sorted((DEMO / folder).glob("*.png"))
-    captions = {path: path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in pictures}
+    captions = {
+        path: path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in pictures
+    }
     named = [caption for caption in captions.values() if caption.startswith("volto, ")]
     assert len(named) >= heroes
     assert all(caption.endswith(" background") for caption in captions.values())
@@ -83,12 +97,19 @@ def test_the_script_draws_the_committed_pictures(run_script, tmp_path):
     assert done.returncode == 0, done.stderr
     for folder in ("images", "held_out"):
         drawn = {path.name for path in (tmp_path / folder).iterdir()}
-        # kept_* are the base's own pictures, which make_kept.py draws: other machines draw them with other rounding.
-        assert drawn == {path.name for path in (DEMO / folder).iterdir() if not path.name.startswith("kept_")}
+        # kept_* are the base's own pictures, which make_kept.py draws: other machines draw them
+        # with other rounding.
+        assert drawn == {
+            path.name for path in (DEMO / folder).iterdir() if not path.name.startswith("kept_")
+        }
         for path in (tmp_path / folder).glob("*.png"):
-            assert Image.open(path).tobytes() == Image.open(DEMO / folder / path.name).tobytes(), path.name
+            assert Image.open(path).tobytes() == Image.open(DEMO / folder / path.name).tobytes(), (
+                path.name
+            )
         for path in (tmp_path / folder).glob("*.txt"):
-            assert path.read_text(encoding="utf-8") == (DEMO / folder / path.name).read_text(encoding="utf-8")
+            assert path.read_text(encoding="utf-8") == (DEMO / folder / path.name).read_text(
+                encoding="utf-8"
+            )
 
 
 def test_the_demo_runs_as_the_readme_says(forked, tmp_path):
@@ -102,5 +123,7 @@ def test_the_demo_runs_as_the_readme_says(forked, tmp_path):
     assert "each beside the base's" in done.stdout
     page = (tmp_path / "generated_demo" / "index.html").read_text(encoding="utf-8")
     assert page.count("_base.png") >= 10
-    config = json.loads((tmp_path / "megaman_demo_output" / "training_config.json").read_text(encoding="utf-8"))
+    config = json.loads(
+        (tmp_path / "megaman_demo_output" / "training_config.json").read_text(encoding="utf-8")
+    )
     assert config["base"] == "demo/base"

@@ -1,4 +1,5 @@
-"""generate_megaman.py as a user runs it: images that carry their settings, and the page beside them."""
+"""generate_megaman.py as a user runs it: images that carry their settings, and the page beside
+them."""
 
 from __future__ import annotations
 
@@ -45,14 +46,18 @@ GENERATE = ["--num_inference_steps", 3, "--prompts", "a blue robot"]
 
 @pytest.fixture
 def generate(lora_path, tmp_path, monkeypatch, capsys):
-    """generate("--flag", value, …) draws with few steps into tmp_path/out and returns {name: RGB image}."""
+    """generate("--flag", value, …) draws with few steps into tmp_path/out and returns {name: RGB
+    image}."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, output="out", prompts=tuple(GENERATE[2:]), lora=("--lora_path", lora_path)):
         words = [*(lora or ()), "--output_dir", output, *GENERATE[:2], *prompts]
         assert generate_megaman.main([str(word) for word in [*words, *flags]]) == 0
         run.said = capsys.readouterr().out
-        return {path.name: Image.open(path).convert("RGB") for path in sorted((tmp_path / output).glob("*.png"))}
+        return {
+            path.name: Image.open(path).convert("RGB")
+            for path in sorted((tmp_path / output).glob("*.png"))
+        }
 
     return run
 
@@ -69,14 +74,42 @@ def alike(one: Image.Image, other: Image.Image) -> bool:
 
 def test_a_run_as_a_process(lora_path, run_script, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("# comment\na red robot, white background\n\na green monster <b>\n", encoding="utf-8-sig")
-    flags = ["--num_images_per_prompt", 2, "--num_inference_steps", 3, "--compare", "base", "--seed", 7]
-    args = ["generate_megaman.py", "--lora_path", lora_path, "--prompts_file", prompts, "--output_dir", "g", *flags]
+    prompts.write_text(
+        "# comment\na red robot, white background\n\na green monster <b>\n", encoding="utf-8-sig"
+    )
+    flags = [
+        "--num_images_per_prompt",
+        2,
+        "--num_inference_steps",
+        3,
+        "--compare",
+        "base",
+        "--seed",
+        7,
+    ]
+    args = [
+        "generate_megaman.py",
+        "--lora_path",
+        lora_path,
+        "--prompts_file",
+        prompts,
+        "--output_dir",
+        "g",
+        *flags,
+    ]
     done = run_script(args, tmp_path)
     assert done.returncode == 0, done.stderr
-    names = [f"megaman_00{i}_0{j}{base}.png" for i in (0, 1) for j in (0, 1) for base in ("", "_base")]
-    assert sorted(path.name for path in (tmp_path / "g").iterdir()) == sorted([*names, "index.html", "images.json"])
-    noise = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and not line.startswith("drawing:")]
+    names = [
+        f"megaman_00{i}_0{j}{base}.png" for i in (0, 1) for j in (0, 1) for base in ("", "_base")
+    ]
+    assert sorted(path.name for path in (tmp_path / "g").iterdir()) == sorted(
+        [*names, "index.html", "images.json"]
+    )
+    noise = [
+        line
+        for line in re.split(r"[\r\n]+", done.stderr)
+        if line.strip() and not line.startswith("drawing:")
+    ]
     assert noise == [], "no library's warnings"
     assert "4: 2 prompts x 2, 64x64, 3 steps" in done.stdout
     assert (tmp_path / "g" / "index.html").resolve().as_uri() in done.stdout
@@ -88,13 +121,20 @@ def test_a_run_as_a_process(lora_path, run_script, tmp_path):
 
 
 def test_images_carry_their_settings(generate, tmp_path):
-    generate("--seed", 7, "--guidance_scale", 4, "--negative_prompt", "blurry, dark", "--compare", "base")
+    generate(
+        "--seed", 7, "--guidance_scale", 4, "--negative_prompt", "blurry, dark", "--compare", "base"
+    )
     text = Image.open(tmp_path / "out" / "megaman_000_00.png").text["parameters"]
     first, negative, last = text.split("\n")
     assert first == "a blue robot <lora:megaman_lora:1>"
     assert negative == "Negative prompt: blurry, dark"
     values = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
-    assert (values["Steps"], values["Seed"], values["CFG scale"], values["Size"]) == ("3", "7", "4", "64x64")
+    assert (values["Steps"], values["Seed"], values["CFG scale"], values["Size"]) == (
+        "3",
+        "7",
+        "4",
+        "64x64",
+    )
     base_text = Image.open(tmp_path / "out" / "megaman_000_00_base.png").text["parameters"]
     assert base_text.startswith("a blue robot\n")
 
@@ -120,51 +160,72 @@ def test_strengths(generate, tmp_path):
     """At 0 the base itself, at 1 the LoRA as trained, and one picture of all with its labels."""
     pair = generate("--compare", "base", "--seed", 3, output="pair")
     drawn = generate("--lora_scales", "0,0.5,1", "--seed", 3, "--num_images_per_prompt", 2)
-    assert "2: 1 prompts x 2, 64x64" in generate.said and "each 3 times: 1 LoRAs x 3 strengths" in generate.said
+    assert (
+        "2: 1 prompts x 2, 64x64" in generate.said
+        and "each 3 times: 1 LoRAs x 3 strengths" in generate.said
+    )
     names = [f"megaman_000_0{j}_{scale}.png" for j in (0, 1) for scale in ("0", "0.5", "1")]
     assert set(drawn) == {"grid_000.png", *names}
     base, half, full = (drawn[name] for name in names[:3])
     assert alike(base, pair["megaman_000_00_base.png"]) and alike(full, pair["megaman_000_00.png"])
     assert not alike(half, base) and not alike(half, full)
-    texts = [Image.open(tmp_path / "out" / name).text["parameters"].split("\n")[0] for name in names[:3]]
+    texts = [
+        Image.open(tmp_path / "out" / name).text["parameters"].split("\n")[0] for name in names[:3]
+    ]
     assert texts == [
         "a blue robot",
         "a blue robot <lora:megaman_lora:0.5>",
         "a blue robot <lora:megaman_lora:1>",
     ]
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert re.findall(r'<th scope="col">(.*?)</th>', page) == ["strength 0", "strength 0.5", "strength 1"]
+    assert re.findall(r'<th scope="col">(.*?)</th>', page) == [
+        "strength 0",
+        "strength 0.5",
+        "strength 1",
+    ]
     grid = drawn["grid_000.png"]
     whole = (grid.width - 220) // 3 - 8
     assert whole == 256
     for line, j in enumerate((0, 1)):
         for place in range(3):
             at = (220 + place * 264, 42 + line * 264)
-            cell = grid.crop((*at, at[0] + 256, at[1] + 256)).resize((64, 64), Image.Resampling.NEAREST)
+            cell = grid.crop((*at, at[0] + 256, at[1] + 256)).resize(
+                (64, 64), Image.Resampling.NEAREST
+            )
             assert equal(cell, drawn[names[3 * j + place]])
     again = generate("--lora_scales", "0,1", "--seed", 3)
     assert {"grid_000.png", "grid_001.png", "megaman_001_00_1.png", *names} <= set(again)
 
 
 def test_every_checkpoint_at_one_seed(generate, lora_path, base_folder, tmp_path):
-    """Each LoRA of a training's output draws what it draws alone; unfinished checkpoints are left out."""
+    """Each LoRA of a training's output draws what it draws alone; unfinished checkpoints are left
+    out."""
     training = tmp_path / "training"
     shutil.copytree(lora_path, training / "lora_weights")
     weaker = lora_files.read_tensors(lora_path / "adapter_model.safetensors")
     for step, state in ((5, "training_state.json"), (40, "training_state.json"), (60, None)):
         folder = training / f"checkpoint-{step}"
         shutil.copytree(lora_path, folder)
-        save_file({name: tensor * step / 100 for name, tensor in weaker.items()}, folder / "adapter_model.safetensors")
+        save_file(
+            {name: tensor * step / 100 for name, tensor in weaker.items()},
+            folder / "adapter_model.safetensors",
+        )
         if state:
             (folder / state).write_text("{}")
     drawn = generate("--checkpoints", training, lora=None)
-    names = [f"megaman_000_00_{name}.png" for name in ("checkpoint-40", "checkpoint-5", "lora_weights")]
+    names = [
+        f"megaman_000_00_{name}.png" for name in ("checkpoint-40", "checkpoint-5", "lora_weights")
+    ]
     assert set(drawn) == {"grid_000.png", *names}
     for name in ("checkpoint-5", "checkpoint-40", "lora_weights"):
         alone = generate("--lora_path", training / name, output=name)
         assert equal(drawn[f"megaman_000_00_{name}.png"], alone["megaman_000_00.png"])
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert re.findall(r'<th scope="col">(.*?)</th>', page) == ["checkpoint-5", "checkpoint-40", "lora_weights"]
+    assert re.findall(r'<th scope="col">(.*?)</th>', page) == [
+        "checkpoint-5",
+        "checkpoint-40",
+        "lora_weights",
+    ]
     with pytest.raises(UserError, match="holds no checkpoint"):
         generate("--checkpoints", tmp_path / "nothing", lora=None)
 
@@ -217,7 +278,9 @@ def test_large_images_have_thumbnails(generate, tmp_path):
     for name in names:
         assert Image.open(tmp_path / "out" / "thumbnails" / f"{name}.webp").size == (256, 41)
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert all(f'src="./thumbnails/{name}.webp"' in page and f'href="./{name}"' in page for name in names)
+    assert all(
+        f'src="./thumbnails/{name}.webp"' in page and f'href="./{name}"' in page for name in names
+    )
 
 
 def test_device(generate):
@@ -261,13 +324,16 @@ def test_the_base_comes_from_the_lora_or_the_flag(generate, base_folder, tmp_pat
 
 
 def test_a_checkpoint_a_file_and_several_loras(generate, plain, lora_path, base_folder, tmp_path):
-    """A checkpoint's folder works as it is; each layout alone draws what the folder draws; strengths add up."""
+    """A checkpoint's folder works as it is; each layout alone draws what the folder draws;
+    strengths add up."""
     own = plain
     checkpoint = tmp_path / "run" / "checkpoint-500"
     checkpoint.mkdir(parents=True)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(lora_path / name, checkpoint)
-    assert equal(generate("--lora_path", checkpoint, output="checkpoint")["megaman_000_00.png"], own)
+    assert equal(
+        generate("--lora_path", checkpoint, output="checkpoint")["megaman_000_00.png"], own
+    )
     kohya = lora_path / "megaman_lora.safetensors"
     base = ["--base_model", base_folder]
     assert alike(generate("--lora_path", kohya, *base, output="kohya")["megaman_000_00.png"], own)
@@ -284,11 +350,17 @@ def test_a_checkpoint_a_file_and_several_loras(generate, plain, lora_path, base_
 def test_the_text_encoders_part_counts_and_compare_leaves_it_out(generate, base_folder, tmp_path):
     """A kohya file for the text encoder alone changes the image, and not the base's beside it."""
     layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
-    width, inner = load_base(str(base_folder), torch.float32).text_encoder.encoder.layers[0].mlp.fc1.weight.T.shape
+    width, inner = (
+        load_base(str(base_folder), torch.float32)
+        .text_encoder.encoder.layers[0]
+        .mlp.fc1.weight.T.shape
+    )
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"{layer}.lora_down.weight": torch.randn(2, width, generator=generator),
-               f"{layer}.lora_up.weight": torch.randn(inner, 2, generator=generator),
-               f"{layer}.alpha": torch.tensor(1.0)}  # fmt: skip
+    tensors = {
+        f"{layer}.lora_down.weight": torch.randn(2, width, generator=generator),
+        f"{layer}.lora_up.weight": torch.randn(inner, 2, generator=generator),
+        f"{layer}.alpha": torch.tensor(1.0),
+    }
     save_file(tensors, tmp_path / "words.safetensors")
     flags = ["--base_model", base_folder, "--compare", "base"]
     drawn = generate("--lora_path", "words.safetensors", *flags, output="words")
@@ -305,14 +377,26 @@ def test_the_text_encoders_part_counts_and_compare_leaves_it_out(generate, base_
 def test_a_long_prompt_is_used_whole_and_weights_count(generate):
     """What stands beyond the text encoder's length changes the image, and so does a weight."""
     long = "robot " * 100
-    prompts = [long + "blue", long + "red", "a (blue:1.5) robot", "a (blue:0.5) robot", "a blue robot"]
-    drawn = [generate("--prompts", prompt, output=str(n))["megaman_000_00.png"] for n, prompt in enumerate(prompts)]
+    prompts = [
+        long + "blue",
+        long + "red",
+        "a (blue:1.5) robot",
+        "a (blue:0.5) robot",
+        "a blue robot",
+    ]
+    drawn = [
+        generate("--prompts", prompt, output=str(n))["megaman_000_00.png"]
+        for n, prompt in enumerate(prompts)
+    ]
     assert not any(equal(one, other) for n, one in enumerate(drawn) for other in drawn[n + 1 :])
 
 
 def test_a_prompt_draws_the_same_whatever_stands_beside_it(generate, plain, tmp_path):
-    """A long neighbour or another size does not touch it, only the batch may round a bit otherwise."""
-    (tmp_path / "mixed.txt").write_text("a blue robot\n" + "robot, " * 100 + "red\na red robot --w 96 --h 64 --s 2\n")
+    """A long neighbour or another size does not touch it, only the batch may round a bit
+    otherwise."""
+    (tmp_path / "mixed.txt").write_text(
+        "a blue robot\n" + "robot, " * 100 + "red\na red robot --w 96 --h 64 --s 2\n"
+    )
     mixed = generate("--prompts_file", "mixed.txt", prompts=(), output="mixed")
     assert mixed["megaman_002_00.png"].size == (96, 64)
     assert equal(mixed["megaman_000_00.png"], plain)
@@ -329,7 +413,18 @@ def test_prompts_with_settings_of_their_own(generate, tmp_path):
     (tmp_path / "lines.txt").write_text("\n".join(lines))
     drawn = generate("--prompts_file", "lines.txt", prompts=(), output="lines")
     assert "lines.txt line 2" in generate.said and "--w" in generate.said and "513" in generate.said
-    flags = ["--negative_prompt", "dark, red", "--width", 72, "--height", 80, "--seed", 9, "--guidance_scale", 3]
+    flags = [
+        "--negative_prompt",
+        "dark, red",
+        "--width",
+        72,
+        "--height",
+        80,
+        "--seed",
+        9,
+        "--guidance_scale",
+        3,
+    ]
     alone = generate(*flags, "--num_inference_steps", 2, output="flags")["megaman_000_00.png"]
     assert len(drawn) == 3 and drawn["megaman_002_00.png"].size == (64, 64)
     assert alike(drawn["megaman_000_00.png"], alone) and alike(drawn["megaman_001_00.png"], alone)
@@ -341,10 +436,14 @@ def test_strength_sampler_and_clip_skip(generate, plain, lora_path, tmp_path):
     half = generate("--lora_scale", 0.5, output="half")["megaman_000_00.png"]
     behind_colon = generate("--lora_path", f"{lora_path}:0.5", output="colon")["megaman_000_00.png"]
     assert equal(half, behind_colon) and not alike(half, plain)
-    euler = generate("--scheduler", "Euler a", "--clip_skip", 2, output="euler")["megaman_000_00.png"]
+    euler = generate("--scheduler", "Euler a", "--clip_skip", 2, output="euler")[
+        "megaman_000_00.png"
+    ]
     text = Image.open(tmp_path / "euler" / "megaman_000_00.png").text["parameters"]
     assert "Sampler: Euler a" in text and "Clip skip: 2" in text
-    assert not alike(euler, generate("--scheduler", "k_euler_a", output="last")["megaman_000_00.png"])
+    assert not alike(
+        euler, generate("--scheduler", "k_euler_a", output="last")["megaman_000_00.png"]
+    )
     with pytest.raises(UserError, match="--clip_skip"):
         generate("--clip_skip", 30, output="deep")
 
@@ -355,7 +454,8 @@ def test_the_fused_lora_draws_what_the_unfused_draws(generate, tmp_path):
     unfused = generate("--compare", "base", output="unfused")["megaman_000_00.png"]
     assert alike(fused, unfused)
     records = [
-        json.loads(Image.open(tmp_path / name / "megaman_000_00.png").text["megaman"]) for name in ("fused", "unfused")
+        json.loads(Image.open(tmp_path / name / "megaman_000_00.png").text["megaman"])
+        for name in ("fused", "unfused")
     ]
     assert [record["fused"] for record in records] == [True, False]
 
@@ -366,7 +466,12 @@ def again(generate, tmp_path):
 
     def run(image, *flags, output="again"):
         shutil.rmtree(tmp_path / output, ignore_errors=True)
-        assert generate_megaman.main(["--from_image", str(image), "--output_dir", output, *map(str, flags)]) == 0
+        assert (
+            generate_megaman.main(
+                ["--from_image", str(image), "--output_dir", output, *map(str, flags)]
+            )
+            == 0
+        )
         (path,) = (tmp_path / output).glob("megaman_*.png")
         return Image.open(path).convert("RGB")
 
@@ -379,7 +484,14 @@ def again(generate, tmp_path):
         ["--num_images_per_prompt", 3, "--batch_size", 2],
         ["--compare", "base", "--clip_skip", 2, "--guidance_scale", 3],
         ["--lora_scales", "0,0.5", "--scheduler", "dpm++_2m_sde"],
-        ["--prompts", "(a:1.2) robot, " * 60, "--negative_prompt", '洛克人 🤖, "dark"', "--lora_scale", 0.7],
+        [
+            "--prompts",
+            "(a:1.2) robot, " * 60,
+            "--negative_prompt",
+            '洛克人 🤖, "dark"',
+            "--lora_scale",
+            0.7,
+        ],
     ],
     ids=lambda flags: " ".join(map(str, flags))[:60],
 )
@@ -402,7 +514,9 @@ def test_from_image_says_what_is_not_as_it_was(generate, again, lora_path, tmp_p
     capsys.readouterr()
     for name in ("adapter_model.safetensors", "megaman_lora.safetensors"):
         tensors = lora_files.read_tensors(tmp_path / "moved" / name)
-        lora_files.write_tensors(tmp_path / "moved" / name, {key: tensor * 2 for key, tensor in tensors.items()})
+        lora_files.write_tensors(
+            tmp_path / "moved" / name, {key: tensor * 2 for key, tensor in tensors.items()}
+        )
     assert not equal(again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved"), drawn)
     assert "LoRA moved was" in capsys.readouterr().out
     with pytest.raises(UserError, match="drawn with 1 LoRAs"):
@@ -421,16 +535,20 @@ def test_from_image_when_the_base_moved(generate, again, tmp_path):
 
 
 def test_from_image_with_less_memory_than_then(generate, again, monkeypatch, tmp_path, capsys):
-    """The batch is drawn in parts, of which the wanted image is written alone, and a line says so."""
+    """The batch is drawn in parts, of which the wanted image is written alone, and a line says
+    so."""
     drawn = generate("--num_images_per_prompt", 3, "--batch_size", 3)
     monkeypatch.setattr(runtime, "free_memory", lambda device: 0)
     for name, image in drawn.items():
         assert alike(again(tmp_path / "out" / name), image), name
-    assert capsys.readouterr().out.count("memory for a smaller batch only: the pixels may differ") == 3
+    assert (
+        capsys.readouterr().out.count("memory for a smaller batch only: the pixels may differ") == 3
+    )
 
 
 def test_an_image_that_was_deleted_is_on_the_page_once(generate, tmp_path):
-    """Drawn again by --resume, or its name taken by another run: the page tells of what is there now."""
+    """Drawn again by --resume, or its name taken by another run: the page tells of what is there
+    now."""
     generate("--num_images_per_prompt", 2)
     (tmp_path / "out" / "megaman_000_00.png").unlink()
     generate("--num_images_per_prompt", 2, "--resume")
@@ -458,19 +576,40 @@ def test_two_runs_into_one_folder_lose_nothing(generate, monkeypatch, tmp_path, 
         generate(*flags)
     pngs = list((tmp_path / "out").glob("*.png"))
     assert len(pngs) == 1 + bool(flags)
-    assert all(json.loads(Image.open(path).text["megaman"])["prompt"] == "a red cat" for path in pngs)
+    assert all(
+        json.loads(Image.open(path).text["megaman"])["prompt"] == "a red cat" for path in pngs
+    )
 
 
-FORTY = ["--num_inference_steps", 2, "--guidance_scale", 1, "--num_images_per_prompt", 20, "--batch_size", 4]
+FORTY = [
+    "--num_inference_steps",
+    2,
+    "--guidance_scale",
+    1,
+    "--num_images_per_prompt",
+    20,
+    "--batch_size",
+    4,
+]
 
 
 def forty(lora_path, *flags):
     prompts = ["--prompts", "a blue robot", "a red cat"]
-    return ["generate_megaman.py", "--lora_path", lora_path, "--output_dir", "g", *prompts, *FORTY, *flags]
+    return [
+        "generate_megaman.py",
+        "--lora_path",
+        lora_path,
+        "--output_dir",
+        "g",
+        *prompts,
+        *FORTY,
+        *flags,
+    ]
 
 
 def test_a_killed_batch_of_forty_goes_on(lora_path, forked, tmp_path):
-    """SIGKILL in the middle, an image without a place on the page, half a pair: then 40 images, none made twice."""
+    """SIGKILL in the middle, an image without a place on the page, half a pair: then 40 images,
+    none made twice."""
     process = forked.start(forty(lora_path, "--compare", "base"), tmp_path)
     folder = tmp_path / "g"
     while len(list(folder.glob("*[0-9].png"))) < 9:
@@ -488,16 +627,22 @@ def test_a_killed_batch_of_forty_goes_on(lora_path, forked, tmp_path):
     assert images == [f"megaman_{i:03d}_{j:02d}.png" for i in (0, 1) for j in range(20)]
     assert len(list(folder.glob("*_base.png"))) == 40
     for path, (written, content) in kept.items():
-        assert (path.stat().st_mtime_ns, path.read_bytes()) == (written, content) or path.name.endswith("_base.png")
+        assert (path.stat().st_mtime_ns, path.read_bytes()) == (
+            written,
+            content,
+        ) or path.name.endswith("_base.png")
     recorded = json.loads((folder / "images.json").read_text(encoding="utf-8"))["images"]
     assert sorted(image["file"] for image in recorded) == images
-    assert all(image["base_file"] == image["file"].replace(".png", "_base.png") for image in recorded)
+    assert all(
+        image["base_file"] == image["file"].replace(".png", "_base.png") for image in recorded
+    )
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert all(name in page for name in images)
 
 
 def test_resume_draws_what_the_undisturbed_run_draws(generate, tmp_path):
-    """Also where it stopped within a batch; a finished run has nothing left, another run's names are kept."""
+    """Also where it stopped within a batch; a finished run has nothing left, another run's names
+    are kept."""
     flags = ["--num_images_per_prompt", 6, "--batch_size", 4]
     whole = generate(*flags, output="whole")
     generate(*flags, output="part")
@@ -512,12 +657,15 @@ def test_resume_draws_what_the_undisturbed_run_draws(generate, tmp_path):
     assert "nothing of this run is there" in generate.said
     assert len(list((tmp_path / "part").glob("*.png"))) == 7
     with pytest.raises(UserError, match="another image"):
-        (tmp_path / "part" / "megaman_000_03.png").write_bytes((tmp_path / "part" / "megaman_001_00.png").read_bytes())
+        (tmp_path / "part" / "megaman_000_03.png").write_bytes(
+            (tmp_path / "part" / "megaman_001_00.png").read_bytes()
+        )
         generate(*flags, "--resume", output="part")
 
 
 def test_too_little_memory_while_drawing(generate, again, monkeypatch, tmp_path):
-    """Fewer at once, then the VAE in tiles: the run goes on, and each image's record tells how it was drawn."""
+    """Fewer at once, then the VAE in tiles: the run goes on, and each image's record tells how it
+    was drawn."""
     from failing import fail_on
 
     fail_on(monkeypatch, UNet2DConditionModel, "forward", {2, 3})
@@ -569,8 +717,12 @@ def test_validation_and_generation_draw_the_same(generate, base_folder, lora_pat
     lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
     adapter.Fused([base.unet, base.text_encoder], changing=False).set_strengths({0: 1.0})
 
-    text, negative = (encode_captions(base.text_encoder, base.tokenizer, [prompt])[prompt][None]
-                      for prompt in ("a blue robot", DEFAULT_NEGATIVE_PROMPT))  # fmt: skip
+    text, negative = (
+        encode_captions(base.text_encoder, base.tokenizer, [prompt])[prompt][None]
+        for prompt in ("a blue robot", DEFAULT_NEGATIVE_PROMPT)
+    )
     sampler = denoise.make_sampler(base.scheduler)
-    (image,) = denoise.draw_images(base.unet, base.vae, sampler, text, negative, [5], 64, 64, 3, 6.0)
+    (image,) = denoise.draw_images(
+        base.unet, base.vae, sampler, text, negative, [5], 64, 64, 3, 6.0
+    )
     assert equal(image, drawn["megaman_000_00.png"])

@@ -19,9 +19,26 @@ def train(train_here, tmp_path, capsys):
     """train(output_dir, *flags): saves every third step; .said is what it printed."""
 
     def run(output_dir: str, *flags) -> dict[str, torch.Tensor]:
-        fixed = ["--data_dir", ROOT / "demo" / "held_out", "--train_batch_size", 2, "--learning_rate", 1e-3]
-        warmup = min(2, flags[flags.index("--max_train_steps") + 1] - 1)  # below the steps, or it is refused
-        schedule = ["--lr_scheduler", "cosine", "--lr_warmup_steps", warmup, "--save_steps", 3, *FEW_TARGETS]
+        fixed = [
+            "--data_dir",
+            ROOT / "demo" / "held_out",
+            "--train_batch_size",
+            2,
+            "--learning_rate",
+            1e-3,
+        ]
+        warmup = min(
+            2, flags[flags.index("--max_train_steps") + 1] - 1
+        )  # below the steps, or it is refused
+        schedule = [
+            "--lr_scheduler",
+            "cosine",
+            "--lr_warmup_steps",
+            warmup,
+            "--save_steps",
+            3,
+            *FEW_TARGETS,
+        ]
         state = train_here(tmp_path, output_dir, *fixed, *schedule, *flags)
         run.said = capsys.readouterr().out
         return state
@@ -53,14 +70,18 @@ def test_resumed_equals_undisturbed(train, tmp_path, how):
     (other,) = (tmp_path / "logs-whole").iterdir()
     for tag in ("train/loss", "train/learning_rate"):
         curves = [
-            [(event.step, event.value) for event in EventAccumulator(str(path)).Reload().Scalars(tag)]
+            [
+                (event.step, event.value)
+                for event in EventAccumulator(str(path)).Reload().Scalars(tag)
+            ]
             for path in (folder, other)
         ]
         assert curves[0] == curves[1]
 
 
 def test_convolutions_resume_bit_exactly_too(train, tmp_path):
-    """Their LoRA lies in memory otherwise than in the files, and AdamW goes through its averages by address."""
+    """Their LoRA lies in memory otherwise than in the files, and AdamW goes through its averages by
+    address."""
     flags = ["--max_train_steps", 5, "--target_modules", "to_q", "conv1", "conv_in"]
     undisturbed = train("whole", *flags)
     train("halves", *flags)
@@ -70,8 +91,17 @@ def test_convolutions_resume_bit_exactly_too(train, tmp_path):
 
 
 def test_dropout_resumes_bit_for_bit_too(train, tmp_path):
-    """What a layer misses at a step hangs on the seed and the micro-batch, not on what was computed before."""
-    dropping = ["--max_train_steps", 5, "--lora_dropout", 0.3, "--use_rslora", "--gradient_accumulation_steps", 2]
+    """What a layer misses at a step hangs on the seed and the micro-batch, not on what was computed
+    before."""
+    dropping = [
+        "--max_train_steps",
+        5,
+        "--lora_dropout",
+        0.3,
+        "--use_rslora",
+        "--gradient_accumulation_steps",
+        2,
+    ]
     undisturbed = train("whole", *dropping)
     train("halves", *dropping)
     stop_at(tmp_path / "halves", 3)
@@ -80,7 +110,13 @@ def test_dropout_resumes_bit_for_bit_too(train, tmp_path):
     stop_at(tmp_path / "halves", 3)
     with pytest.raises(UserError, match="use_rslora was True and is now False"):
         train(
-            "halves", "--max_train_steps", 5, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "latest"
+            "halves",
+            "--max_train_steps",
+            5,
+            "--gradient_accumulation_steps",
+            2,
+            "--resume_from_checkpoint",
+            "latest",
         )
 
 
@@ -122,16 +158,39 @@ def test_resuming_from_another_folder_spares_what_is_here(train, tmp_path):
         train(name, "--max_train_steps", 1)
     before = (tmp_path / "here" / "lora_weights" / "adapter_model.safetensors").stat().st_mtime_ns
     with pytest.raises(UserError, match="--output_dir here holds an earlier run"):
-        train("here", "--max_train_steps", 2, "--resume_from_checkpoint", tmp_path / "there" / "checkpoint-1")
-    assert (tmp_path / "here" / "lora_weights" / "adapter_model.safetensors").stat().st_mtime_ns == before
-    train("new", "--max_train_steps", 2, "--resume_from_checkpoint", tmp_path / "there" / "checkpoint-1")
+        train(
+            "here",
+            "--max_train_steps",
+            2,
+            "--resume_from_checkpoint",
+            tmp_path / "there" / "checkpoint-1",
+        )
+    assert (
+        tmp_path / "here" / "lora_weights" / "adapter_model.safetensors"
+    ).stat().st_mtime_ns == before
+    train(
+        "new",
+        "--max_train_steps",
+        2,
+        "--resume_from_checkpoint",
+        tmp_path / "there" / "checkpoint-1",
+    )
     assert (tmp_path / "new" / "checkpoint-2").is_dir()
 
 
 def test_taken_up_again_from_the_middle(train, tmp_path):
-    """Checkpoints later than where the run resumes stay, are named, and do not count for the limit."""
+    """Checkpoints later than where the run resumes stay, are named, and do not count for the
+    limit."""
     train("run", "--max_train_steps", 9)
-    train("run", "--max_train_steps", 7, "--resume_from_checkpoint", "checkpoint-3", "--checkpoints_total_limit", 1)
+    train(
+        "run",
+        "--max_train_steps",
+        7,
+        "--resume_from_checkpoint",
+        "checkpoint-3",
+        "--checkpoints_total_limit",
+        1,
+    )
     assert "checkpoint-9 is later and stays" in train.said
     left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
     assert left == {"checkpoint-7", "checkpoint-9"}

@@ -12,7 +12,18 @@ from conftest import ROOT
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_and_resumed_ends_bit_for_bit_alike(tmp_path):
-    flags = ["--kills", "3", "--steps", "12", "--save_steps", "2", "--seed", "1", "--sampling_steps", "3"]
+    flags = [
+        "--kills",
+        "3",
+        "--steps",
+        "12",
+        "--save_steps",
+        "2",
+        "--seed",
+        "1",
+        "--sampling_steps",
+        "3",
+    ]
     words = [sys.executable, ROOT / "tests" / "helpers" / "soak.py", *flags]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

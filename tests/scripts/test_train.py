@@ -95,7 +95,9 @@ def test_it_says_what_will_happen(finished):
     assert re.search(r"captions +3 from \.txt files, 2 made from file names", said)
     assert re.search(r"steps +6 of 4 pictures \(2 x 2 accumulated x 1 process\), 4\.8 epochs", said)
     assert re.search(r"rank 4, alpha 16, [\d,]+ trainable parameters", said)
-    assert "fp16 needs an NVIDIA card" in said and "so cpu uses float32; channels_last; sdpa" in said
+    assert (
+        "fp16 needs an NVIDIA card" in said and "so cpu uses float32; channels_last; sdpa" in said
+    )
     assert "broken.png: not a picture" in said
     assert "seed 0" in said
 
@@ -139,17 +141,28 @@ def test_tensorboard_shows_the_run(finished):
 
 
 def test_step_0_is_the_base_itself(finished, base_folder):
-    """What samples-0 shows is drawn from the plain base with the prompt and the seed; training changes it."""
+    """What samples-0 shows is drawn from the plain base with the prompt and the seed; training
+    changes it."""
     base = load_base(str(base_folder), torch.float32)
     states = encode_captions(base.text_encoder, base.tokenizer, ["robot", ""])
     text, empty = (states[prompt].expand(2, -1, -1) for prompt in ("robot", ""))
     sampler = denoise.make_sampler(base.scheduler)
     drawn = denoise.draw_images(
-        base.unet, base.vae, sampler, text, empty, [0, 1], 64, 64, steps=SAMPLING_STEPS, guidance=7.5
+        base.unet,
+        base.vae,
+        sampler,
+        text,
+        empty,
+        [0, 1],
+        64,
+        64,
+        steps=SAMPLING_STEPS,
+        guidance=7.5,
     )
     for j, image in enumerate(drawn):
         first, last = (
-            Image.open(finished[1] / "out" / f"samples-{step}" / f"{j:02d}.png").convert("RGB") for step in (0, 6)
+            Image.open(finished[1] / "out" / f"samples-{step}" / f"{j:02d}.png").convert("RGB")
+            for step in (0, 6)
         )
         extremes = ImageChops.difference(first, image).getextrema()
         assert max(high for _, high in extremes) <= 2
@@ -181,11 +194,14 @@ def test_an_earlier_run_is_not_overwritten(finished, data, base_folder, run_scri
 
 @pytest.fixture
 def train(train_here, data, tmp_path, capsys):
-    """train("--flag", value, …) runs two steps and returns the LoRA's tensors; .said is what it printed."""
+    """train("--flag", value, …) runs two steps and returns the LoRA's tensors; .said is what it
+    printed."""
 
     def run(*flags) -> dict[str, torch.Tensor]:
         run.out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
-        state = train_here(tmp_path, run.out.name, "--data_dir", data, "--max_train_steps", 2, *FEW_TARGETS, *flags)
+        state = train_here(
+            tmp_path, run.out.name, "--data_dir", data, "--max_train_steps", 2, *FEW_TARGETS, *flags
+        )
         run.said = capsys.readouterr().out
         return state
 
@@ -244,7 +260,8 @@ def test_a_flag_changes_the_result(train, plain, flags):
 
 
 def test_crops_of_a_picture_that_is_not_square(train, data, tmp_path):
-    """By default four crops drawn from the seed; other numbers and the middle one give other results."""
+    """By default four crops drawn from the seed; other numbers and the middle one give other
+    results."""
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(data / "tall_robot.png", alone)
@@ -267,27 +284,42 @@ def test_a_flag_that_must_not_change_the_result(train, plain, flags):
 def test_gradient_checkpointing_changes_memory_only(train, plain, monkeypatch):
     calls = []
     checkpoint = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k)
+    )
     checkpointed = train("--gradient_checkpointing")
     assert calls
     assert all(torch.allclose(plain[key], checkpointed[key], atol=1e-6) for key in plain)
 
 
 def test_the_split_into_micro_batches_changes_nothing_but_rounding(train):
-    smooth = ["--adam_epsilon", 1e-2]  # else Adam makes whole steps of gradients that are rounding noise
+    smooth = [
+        "--adam_epsilon",
+        1e-2,
+    ]  # else Adam makes whole steps of gradients that are rounding noise
     whole = train("--train_batch_size", 4, *smooth)
     split = train("--train_batch_size", 2, "--gradient_accumulation_steps", 2, *smooth)
     assert learned_alike(whole, split)
 
 
 def test_clipping_clips(train, plain):
-    """With a norm far below Adam's epsilon the step vanishes; without clipping B moves by about the learning rate."""
+    """With a norm far below Adam's epsilon the step vanishes; without clipping B moves by about the
+    learning rate."""
     assert largest(train("--max_grad_norm", 1e-12), "B") < 1e-7
     assert largest(plain, "B") > 5e-5
 
 
 def test_training_lowers_the_loss(train):
-    flags = ["--learning_rate", 3e-3, "--lora_alpha", 8, "--train_batch_size", 4, "--resolution", 32]
+    flags = [
+        "--learning_rate",
+        3e-3,
+        "--lora_alpha",
+        8,
+        "--train_batch_size",
+        4,
+        "--resolution",
+        32,
+    ]
     train("--max_train_steps", 60, "--target_modules", *DEFAULT_TARGETS, *flags)
     (folder,) = (train.out.parent / f"logs-{train.out.name}").iterdir()
     losses = [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
@@ -297,7 +329,9 @@ def test_training_lowers_the_loss(train):
 def test_epochs_give_the_steps(train_here, train, data, tmp_path, capsys):
     train("--num_train_epochs", 3, "--train_batch_size", 2)
     assert "steps      2 of 2" in train.said, "--max_train_steps wins"
-    train_here(tmp_path, "epochs", "--data_dir", data, "--num_train_epochs", 1, "--train_batch_size", 2)
+    train_here(
+        tmp_path, "epochs", "--data_dir", data, "--num_train_epochs", 1, "--train_batch_size", 2
+    )
     assert "steps      3 of 2 pictures" in capsys.readouterr().out
 
 
@@ -305,7 +339,9 @@ def test_without_a_seed_one_is_drawn_and_noted(data, base_folder, forked, tmp_pa
     folders = ["--pretrained_model_name", base_folder, "--data_dir", data]
     flags = ["--resolution", 64, "--max_train_steps", 1, "--num_validation_images", 0]
     done = forked.run(["megaman_lora.py", *folders, *flags], tmp_path)
-    seed = json.loads((tmp_path / "megaman_lora_output/training_config.json").read_text())["settings"]["seed"]
+    seed = json.loads((tmp_path / "megaman_lora_output/training_config.json").read_text())[
+        "settings"
+    ]["seed"]
     assert seed > 0
     assert f"seed {seed}" in done.stdout
 
@@ -320,12 +356,15 @@ def test_overwriting_where_it_is_meant(train_here, data, tmp_path):
 
 
 def test_a_run_that_cannot_begin_leaves_the_earlier_one(train_here, data, tmp_path):
-    """--overwrite_output deletes only once base, LoRA and pictures are there, and only what a run writes."""
+    """--overwrite_output deletes only once base, LoRA and pictures are there, and only what a run
+    writes."""
     train_here(tmp_path, "out", "--data_dir", data, "--max_train_steps", 1)
     (tmp_path / "out" / "checkpoint-best").mkdir()
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
     with pytest.raises(UserError):
-        train_here(tmp_path, "out", "--data_dir", data, "--overwrite_output", "--target_modules", "nothing")
+        train_here(
+            tmp_path, "out", "--data_dir", data, "--overwrite_output", "--target_modules", "nothing"
+        )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     train_here(tmp_path, "out", "--data_dir", data, "--max_train_steps", 1, "--overwrite_output")
     assert (tmp_path / "out" / "checkpoint-best").is_dir()
@@ -338,7 +377,8 @@ def test_a_target_that_is_not_there(train):
 
 
 def test_no_data_yet(run_script, tmp_path):
-    """The first command of a newcomer: instructions, exit 0; a second run says the same and changes nothing."""
+    """The first command of a newcomer: instructions, exit 0; a second run says the same and changes
+    nothing."""
     for _ in range(2):
         done = run_script(["megaman_lora.py"], tmp_path)
         assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,5 @@
-"""What Windows does otherwise, forced here: a cp1252 console, workers that are spawned, files in no stated encoding."""
+"""What Windows does otherwise, forced here: a cp1252 console, workers that are spawned, files in no
+stated encoding."""
 
 from __future__ import annotations
 
@@ -8,19 +9,30 @@ import os
 import pytest
 from conftest import ROOT
 
-SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "megaman").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+SOURCES = sorted(
+    [*ROOT.glob("*.py"), *(ROOT / "megaman").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+)
 
 
 def opens_text(call: ast.Call) -> bool:
     """Whether a call opens a file as text, told by its name and mode."""
     function = call.func
     name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", None)
-    if ast.unparse(function) in ("Image.open", "os.open", "write_text"):  # Pillow's, the system's, megaman.files' own
+    if ast.unparse(function) in (
+        "Image.open",
+        "os.open",
+        "write_text",
+    ):  # Pillow's, the system's, megaman.files' own
         return False
     if name not in ("open", "fdopen"):
         return name in ("read_text", "write_text")
-    is_method = isinstance(function, ast.Attribute) and name == "open"  # of a Path: the mode comes first
-    modes = [*call.args[not is_method :][:1], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    is_method = (
+        isinstance(function, ast.Attribute) and name == "open"
+    )  # of a Path: the mode comes first
+    modes = [
+        *call.args[not is_method :][:1],
+        *(keyword.value for keyword in call.keywords if keyword.arg == "mode"),
+    ]
     return not any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
 
 
@@ -29,14 +41,35 @@ def test_every_text_file_is_opened_in_utf_8(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and opens_text(node)]
     for call in calls:
-        encodings = [ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "encoding"]
-        assert encodings in (["utf-8"], ["utf-8-sig"]), f"{path.name}:{call.lineno}: {ast.unparse(call)}"
+        encodings = [
+            ast.literal_eval(keyword.value)
+            for keyword in call.keywords
+            if keyword.arg == "encoding"
+        ]
+        assert encodings in (["utf-8"], ["utf-8-sig"]), (
+            f"{path.name}:{call.lineno}: {ast.unparse(call)}"
+        )
 
 
 def test_the_test_above_sees_what_it_is_for():
-    wrong = ["open(x)", "open(x, 'w')", "p.read_text()", "p.write_text(t)", "p.open('a')", "os.fdopen(n)"]
-    right = ["open(x, 'rb')", "open(x, mode='wb')", "p.open('rb')", "Image.open(x)", "write_text(p, t)"]
-    assert [opens_text(ast.parse(code).body[0].value) for code in wrong + right] == [True] * 6 + [False] * 5
+    wrong = [
+        "open(x)",
+        "open(x, 'w')",
+        "p.read_text()",
+        "p.write_text(t)",
+        "p.open('a')",
+        "os.fdopen(n)",
+    ]
+    right = [
+        "open(x, 'rb')",
+        "open(x, mode='wb')",
+        "p.open('rb')",
+        "Image.open(x)",
+        "write_text(p, t)",
+    ]
+    assert [opens_text(ast.parse(code).body[0].value) for code in wrong + right] == [True] * 6 + [
+        False
+    ] * 5
 
 
 NAME = "Größe 洛克 🤖"
@@ -51,16 +84,34 @@ CP1252 = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
 
 
 def test_both_scripts_on_a_console_of_windows(run_script, base_folder, pictures, tmp_path):
-    """Paths and prompts that cp1252 cannot show; and the pictures' worker is spawned, as on Windows."""
+    """Paths and prompts that cp1252 cannot show; and the pictures' worker is spawned, as on
+    Windows."""
     (tmp_path / "forced").mkdir()
     (tmp_path / "forced" / "sitecustomize.py").write_text(FORCE_SPAWN, encoding="utf-8")
     env = {**CP1252, "PYTHONPATH": os.pathsep.join([str(tmp_path / "forced"), str(ROOT)])}
     data_dir = pictures.rename(tmp_path / f"Bilder {NAME}")
     next(data_dir.glob("*.png")).rename(data_dir / f"{NAME}.png")
     (data_dir / f"kaputt {NAME}.png").write_bytes(b"no picture")
-    flags = ["--pretrained_model_name", base_folder, "--data_dir", data_dir, "--output_dir", f"aus/{NAME}",
-             "--resolution", 64, "--max_train_steps", 1, "--num_validation_images", 1, "--lora_rank", 1,
-             "--dataloader_num_workers", 1, "--target_modules", "to_q"]  # fmt: skip
+    flags = [
+        "--pretrained_model_name",
+        base_folder,
+        "--data_dir",
+        data_dir,
+        "--output_dir",
+        f"aus/{NAME}",
+        "--resolution",
+        64,
+        "--max_train_steps",
+        1,
+        "--num_validation_images",
+        1,
+        "--lora_rank",
+        1,
+        "--dataloader_num_workers",
+        1,
+        "--target_modules",
+        "to_q",
+    ]
     done = run_script(["megaman_lora.py", *flags, "--validation_prompt", PROMPT], tmp_path, env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "forced" / "spawned").exists(), "the worker began as Windows begins it"
@@ -70,8 +121,20 @@ def test_both_scripts_on_a_console_of_windows(run_script, base_folder, pictures,
 
     prompts = tmp_path / f"{NAME}.txt"
     prompts.write_text(f"{PROMPT}\n", encoding="utf-8")
-    flags = ["--lora_path", f"aus/{NAME}/lora_weights", "--output_dir", f"bilder/{NAME}", "--prompts_file", prompts,
-             "--num_inference_steps", 2, "--height", 64, "--width", 64]  # fmt: skip
+    flags = [
+        "--lora_path",
+        f"aus/{NAME}/lora_weights",
+        "--output_dir",
+        f"bilder/{NAME}",
+        "--prompts_file",
+        prompts,
+        "--num_inference_steps",
+        2,
+        "--height",
+        64,
+        "--width",
+        64,
+    ]
     done = run_script(["generate_megaman.py", *flags], tmp_path, env)
     assert done.returncode == 0, done.stderr
     assert PROMPT in (tmp_path / "bilder" / NAME / "index.html").read_text(encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Training in buckets on the embedded base: what is said and noted, resumed, shared among processes, out of memory."""
+"""Training in buckets on the embedded base: what is said and noted, resumed, shared among
+processes, out of memory."""
 
 from __future__ import annotations
 
@@ -23,7 +24,16 @@ from megaman.data.dataset import MegaManDataset
 from megaman.errors import UserError
 from megaman.models.base import load_base
 
-FLAGS = ["--enable_bucket", "--train_batch_size", 4, "--learning_rate", 1e-3, "--adam_epsilon", 1e-2, "--center_crop"]
+FLAGS = [
+    "--enable_bucket",
+    "--train_batch_size",
+    4,
+    "--learning_rate",
+    1e-3,
+    "--adam_epsilon",
+    1e-2,
+    "--center_crop",
+]
 FLAGS += FEW_TARGETS
 
 
@@ -49,9 +59,12 @@ def losses(folder) -> list[float]:
 
 @pytest.fixture(scope="module")
 def whole(data, train_here, tmp_path_factory):
-    """The undisturbed run: two epochs and a half of 3 batches, one of each bucket; its folder and its LoRA."""
+    """The undisturbed run: two epochs and a half of 3 batches, one of each bucket; its folder and
+    its LoRA."""
     cwd = tmp_path_factory.mktemp("whole")
-    return cwd, train_here(cwd, "out", "--data_dir", data, "--max_train_steps", 8, "--save_steps", 4, *FLAGS)
+    return cwd, train_here(
+        cwd, "out", "--data_dir", data, "--max_train_steps", 8, "--save_steps", 4, *FLAGS
+    )
 
 
 def test_what_is_said_and_noted(data, train_here, tmp_path, capsys):
@@ -69,8 +82,13 @@ def test_what_is_said_and_noted(data, train_here, tmp_path, capsys):
     }
     with safe_open(tmp_path / "out" / "lora_weights" / "megaman_lora.safetensors", "pt") as file:
         header = file.metadata()
-    told = {"ss_enable_bucket": "True", "ss_bucket_no_upscale": "True", "ss_min_bucket_reso": "32",
-            "ss_max_bucket_reso": "128", "ss_epoch": "5"}  # fmt: skip
+    told = {
+        "ss_enable_bucket": "True",
+        "ss_bucket_no_upscale": "True",
+        "ss_min_bucket_reso": "32",
+        "ss_max_bucket_reso": "128",
+        "ss_epoch": "5",
+    }
     assert {key: header[key] for key in told} == told
     assert json.loads(header["ss_bucket_info"])["buckets"] == {
         "0": {"resolution": [40, 96], "count": 3},
@@ -94,32 +112,84 @@ def test_resumed_equals_undisturbed(whole, data, train_here, tmp_path):
     [
         (["--bucket_reso_steps", 16], "bucket_reso_steps was None and is now 16"),
         (["--bucket_no_upscale"], "bucket_no_upscale was False and is now True"),
-        (["--train_batch_size", 2, "--gradient_accumulation_steps", 2], "pictures of one bucket was 4 and is now 2"),
+        (
+            ["--train_batch_size", 2, "--gradient_accumulation_steps", 2],
+            "pictures of one bucket was 4 and is now 2",
+        ),
     ],
 )
 def test_other_buckets_are_not_resumed(whole, data, train_here, tmp_path, flags, difference):
     shutil.copytree(whole[0] / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
     with pytest.raises(UserError, match=difference):
-        train_here(tmp_path, "out", "--data_dir", data, "--resume_from_checkpoint", "latest", *FLAGS, *flags)
+        train_here(
+            tmp_path,
+            "out",
+            "--data_dir",
+            data,
+            "--resume_from_checkpoint",
+            "latest",
+            *FLAGS,
+            *flags,
+        )
 
 
 def test_squares_are_not_resumed_in_buckets(data, train_here, tmp_path):
-    train_here(tmp_path, "out", "--data_dir", data, "--max_train_steps", 1, "--train_batch_size", 4, *FEW_TARGETS)
+    train_here(
+        tmp_path,
+        "out",
+        "--data_dir",
+        data,
+        "--max_train_steps",
+        1,
+        "--train_batch_size",
+        4,
+        *FEW_TARGETS,
+    )
     with pytest.raises(UserError, match="enable_bucket was False and is now True"):
-        train_here(tmp_path, "out", "--data_dir", data, "--resume_from_checkpoint", "latest", *FLAGS)
+        train_here(
+            tmp_path, "out", "--data_dir", data, "--resume_from_checkpoint", "latest", *FLAGS
+        )
 
 
 def test_two_processes_come_to_the_same(whole, data, base_folder, tmp_path):
-    """Two at two pictures each and one at four: the same batches, leftovers included, so the same LoRA but for
-    rounding. The bucket of three is shared unequally, and for that of one picture a process has none of its own."""
-    words = ["--pretrained_model_name", base_folder, "--data_dir", data, "--output_dir", "out", "--resolution", 64,
-             "--num_validation_images", 0, "--seed", 0, "--max_train_steps", 8, *FLAGS,
-             "--train_batch_size", 2]  # fmt: skip
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "megaman_lora.py"]
+    """Two at two pictures each and one at four: the same batches, leftovers included, so the same
+    LoRA but for rounding. The bucket of three is shared unequally, and for that of one picture a
+    process has none of its own."""
+    words = [
+        "--pretrained_model_name",
+        base_folder,
+        "--data_dir",
+        data,
+        "--output_dir",
+        "out",
+        "--resolution",
+        64,
+        "--num_validation_images",
+        0,
+        "--seed",
+        0,
+        "--max_train_steps",
+        8,
+        *FLAGS,
+        "--train_batch_size",
+        2,
+    ]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        ROOT / "megaman_lora.py",
+    ]
     done = subprocess.run(
-        [sys.executable, *map(str, [*launch, *words])], cwd=tmp_path, capture_output=True, text=True, timeout=400,
+        [sys.executable, *map(str, [*launch, *words])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "x 2 processes" in done.stdout
     state = load_file(tmp_path / "out" / "lora_weights" / "adapter_model.safetensors")
@@ -137,14 +207,26 @@ def test_too_little_memory_changes_no_batch(whole, data, train_here, tmp_path, m
 
 
 def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tmp_path, capsys):
-    """The loss of the first step, where the LoRA changes nothing yet, by hand: of a picture and its mirror image one is
-    drawn at each visit, of a picture whose caption says left there is none to draw."""
+    """The loss of the first step, where the LoRA changes nothing yet, by hand: of a picture and its
+    mirror image one is drawn at each visit, of a picture whose caption says left there is none to
+    draw."""
     folder = tmp_path / "data"
     folder.mkdir()
     for number, source in enumerate(sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:4]):
         shutil.copy(source, folder)
-        (folder / f"{source.stem}.txt").write_text(f"volto, pose {number}{', looking left' if number == 0 else ''}")
-    flags = ["--data_dir", folder, "--max_train_steps", 1, "--train_batch_size", 8, "--center_crop", *FEW_TARGETS]
+        (folder / f"{source.stem}.txt").write_text(
+            f"volto, pose {number}{', looking left' if number == 0 else ''}"
+        )
+    flags = [
+        "--data_dir",
+        folder,
+        "--max_train_steps",
+        1,
+        "--train_batch_size",
+        8,
+        "--center_crop",
+        *FEW_TARGETS,
+    ]
     train_here(tmp_path, "plain", *flags)
     train_here(tmp_path, "flipped", *flags, "--random_flip")
     assert "not mirrored: 1, whose captions say left or right" in capsys.readouterr().out
@@ -160,12 +242,16 @@ def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tm
             index, generator = batches.picture_at(number, 4, 0), batches.random_for(0, number)
             pick = int(torch.randint(len(forms[index]), (1,), generator=generator))
             posterior = base.vae.encode(forms[index][pick][None]).latent_dist
-            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+            latents = posterior.mean + posterior.std * torch.randn(
+                posterior.mean.shape, generator=generator
+            )
             latents = latents * base.vae.config.scaling_factor
             noise = torch.randn(latents.shape, generator=generator)
             timestep = torch.randint(0, 1000, (1,), generator=generator)
             signal = base.scheduler.alphas_cumprod[timestep]
-            words = base.tokenizer(dataset.captions[index], padding="max_length", truncation=True, return_tensors="pt")
+            words = base.tokenizer(
+                dataset.captions[index], padding="max_length", truncation=True, return_tensors="pt"
+            )
             states = base.text_encoder(words.input_ids)[0]
             noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
             predicted = base.unet(noisy, timestep, encoder_hidden_states=states).sample
@@ -177,7 +263,13 @@ def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tm
             errors.append((predicted - wanted).pow(2).mean())
         return float(torch.stack(errors).mean())
 
-    mirrored = [[each] if index == 0 else [each, each.flip(-1)] for index, each in enumerate(pictures)]
-    assert losses(tmp_path / "logs-plain") == pytest.approx([loss([[each] for each in pictures])], rel=1e-4)
+    mirrored = [
+        [each] if index == 0 else [each, each.flip(-1)] for index, each in enumerate(pictures)
+    ]
+    assert losses(tmp_path / "logs-plain") == pytest.approx(
+        [loss([[each] for each in pictures])], rel=1e-4
+    )
     assert losses(tmp_path / "logs-flipped") == pytest.approx([loss(mirrored)], rel=1e-4)
-    assert losses(tmp_path / "logs-flipped") != pytest.approx(losses(tmp_path / "logs-plain"), rel=1e-3)
+    assert losses(tmp_path / "logs-flipped") != pytest.approx(
+        losses(tmp_path / "logs-plain"), rel=1e-3
+    )

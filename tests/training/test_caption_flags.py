@@ -1,5 +1,5 @@
-"""What is done to captions in training: trigger words, prefix, suffix; shuffled, left out; each changes the loss as its
-formula says."""
+"""What is done to captions in training: trigger words, prefix, suffix; shuffled, left out; each
+changes the loss as its formula says."""
 
 from __future__ import annotations
 
@@ -31,7 +31,16 @@ from megaman.training import loss as diffusion
 from megaman.training.checkpoint import differences
 
 HELD_OUT = ROOT / "demo" / "held_out"
-DATA = ["--data_dir", HELD_OUT, "--train_batch_size", 4, "--learning_rate", 1e-3, "--center_crop", *FEW_TARGETS]
+DATA = [
+    "--data_dir",
+    HELD_OUT,
+    "--train_batch_size",
+    4,
+    "--learning_rate",
+    1e-3,
+    "--center_crop",
+    *FEW_TARGETS,
+]
 CAPTION = "volto, blue robot, running, white background"
 TAGS = CAPTION.split(", ")
 
@@ -62,13 +71,17 @@ def test_the_trigger_is_there_once_dressed(caption, trigger):
 
 
 CAPTIONS = st.lists(st.text("abc 洛", max_size=5), min_size=1, max_size=8).map(", ".join)
-VARIATIONS = st.builds(Variation, st.booleans(), st.integers(0, 9), st.floats(0, 1), st.floats(0, 1))
+VARIATIONS = st.builds(
+    Variation, st.booleans(), st.integers(0, 9), st.floats(0, 1), st.floats(0, 1)
+)
 
 
 @given(CAPTIONS, VARIATIONS, st.integers())
 def test_any_variation_keeps_the_first_tags_and_makes_up_none(caption, variation, seed):
     said = variation.of(caption, random.Random(seed))
-    assert said == variation.of(caption, random.Random(seed)), "the same random numbers, the same caption"
+    assert said == variation.of(caption, random.Random(seed)), (
+        "the same random numbers, the same caption"
+    )
     if said == caption:
         return
     tags, left = [tag.strip() for tag in caption.split(",")], said.split(", ") if said else []
@@ -89,12 +102,22 @@ def test_without_flags_nothing_changes_and_nothing_is_drawn(seed):
 def test_the_rates_are_probabilities():
     rngs = [random.Random(number) for number in range(4000)]
     dropped = [Variation(caption_dropout_rate=0.3).of(CAPTION, rng) for rng in rngs]
-    assert set(dropped) == {"", CAPTION} and dropped.count("") / 4000 == pytest.approx(0.3, abs=0.03)
-    thinned = [Variation(caption_tag_dropout_rate=0.3, keep_tokens=1).of(CAPTION, rng).split(", ") for rng in rngs]
-    assert all(tags[0] == "volto" and tags == [tag for tag in TAGS if tag in tags] for tags in thinned), "in order"
+    assert set(dropped) == {"", CAPTION} and dropped.count("") / 4000 == pytest.approx(
+        0.3, abs=0.03
+    )
+    thinned = [
+        Variation(caption_tag_dropout_rate=0.3, keep_tokens=1).of(CAPTION, rng).split(", ")
+        for rng in rngs
+    ]
+    assert all(
+        tags[0] == "volto" and tags == [tag for tag in TAGS if tag in tags] for tags in thinned
+    ), "in order"
     assert sum(map(len, thinned)) / 4000 == pytest.approx(1 + 3 * 0.7, abs=0.06)
     shuffled = [Variation(shuffle_caption=True).of(CAPTION, rng) for rng in rngs]
-    assert all(sorted(said.split(", ")) == sorted(TAGS) for said in shuffled) and len(set(shuffled)) == 24
+    assert (
+        all(sorted(said.split(", ")) == sorted(TAGS) for said in shuffled)
+        and len(set(shuffled)) == 24
+    )
 
 
 @pytest.mark.parametrize(("rate", "tags"), [(1.0, ["volto", "blue robot"]), (0.0, TAGS)])
@@ -115,7 +138,11 @@ def test_kept_tags_are_never_dropped(rate, tags):
 )
 def test_the_trigger_words_are_kept_unless_said_otherwise(flags, kept):
     options = parse_train_config(flags).captions
-    assert options.keep_tokens == kept and options.trigger_word in ("", "volto", "volto, blue robot")
+    assert options.keep_tokens == kept and options.trigger_word in (
+        "",
+        "volto",
+        "volto, blue robot",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +155,32 @@ def encoded(base_folder):
 
 
 def loss_by_hand(encoded, say) -> float:
-    """The loss of a first step of four pictures under seed 0, the captions being say(caption, number of the row)."""
+    """The loss of a first step of four pictures under seed 0, the captions being say(caption,
+    number of the row)."""
     base, dataset, moments = encoded
     parts = []
     with torch.no_grad():
         for row in range(4):
             index, generator = batches.picture_at(row, len(dataset), 0), batches.random_for(0, row)
             torch.randint(1, (1,), generator=generator)  # which crop
-            latents = diffusion.draw_latents(moments[index][:1], base.vae.config.scaling_factor, generator)
+            latents = diffusion.draw_latents(
+                moments[index][:1], base.vae.config.scaling_factor, generator
+            )
             noise = diffusion.draw_noise(latents.shape, 0.0, generator)
-            timesteps = diffusion.draw_timesteps(1, base.scheduler.config.num_train_timesteps, generator)
+            timesteps = diffusion.draw_timesteps(
+                1, base.scheduler.config.num_train_timesteps, generator
+            )
             caption = say(dataset.captions[index], row)
-            states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, [caption])[caption][None]
+            states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, [caption])[
+                caption
+            ][None]
             noisy = base.scheduler.add_noise(latents, noise, timesteps)
             noise_pred = base.unet(noisy, timesteps, encoder_hidden_states=states).sample
-            parts.append(diffusion.loss(noise_pred, diffusion.target(base.scheduler, latents, noise, timesteps)))
+            parts.append(
+                diffusion.loss(
+                    noise_pred, diffusion.target(base.scheduler, latents, noise, timesteps)
+                )
+            )
     return float(torch.stack(parts).mean())
 
 
@@ -157,8 +195,21 @@ VARIED = {
     "some captions dropped": ["--caption_dropout_rate", 0.5],
     "all tags dropped": ["--caption_tag_dropout_rate", 1],
     "all but one tag dropped": ["--caption_tag_dropout_rate", 1, "--keep_tokens", 1],
-    "shuffled and thinned": ["--shuffle_caption", "--caption_tag_dropout_rate", 0.3, "--keep_tokens", 1],
-    "dressed": ["--trigger_word", "zed", "--caption_prefix", "pixel art,", "--caption_suffix", "small"],
+    "shuffled and thinned": [
+        "--shuffle_caption",
+        "--caption_tag_dropout_rate",
+        0.3,
+        "--keep_tokens",
+        1,
+    ],
+    "dressed": [
+        "--trigger_word",
+        "zed",
+        "--caption_prefix",
+        "pixel art,",
+        "--caption_suffix",
+        "small",
+    ],
 }
 
 
@@ -169,23 +220,44 @@ def test_the_loss_of_a_step_is_that_of_its_captions(train_here, encoded, tmp_pat
     variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
 
     def say(caption: str, row: int) -> str:
-        caption = dressed(caption, options.trigger_word, options.caption_prefix, options.caption_suffix)
+        caption = dressed(
+            caption, options.trigger_word, options.caption_prefix, options.caption_suffix
+        )
         return variation.of(caption, random.Random(f"caption 0 {row}"))
 
-    by_hand = {"as said": loss_by_hand(encoded, say), "plain": loss_by_hand(encoded, lambda caption, row: caption)}
+    by_hand = {
+        "as said": loss_by_hand(encoded, say),
+        "plain": loss_by_hand(encoded, lambda caption, row: caption),
+    }
     (loss,) = losses(tmp_path, "out")
     assert loss == pytest.approx(by_hand["as said"], rel=1e-4)
-    assert not flags or loss != pytest.approx(by_hand["plain"], rel=1e-4), "captions matter to the loss"
+    assert not flags or loss != pytest.approx(by_hand["plain"], rel=1e-4), (
+        "captions matter to the loss"
+    )
 
 
-def test_with_every_caption_dropped_the_loss_is_that_of_the_empty_caption(train_here, encoded, tmp_path):
+def test_with_every_caption_dropped_the_loss_is_that_of_the_empty_caption(
+    train_here, encoded, tmp_path
+):
     train_here(tmp_path, "dropped", *DATA, "--max_train_steps", 1, "--caption_dropout_rate", 1)
     train_here(tmp_path, "tagless", *DATA, "--max_train_steps", 1, "--caption_tag_dropout_rate", 1)
     empty = loss_by_hand(encoded, lambda caption, row: "")
-    assert losses(tmp_path, "dropped") == losses(tmp_path, "tagless") == [pytest.approx(empty, rel=1e-4)]
+    assert (
+        losses(tmp_path, "dropped")
+        == losses(tmp_path, "tagless")
+        == [pytest.approx(empty, rel=1e-4)]
+    )
 
 
-VARYING = ["--shuffle_caption", "--caption_tag_dropout_rate", 0.3, "--caption_dropout_rate", 0.2, "--keep_tokens", 1]
+VARYING = [
+    "--shuffle_caption",
+    "--caption_tag_dropout_rate",
+    0.3,
+    "--caption_dropout_rate",
+    0.2,
+    "--keep_tokens",
+    1,
+]
 
 
 @pytest.fixture
@@ -202,8 +274,21 @@ def repeated(tmp_path):
 
 @pytest.mark.parametrize("text", [[], ["--train_text_encoder"]], ids=["frozen", "trained"])
 def test_a_varied_and_repeated_run_resumes_bit_for_bit(train_here, tmp_path, repeated, text):
-    flags = ["--data_dir", repeated, "--train_batch_size", 2, "--learning_rate", 1e-3, "--num_train_epochs", 1,
-             "--save_steps", 2, *FEW_TARGETS, *VARYING, *text]  # fmt: skip
+    flags = [
+        "--data_dir",
+        repeated,
+        "--train_batch_size",
+        2,
+        "--learning_rate",
+        1e-3,
+        "--num_train_epochs",
+        1,
+        "--save_steps",
+        2,
+        *FEW_TARGETS,
+        *VARYING,
+        *text,
+    ]
     whole = train_here(tmp_path, "whole", *flags)
     train_here(tmp_path, "halves", *flags)
     for place in ("lora_weights", "checkpoint-4", "checkpoint-5"):
@@ -217,8 +302,21 @@ def test_a_varied_and_repeated_run_resumes_bit_for_bit(train_here, tmp_path, rep
 
 
 def test_repeats_count_for_epochs_and_stand_in_the_header(train_here, tmp_path, repeated, capsys):
-    train_here(tmp_path, "out", "--data_dir", repeated, "--train_batch_size", 5, "--num_train_epochs", 1, *FEW_TARGETS,
-               "--dataset_repeats", 2, "--trigger_word", "zed")  # fmt: skip
+    train_here(
+        tmp_path,
+        "out",
+        "--data_dir",
+        repeated,
+        "--train_batch_size",
+        5,
+        "--num_train_epochs",
+        1,
+        *FEW_TARGETS,
+        "--dataset_repeats",
+        2,
+        "--trigger_word",
+        "zed",
+    )
     said = capsys.readouterr().out
     assert "6 in 2 folders of" in said and "3_volto x 6" in said and "20 pictures an epoch" in said
     assert len(losses(tmp_path, "out")) == 4, "4 x 2 and 2 x 6 pictures, 5 a step"
@@ -252,25 +350,37 @@ def test_what_is_cut_off_is_what_stands_behind_75_tokens(base_folder):
     tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
     fits = ", ".join(["robot"] * 37) + " robot"
     assert len(tokenizer(fits, add_special_tokens=False).input_ids) == 74
-    captions = ["", "short", fits, fits + ", Étoile bleue, x", fits + " a, Étoile  bleue", "洛克人" * 30]
+    captions = [
+        "",
+        "short",
+        fits,
+        fits + ", Étoile bleue, x",
+        fits + " a, Étoile  bleue",
+        "洛克人" * 30,
+    ]
     cut = text_encoding.cut_off(tokenizer, captions)
     assert cut[:3] == ["", "", ""] and cut[3] == "Étoile bleue, x" and cut[4] == "Étoile  bleue"
     assert cut[5] and captions[5].endswith(cut[5])
     assert text_encoding.cut_off(tokenizer, []) == []
 
 
-def test_the_first_long_captions_are_shown_and_the_rest_counted(train_here, pictures, tmp_path, capsys):
+def test_the_first_long_captions_are_shown_and_the_rest_counted(
+    train_here, pictures, tmp_path, capsys
+):
     for number in range(5):
         shutil.copy(pictures / "megaman_01.png", pictures / f"more_{number}.png")
-        (pictures / f"more_{number}.txt").write_text("robot, " * 40 + f"tail {number}", encoding="utf-8")
+        (pictures / f"more_{number}.txt").write_text(
+            "robot, " * 40 + f"tail {number}", encoding="utf-8"
+        )
     train_here(tmp_path, "out", "--data_dir", pictures, "--max_train_steps", 1)
     said = capsys.readouterr().out
     assert said.count("has more than 75 tokens; cut off: ") == MOST_CUT and "tail 0\n" in said
     assert f"{5 - MOST_CUT} more have over 75 tokens" in said
     content = json.loads((tmp_path / "out" / "dataset_problems.json").read_text(encoding="utf-8"))
-    assert [entry["cut"].endswith(f"tail {number}") for number, entry in enumerate(content["cut_captions"])] == [
-        True
-    ] * 5
+    assert [
+        entry["cut"].endswith(f"tail {number}")
+        for number, entry in enumerate(content["cut_captions"])
+    ] == [True] * 5
 
 
 def test_cut_captions_stay_with_their_pictures(pictures, tmp_path):

@@ -1,4 +1,5 @@
-"""How steps are computed: chosen, said, noted, taken over by a resumed run; the losses are the same either way."""
+"""How steps are computed: chosen, said, noted, taken over by a resumed run; the losses are the same
+either way."""
 
 from __future__ import annotations
 
@@ -18,14 +19,31 @@ from megaman.errors import UserError
 from megaman.training.compute import ASKED, XFORMERS, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # what is chosen for a card needs none
-FLAGS = {"mixed_precision": "no", "memory_format": "auto", XFORMERS: False, "compile": False,
-         "gradient_checkpointing": False, "train_batch_size": 4, "gradient_accumulation_steps": 1}  # fmt: skip
-NOTED = {"device": "cpu", "dtype": "bfloat16", "memory_format": "contiguous", "attention": "sdpa", "compile": False,
-         "gradient_checkpointing": True, "vae_tile": 32, "split": {"size": 2, "count": 2}, "asked": FLAGS}  # fmt: skip
+FLAGS = {
+    "mixed_precision": "no",
+    "memory_format": "auto",
+    XFORMERS: False,
+    "compile": False,
+    "gradient_checkpointing": False,
+    "train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+}
+NOTED = {
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "memory_format": "contiguous",
+    "attention": "sdpa",
+    "compile": False,
+    "gradient_checkpointing": True,
+    "vae_tile": 32,
+    "split": {"size": 2, "count": 2},
+    "asked": FLAGS,
+}
 
 
 def chosen(saved=None, device=CPU, **flags):
-    """What is chosen, as JSON but for checkpointing, and what is said; the flags are given beside the defaults."""
+    """What is chosen, as JSON but for checkpointing, and what is said; the flags are given beside
+    the defaults."""
     choices, placement, remarks = choose({**FLAGS, **flags}, set(flags), device, 64, saved)
     assert choices.memory_format == placement.memory_format
     assert f"torch.{choices.dtype}" == str(placement.dtype)
@@ -35,16 +53,28 @@ def chosen(saved=None, device=CPU, **flags):
 def test_a_new_run_says_nothing_more():
     choices, said = chosen()
     assert set(FLAGS) == set(ASKED) and choices.asked == FLAGS
-    assert (choices.dtype, choices.memory_format, choices.attention) == ("float32", "channels_last", "sdpa")
+    assert (choices.dtype, choices.memory_format, choices.attention) == (
+        "float32",
+        "channels_last",
+        "sdpa",
+    )
     assert (choices.split.size, choices.split.count, choices.vae_tile, said) == (4, 1, 0, "")
 
 
 def test_what_a_checkpoint_noted_is_taken_over_and_said():
     choices, said = chosen(NOTED)
-    assert (choices.dtype, choices.memory_format, choices.gradient_checkpointing) == ("bfloat16", "contiguous", True)
+    assert (choices.dtype, choices.memory_format, choices.gradient_checkpointing) == (
+        "bfloat16",
+        "contiguous",
+        True,
+    )
     assert (choices.split.size, choices.split.count, choices.vae_tile) == (2, 2, 32)
-    for words in ("dtype bfloat16 instead of float32", "memory_format contiguous instead of channels_last",
-                  "gradient_checkpointing on instead of off", "split 2 x 2 instead of 4 x 1"):  # fmt: skip
+    for words in (
+        "dtype bfloat16 instead of float32",
+        "memory_format contiguous instead of channels_last",
+        "gradient_checkpointing on instead of off",
+        "split 2 x 2 instead of 4 x 1",
+    ):
         assert words in said and said.count("\n") == 0
 
 
@@ -57,7 +87,11 @@ def test_what_a_checkpoint_noted_is_taken_over_and_said():
         ({"memory_format": "auto"}, "memory_format", "contiguous"),
         ({"train_batch_size": 4}, "split", "2 x 2"),
         ({"train_batch_size": 1, "gradient_accumulation_steps": 4}, "split", "1 x 4"),
-        ({"train_batch_size": 3}, "split", "3 x 1"),  # another number of pictures, which is refused later
+        (
+            {"train_batch_size": 3},
+            "split",
+            "3 x 1",
+        ),  # another number of pictures, which is refused later
     ],
 )
 def test_a_flag_that_says_something_else_wins(flags, name, value):
@@ -80,7 +114,12 @@ def test_what_was_asked_is_remembered_as_long_as_it_holds():
 
 def test_another_kind_of_device_chooses_anew():
     choices, said = chosen(NOTED, CUDA, mixed_precision="fp16", compile=True)
-    assert (choices.dtype, choices.split.size, choices.compile, choices.vae_tile) == ("float16", 4, True, 0)
+    assert (choices.dtype, choices.split.size, choices.compile, choices.vae_tile) == (
+        "float16",
+        4,
+        True,
+        0,
+    )
     assert "computed on cpu: chosen anew for cuda" in said
     assert not chosen({**NOTED, "device": "cuda", "compile": True})[0].compile
 
@@ -93,11 +132,19 @@ def test_what_only_a_card_has_is_said_elsewhere():
     assert chosen(tampered)[0].attention == "sdpa" and not chosen(tampered)[0].compile
 
 
-@pytest.mark.skipif(is_xformers_available(), reason="what is said without xformers: it is installed")
+@pytest.mark.skipif(
+    is_xformers_available(), reason="what is said without xformers: it is installed"
+)
 def test_xformers_has_to_be_installed():
-    with pytest.raises(UserError, match=f"--{XFORMERS}: xformers is not installed.*pip install xformers"):
+    with pytest.raises(
+        UserError, match=f"--{XFORMERS}: xformers is not installed.*pip install xformers"
+    ):
         chosen(device=CUDA, **{XFORMERS: True})
-    noted = {**NOTED, "device": "cuda", "attention": "xformers"}  # taken over, it would be nobody's mistake
+    noted = {
+        **NOTED,
+        "device": "cuda",
+        "attention": "xformers",
+    }  # taken over, it would be nobody's mistake
     assert chosen(noted, CUDA)[0].attention == "sdpa"
 
 
@@ -110,10 +157,19 @@ def test_compiled_blocks_keep_the_names_of_their_parameters(base_folder):
     assert any(module._compiled_call_impl for module in unet.modules())
 
 
-ODD = [*([], {}, "float32", 1, True), {**NOTED, "dtype": "int8"}, {**NOTED, "dtype": ["float32"]},
-       {**NOTED, "split": {"size": 0, "count": 4}}, {**NOTED, "split": {"size": 4}}, {**NOTED, "vae_tile": True},
-       {**NOTED, "compile": 1}, {**NOTED, "vae_tile": -8}, {**NOTED, "asked": None}, {**NOTED, "asked": {"a": {}}},
-       {key: value for key, value in NOTED.items() if key != "attention"}]  # fmt: skip
+ODD = [
+    *([], {}, "float32", 1, True),
+    {**NOTED, "dtype": "int8"},
+    {**NOTED, "dtype": ["float32"]},
+    {**NOTED, "split": {"size": 0, "count": 4}},
+    {**NOTED, "split": {"size": 4}},
+    {**NOTED, "vae_tile": True},
+    {**NOTED, "compile": 1},
+    {**NOTED, "vae_tile": -8},
+    {**NOTED, "asked": None},
+    {**NOTED, "asked": {"a": {}}},
+    {key: value for key, value in NOTED.items() if key != "attention"},
+]
 
 
 @pytest.mark.parametrize("saved", ODD, ids=repr)
@@ -124,12 +180,17 @@ def test_an_odd_note_is_said_and_chosen_anew(saved):
 
 json_value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["size", "count", *ASKED]), inner),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.sampled_from(["size", "count", *ASKED]), inner)
+    ),
     max_leaves=4,
 )
 
 
-@given(st.dictionaries(st.sampled_from(list(NOTED)), json_value), st.sampled_from([CPU, CUDA, torch.device("mps")]))
+@given(
+    st.dictionaries(st.sampled_from(list(NOTED)), json_value),
+    st.sampled_from([CPU, CUDA, torch.device("mps")]),
+)
 def test_no_note_can_stop_a_run(changed, device):
     choices, _ = chosen({**NOTED, **changed}, device)
     assert choices.split.size * choices.split.count == 4
@@ -143,7 +204,14 @@ def train(train_here, tmp_path, capsys):
     """train(output_dir, *flags): two pictures a step, saved at each; .said is what it printed."""
 
     def run(output_dir: str, *flags) -> dict[str, torch.Tensor]:
-        fixed = ["--data_dir", ROOT / "demo" / "held_out", "--train_batch_size", 2, "--learning_rate", 1e-3]
+        fixed = [
+            "--data_dir",
+            ROOT / "demo" / "held_out",
+            "--train_batch_size",
+            2,
+            "--learning_rate",
+            1e-3,
+        ]
         targets = ["--target_modules", "to_q", "conv1", "--lr_warmup_steps", 0, "--save_steps", 1]
         state = train_here(tmp_path, output_dir, *fixed, *targets, *flags)
         run.said = capsys.readouterr().out
@@ -166,12 +234,18 @@ def test_both_memory_formats_train_the_same(train, tmp_path):
     assert "; channels_last; sdpa; " in train.said
     train("plain", "--max_train_steps", 4, "--memory_format", "contiguous")
     assert "; contiguous; sdpa; " in train.said
-    assert losses(tmp_path / "logs-last") == pytest.approx(losses(tmp_path / "logs-plain"), abs=1e-4)
+    assert losses(tmp_path / "logs-last") == pytest.approx(
+        losses(tmp_path / "logs-plain"), abs=1e-4
+    )
     config = json.loads((tmp_path / "plain" / "training_config.json").read_text())
-    assert config["choices"]["memory_format"] == "contiguous" and config["choices"]["attention"] == "sdpa"
+    assert (
+        config["choices"]["memory_format"] == "contiguous"
+        and config["choices"]["attention"] == "sdpa"
+    )
     assert config["choices"] == noted(tmp_path / "plain" / "checkpoint-4")
 
-    # On a checkpoint of contiguous steps without the flag; then from an earlier version's, which notes nothing.
+    # On a checkpoint of contiguous steps without the flag; then from an earlier version's, which
+    # notes nothing.
     train("plain", "--max_train_steps", 5, "--resume_from_checkpoint", "checkpoint-4")
     assert "as in the checkpoint: memory_format contiguous instead of channels_last" in train.said
     assert noted(tmp_path / "plain" / "checkpoint-5")["memory_format"] == "contiguous"
@@ -187,14 +261,23 @@ def test_bf16_trains_saves_resumes_bit_for_bit_and_draws(train, tmp_path):
     flags = ["--max_train_steps", 4, "--num_validation_images", 1, "--validation_steps", 4]
     whole = train("whole", *flags, "--mixed_precision", "bf16")
     assert "device     cpu: base in bf16, LoRA in float32; channels_last" in train.said
-    assert (tmp_path / "whole" / "samples-4" / "00.png").is_file() and "no sample images" not in train.said
+    assert (
+        tmp_path / "whole" / "samples-4" / "00.png"
+    ).is_file() and "no sample images" not in train.said
     assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
     assert noted(tmp_path / "whole" / "checkpoint-4")["dtype"] == "bfloat16"
 
-    resumed = train("halves", *flags, "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2")
+    resumed = train(
+        "halves", *flags, "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2"
+    )
     assert "dtype bfloat16 instead of float32" in train.said
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    moments = [load_file(tmp_path / name / "checkpoint-4" / "optimizer.safetensors") for name in ("whole", "halves")]
+    moments = [
+        load_file(tmp_path / name / "checkpoint-4" / "optimizer.safetensors")
+        for name in ("whole", "halves")
+    ]
     assert all(torch.equal(moments[0][key], moments[1][key]) for key in moments[0])
-    pictures = [(tmp_path / name / "samples-4" / "00.png").read_bytes() for name in ("whole", "halves")]
+    pictures = [
+        (tmp_path / name / "samples-4" / "00.png").read_bytes() for name in ("whole", "halves")
+    ]
     assert pictures[0] == pictures[1]

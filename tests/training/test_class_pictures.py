@@ -35,29 +35,40 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def train(train_here, folders, tmp_path):
-    """train("name", "--flag", ...) with the hero's pictures; returns the LoRA's tensors and the losses."""
+    """train("name", "--flag", ...) with the hero's pictures; returns the LoRA's tensors and the
+    losses."""
 
     def run(name: str, *flags):
         state = train_here(tmp_path, name, "--data_dir", folders / "hero", *FIXED, *flags)
         (events,) = (tmp_path / f"logs-{name}").iterdir()
-        return state, [event.value for event in EventAccumulator(str(events)).Reload().Scalars("train/loss")]
+        return state, [
+            event.value for event in EventAccumulator(str(events)).Reload().Scalars("train/loss")
+        ]
 
     return run
 
 
 @torch.no_grad()
 def loss_by_hand(base, folder, numbers, seed: int) -> float:
-    """The base's mean loss of the pictures with these numbers, each with the noise that hangs on seed and number."""
+    """The base's mean loss of the pictures with these numbers, each with the noise that hangs on
+    seed and number."""
     dataset, errors = MegaManDataset(folder, None, 64), []
     for number in numbers:
-        index, generator = batches.picture_at(number, len(dataset), seed), batches.random_for(seed, number)
+        index, generator = (
+            batches.picture_at(number, len(dataset), seed),
+            batches.random_for(seed, number),
+        )
         torch.randint(1, (1,), generator=generator)  # one crop to choose from
         posterior = base.vae.encode(dataset[index]["pixel_values"][None]).latent_dist
-        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        latents = posterior.mean + posterior.std * torch.randn(
+            posterior.mean.shape, generator=generator
+        )
         latents = latents * base.vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=generator)
         timestep = torch.randint(0, 1000, (1,), generator=generator)
-        words = base.tokenizer(dataset.captions[index], padding="max_length", truncation=True, return_tensors="pt")
+        words = base.tokenizer(
+            dataset.captions[index], padding="max_length", truncation=True, return_tensors="pt"
+        )
         noisy = base.scheduler.add_noise(latents, noise, timestep)
         states = base.text_encoder(words.input_ids)[0]
         predicted = base.unet(noisy, timestep, encoder_hidden_states=states).sample
@@ -72,9 +83,19 @@ def loss_by_hand(base, folder, numbers, seed: int) -> float:
 def test_the_loss_is_that_of_the_pictures_and_weight_times_that_of_the_class(
     train, folders, base_folder, weight, split
 ):
-    """Of the first step, where the LoRA changes nothing yet: as many class pictures as pictures, four of each."""
-    sizes = ["--train_batch_size", split[0], "--gradient_accumulation_steps", split[1], "--max_train_steps", 1]
-    _, (loss,) = train("with", "--class_data_dir", folders / "others", "--prior_loss_weight", weight, *sizes)
+    """Of the first step, where the LoRA changes nothing yet: as many class pictures as pictures,
+    four of each."""
+    sizes = [
+        "--train_batch_size",
+        split[0],
+        "--gradient_accumulation_steps",
+        split[1],
+        "--max_train_steps",
+        1,
+    ]
+    _, (loss,) = train(
+        "with", "--class_data_dir", folders / "others", "--prior_loss_weight", weight, *sizes
+    )
     base = load_base(str(base_folder), torch.float32)
     hero = loss_by_hand(base, folders / "hero", range(4), 0)
     others = loss_by_hand(base, folders / "others", range(4), batches.class_seed(0))
@@ -85,7 +106,13 @@ def test_the_loss_is_that_of_the_pictures_and_weight_times_that_of_the_class(
 def test_weight_0_trains_as_without_class_pictures_and_1_does_not(train, folders):
     alone, first = train("alone", "--max_train_steps", 3)
     nothing, second = train(
-        "nothing", "--max_train_steps", 3, "--class_data_dir", folders / "others", "--prior_loss_weight", 0
+        "nothing",
+        "--max_train_steps",
+        3,
+        "--class_data_dir",
+        folders / "others",
+        "--prior_loss_weight",
+        0,
     )
     whole, _ = train("whole", "--max_train_steps", 3, "--class_data_dir", folders / "others")
     assert second == pytest.approx(first, rel=1e-5)
@@ -94,7 +121,16 @@ def test_weight_0_trains_as_without_class_pictures_and_1_does_not(train, folders
 
 
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(train, folders, tmp_path):
-    flags = ["--class_data_dir", folders / "others", "--lora_dropout", 0.2, "--max_train_steps", 4, "--save_steps", 2]
+    flags = [
+        "--class_data_dir",
+        folders / "others",
+        "--lora_dropout",
+        0.2,
+        "--max_train_steps",
+        4,
+        "--save_steps",
+        2,
+    ]
     whole, losses = train("whole", *flags)
     (tmp_path / "half").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
@@ -119,8 +155,17 @@ def test_what_is_said_and_recorded(train, folders, tmp_path, capsys):
     """The class pictures get no trigger word and count apart from those that were trained on."""
     others = shutil.copytree(folders / "others", tmp_path / "others")
     (others / "broken.png").write_bytes(b"not a picture")
-    train("out", "--class_data_dir", others, "--prior_loss_weight", 0.5, "--max_train_steps", 1,
-          "--trigger_word", "zxq")  # fmt: skip
+    train(
+        "out",
+        "--class_data_dir",
+        others,
+        "--prior_loss_weight",
+        0.5,
+        "--max_train_steps",
+        1,
+        "--trigger_word",
+        "zxq",
+    )
     said = capsys.readouterr().out
     assert f"class      3 in {others}, loss times 0.5" in said
     assert f"left out: {others / 'broken.png'}: not a picture" in said
@@ -141,19 +186,30 @@ def test_a_folder_that_is_no_good_is_named_with_its_flag(train, tmp_path):
     with pytest.raises(UserError, match=re.escape("--class_data_dir")):
         train("out", "--class_data_dir", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=re.escape(f"--class_data_dir {tmp_path / 'empty'} holds no picture")):
+    with pytest.raises(
+        UserError, match=re.escape(f"--class_data_dir {tmp_path / 'empty'} holds no picture")
+    ):
         train("out", "--class_data_dir", tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--prior_loss_weight", "0.5"], "--prior_loss_weight has no effect without --class_data_dir"),
+        (
+            ["--prior_loss_weight", "0.5"],
+            "--prior_loss_weight has no effect without --class_data_dir",
+        ),
         (["--data_dir", "x", "--class_data_dir", "x"], "share pictures"),
         (["--data_dir", "x", "--class_data_dir", "x/class"], "share pictures"),
         (["--data_dir", "x/hero", "--class_data_dir", "x"], "share pictures"),
-        (["--class_data_dir", "x", "--output_dir", "x/out"], "--output_dir x/out is within --class_data_dir"),
-        (["--class_data_dir", "out/samples-3", "--output_dir", "out"], "--class_data_dir out/samples-3 is where"),
+        (
+            ["--class_data_dir", "x", "--output_dir", "x/out"],
+            "--output_dir x/out is within --class_data_dir",
+        ),
+        (
+            ["--class_data_dir", "out/samples-3", "--output_dir", "out"],
+            "--class_data_dir out/samples-3 is where",
+        ),
         (["--class_data_dir", "x", "--prior_loss_weight", "-1"], "--prior_loss_weight"),
     ],
 )

@@ -19,8 +19,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
     """The noise schedule of Stable Diffusion 1.x."""
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                         prediction_type=prediction_type)  # fmt: skip
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+    )
 
 
 def moments(mean: float, logvar: float, shape=(4, 4, 64, 64)) -> torch.Tensor:
@@ -42,14 +46,18 @@ def test_latents_are_those_of_diffusers_own_distribution():
 
 
 def test_latents_of_a_certain_vae_are_its_mean_and_wild_ones_stay_finite():
-    assert torch.allclose(diffusion.draw_latents(moments(2.0, -1000.0), 0.5, seeded()), torch.tensor(1.0), atol=1e-4)
+    assert torch.allclose(
+        diffusion.draw_latents(moments(2.0, -1000.0), 0.5, seeded()), torch.tensor(1.0), atol=1e-4
+    )
     assert diffusion.draw_latents(moments(2.0, 1000.0), 0.5, seeded()).isfinite().all()
     assert diffusion.draw_latents(moments(2.0, 0.0).half(), 0.5, seeded()).dtype == torch.float32
 
 
 def test_noise_is_normal():
     noise = diffusion.draw_noise(torch.Size((8, 4, 64, 64)), 0.0, seeded())
-    assert noise.mean().item() == pytest.approx(0, abs=0.01) and noise.std().item() == pytest.approx(1, abs=0.01)
+    assert noise.mean().item() == pytest.approx(
+        0, abs=0.01
+    ) and noise.std().item() == pytest.approx(1, abs=0.01)
     assert torch.equal(noise, torch.randn(8, 4, 64, 64, generator=seeded()))
 
 
@@ -73,7 +81,9 @@ def test_timesteps_are_uniform_over_all_of_them():
 
 def test_the_target_is_the_noise():
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=seeded())
-    assert torch.equal(diffusion.target(scheduler(), latents, noise, torch.tensor([0, 500, 999])), noise)
+    assert torch.equal(
+        diffusion.target(scheduler(), latents, noise, torch.tensor([0, 500, 999])), noise
+    )
 
 
 def test_the_target_of_a_velocity_model():
@@ -90,15 +100,21 @@ def test_signal_to_noise():
     ratio = diffusion.snr(torch.tensor([0.9, 0.5, 0.2]), torch.tensor([2, 0, 1, 1]))
     assert torch.allclose(ratio, torch.tensor([0.25, 9.0, 1.0, 1.0]))
     base, timesteps = scheduler(), torch.tensor([0, 1, 250, 999])
-    assert torch.allclose(diffusion.snr(base.alphas_cumprod, timesteps), compute_snr(base, timesteps), rtol=1e-4)
+    assert torch.allclose(
+        diffusion.snr(base.alphas_cumprod, timesteps), compute_snr(base, timesteps), rtol=1e-4
+    )
 
 
 def test_min_snr_weights_by_hand():
     ratio = torch.tensor([0.5, 1.0, 5.0, 20.0])
-    assert torch.allclose(diffusion.min_snr_weights(ratio, 5.0, "epsilon"), torch.tensor([1, 1, 1, 0.25]))
+    assert torch.allclose(
+        diffusion.min_snr_weights(ratio, 5.0, "epsilon"), torch.tensor([1, 1, 1, 0.25])
+    )
     velocity = torch.tensor([0.5 / 1.5, 1 / 2, 5 / 6, 5 / 21])
     assert torch.allclose(diffusion.min_snr_weights(ratio, 5.0, "v_prediction"), velocity)
-    assert torch.allclose(diffusion.min_snr_weights(ratio, 1.0, "epsilon"), torch.tensor([1, 1, 0.2, 0.05]))
+    assert torch.allclose(
+        diffusion.min_snr_weights(ratio, 1.0, "epsilon"), torch.tensor([1, 1, 0.2, 0.05])
+    )
 
 
 def test_loss_is_the_mean_squared_error():
@@ -112,7 +128,9 @@ def test_loss_is_the_mean_squared_error():
 
 def test_weights_count_picture_by_picture():
     wanted = torch.zeros(2, 1, 2, 2)
-    predicted = torch.stack([torch.full((1, 2, 2), 1.0), torch.full((1, 2, 2), 2.0)])  # errors 1 and 4
+    predicted = torch.stack(
+        [torch.full((1, 2, 2), 1.0), torch.full((1, 2, 2), 2.0)]
+    )  # errors 1 and 4
     assert diffusion.loss(predicted, wanted) == 2.5
     assert diffusion.loss(predicted, wanted, torch.tensor([1.0, 1.0])) == 2.5
     assert diffusion.loss(predicted, wanted, torch.tensor([1.0, 0.25])) == 1.0

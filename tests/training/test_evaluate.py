@@ -1,4 +1,5 @@
-"""The held-out loss asks the same questions for the same seed, and tells a better model from a worse one."""
+"""The held-out loss asks the same questions for the same seed, and tells a better model from a
+worse one."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from megaman.training.validation import gain, held_out_loss
 
 
 class Guesser(torch.nn.Module):
-    """Stands for a UNet: predicts a share of the noise, which it works out from the clean latents it is told."""
+    """Stands for a UNet: predicts a share of the noise, which it works out from the clean latents
+    it is told."""
 
     def __init__(self, scheduler: DDPMScheduler, latents: torch.Tensor, share: float):
         super().__init__()
@@ -36,7 +38,10 @@ def setting():
 
 def test_a_perfect_model_loses_nothing_and_a_blind_one_the_noise(setting):
     scheduler, latents, states = setting
-    loss = [held_out_loss(Guesser(scheduler, latents, share), scheduler, latents, states, 0) for share in (1, 0.5, 0)]
+    loss = [
+        held_out_loss(Guesser(scheduler, latents, share), scheduler, latents, states, 0)
+        for share in (1, 0.5, 0)
+    ]
     assert loss[0] == pytest.approx(0, abs=1e-4)
     assert loss[2] == pytest.approx(1, abs=0.05)
     assert loss[1] == pytest.approx(loss[2] / 4, rel=1e-3)
@@ -54,7 +59,9 @@ def test_gain_is_a_share():
 
 
 def test_shuffled_captions_never_stand_beside_their_own_picture(run_script, tmp_path):
-    done = run_script([ROOT / "benchmarks" / "held_out.py", "--make_shuffled", "shuffled"], tmp_path)
+    done = run_script(
+        [ROOT / "benchmarks" / "held_out.py", "--make_shuffled", "shuffled"], tmp_path
+    )
     assert done.returncode == 0, done.stderr
     source = {path.stem: path.read_text() for path in (ROOT / "demo" / "images").glob("*.txt")}
     shuffled = {path.stem: path.read_text() for path in (tmp_path / "shuffled").glob("*.txt")}
@@ -64,7 +71,9 @@ def test_shuffled_captions_never_stand_beside_their_own_picture(run_script, tmp_
 
 
 @pytest.mark.slow
-def test_the_benchmark_on_an_untrained_lora_gains_nothing(base_folder, tmp_path, monkeypatch, capsys):
+def test_the_benchmark_on_an_untrained_lora_gains_nothing(
+    base_folder, tmp_path, monkeypatch, capsys
+):
     from diffusers import UNet2DConditionModel
 
     from megaman.lora import adapter

@@ -1,4 +1,5 @@
-"""Writes that fail, disks that are full, numbers that go wrong: nothing that was saved before is lost."""
+"""Writes that fail, disks that are full, numbers that go wrong: nothing that was saved before is
+lost."""
 
 from __future__ import annotations
 
@@ -35,7 +36,13 @@ class Disk:
 
     def __init__(self, monkeypatch, fail_at: int):
         self.count, self.fail_at = 0, fail_at
-        for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_text")):
+        for module, name in (
+            (os, "fsync"),
+            (os, "replace"),
+            (os, "mkdir"),
+            (Path, "mkdir"),
+            (Path, "write_text"),
+        ):
             monkeypatch.setattr(module, name, self.counted(getattr(module, name)))
         monkeypatch.setattr(lora_files, "save_file", self.counted(lora_files.save_file, half=True))
 
@@ -71,7 +78,9 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 def adapted(base_folder):
     """The base's UNet and text encoder with a LoRA in each, and an optimizer that took a step."""
     base = load_base(str(base_folder), torch.float32)
-    trainable = adapter.inject(base.unet, 2, 4, ["to_q"]) + adapter.inject(base.text_encoder, 2, 4, ["q_proj"])
+    trainable = adapter.inject(base.unet, 2, 4, ["to_q"]) + adapter.inject(
+        base.text_encoder, 2, 4, ["q_proj"]
+    )
     optimizer = torch.optim.AdamW(trainable, fused=True)
     for parameter in trainable:
         parameter.grad = torch.ones_like(parameter)
@@ -81,15 +90,18 @@ def adapted(base_folder):
 
 @pytest.mark.slow
 def test_every_call_of_a_save_fails_once(adapted, tmp_path):
-    """The second checkpoint over the limit of one, and lora_weights/ over an earlier one: each write, flush and rename
-    fails once; the earlier state still loads, there is no half file, and the same save works afterwards."""
+    """The second checkpoint over the limit of one, and lora_weights/ over an earlier one: each
+    write, flush and rename fails once; the earlier state still loads, there is no half file, and
+    the same save works afterwards."""
     unet, text_encoder, optimizer = adapted
     out = tmp_path / "out"
 
     def save(step: int) -> None:
         state = checkpoint.TrainState(step, 0, "logs", 1.0, {})
         checkpoint.save(out, unet, optimizer, None, state, "base", 1, text_encoder)
-        lora_files.save_lora(out / "lora_weights", unet, "base", {"ss_steps": str(step)}, text_encoder=text_encoder)
+        lora_files.save_lora(
+            out / "lora_weights", unet, "base", {"ss_steps": str(step)}, text_encoder=text_encoder
+        )
 
     save(1)
     shutil.copytree(out, tmp_path / "earlier")
@@ -108,17 +120,34 @@ def test_every_call_of_a_save_fails_once(adapted, tmp_path):
         for path in (out / "checkpoint-1", out / "checkpoint-2"):
             if path.is_dir():
                 load_file(path / "text_encoder" / "adapter_model.safetensors")
-        for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "megaman_lora.safetensors",
-                     "text_encoder/adapter_model.safetensors"):  # fmt: skip
+        for name in (
+            "adapter_model.safetensors",
+            "pytorch_lora_weights.safetensors",
+            "megaman_lora.safetensors",
+            "text_encoder/adapter_model.safetensors",
+        ):
             load_file(out / "lora_weights" / name)
-        assert {path.name for path in out.iterdir()} <= {"checkpoint-1", "checkpoint-2", "lora_weights"}, number
+        assert {path.name for path in out.iterdir()} <= {
+            "checkpoint-1",
+            "checkpoint-2",
+            "lora_weights",
+        }, number
         save(3)
         assert [output.step_of(path) for path in whole_checkpoints(out)] == [3]
 
 
 def test_a_run_whose_disk_fails_once_goes_on_or_ends_in_a_line(trained, train_here, tmp_path):
-    """A third step with its checkpoint and the final LoRA; all of its calls in the long form, each ninth here."""
-    flags = [*FIXED, "--max_train_steps", 3, "--save_steps", 1, "--resume_from_checkpoint", "latest"]
+    """A third step with its checkpoint and the final LoRA; all of its calls in the long form, each
+    ninth here."""
+    flags = [
+        *FIXED,
+        "--max_train_steps",
+        3,
+        "--save_steps",
+        1,
+        "--resume_from_checkpoint",
+        "latest",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         shutil.copytree(trained, tmp_path / "count")
         disk = Disk(patch, fail_at=0)
@@ -127,7 +156,9 @@ def test_a_run_whose_disk_fails_once_goes_on_or_ends_in_a_line(trained, train_he
     home = tmp_path / "home"
     home.mkdir()
     outcomes = set()
-    for number in range(1, disk.count + 1, 1 if os.environ.get("HYPOTHESIS_PROFILE") == "searching" else 9):
+    for number in range(
+        1, disk.count + 1, 1 if os.environ.get("HYPOTHESIS_PROFILE") == "searching" else 9
+    ):
         cwd = tmp_path / str(number)
         shutil.copytree(trained, cwd)
         with pytest.MonkeyPatch.context() as patch:
@@ -137,18 +168,28 @@ def test_a_run_whose_disk_fails_once_goes_on_or_ends_in_a_line(trained, train_he
         folder = cwd / "out"
         assert {1, 2} <= {output.step_of(path) for path in whole_checkpoints(folder)}
         assert {path.name for path in folder.iterdir()} <= {
-            *("checkpoint-1", "checkpoint-2", "checkpoint-3", "samples-0", "lora_weights", "training_config.json"),
+            *(
+                "checkpoint-1",
+                "checkpoint-2",
+                "checkpoint-3",
+                "samples-0",
+                "lora_weights",
+                "training_config.json",
+            ),
             "dataset_problems.json",
         }
         if (folder / "lora_weights").exists():
             load_file(folder / "lora_weights" / "megaman_lora.safetensors")
-        train_here(cwd, "out", *flags[:-4], *("--max_train_steps", 4, "--resume_from_checkpoint", "latest"))
+        train_here(
+            cwd, "out", *flags[:-4], *("--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+        )
         shutil.rmtree(cwd)
     assert "went on" in outcomes
 
 
 def attempt(train_here, cwd, flags) -> str:
-    """What a run with a failing disk does: it ends well, perhaps with its LoRA in another place, or in one line."""
+    """What a run with a failing disk does: it ends well, perhaps with its LoRA in another place, or
+    in one line."""
     try:
         train_here(cwd, "out", *flags)
     except (UserError, OSError):  # what run_script makes a line of
@@ -159,17 +200,31 @@ def attempt(train_here, cwd, flags) -> str:
     return "went on"
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "geteuid") or os.geteuid(), reason="mounts a tmpfs")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(os, "geteuid") or os.geteuid(), reason="mounts a tmpfs"
+)
 def test_a_full_file_system_loses_nothing(forked, tmp_path):
-    """20 MB, filled by the run itself: a line for each save that fails, and the LoRA in another place at the end."""
+    """20 MB, filled by the run itself: a line for each save that fails, and the LoRA in another
+    place at the end."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.system(f"mount -t tmpfs -o size=20m tmpfs '{disk}' 2>/dev/null"):
         pytest.skip("a tmpfs cannot be mounted here")
     try:
         flags = "--max_train_steps 12 --save_steps 2 --num_validation_images 1 --validation_steps 4 --lora_rank 4"
-        words = ["--demo", "--output_dir", disk / "out", "--logging_dir", disk / "logs", *flags.split()]
-        done = forked.run(["megaman_lora.py", *words], tmp_path, {"megaman.training.validation.STEPS": SAMPLING_STEPS})
+        words = [
+            "--demo",
+            "--output_dir",
+            disk / "out",
+            "--logging_dir",
+            disk / "logs",
+            *flags.split(),
+        ]
+        done = forked.run(
+            ["megaman_lora.py", *words],
+            tmp_path,
+            {"megaman.training.validation.STEPS": SAMPLING_STEPS},
+        )
         assert "Traceback" not in done.stderr
         assert "no checkpoint (" in done.stdout and "training goes on" in done.stdout
         assert done.returncode == 1
@@ -216,7 +271,9 @@ def test_a_replaced_folder_is_never_lost_when_putting_it_back_fails(tmp_path, mo
     assert (folder / "kept").exists()
 
 
-@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="workers need a second core")
+@pytest.mark.skipif(
+    len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="workers need a second core"
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs workers that are forked, to break them")
 def test_a_worker_that_dies_ends_in_a_line(train_here, tmp_path, monkeypatch):
     monkeypatch.setattr("megaman.data.dataset.MegaManDataset.read", lambda *args: os._exit(1))
@@ -248,7 +305,12 @@ def test_curves_that_cannot_be_written_are_written_later(tmp_path):
     log.close()
     assert len(said) == 2
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
-    assert [(event.step, event.value) for event in events] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
+    assert [(event.step, event.value) for event in events] == [
+        (1, 0.5),
+        (2, 1.0),
+        (3, 1.5),
+        (4, 2.0),
+    ]
 
 
 def test_a_writer_that_breaks_midway_leaves_no_gap_and_no_double(tmp_path, capfd):
@@ -274,7 +336,9 @@ def test_a_writer_that_breaks_midway_leaves_no_gap_and_no_double(tmp_path, capfd
     assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_logging_dir_that_cannot_be_made_is_named_and_training_goes_on(train_here, tmp_path, capsys):
+def test_a_logging_dir_that_cannot_be_made_is_named_and_training_goes_on(
+    train_here, tmp_path, capsys
+):
     (tmp_path / "logs-out").write_text("a file where the folder should be", encoding="utf-8")
     train_here(tmp_path, "out", *FIXED, "--max_train_steps", 2)
     said = capsys.readouterr().out
@@ -296,7 +360,9 @@ def spoil(monkeypatch, calls: set[int]):
     monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(train_here, tmp_path, monkeypatch, capsys):
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    train_here, tmp_path, monkeypatch, capsys
+):
     spoil(monkeypatch, {2, 4})
     state = train_here(tmp_path, "out", *FIXED, "--max_train_steps", 5)
     said = capsys.readouterr().out
@@ -307,32 +373,54 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train_here, tmp_path, 
         for key, value in load_file(tmp_path / "out" / "checkpoint-5" / OPTIMIZER).items()
         if key.endswith(":step")
     }
-    assert {float(value) for value in steps.values()} == {3.0}  # AdamW's own count: three steps were taken
+    assert {float(value) for value in steps.values()} == {
+        3.0
+    }  # AdamW's own count: three steps were taken
 
 
-def test_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(train_here, tmp_path, monkeypatch):
+def test_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(
+    train_here, tmp_path, monkeypatch
+):
     spoil(monkeypatch, set(range(3, 100)))
     with pytest.raises(
-        UserError, match=rf"not finite in {PATIENCE} steps in a row.*--learning_rate.*--lora_alpha.*fp16"
+        UserError,
+        match=rf"not finite in {PATIENCE} steps in a row.*--learning_rate.*--lora_alpha.*fp16",
     ):
         train_here(tmp_path, "out", *FIXED, "--max_train_steps", 50, "--save_steps", 2)
     latest = whole_checkpoints(tmp_path / "out")[-1]
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(latest / "adapter_model.safetensors").values())
+    assert all(
+        torch.isfinite(tensor).all()
+        for tensor in load_file(latest / "adapter_model.safetensors").values()
+    )
 
 
 def test_a_rate_that_is_far_too_high_ends_in_that_line(train_here, tmp_path):
     with pytest.raises(UserError, match="not finite"):
-        train_here(tmp_path, "out", *FIXED[:2], "--learning_rate", 1, "--lora_alpha", 65536, "--max_train_steps", 200)
+        train_here(
+            tmp_path,
+            "out",
+            *FIXED[:2],
+            "--learning_rate",
+            1,
+            "--lora_alpha",
+            65536,
+            "--max_train_steps",
+            200,
+        )
 
 
 def test_good_steps_in_between_start_the_count_again():
     skipped = SkippedSteps()
     for step in range(1, 60):
-        assert skipped.note([step % PATIENCE == 0], step) == ([] if step % PATIENCE == 0 else [step])
+        assert skipped.note([step % PATIENCE == 0], step) == (
+            [] if step % PATIENCE == 0 else [step]
+        )
     assert skipped.total == 54
 
 
-def test_images_that_are_not_numbers_are_reported_and_training_goes_on(train_here, tmp_path, monkeypatch, capsys):
+def test_images_that_are_not_numbers_are_reported_and_training_goes_on(
+    train_here, tmp_path, monkeypatch, capsys
+):
     spoil(monkeypatch, {1})
     train_here(tmp_path, "out", *FIXED, "--max_train_steps", 2, "--num_validation_images", 1)
     said = capsys.readouterr().out
@@ -340,7 +428,9 @@ def test_images_that_are_not_numbers_are_reported_and_training_goes_on(train_her
     assert {path.name for path in (tmp_path / "out").glob("samples-*")} == {"samples-2"}
 
 
-def test_validation_that_fails_is_reported_and_training_goes_on(train_here, tmp_path, monkeypatch, capsys):
+def test_validation_that_fails_is_reported_and_training_goes_on(
+    train_here, tmp_path, monkeypatch, capsys
+):
     from megaman.sampling import denoise
 
     def failing(*args, **kwargs):

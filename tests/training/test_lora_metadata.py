@@ -17,14 +17,30 @@ from safetensors import safe_open
 from megaman.data.captions import MOST_TAGS, tags, trigger_words
 from megaman.training import run_metadata
 
-FLAGS = ["--save_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--save_precision", "fp16"]
+FLAGS = [
+    "--save_steps",
+    2,
+    "--lr_scheduler",
+    "cosine",
+    "--lr_warmup_steps",
+    1,
+    "--save_precision",
+    "fp16",
+]
 
 
 @pytest.fixture(scope="module")
 def folder(train_here, tmp_path_factory):
     """lora_weights/ of two steps on the demo's held-out pictures, with one sample image."""
     cwd = tmp_path_factory.mktemp("metadata")
-    data = ["--data_dir", ROOT / "demo" / "held_out", "--max_train_steps", 2, "--num_validation_images", 1]
+    data = [
+        "--data_dir",
+        ROOT / "demo" / "held_out",
+        "--max_train_steps",
+        2,
+        "--num_validation_images",
+        1,
+    ]
     train_here(cwd, "out", *data, *FLAGS)
     return cwd / "out" / "lora_weights"
 
@@ -37,26 +53,48 @@ def header(folder):
 
 def test_the_run_is_told(header):
     told = {
-        "ss_steps": "2", "ss_max_train_steps": "2", "ss_seed": "0", "ss_learning_rate": "0.0001", "ss_epoch": "1",
-        "ss_lr_scheduler": "cosine", "ss_lr_warmup_steps": "1", "ss_num_train_images": "6",
-        "ss_resolution": "(64, 64)", "ss_mixed_precision": "no", "ss_network_dim": "4", "ss_network_alpha": "32",
-        "ss_sd_model_name": "base", "ss_base_model_version": "sd_v1", "ss_v2": "False", "ss_clip_skip": "None",
-        "ss_output_name": "megaman_lora", "modelspec.title": "megaman_lora", "modelspec.resolution": "64x64",
-        "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.prediction_type": "epsilon",
-        "modelspec.sai_model_spec": "1.0.1", "modelspec.trigger_phrase": "volto",
-    }  # fmt: skip
+        "ss_steps": "2",
+        "ss_max_train_steps": "2",
+        "ss_seed": "0",
+        "ss_learning_rate": "0.0001",
+        "ss_epoch": "1",
+        "ss_lr_scheduler": "cosine",
+        "ss_lr_warmup_steps": "1",
+        "ss_num_train_images": "6",
+        "ss_resolution": "(64, 64)",
+        "ss_mixed_precision": "no",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "32",
+        "ss_sd_model_name": "base",
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+        "ss_clip_skip": "None",
+        "ss_output_name": "megaman_lora",
+        "modelspec.title": "megaman_lora",
+        "modelspec.resolution": "64x64",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.trigger_phrase": "volto",
+    }
     assert {key: header[key] for key in told} == told
     assert int(header["ss_training_started_at"]) <= int(header["ss_training_finished_at"])
     assert header["modelspec.date"].endswith("+00:00")
 
 
 def test_the_tables_are_json(header):
-    captions = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "demo" / "held_out").glob("*.txt"))]
+    captions = [
+        path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / "demo" / "held_out").glob("*.txt"))
+    ]
     counted = json.loads(header["ss_tag_frequency"])["held_out"]
     assert counted["volto"] == len(captions) == 6
     assert set(counted) == {tag.strip() for caption in captions for tag in caption.split(",")}
     assert json.loads(header["ss_dataset_dirs"]) == {"held_out": {"n_repeats": 1, "img_count": 6}}
-    assert json.loads(header["ss_bucket_info"])["buckets"]["0"] == {"resolution": [64, 64], "count": 6}
+    assert json.loads(header["ss_bucket_info"])["buckets"]["0"] == {
+        "resolution": [64, 64],
+        "count": 6,
+    }
     assert json.loads(header["ss_network_args"]) == {}
 
 
@@ -73,12 +111,16 @@ def test_the_thumbnail_is_the_last_sample(folder, header):
     small = Image.open(io.BytesIO(base64.b64decode(data)))
     sample = Image.open(folder.parent / "samples-2" / "00.png").convert("RGB")
     assert small.size == sample.size == (64, 64)
-    means = [sum(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))) for image in (small, sample)]
+    means = [
+        sum(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+        for image in (small, sample)
+    ]
     assert means[0] == pytest.approx(means[1], abs=9)
 
 
 def test_the_precision_is_that_of_the_finished_files_alone(folder):
-    """All three layouts are in the format asked for, alpha excepted; what a resumed run needs stays in float32."""
+    """All three layouts are in the format asked for, alpha excepted; what a resumed run needs stays
+    in float32."""
     for name in ("adapter_model", "pytorch_lora_weights", "megaman_lora"):
         with safe_open(folder / f"{name}.safetensors", "pt") as file:
             kinds = {
@@ -107,7 +149,9 @@ def test_trigger_words_begin_most_captions(captions, words):
 def test_tags_are_what_stands_between_commas(captions):
     counted = tags(captions)
     assert all(tag == tag.strip() and tag and "," not in tag for tag in counted)
-    assert sum(counted.values()) == sum(bool(tag.strip()) for caption in captions for tag in caption.split(","))
+    assert sum(counted.values()) == sum(
+        bool(tag.strip()) for caption in captions for tag in caption.split(",")
+    )
 
 
 def test_many_tags_keep_the_most_frequent():

@@ -1,4 +1,5 @@
-"""Out-of-memory errors raised on purpose: the run goes on with the same effective batch and the same losses."""
+"""Out-of-memory errors raised on purpose: the run goes on with the same effective batch and the
+same losses."""
 
 from __future__ import annotations
 
@@ -18,7 +19,15 @@ from megaman.errors import UserError, out_of_memory
 from megaman.training import compute
 
 # AdamW with a large epsilon steps in proportion to the gradients, so that rounding stays rounding.
-FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--adam_epsilon", 1e-2, *FEW_TARGETS]
+FIXED = [
+    "--data_dir",
+    ROOT / "demo" / "held_out",
+    "--learning_rate",
+    1e-3,
+    "--adam_epsilon",
+    1e-2,
+    *FEW_TARGETS,
+]
 FIXED += ["--max_train_steps", 4]
 
 
@@ -46,10 +55,15 @@ def whole(train_here, tmp_path_factory):
         ({1}, ["gradient checkpointing is on"]),
         ({3}, ["gradient checkpointing is on"]),
         ({1, 2}, ["gradient checkpointing is on", "2 micro-batches of 2"]),
-        ({2, 3, 5}, ["gradient checkpointing is on", "2 micro-batches of 2", "4 micro-batches of 1"]),
+        (
+            {2, 3, 5},
+            ["gradient checkpointing is on", "2 micro-batches of 2", "4 micro-batches of 1"],
+        ),
     ],
 )
-def test_training_goes_on_with_the_same_mathematics(train_here, whole, tmp_path, monkeypatch, capsys, calls, said):
+def test_training_goes_on_with_the_same_mathematics(
+    train_here, whole, tmp_path, monkeypatch, capsys, calls, said
+):
     folder, learned = whole
     fail_on(monkeypatch, UNet2DConditionModel, "forward", calls)
     short = train_here(tmp_path, "short", *FIXED, "--train_batch_size", 4)
@@ -62,8 +76,11 @@ def test_training_goes_on_with_the_same_mathematics(train_here, whole, tmp_path,
     assert learned_alike(learned, short)
 
 
-def test_a_resumed_run_begins_with_the_room_that_was_made(train_here, tmp_path, monkeypatch, capsys):
-    """The same command goes on; it neither runs out of memory again nor asks for what does not fit."""
+def test_a_resumed_run_begins_with_the_room_that_was_made(
+    train_here, tmp_path, monkeypatch, capsys
+):
+    """The same command goes on; it neither runs out of memory again nor asks for what does not
+    fit."""
     flags = [*FIXED, "--train_batch_size", 4, "--save_steps", 2]
     with monkeypatch.context() as patch:
         fail_on(patch, UNet2DConditionModel, "forward", {1, 2})
@@ -75,25 +92,45 @@ def test_a_resumed_run_begins_with_the_room_that_was_made(train_here, tmp_path, 
     assert "gradient_checkpointing on instead of off, split 2 x 2 instead of 4 x 1" in printed
     assert "too little memory" not in printed
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    choices = json.loads((tmp_path / "run" / "checkpoint-4" / "training_state.json").read_text())["choices"]
+    choices = json.loads((tmp_path / "run" / "checkpoint-4" / "training_state.json").read_text())[
+        "choices"
+    ]
     assert choices["gradient_checkpointing"] and choices["split"] == {"size": 2, "count": 2}
     started = json.loads((tmp_path / "run" / "training_config.json").read_text())["choices"]
     assert started == choices
 
 
 def test_dropout_drops_the_same_when_a_step_is_computed_again(train_here, tmp_path, monkeypatch):
-    """The second step's first try fails; gradient checkpointing computes its forward passes twice over."""
-    flags = [*FIXED, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.5]
+    """The second step's first try fails; gradient checkpointing computes its forward passes twice
+    over."""
+    flags = [
+        *FIXED,
+        "--train_batch_size",
+        2,
+        "--gradient_accumulation_steps",
+        2,
+        "--lora_dropout",
+        0.5,
+    ]
     whole = train_here(tmp_path, "whole", *flags)
     fail_on(monkeypatch, UNet2DConditionModel, "forward", {4})
     short = train_here(tmp_path, "short", *flags)
-    assert losses(tmp_path / "logs-short") == pytest.approx(losses(tmp_path / "logs-whole"), rel=1e-5)
+    assert losses(tmp_path / "logs-short") == pytest.approx(
+        losses(tmp_path / "logs-whole"), rel=1e-5
+    )
     assert all(torch.allclose(whole[key], short[key], atol=1e-6) for key in whole)
 
 
 def test_a_resumed_run_may_split_its_batch_otherwise(train_here, whole, tmp_path):
     train_here(tmp_path, "halves", *FIXED[:-1], 2, "--train_batch_size", 4)
-    more = ["--train_batch_size", 1, "--gradient_accumulation_steps", 4, "--resume_from_checkpoint", "latest"]
+    more = [
+        "--train_batch_size",
+        1,
+        "--gradient_accumulation_steps",
+        4,
+        "--resume_from_checkpoint",
+        "latest",
+    ]
     halves = train_here(tmp_path, "halves", *FIXED, *more)
     assert learned_alike(whole[1], halves)
 
@@ -104,14 +141,27 @@ def test_when_nothing_is_left_a_line_says_what_would_fit(train_here, tmp_path, m
         train_here(tmp_path, "out", *FIXED)
 
 
-def test_validation_is_drawn_one_by_one_and_then_left_out(train_here, tmp_path, monkeypatch, capsys):
+def test_validation_is_drawn_one_by_one_and_then_left_out(
+    train_here, tmp_path, monkeypatch, capsys
+):
     flags = [*FIXED, "--num_validation_images", 3, "--validation_steps", 2]
-    fail_on(monkeypatch, AutoencoderKL, "decode", {1})  # the first try at step 0: the images fit one by one
+    fail_on(
+        monkeypatch, AutoencoderKL, "decode", {1}
+    )  # the first try at step 0: the images fit one by one
     train_here(tmp_path, "one", *flags)
-    assert {path.name for path in (tmp_path / "one").glob("samples-*")} == {"samples-0", "samples-2", "samples-4"}
-    fail_on(monkeypatch, AutoencoderKL, "decode", set(range(1, 5)))  # both tries at step 0 and both at step 2
+    assert {path.name for path in (tmp_path / "one").glob("samples-*")} == {
+        "samples-0",
+        "samples-2",
+        "samples-4",
+    }
+    fail_on(
+        monkeypatch, AutoencoderKL, "decode", set(range(1, 5))
+    )  # both tries at step 0 and both at step 2
     train_here(tmp_path, "two", *flags)
-    assert {path.name for path in (tmp_path / "two").glob("samples-*")} <= {"samples-2", "samples-4"}
+    assert {path.name for path in (tmp_path / "two").glob("samples-*")} <= {
+        "samples-2",
+        "samples-4",
+    }
     assert "step 0: no sample images" in capsys.readouterr().out
     assert (tmp_path / "two" / "lora_weights").is_dir()
 
@@ -121,10 +171,14 @@ def test_encoding_is_tried_again_in_smaller_parts(train_here, tmp_path, monkeypa
     fail_on(monkeypatch, AutoencoderKL, "encode", {1, 4})
     short = train_here(tmp_path, "short", *FIXED, "--random_flip", "--cache_dir", "two")
     encoded = [moments(tmp_path / name) for name in ("one", "two")]
-    assert encoded[0].keys() == encoded[1].keys() and len(encoded[0]) > 6, "six images, and mirror images too"
+    assert encoded[0].keys() == encoded[1].keys() and len(encoded[0]) > 6, (
+        "six images, and mirror images too"
+    )
     for key, tensor in encoded[0].items():
         assert torch.allclose(tensor, encoded[1][key], rtol=1e-3, atol=1e-4)
-    assert losses(tmp_path / "logs-short") == pytest.approx(losses(tmp_path / "logs-whole"), rel=1e-3)
+    assert losses(tmp_path / "logs-short") == pytest.approx(
+        losses(tmp_path / "logs-whole"), rel=1e-3
+    )
     assert learned_alike(whole, short)
     config = json.loads((tmp_path / "short" / "training_config.json").read_text(encoding="utf-8"))
     assert config["settings"]["train_batch_size"] == 1
@@ -145,7 +199,9 @@ def test_shrinking_keeps_the_effective_batch(size, count):
     assert split.size == 1
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")]
+)
 def test_every_kind_of_too_little_memory_is_known(error):
     assert out_of_memory(error)
     assert not out_of_memory(RuntimeError("shapes do not match"))

@@ -1,4 +1,5 @@
-"""README.md in lora_weights/: read by the hub's own parser, true to the run, and text whatever the names are."""
+"""README.md in lora_weights/: read by the hub's own parser, true to the run, and text whatever the
+names are."""
 
 from __future__ import annotations
 
@@ -15,9 +16,16 @@ from megaman.data.captions import tidy
 from megaman.training import model_card
 
 SETTINGS = parse_train_config([]).settings()
-CONFIG = {"settings": {**SETTINGS, "seed": 7}, "base": "stable-diffusion-v1-5/stable-diffusion-v1-5", "total_steps": 12,
-          "warmup_steps": 1, "buckets": None, "class_pictures": 0, "dtype": "float32",
-          "versions": {"torch": "2", "peft": "0"}}  # fmt: skip
+CONFIG = {
+    "settings": {**SETTINGS, "seed": 7},
+    "base": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "total_steps": 12,
+    "warmup_steps": 1,
+    "buckets": None,
+    "class_pictures": 0,
+    "dtype": "float32",
+    "versions": {"torch": "2", "peft": "0"},
+}
 CAPTIONS = ["volto, blue", "volto, red", "a cat"]
 
 
@@ -28,7 +36,17 @@ def card_of(samples, captions=CAPTIONS, found=2, **changes) -> ModelCard:
 
 def test_a_run_leaves_its_card(train_here, tmp_path):
     data = ["--data_dir", ROOT / "demo" / "held_out", "--validation_prompt", "volto | `x`, robot"]
-    train_here(tmp_path, "out", *data, "--max_train_steps", 1, "--num_validation_images", 2, "--lora_dropout", 0.25)
+    train_here(
+        tmp_path,
+        "out",
+        *data,
+        "--max_train_steps",
+        1,
+        "--num_validation_images",
+        2,
+        "--lora_dropout",
+        0.25,
+    )
     folder = tmp_path / "out" / "lora_weights"
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "cc-by-4.0"
@@ -38,11 +56,18 @@ def test_a_run_leaves_its_card(train_here, tmp_path):
     for number, file in enumerate(["sample_00.png", "sample_01.png"]):
         assert card.data.widget[number]["output"]["url"] == file
         assert f"]({file})" in card.text
-        assert (folder / file).read_bytes() == (tmp_path / "out" / "samples-1" / f"{number:02d}.png").read_bytes()
+        assert (folder / file).read_bytes() == (
+            tmp_path / "out" / "samples-1" / f"{number:02d}.png"
+        ).read_bytes()
     assert "trained on 6 pictures" in card.text
     assert "6 captions were written, 0 made from names of files or folders" in card.text
     rows = dict(re.findall(r"^\| (\S+) \| `(.+)` \|$", card.text, flags=re.MULTILINE))
-    assert (rows["lora_rank"], rows["lora_dropout"], rows["steps"], rows["seed"]) == ("4", "0.25", "1", "0")
+    assert (rows["lora_rank"], rows["lora_dropout"], rows["steps"], rows["seed"]) == (
+        "4",
+        "0.25",
+        "1",
+        "0",
+    )
     assert str(tmp_path) not in card.content and str(ROOT) not in card.content
     assert {path.name for path in folder.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
@@ -81,13 +106,24 @@ def test_it_says_how_to_load_in_each_program(tmp_path):
 @pytest.mark.parametrize(("captions", "named"), [(["a", "b"], False), (["a, x", "a"], True)])
 def test_the_trigger_is_named_where_there_is_one(tmp_path, captions, named):
     card = card_of(tmp_path / "none", captions)
-    assert ("instance_prompt" in card.data.to_dict()) == named == ("in the prompt: most of" in card.text)
+    assert (
+        ("instance_prompt" in card.data.to_dict())
+        == named
+        == ("in the prompt: most of" in card.text)
+    )
 
 
 @given(st.text(min_size=1), st.text())
 def test_whatever_the_texts_are_the_head_is_yaml_and_says_them(prompt, caption):
     files = model_card.write_card(
-        {**CONFIG, "settings": {**CONFIG["settings"], "validation_prompt": prompt, "target_modules": [prompt]}},
+        {
+            **CONFIG,
+            "settings": {
+                **CONFIG["settings"],
+                "validation_prompt": prompt,
+                "target_modules": [prompt],
+            },
+        },
         [caption.replace(",", " ")],
         0,
         ROOT / "megaman" / "nowhere",
@@ -103,7 +139,11 @@ def test_code_stays_code(text):
     if not text.strip():
         assert shown == ""
         return
-    fence = re.match("`+", shown)[0] if not text.split()[0].startswith("`") else re.match("`+(?= )", shown)[0]
+    fence = (
+        re.match("`+", shown)[0]
+        if not text.split()[0].startswith("`")
+        else re.match("`+(?= )", shown)[0]
+    )
     inside = shown[len(fence) : -len(fence)]
     assert fence not in inside and shown.endswith(fence)
     assert "\n" not in shown

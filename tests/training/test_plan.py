@@ -1,4 +1,5 @@
-"""What a run will need, before it starts: its figures, the measures, the refusal, --plan as a process."""
+"""What a run will need, before it starts: its figures, the measures, the refusal, --plan as a
+process."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def sd15() -> Plan:
 
 @pytest.fixture(scope="module")
 def small() -> Plan:
-    """The demo's base in float32 at 128 px on a card: large enough that activations outweigh the rest."""
+    """The demo's base in float32 at 128 px on a card: large enough that activations outweigh the
+    rest."""
     return Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, **SHAPE)
 
 
@@ -56,18 +58,28 @@ def test_checkpointing_keeps_a_quarter_of_the_activations(sd15):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_proportion_is_what_a_trace_gives(small, larger, checkpointing):
-    assert small.activations(1, checkpointing, 192) == pytest.approx(larger.activations(1, checkpointing), rel=0.1)
+    assert small.activations(1, checkpointing, 192) == pytest.approx(
+        larger.activations(1, checkpointing), rel=0.1
+    )
 
 
 def test_on_a_cpu_activations_take_more_and_nothing_else_does(small):
     cpu = Plan(read_configs(DEMO_BASE)[0], torch.float32, False, size=128, images=1, **SHAPE)
-    assert cpu.activations(2, False) == pytest.approx(RESIDENT * small.activations(2, False), rel=1e-6)
-    assert (cpu.weights, cpu.gradients, cpu.moments) == (small.weights, small.gradients, small.moments)
+    assert cpu.activations(2, False) == pytest.approx(
+        RESIDENT * small.activations(2, False), rel=1e-6
+    )
+    assert (cpu.weights, cpu.gradients, cpu.moments) == (
+        small.weights,
+        small.gradients,
+        small.moments,
+    )
 
 
 @pytest.mark.slow
 def test_a_vae_that_encodes_at_every_step_stays(small):
-    fresh = Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, encodes=True, **SHAPE)
+    fresh = Plan(
+        read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, encodes=True, **SHAPE
+    )
     assert fresh.weights - small.weights == memory_estimate.size_of(small.vae) == small.comes_back
     assert fresh.comes_back == 0 and fresh.drawing(False) == small.drawing(False)
     assert fresh.training(1, True) >= small.training(1, True) + memory_estimate.size_of(small.vae)
@@ -77,11 +89,15 @@ def test_a_vae_that_encodes_at_every_step_stays(small):
 def test_a_text_encoder_in_training_and_wider_targets_cost_more(small):
     configs, _ = read_configs(DEMO_BASE)
     both = Plan(configs, torch.float32, True, size=128, trains_text_encoder=True, **SHAPE)
-    wide = Plan(configs, torch.float32, True, size=128, rank=8, targets=DEMO_TRAINING["target_modules"])
+    wide = Plan(
+        configs, torch.float32, True, size=128, rank=8, targets=DEMO_TRAINING["target_modules"]
+    )
     for more in (both, wide):
         assert more.gradients > small.gradients
         assert more.training(1, False) > small.training(1, False)
-    assert both.weights - small.weights > memory_estimate.size_of(small.text_encoder), "and its LoRA"
+    assert both.weights - small.weights > memory_estimate.size_of(small.text_encoder), (
+        "and its LoRA"
+    )
 
 
 def test_each_measure_is_taken_where_it_is_needed_and_in_its_order(sd15):
@@ -95,11 +111,16 @@ def test_each_measure_is_taken_where_it_is_needed_and_in_its_order(sd15):
             break
         assert split.size * split.count == 8, "the effective batch stays"
         needed = max(sd15.training(split.size, chosen.checkpointing), sd15.drawing(chosen.tile > 0))
-        assert needed <= limit * runtime.USABLE or (chosen.checkpointing and chosen.tile and split.size == 1)
+        assert needed <= limit * runtime.USABLE or (
+            chosen.checkpointing and chosen.tile and split.size == 1
+        )
         found.append((chosen.checkpointing, chosen.tile, split.size))
     steps = list(dict.fromkeys(found))
     assert steps == [(False, 0, 4), (True, 0, 4), (True, 0, 2), (True, 256, 2), (True, 256, 1)]
-    assert "VAE tiling for sample images, gradient checkpointing, 8 micro-batches of 1" in chosen.lines[1]
+    assert (
+        "VAE tiling for sample images, gradient checkpointing, 8 micro-batches of 1"
+        in chosen.lines[1]
+    )
 
 
 def test_what_fits_is_left_alone_and_said(small):
@@ -108,7 +129,10 @@ def test_what_fits_is_left_alone_and_said(small):
     assert (chosen.checkpointing, chosen.tile, split.size) == (False, 0, 1)
     (line,) = chosen.lines
     assert line.startswith("memory     needs about ")
-    assert all(part in line for part in ("weights", "activations", "gradients and optimizer", "VAE decoding"))
+    assert all(
+        part in line
+        for part in ("weights", "activations", "gradients and optimizer", "VAE decoding")
+    )
 
 
 def test_several_processes_keep_their_micro_batches(small):
@@ -147,7 +171,9 @@ def test_nothing_is_computed():
     """A peak of many terabytes, from models of no size at all."""
     hollow = memory_estimate.Hollow()
     assert hollow.peak(lambda: torch.empty(2**40) + torch.empty(2**40)) == 3 * 4 * 2**40
-    assert hollow.peak(lambda: [torch.empty(2**40).sum() for _ in range(9)]) == 4 * 2**40 + 9 * 4, "one after another"
+    assert hollow.peak(lambda: [torch.empty(2**40).sum() for _ in range(9)]) == 4 * 2**40 + 9 * 4, (
+        "one after another"
+    )
 
 
 def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(run_script, tmp_path):
@@ -155,14 +181,32 @@ def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(run_script, tmp
         target = tmp_path / "base" / config.relative_to(ROOT / "demo" / "base")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(config, target)
-    flags = ["--plan", "--pretrained_model_name", tmp_path / "base", "--resolution", 64, "--vram_limit", 0.1]
+    flags = [
+        "--plan",
+        "--pretrained_model_name",
+        tmp_path / "base",
+        "--resolution",
+        64,
+        "--vram_limit",
+        0.1,
+    ]
     flags += FEW_TARGETS
-    done = run_script(["megaman_lora.py", *flags], tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": tmp_path / "empty"})
+    done = run_script(
+        ["megaman_lora.py", *flags],
+        tmp_path,
+        {"HF_HUB_OFFLINE": "1", "HF_HOME": tmp_path / "empty"},
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line.split()[0] for line in done.stdout.splitlines() if line[:1].isdigit()] == ["1", "2", "4"]
+    assert [line.split()[0] for line in done.stdout.splitlines() if line[:1].isdigit()] == [
+        "1",
+        "2",
+        "4",
+    ]
     assert "fits" in done.stdout
     assert "VAE decoding" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} <= {"base", "empty"}, "no folder for pictures or results"
+    assert {path.name for path in tmp_path.iterdir()} <= {"base", "empty"}, (
+        "no folder for pictures or results"
+    )
     assert not list((tmp_path / "empty").rglob("*.json"))
 
 
@@ -174,7 +218,9 @@ def test_a_name_on_the_hub_is_planned_from_what_is_here():
     assert "planned as Stable Diffusion 1.5" in remark
 
 
-@pytest.mark.parametrize("name", ["./nothing", "models/missing.safetensors", "/nowhere/base", "weights.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["./nothing", "models/missing.safetensors", "/nowhere/base", "weights.ckpt"]
+)
 def test_a_base_that_is_not_there_is_not_planned(name, tmp_path, monkeypatch):
     """Figures for Stable Diffusion 1.5 would hide that the path is mistyped."""
     monkeypatch.chdir(tmp_path)
@@ -189,12 +235,23 @@ def test_a_folder_without_configurations_ends_in_a_line(tmp_path):
 
 
 def test_a_run_with_a_limit_says_what_it_needs_and_learns_the_same(train_here, tmp_path, capsys):
-    flags = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--max_train_steps", 2]
+    flags = [
+        "--data_dir",
+        ROOT / "demo" / "held_out",
+        "--learning_rate",
+        1e-3,
+        "--max_train_steps",
+        2,
+    ]
     flags += ["--train_batch_size", 4, "--adam_epsilon", 1e-2, *FEW_TARGETS]
     whole = train_here(tmp_path, "whole", *flags)
     assert "memory " not in capsys.readouterr().out
     short = train_here(tmp_path, "short", *flags, "--vram_limit", 0.1)
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("memory ", "           so that"))]
+    said = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("memory ", "           so that"))
+    ]
     assert said[0].startswith("memory     needs about 0.")
     assert "gradient checkpointing" in said[1]
     assert learned_alike(whole, short)

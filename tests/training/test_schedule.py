@@ -1,4 +1,5 @@
-"""Which picture, which random numbers and which rate come when; nothing is remembered from one call to the next."""
+"""Which picture, which random numbers and which rate come when; nothing is remembered from one call
+to the next."""
 
 from __future__ import annotations
 
@@ -23,9 +24,14 @@ def test_every_picture_comes_once_an_epoch(count, seed, epoch):
 
 @given(st.integers(1, 30), st.integers(1, 12), SEED)
 def test_whatever_the_batch_every_picture_comes_equally_often(count, batch, seed):
-    """A batch reaches into the next epoch, so that nothing is left out and no batch is smaller than the others."""
+    """A batch reaches into the next epoch, so that nothing is left out and no batch is smaller than
+    the others."""
     steps = 3 * count  # three epochs for each picture in a batch
-    seen = [picture_at(step * batch + place, count, seed) for step in range(steps) for place in range(batch)]
+    seen = [
+        picture_at(step * batch + place, count, seed)
+        for step in range(steps)
+        for place in range(batch)
+    ]
     assert {seen.count(picture) for picture in range(count)} == {3 * batch}
 
 
@@ -44,7 +50,15 @@ def test_a_resumed_run_gets_the_same_pictures_whatever_was_asked_before():
 
 @pytest.mark.parametrize(
     ("count", "batch", "epochs", "steps"),
-    [(20, 1, 100, 2000), (20, 4, 100, 500), (10, 4, 1, 3), (10, 4, 2, 5), (1, 1, 1, 1), (3, 64, 1, 1), (7, 2, 3, 11)],
+    [
+        (20, 1, 100, 2000),
+        (20, 4, 100, 500),
+        (10, 4, 1, 3),
+        (10, 4, 2, 5),
+        (1, 1, 1, 1),
+        (3, 64, 1, 1),
+        (7, 2, 3, 11),
+    ],
 )
 def test_steps_of_the_epochs(count, batch, epochs, steps):
     assert total_steps(count, batch, epochs, None) == steps
@@ -77,7 +91,8 @@ def test_seed_and_number_are_kept_apart():
 
 
 PEAK, WARMUP, TOTAL = 1e-3, 20, 120
-# The rate at the start of the warm-up, half-way up, at its end, half-way down and at the end, as shares of the peak.
+# The rate at the start of the warm-up, half-way up, at its end, half-way down and at the end, as
+# shares of the peak.
 SHARES = {
     "linear": [0, 0.5, 1, 0.5, 0],
     "cosine": [0, 0.5, 1, 0.5, 0],
@@ -92,7 +107,9 @@ SHARES = {
 def test_start_peak_and_end_of_every_schedule(name):
     rate = rate_at(name, PEAK, WARMUP, TOTAL)
     steps = [0, WARMUP // 2, WARMUP, (WARMUP + TOTAL) // 2, TOTAL]
-    assert [rate(step) for step in steps] == pytest.approx([share * PEAK for share in SHARES[name]], abs=1e-12)
+    assert [rate(step) for step in steps] == pytest.approx(
+        [share * PEAK for share in SHARES[name]], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -119,7 +136,8 @@ def test_no_rate_leaves_its_bounds(name, peak, warmup, total):
 
 
 def test_dropout_draws_from_seed_and_micro_batch():
-    """The same again for the same number, whatever was drawn in between; another for another; not the noise's own."""
+    """The same again for the same number, whatever was drawn in between; another for another; not
+    the noise's own."""
 
     def drawn(seed: int, number: int) -> torch.Tensor:
         seed_dropout(seed, number)

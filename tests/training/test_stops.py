@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGHUP while training: the step is finished, a checkpoint saved, the way on said."""
+"""Ctrl-C, SIGTERM and SIGHUP while training: the step is finished, a checkpoint saved, the way on
+said."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 from megaman.training.output import find_all, step_of
 from megaman.training.signals import StoppedError, StopSignal
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent in another way there")
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32", reason="signals are sent in another way there"
+)
 FLAGS = "--demo --output_dir out --logging_dir logs --max_train_steps 400 --num_validation_images 0 --lora_rank 2"
 
 
@@ -28,7 +31,9 @@ def wait_for(condition, process, seconds=300):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+)
 def test_the_first_signal_saves_and_says_how_to_go_on(forked, tmp_path, number, code):
     process = forked.start(["megaman_lora.py", *FLAGS.split(), "--save_steps", "3"], tmp_path)
     wait_for(lambda: find_all(tmp_path / "out"), process)
@@ -39,7 +44,10 @@ def test_the_first_signal_saves_and_says_how_to_go_on(forked, tmp_path, number, 
     step = int(re.search(r"stopped after step (\d+)", said)[1])
     latest = find_all(tmp_path / "out")[-1]
     assert step_of(latest) == step < 400
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(latest / "adapter_model.safetensors").values())
+    assert all(
+        torch.isfinite(tensor).all()
+        for tensor in load_file(latest / "adapter_model.safetensors").values()
+    )
     assert not list((tmp_path / "out").glob("*.aside"))
     assert not (tmp_path / "out" / "lora_weights").exists()
 
@@ -51,8 +59,16 @@ def test_the_first_signal_saves_and_says_how_to_go_on(forked, tmp_path, number, 
 
 
 def test_a_second_signal_leaves_at_once_without_half_a_file(forked, tmp_path):
-    """The first comes while the images of the start are drawn, so that the second finds the run still at work."""
-    words = ["megaman_lora.py", *FLAGS.split(), "--num_validation_images", "40", "--save_steps", "1000"]
+    """The first comes while the images of the start are drawn, so that the second finds the run
+    still at work."""
+    words = [
+        "megaman_lora.py",
+        *FLAGS.split(),
+        "--num_validation_images",
+        "40",
+        "--save_steps",
+        "1000",
+    ]
     process = forked.start(words, tmp_path)
     wait_for(lambda: (tmp_path / "out" / "training_config.json").exists(), process)
     process.send_signal(signal.SIGINT)
