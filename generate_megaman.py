@@ -55,14 +55,10 @@ def main(argv: list[str]) -> int:
             "Name another folder",
         )
 
-    width, cpus = unet_width(plan.base), threads.usable_cpus()
-    policy = threads.choose_threads(
-        threads.threads_for_generation(cpus),
-        cpus,
-        threads.user_environment(),
-        again.threads if again else None,
+    width = unet_width(plan.base)
+    policy = threads.configure_threads(
+        threads.threads_for_generation, again.threads if again else None
     )
-    threads.apply(policy)  # before torch is loaded
 
     import torch
     from tqdm import tqdm

@@ -33,7 +33,7 @@ from megaman.data.captions import Variation
 from megaman.data.dataset import MegaManDataset
 from megaman.data.file_index import Stamps
 from megaman.data.problems import first_too_bad, too_bad, write_instructions, write_problems
-from megaman.errors import UserError, brief, run_script
+from megaman.errors import UserError, brief, install_logging, run_script
 from megaman.files import write_json
 from megaman.models.configs import actual_name, moved, unet_width
 from megaman.training.output import (
@@ -51,6 +51,7 @@ LOG_EVERY = 10  # steps between two looks at the loss: each look waits for the d
 
 
 def main(argv: list[str]) -> int:
+    install_logging(tqdm.write)
     config = parse_train_config(argv)
     if config.run.plan:
         from megaman.training.memory_plan import table
@@ -126,14 +127,10 @@ def main(argv: list[str]) -> int:
         report_problems(datasets, output_dir)
         raise error
 
-    width, cpus = unet_width(config.base.pretrained_model_name), threads.usable_cpus()
-    policy = threads.choose_threads(
-        threads.threads_for_training(width, cpus),
-        cpus,
-        threads.user_environment(),
-        saved_threads(checkpoint) if checkpoint else None,
+    width = unet_width(config.base.pretrained_model_name)
+    policy = threads.configure_threads(
+        partial(threads.threads_for_training, width), saved_threads(checkpoint)
     )
-    threads.apply(policy)  # before torch is loaded
 
     import numpy as np
     import torch

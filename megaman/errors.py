@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -12,8 +14,7 @@ WRONG_USAGE = 2
 
 
 class UserError(Exception):
-    """A mistake or a lack that the user can mend: what is wrong, naming the file or flag, and what
-    to do about it."""
+    """Something that the user can fix: what is wrong, naming the file or flag, and the remedy."""
 
     def __init__(self, message: str, remedy: str = "", exit_code: int = RUN_FAILED):
         super().__init__(message)
@@ -57,6 +58,34 @@ def run_script(
         )
     print(f"error: {line}", file=sys.stderr)
     return code
+
+
+class _PlainHandler(logging.Handler):
+    """Passes the bare message of a record to a function, in the main process only.
+
+    A line that cannot be written raises OSError as print does: logging's own handlers would hide
+    that standard output is closed or on a full disk.
+    """
+
+    def __init__(self, write: Callable[[str], object]):
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.environ.get("RANK", "0") == "0":  # set by torchrun and accelerate launch
+            self._write(self.format(record))
+
+
+def install_logging(write: Callable[[str], object] = print) -> None:
+    """Print what the package logs at level INFO and above, as plain lines on standard output.
+
+    write prints one line; tqdm.write keeps progress bars intact. A second call replaces the first.
+    """
+    logger = logging.getLogger("megaman")
+    for handler in [old for old in logger.handlers if isinstance(old, _PlainHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_PlainHandler(write))
+    logger.setLevel(logging.INFO)
 
 
 def brief(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -29,6 +29,9 @@ SPIN_COUNT = 1_000
 # The same in milliseconds for the OpenMP of Intel and LLVM on Windows and macOS, in place of 200.
 # Not measured.
 BLOCK_TIME = 1
+
+# The count for a new run, from the CPUs that the process may use; None leaves it to torch.
+ThreadRule = Callable[[int], int | None]
 
 _applied: dict[str, str] = {}  # what this process has set itself
 MOST_THREADS = 1024  # what a checkpoint may ask for
@@ -102,6 +105,19 @@ def _overridden(name: str, value: str, saved: int | None) -> str:
     if not saved or value.strip() == str(saved):
         return ""
     return f"{name} is {value}, and it was {saved} threads before: the last bits may differ"
+
+
+def configure_threads(rule: ThreadRule, saved: int | None = None) -> ThreadPolicy:
+    """Choose the policy of this run on this machine and apply it, before torch is imported.
+
+    Args:
+        rule: see `threads_for_training` (with its width bound) and `threads_for_generation`.
+        saved: see `choose_threads`.
+    """
+    usable = usable_cpus()
+    policy = choose_threads(rule(usable), usable, user_environment(), saved)
+    apply(policy)
+    return policy
 
 
 def apply(policy: ThreadPolicy) -> None:

@@ -4,10 +4,11 @@ traceback."""
 from __future__ import annotations
 
 import errno
+import logging
 
 import pytest
 
-from megaman.errors import UserError, run_script
+from megaman.errors import UserError, install_logging, run_script
 
 
 def failing(error: BaseException):
@@ -59,3 +60,38 @@ def test_our_own_mistakes_are_not_hidden(error):
 def test_success_passes_through(capsys):
     assert run_script(lambda argv: len(argv), ["a", "b", "c"]) == 3
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def logger():
+    """A module's logger; afterwards the package logs as before."""
+    package = logging.getLogger("megaman")
+    level, handlers = package.level, list(package.handlers)
+    yield logging.getLogger("megaman.training.step")
+    package.setLevel(level)
+    package.handlers[:] = handlers
+
+
+def test_what_the_package_logs_is_printed_once_and_plainly(logger, capsys):
+    install_logging()
+    install_logging()
+    logger.info("step %d of %d", 1, 2)
+    logger.debug("hidden")
+    logging.getLogger("others").warning("not ours")
+    assert capsys.readouterr().out == "step 1 of 2\n"
+
+
+def test_only_the_main_process_prints(logger, capsys, monkeypatch):
+    install_logging()
+    monkeypatch.setenv("RANK", "1")
+    logger.info("from another process")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_line_that_cannot_be_printed_is_an_error(logger):
+    def write(line: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    install_logging(write)
+    with pytest.raises(OSError, match="No space left"):
+        logger.info("step 1")

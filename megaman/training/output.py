@@ -73,9 +73,13 @@ def find_all(output_dir: Path) -> list[Path]:
     return sorted((path for path in found if (path / STATE).is_file()), key=step_of)
 
 
-def saved_threads(checkpoint: Path) -> int:
-    """The number of CPU threads noted in a checkpoint, 0 if it does not say; the rest of it is
-    checked elsewhere."""
+def saved_threads(checkpoint: Path | None) -> int | None:
+    """The number of CPU threads noted in a checkpoint, 0 if it has none; None without a checkpoint.
+
+    The rest of the file is checked by checkpoint.read_train_state.
+    """
+    if checkpoint is None:
+        return None
     content = read_json(checkpoint / STATE)
     choices = content.get("choices") if isinstance(content, dict) else None
     threads = choices.get("threads") if isinstance(choices, dict) else None
