@@ -28,7 +28,7 @@ from megaman.files import split_strength
 from megaman.hub import DEFAULT_BASE, is_base
 from megaman.lora.peft_config import base_of
 from megaman.models import prompt_weights
-from megaman.models.configs import actual_name, moved, unet_width
+from megaman.models.configs import alias_notice, resolve_name, unet_width
 from megaman.pages import grid
 from megaman.pages.gallery import read_images, variant_labels, write_gallery
 from megaman.sampling import output_folder, records
@@ -67,22 +67,22 @@ def main(argv: list[str]) -> int:
     from megaman.lora import adapter
     from megaman.lora import files as lora_files
     from megaman.models.base import load_base
-    from megaman.runtime import choose_device, device_lines, installed, place, set_threads
+    from megaman.runtime import choose_device, device_lines, package_versions, place, set_threads
     from megaman.sampling import denoise, generator
     from megaman.sampling.generator import Drawer
 
     # Base and LoRA, which is added to the base's own weights, unless the plain base has to draw
     # beside it.
-    base_name = actual_name(plan.base)
+    base_name = resolve_name(plan.base)
     placement = place(
         plan.precision, choose_device(config.compute.device), width, plan.memory_format
     )
     set_threads(policy)
     runtime.keep_freed_memory()
     print(f"loading {base_name}{' and the LoRA in ' * bool(plan.loras)}{plan.source}")
-    if remark := moved(plan.base):
+    if remark := alias_notice(plan.base):
         print(f"  {remark}")
-    base = load_base(base_name, placement.dtype, layout=placement.layout)
+    base = load_base(base_name, placement.dtype, memory_format=placement.layout)
     lora_configs = lora_files.load_loras(plan.loras, base.unet, base.text_encoder)
     hashes = {path: lora_files.short_hash(path) for path, _ in plan.loras}
     fused = (
@@ -114,10 +114,10 @@ def main(argv: list[str]) -> int:
     batch_size = len(jobs) if again else config.compute.batch_size
     space = generator.make_room(
         runtime.free_memory(placement.device),
-        tuple(map(runtime.size_of, (base.unet, base.vae, base.text_encoder))),
-        generator.pass_sizes(base.unet, base.vae, pixels, base.vae_factor),
+        tuple(map(runtime.parameter_bytes, (base.unet, base.vae, base.text_encoder))),
+        generator.pass_sizes(base.unet, base.vae, pixels, base.vae_scale_factor),
         pixels,
-        batch_size or runtime.images_at_once(largest.height, largest.width),
+        batch_size or runtime.default_batch_size(largest.height, largest.width),
         placement.device.type == "cuda",
     )
     space.tiling |= bool(again and again.vae_tiling)
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
         "dtype": str(placement.dtype).removeprefix("torch."),
         "memory_format": placement.memory_format,
         "threads": torch.get_num_threads(),
-        "versions": installed(),
+        "versions": package_versions(),
     }
 
     def record(job: Job, part: list[Job], way: Way, plain: bool = False) -> records.Record:
@@ -237,7 +237,7 @@ def main(argv: list[str]) -> int:
     try:
         for way, batch, left in todo:
             if way is not at_work:
-                drawer.set_strengths(way.strengths)
+                drawer.set_scales(way.strengths)
             at_work = way
             bases = drawer.draw(batch, bar.update, plain=True) if config.comparison.compare else []
             for job, part, image in bases:
@@ -258,7 +258,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         bar.close()
         print(
-            f"stopped; what was drawn stays. To go on: python generate_megaman.py {shlex.join(resuming(argv))}"
+            f"stopped; what was drawn stays. To go on: python generate_megaman.py {shlex.join(resume_command(argv))}"
         )
         return 130
     bar.close()
@@ -407,7 +407,7 @@ def spread(values: Iterable) -> str:
     return distinct[0] if len(distinct) == 1 else f"{distinct[0]} and {len(distinct) - 1} other"
 
 
-def resuming(argv: list[str]) -> list[str]:
+def resume_command(argv: list[str]) -> list[str]:
     """The command line that goes on where this one was stopped."""
     return [*(word for word in argv if word != "--resume"), "--resume"]
 

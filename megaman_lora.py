@@ -27,15 +27,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megaman import threads
-from megaman.config.cli import resuming
+from megaman.config.cli import resume_command
 from megaman.config.train import parse_train_config
 from megaman.data.captions import Variation
 from megaman.data.dataset import MegaManDataset
 from megaman.data.file_index import Stamps
 from megaman.data.problems import first_too_bad, too_bad, write_instructions, write_problems
-from megaman.errors import UserError, brief, install_logging, run_script
+from megaman.errors import UserError, install_logging, run_script, summarize_error
 from megaman.files import write_json
-from megaman.models.configs import actual_name, moved, unet_width
+from megaman.models.configs import alias_notice, resolve_name, unet_width
 from megaman.training.output import (
     find_all,
     log_dir_of,
@@ -146,8 +146,8 @@ def main(argv: list[str]) -> int:
     from megaman.lora import adapter
     from megaman.lora import files as lora_files
     from megaman.models.base import load_base
-    from megaman.models.text_encoding import CaptionStates, cut_off
-    from megaman.runtime import choose_device, device_lines, installed, set_threads
+    from megaman.models.text_encoding import CaptionEmbeddings, truncated_text
+    from megaman.runtime import choose_device, device_lines, package_versions, set_threads
     from megaman.training import checkpoint as checkpoints
     from megaman.training import compute, model_card, run_metadata
     from megaman.training.compute import ASKED, choose
@@ -204,7 +204,7 @@ def main(argv: list[str]) -> int:
         else secrets.randbelow(2**31)
     )
     (seed,) = broadcast_object_list([seed])  # every process draws its own otherwise
-    name = actual_name(config.base.pretrained_model_name)
+    name = resolve_name(config.base.pretrained_model_name)
     split, at_once = chosen.split, config.optimizer.train_batch_size * world
     effective = at_once * config.optimizer.gradient_accumulation_steps
     must_match = {
@@ -238,7 +238,7 @@ def main(argv: list[str]) -> int:
 
     # The base, whose parts are loaded as they are needed.
     say(f"loading {name}")
-    if remark := moved(config.base.pretrained_model_name):
+    if remark := alias_notice(config.base.pretrained_model_name):
         say(f"  {remark}")
     base = load_base(name, placement.dtype, device, placement.layout)
     adapter.check_targets(base.unet_layers, config.lora.target_modules)
@@ -250,7 +250,7 @@ def main(argv: list[str]) -> int:
     # The frozen parts run once, for every caption and every form of every picture, and leave device
     # and memory.
     captions = [caption for each in datasets for caption in each.captions]
-    texts = CaptionStates(
+    texts = CaptionEmbeddings(
         base,
         captions,
         [config.validation.validation_prompt, ""],
@@ -264,7 +264,7 @@ def main(argv: list[str]) -> int:
         if config.cache.no_cache:
             encoder = latents.Encoder(base.vae)
             sources = [
-                Fresh(encoder, each, config.data.random_flip, seed, base.vae_factor, workers)
+                Fresh(encoder, each, config.data.random_flip, seed, base.vae_scale_factor, workers)
                 for each in datasets
             ]
             for each in datasets:
@@ -293,7 +293,7 @@ def main(argv: list[str]) -> int:
                     set().union(*(each.files for each in sources)),
                 )
     for each in datasets:
-        each.cut = cut_off(base.tokenizer, each.captions)
+        each.cut = truncated_text(base.tokenizer, each.captions)
     if process == 0:
         report_problems(datasets, output_dir)
     if error := first_too_bad(datasets, config.data.skip_bad_images):
@@ -333,7 +333,7 @@ def main(argv: list[str]) -> int:
     encoded = [
         Encoded(
             *each,
-            base.vae_factor,
+            base.vae_scale_factor,
             config.buckets.enable_bucket,
             config.optimizer.train_batch_size,
             config.optimizer.gradient_accumulation_steps,
@@ -445,7 +445,7 @@ def main(argv: list[str]) -> int:
             "buckets": dataset.buckets and buckets.record(dataset.buckets, sizes),
             "device": str(device),
             "dtype": str(placement.dtype).removeprefix("torch."),
-            "versions": installed(),
+            "versions": package_versions(),
             "class_pictures": sum(map(len, datasets[1:])),
             "python": sys.version.split()[0],
             "log_dir": str(log_dir),
@@ -503,7 +503,7 @@ def main(argv: list[str]) -> int:
             )
         except (OSError, UserError) as error:
             say(
-                f"step {step}: no checkpoint ({brief(error)}); training goes on, the next save tries again"
+                f"step {step}: no checkpoint ({summarize_error(error)}); training goes on, the next save tries again"
             )
             return False
         return True
@@ -555,7 +555,7 @@ def main(argv: list[str]) -> int:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate(step - 1)
             losses.append(
-                runtime.until_it_fits(partial(training.accumulate, step, split), make_room)
+                runtime.retry_on_oom(partial(training.accumulate, step, split), make_room)
             )
             norm = accelerator.clip_grad_norm_(trainable, config.optimizer.max_grad_norm)
             all_finite.append(step_where_finite(optimizer, norm, accelerator.scaler))
@@ -587,7 +587,7 @@ def main(argv: list[str]) -> int:
                     f"stopped after step {step}"
                     + (f": {output_dir / f'checkpoint-{step}'}" if saved_now else "")
                 )
-                say(f"to go on: python megaman_lora.py {shlex.join(resuming(argv))}")
+                say(f"to go on: python megaman_lora.py {shlex.join(resume_command(argv))}")
                 return stop.exit_code
             if step % config.validation.validation_steps == 0 or last:
                 validate(step)
@@ -598,7 +598,7 @@ def main(argv: list[str]) -> int:
     reason = ""
     if accelerator.is_main_process:
         seconds, samples = elapsed + time.monotonic() - began, output_dir / f"samples-{total}"
-        notes = run_metadata.run_notes(
+        notes = run_metadata.training_metadata(
             training_config,
             dataset.by_folder(),
             base.scheduler.config.prediction_type,

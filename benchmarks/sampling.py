@@ -43,13 +43,13 @@ def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, sid
     """A function that draws all the prompts as generate_megaman.py does; text states are made anew
     at each call."""
     placement = place("fp16", choose_device(), unet_width(base_name))
-    base = load_base(base_name, placement.dtype, layout=placement.layout)
+    base = load_base(base_name, placement.dtype, memory_format=placement.layout)
     lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
     fused = adapter.Fused([base.unet, base.text_encoder], changing=False)
     side = side or min(512, base.native_size)
-    space = generator.Room(pixels=runtime.images_at_once(side, side) * side**2, largest=side**2)
+    space = generator.Room(pixels=runtime.default_batch_size(side, side) * side**2, largest=side**2)
     drawer = Drawer(base, fused, placement, space, samplers.DEFAULT, clip_skip=1)
-    drawer.set_strengths({0: 1.0})
+    drawer.set_scales({0: 1.0})
     jobs = make_jobs(prompts, 1, NEGATIVE, 0, (side, side), steps, 7.5)
 
     def draw() -> None:

@@ -88,7 +88,7 @@ def install_logging(write: Callable[[str], object] = print) -> None:
     logger.setLevel(logging.INFO)
 
 
-def brief(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """What an error says, short enough to stand in a line of ours."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return textwrap.shorten(text.partition("\n")[0], 200, placeholder=" ...").rstrip(" .")

@@ -183,10 +183,10 @@ def split_strength(word: str) -> tuple[str, float]:
 def is_inside(path: object, folder: str) -> bool:
     """Whether the path lies below the folder, links followed; neither has to exist, and any JSON
     value may be asked."""
-    return below(path, folder) not in (None, ".") if isinstance(path, str) else False
+    return path_within(path, folder) not in (None, ".") if isinstance(path, str) else False
 
 
-def below(path: str, folder: str) -> str | None:
+def path_within(path: str, folder: str) -> str | None:
     """The path as seen from the folder, "." for the folder itself, None where it lies elsewhere."""
     try:
         path, folder = (os.path.normcase(os.path.realpath(name)) for name in (path, folder))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megaman.errors import UserError, brief
+from megaman.errors import UserError, summarize_error
 from megaman.files import is_network
 
 PATIENCE = 20  # seconds that the hub has to begin its answer
@@ -69,7 +69,7 @@ def download(
         raise UserError(f"The hub has no model {name}, or it asks for a login", ways_on) from None
     except (HTTPError, XetDownloadError, OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"The {what} {name} is not on this machine and did not come from the hub ({brief(error)})",
+            f"The {what} {name} is not on this machine and did not come from the hub ({summarize_error(error)})",
             ways_on,
         ) from None
 

@@ -45,7 +45,7 @@ PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safeten
 
 Result = TypeVar("Result")
 
-PIXELS_AT_ONCE = (
+PIXELS_PER_BATCH = (
     512 * 512
 )  # images drawn together come to this many pixels at most: more are not drawn faster
 USABLE = 0.85  # share of the free memory: the rest goes to workspaces and fragments
@@ -243,13 +243,13 @@ def _heap(maps: str) -> list[tuple[int, int]]:
     return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
-def installed() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """The version of each package."""
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
-def until_it_fits(compute: Callable[[], Result], make_room: Callable[[], None]) -> Result:
-    """The result of compute, which is called anew after make_room as often as memory runs out."""
+def retry_on_oom(compute: Callable[[], Result], reduce: Callable[[], None]) -> Result:
+    """The result of compute, which is called anew after reduce as often as memory runs out."""
     while True:
         try:
             return compute()
@@ -257,20 +257,20 @@ def until_it_fits(compute: Callable[[], Result], make_room: Callable[[], None]) 
             if not out_of_memory(error):
                 raise
         # Only here, outside the handler, is the error gone, and with it the tensors of its frames.
-        free()
-        make_room()
+        release_memory()
+        reduce()
 
 
-def free() -> None:
+def release_memory() -> None:
     """Give back what nobody holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def images_at_once(height: int, width: int) -> int:
+def default_batch_size(height: int, width: int) -> int:
     """How many images of this size are drawn in one batch where nothing else is asked for."""
-    return max(1, PIXELS_AT_ONCE // (height * width))
+    return max(1, PIXELS_PER_BATCH // (height * width))
 
 
 def free_memory(device: torch.device) -> int:
@@ -282,6 +282,6 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def size_of(model: torch.nn.Module) -> int:
+def parameter_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

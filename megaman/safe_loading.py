@@ -166,7 +166,7 @@ def _are_sizes(value: Any) -> bool:
     )
 
 
-def check_part(folder: Path) -> None:
+def check_model_folder(folder: Path) -> None:
     """Check a model's folder before a library opens it: every safetensors file, and what its JSON
     files lead to.
 

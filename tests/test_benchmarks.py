@@ -57,7 +57,7 @@ def test_a_random_base_and_drawn_pictures_are_what_the_product_reads(made):
 
     folder, beside, listed = made
     base = load_base(str(folder), torch.float32)
-    assert base.native_size == 128 and base.vae_factor == 8
+    assert base.native_size == 128 and base.vae_scale_factor == 8
     datasets = [MegaManDataset(path, None, 128) for path in (beside, listed)]
     wanted = [random_bases.caption(number) for number in range(5)]
     assert [dataset.captions for dataset in datasets] == [wanted, wanted]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.files import below, is_inside, refused_by_windows, safe_name, split_strength
+from megaman.files import is_inside, path_within, refused_by_windows, safe_name, split_strength
 
 ODD = [
     "con",
@@ -84,9 +84,9 @@ def test_inside(tmp_path, monkeypatch):
     ):
         assert not is_inside(elsewhere, "logs")
     assert (
-        below("logs", "logs") == "."
-        and below("logs/a", "logs") == "a"
-        and below("x", "logs") is None
+        path_within("logs", "logs") == "."
+        and path_within("logs/a", "logs") == "a"
+        and path_within("x", "logs") is None
     )
 
 

@@ -116,10 +116,12 @@ def test_a_lesser_processor_is_seen_where_it_is_emulated(run_script, tmp_path):
 
 def test_a_base_is_laid_out_and_its_lora_like_it(base_folder):
     unet = load_base(
-        str(base_folder), torch.float32, layout=place("no", CPU, 64, "contiguous").layout
+        str(base_folder), torch.float32, memory_format=place("no", CPU, 64, "contiguous").layout
     ).unet
     assert unet.conv_in.weight.is_contiguous()
-    unet = load_base(str(base_folder), torch.float32, layout=place("no", CPU, 64).layout).unet
+    unet = load_base(
+        str(base_folder), torch.float32, memory_format=place("no", CPU, 64).layout
+    ).unet
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert not unet.conv_in.weight.is_contiguous()
     trained = adapter.inject(unet, 4, 4, ["conv_in", "conv1"])

@@ -414,7 +414,7 @@ STEPS = number(int, 1, 999)
 GUIDANCE = number(float, 0, 100)
 
 
-def resuming(argv: list[str]) -> list[str]:
+def resume_command(argv: list[str]) -> list[str]:
     """The command line that goes on where this one was stopped."""
     words = [
         word

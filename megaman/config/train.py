@@ -24,7 +24,7 @@ from megaman.config.cli import (
     side,
     text,
 )
-from megaman.files import below
+from megaman.files import path_within
 from megaman.hub import DEFAULT_BASE
 
 DEFAULT_PROMPT = "mega man, blue robot, helmet, game character, high quality"
@@ -584,15 +584,17 @@ def _folder_contradictions(config: TrainConfig) -> Iterator[str]:
         "logging_dir": config.output.logging_dir,
     }
     for flag_name in ("data_dir", "class_data_dir"):
-        if places[flag_name] and below(output_dir, places[flag_name]):
+        if places[flag_name] and path_within(output_dir, places[flag_name]):
             yield f"--output_dir {output_dir} is within --{flag_name}: its samples would be trained on; name another"
-    if class_data_dir and (below(class_data_dir, data_dir) or below(data_dir, class_data_dir)):
+    if class_data_dir and (
+        path_within(class_data_dir, data_dir) or path_within(data_dir, class_data_dir)
+    ):
         yield (
             f"--class_data_dir {class_data_dir} and --data_dir share pictures, which would be learnt and held back: "
             "part them"
         )
     for flag_name, place in places.items():
-        if place and re.match(REPLACED, below(place, output_dir) or ""):
+        if place and re.match(REPLACED, path_within(place, output_dir) or ""):
             yield f"--{flag_name} {place} is where the run in --output_dir puts its own: name another"
 
 

@@ -18,11 +18,11 @@ from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageP
 from megaman import hub
 from megaman.data.captions import tidy
 from megaman.data.images import BadImageError, open_image
-from megaman.errors import UserError, brief
+from megaman.errors import UserError, summarize_error
 from megaman.files import read_json, write_text
 from megaman.models.base import ODD_CONFIGURATION
-from megaman.runtime import choose_device, free, until_it_fits
-from megaman.safe_loading import check_part, refuse_pickle
+from megaman.runtime import choose_device, release_memory, retry_on_oom
+from megaman.safe_loading import check_model_folder, refuse_pickle
 
 if TYPE_CHECKING:
     from megaman.data.dataset import MegaManDataset
@@ -67,7 +67,7 @@ class Captioner:
     def describe(self, pixels: torch.Tensor) -> list[str]:
         """A caption on one line for each of the pictures [N, 3, side, side]; "" where the model has
         nothing to say."""
-        ids = until_it_fits(partial(self._generate, pixels), self._make_room)
+        ids = retry_on_oom(partial(self._generate, pixels), self._make_room)
         return [tidy(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ def load_captioner(name: str) -> Captioner:
     """
     folder = _find(name)
     _check_kind(name, folder)
-    check_part(folder)
+    check_model_folder(folder)
     device = choose_device()
     try:
         model, report = BlipForConditionalGeneration.from_pretrained(
@@ -117,7 +117,7 @@ def load_captioner(name: str) -> Captioner:
         )  # the one that needs no torchvision
     except (SafetensorError, OSError, *ODD_CONFIGURATION) as error:
         raise UserError(
-            f"--auto_caption {name} cannot be loaded ({brief(error)})", WAYS_ON
+            f"--auto_caption {name} cannot be loaded ({summarize_error(error)})", WAYS_ON
         ) from None
     return Captioner(model.to(device).eval(), tokenizer, image_processor)
 
@@ -198,7 +198,7 @@ def caption_missing(
     say(
         f"           {written} written as {extension} beside the pictures, for you to read and edit"
     )
-    free()
+    release_memory()
 
 
 def without_file(pictures: Iterable[Path], extension: str = ".txt") -> list[Path]:

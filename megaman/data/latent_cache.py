@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from megaman.errors import UserError, brief
+from megaman.errors import UserError, summarize_error
 from megaman.files import ASIDE, replacing
 from megaman.safe_loading import read_header
 
@@ -95,7 +95,7 @@ class Moments:
                 with replacing(path) as aside:
                     save_file(tensors, aside)
             except (OSError, SafetensorError) as error:
-                self.refused = brief(error)
+                self.refused = summarize_error(error)
             else:
                 self._map(path)
         if not tensors.keys() <= self._places.keys():

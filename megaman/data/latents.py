@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from megaman.data.file_index import Stamps
 from megaman.data.images import BadImageError
 from megaman.data.latent_cache import Moments, Place
-from megaman.errors import UserError, brief
+from megaman.errors import UserError, summarize_error
 from megaman.files import stamp_of
 from megaman.models.base import vae_identity
-from megaman.runtime import until_it_fits
+from megaman.runtime import retry_on_oom
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # In the VAE together: more do not make it faster, but take more memory. A card wants more to do
 # than a CPU.
-PIXELS_AT_ONCE = {"cuda": 4 * 512 * 512}
+PIXELS_PER_BATCH = {"cuda": 4 * 512 * 512}
 PIXELS_ON_OTHERS = 512 * 512
 MOST_AT_ONCE = 64
 MOST_SHARDS = 4096  # that a run makes; each stays mapped, and a system allows some ten thousands
@@ -133,7 +133,9 @@ def _from_workers(loader: DataLoader) -> Iterator[list[torch.Tensor] | str]:
         if "DataLoader worker" not in str(error):
             raise
         remedy = "Take fewer of them, or none: --dataloader_num_workers 0"
-        raise UserError(f"A worker that decodes pictures died ({brief(error)})", remedy) from None
+        raise UserError(
+            f"A worker that decodes pictures died ({summarize_error(error)})", remedy
+        ) from None
 
 
 class Encoder:
@@ -142,7 +144,7 @@ class Encoder:
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae
-        self._pixels = PIXELS_AT_ONCE.get(vae.device.type, PIXELS_ON_OTHERS)
+        self._pixels = PIXELS_PER_BATCH.get(vae.device.type, PIXELS_ON_OTHERS)
 
     def at_once(self, size: Size) -> int:
         """Pictures of this size in pixels that go together."""
@@ -151,7 +153,7 @@ class Encoder:
     @torch.no_grad()
     def moments(self, pictures: torch.Tensor) -> torch.Tensor:
         """Moments, float32 [B, 8, h, w] on the VAE's device, of pictures [B, 3, H, W]."""
-        return until_it_fits(partial(self._encode, pictures), self._make_room)
+        return retry_on_oom(partial(self._encode, pictures), self._make_room)
 
     def _encode(self, pictures: torch.Tensor) -> torch.Tensor:
         parts = pictures.split(self.at_once(tuple(pictures.shape[2:])))
@@ -300,7 +302,7 @@ class Fresh:
     threads, since Pillow lets others work while it decodes; on a card they wait in pinned memory.
 
     Args:
-        vae_factor: pixels a side of one latent cell.
+        vae_scale_factor: pixels a side of one latent cell.
         threads: that decode.
     """
 
@@ -310,11 +312,11 @@ class Fresh:
         dataset: MegaManDataset,
         flip: bool,
         seed: int,
-        vae_factor: int,
+        vae_scale_factor: int,
         threads: int,
     ):
         self._encoder, self._dataset, self._flip, self._seed = encoder, dataset, flip, seed
-        self._factor, self._pin = vae_factor, encoder.vae.device.type == "cuda"
+        self._factor, self._pin = vae_scale_factor, encoder.vae.device.type == "cuda"
         self._threads = ThreadPoolExecutor(max(1, threads), thread_name_prefix="decoding")
         self._coming: dict[int, Future[torch.Tensor]] = {}  # by number
 

@@ -89,18 +89,18 @@ def adapter_name(number: int) -> str:
     return f"{ADAPTER}_{number}" if number else ADAPTER
 
 
-def describe(model: torch.nn.Module) -> LoraConfig:
+def get_lora_config(model: torch.nn.Module) -> LoraConfig:
     """The configuration of the LoRA in the model."""
     return model.peft_config[ADAPTER]
 
 
-def set_strengths(models: Sequence[torch.nn.Module], strengths: Mapping[int, float]) -> None:
+def set_scales(models: Sequence[torch.nn.Module], strengths: Mapping[int, float]) -> None:
     """Have the LoRAs with these numbers at work in the models, each at its strength: a factor on
     its trained scale."""
-    _set_strengths(_layers(models), strengths)
+    _set_scales(_layers(models), strengths)
 
 
-def _set_strengths(layers: Sequence[LoraLayer], strengths: Mapping[int, float]) -> None:
+def _set_scales(layers: Sequence[LoraLayer], strengths: Mapping[int, float]) -> None:
     named = {adapter_name(number): strength for number, strength in strengths.items()}
     for layer in layers:
         layer.set_adapter(list(named))
@@ -123,20 +123,20 @@ class Fused:
         for model in models:
             recurse_remove_peft_layers(model)
 
-    def set_strengths(self, strengths: Mapping[int, float]) -> None:
+    def set_scales(self, strengths: Mapping[int, float]) -> None:
         """Have the LoRAs with these numbers at work, each at its strength: a factor on its trained
         scale."""
         for layer, own in zip(self._layers, self._own, strict=False):
             layer.get_base_layer().weight.data.copy_(own)
             layer.merged_adapters.clear()
-        _set_strengths(self._layers, strengths)
+        _set_scales(self._layers, strengths)
         for layer in self._layers:
             layer.to(layer.get_base_layer().weight.device)
             layer.merge()
 
 
 @contextmanager
-def switched_off(*models: torch.nn.Module) -> Iterator[None]:
+def lora_disabled(*models: torch.nn.Module) -> Iterator[None]:
     """Within this the models are the plain base."""
     for layer in _layers(models):
         layer.enable_adapters(False)

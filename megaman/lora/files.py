@@ -32,7 +32,7 @@ from megaman.errors import UserError
 from megaman.files import replacing_folder, write_json
 from megaman.lora import formats as lora_formats
 from megaman.lora import peft_config
-from megaman.lora.adapter import ADAPTER, adapter_name, describe, set_strengths
+from megaman.lora.adapter import ADAPTER, adapter_name, get_lora_config, set_scales
 from megaman.lora.peft_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG
 from megaman.safe_loading import check_safetensors
 
@@ -134,7 +134,7 @@ def save_lora(
                 "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True),
             },
         )
-        tensors = lora_formats.renamed(states, models)
+        tensors = lora_formats.to_kohya(states, models)
         header = {
             **lora_formats.header(unet, tensors, base_name),
             **notes,
@@ -152,7 +152,7 @@ def _models(unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None) -> d
 def config_dict(model: nn.Module) -> dict[str, Any]:
     """PEFT's configuration as JSON holds it: sets become sorted lists. transformers notes where it
     found its model, which is a path on this machine and nobody's business."""
-    content = {**describe(model).to_dict(), "base_model_name_or_path": None}
+    content = {**get_lora_config(model).to_dict(), "base_model_name_or_path": None}
     return {
         key: sorted(value) if isinstance(value, set) else value for key, value in content.items()
     }
@@ -218,13 +218,13 @@ def load_lora(
         tensors, metadata = read_tensors(found), read_metadata(found)
         lora_formats.refuse_foreign(path, metadata, tensors)
         parts = {}
-        for part, (state, alphas) in lora_formats.layers_of(path, tensors, models).items():
+        for part, (state, alphas) in lora_formats.to_peft(path, tensors, models).items():
             ranks = _check_shapes(found, state, models[part])
-            told = None if alphas else lora_formats.told_config(metadata, part)
+            told = None if alphas else lora_formats.config_from_header(metadata, part)
             known = (
-                peft_config.checked(found, told, ranks)
+                peft_config.validate(found, told, ranks)
                 if told
-                else lora_formats.made_config(state, alphas)
+                else lora_formats.config_from_tensors(state, alphas)
             )
             parts[part] = (known, state)
         if not parts:
@@ -247,7 +247,7 @@ def _read_peft(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str
     tensors = read_tensors(folder / PEFT_WEIGHTS)
     lora_formats.refuse_foreign(folder, {}, tensors)
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-    return peft_config.checked(folder, content, _check_shapes(folder, state, model)), state
+    return peft_config.validate(folder, content, _check_shapes(folder, state, model)), state
 
 
 def load_loras(
@@ -259,7 +259,7 @@ def load_loras(
         load_lora(path, unet, text_encoder, adapter_name(number))
         for number, (path, _) in enumerate(loras)
     ]
-    set_strengths(
+    set_scales(
         [unet, text_encoder], {number: strength for number, (_, strength) in enumerate(loras)}
     )
     return configs

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import nn
 
 from megaman.errors import UserError
-from megaman.lora.adapter import ADAPTER, describe
+from megaman.lora.adapter import ADAPTER, get_lora_config
 from megaman.lora.peft_config import HIGHEST_ALPHA
 from megaman.models.identify import DOWN, KEY, RELATIVES, foreign_base
 
@@ -51,7 +51,7 @@ def refuse_foreign(
         raise UserError(f"{path} is a LoRA for {kind}, not for Stable Diffusion 1.x", FITTING)
 
 
-def layers_of(
+def to_peft(
     path: Path, tensors: Mapping[str, torch.Tensor], models: Mapping[str, nn.Module]
 ) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]]:
     """A file's tensors under PEFT's bare names, and its alphas by layer, for each of the models
@@ -128,7 +128,7 @@ def _as_the_layer(tensor: torch.Tensor, side: str, weight: torch.Tensor) -> torc
     return tensor.reshape(*inner, *wanted) if fits else tensor
 
 
-def told_config(metadata: Mapping[str, str], part: str) -> dict[str, Any] | None:
+def config_from_header(metadata: Mapping[str, str], part: str) -> dict[str, Any] | None:
     """PEFT's configuration of a model's LoRA as diffusers keeps it in the header, unchecked; None
     where it is not."""
     try:
@@ -143,7 +143,9 @@ def told_config(metadata: Mapping[str, str], part: str) -> dict[str, Any] | None
     return {key.removeprefix(f"{part}."): value for key, value in own.items()} or None
 
 
-def made_config(state: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> dict[str, Any]:
+def config_from_tensors(
+    state: Mapping[str, torch.Tensor], alphas: Mapping[str, float]
+) -> dict[str, Any]:
     """PEFT's configuration that gives each layer the strength alpha / rank; without an alpha that
     is 1."""
     ranks = {
@@ -170,7 +172,7 @@ def _exactly(name: str) -> str:
     return f"^{re.escape(name)}$"
 
 
-def renamed(
+def to_kohya(
     states: Mapping[str, Mapping[str, torch.Tensor]], models: Mapping[str, nn.Module]
 ) -> dict[str, torch.Tensor]:
     """kohya's names for PEFT's tensors, with an .alpha for each module so that alpha / rank is the
@@ -194,7 +196,7 @@ def renamed(
 def header(model: nn.Module, tensors: Mapping[str, torch.Tensor], base_name: str) -> dict[str, str]:
     """What A1111 needs to list the file as a LoRA for Stable Diffusion 1.x; model is any that
     carries the LoRA."""
-    config = describe(model)
+    config = get_lora_config(model)
     alpha = (
         config.lora_alpha * config.r**0.5 if config.use_rslora else config.lora_alpha
     )  # kohya divides by the rank

@@ -93,7 +93,7 @@ def base_of(folder: Path) -> str | None:
     return name
 
 
-def checked(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:
+def validate(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:
     """What LoraConfig is to be told, given the ranks that the tensors have; raises UserError where
     they disagree."""
     patterns = {name: content.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}

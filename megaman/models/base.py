@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from megaman import hub
-from megaman.errors import UserError, brief, out_of_memory
+from megaman.errors import UserError, out_of_memory, summarize_error
 from megaman.hub import PROJECT
 from megaman.models import diffusers_folder, single_file
-from megaman.models.configs import WAYS_ON, WEIGHTS, actual_name, named
-from megaman.models.weights import CPU, Part
+from megaman.models.configs import WAYS_ON, WEIGHTS, is_single_file, resolve_name
+from megaman.models.weights import CPU, LazyModel
 from megaman.safe_loading import refuse_pickle
 
 for library in (diffusers.utils.logging, transformers.utils.logging):
@@ -52,7 +52,7 @@ CONVERSION = (
 )
 
 
-def vae_factor(vae: AutoencoderKL | Part) -> int:
+def vae_scale_factor(vae: AutoencoderKL | LazyModel) -> int:
     """Pixels a side of one latent cell."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -83,11 +83,11 @@ class Base:
         device: torch.device,
         tokenizer: CLIPTokenizer,
         scheduler: DDPMScheduler,
-        layout: torch.memory_format,
-        **parts: Part,
+        memory_format: torch.memory_format,
+        **parts: LazyModel,
     ):
         self.name, self.device, self.tokenizer, self.scheduler = name, device, tokenizer, scheduler
-        self.layout, self.parts = layout, parts
+        self.memory_format, self.parts = memory_format, parts
         self._loaded: dict[str, torch.nn.Module] = {}
 
     @property
@@ -108,7 +108,7 @@ class Base:
                 # A LoRA that is added later stays contiguous, as AdamW's moments are when they come
                 # from a file.
                 self._loaded[part] = (
-                    self.parts[part].load(self.device).to(memory_format=self.layout)
+                    self.parts[part].load(self.device).to(memory_format=self.memory_format)
                 )
         return self._loaded[part]
 
@@ -128,9 +128,9 @@ class Base:
         return list(self.parts["vae"].files)
 
     @property
-    def vae_factor(self) -> int:
+    def vae_scale_factor(self) -> int:
         """Pixels a side of one latent cell."""
-        return vae_factor(self.parts["vae"])
+        return vae_scale_factor(self.parts["vae"])
 
     @property
     def scaling_factor(self) -> float:
@@ -140,7 +140,7 @@ class Base:
     @property
     def native_size(self) -> int:
         """Side in pixels of the pictures that the base was trained on."""
-        return self.parts["unet"].config.sample_size * self.vae_factor
+        return self.parts["unet"].config.sample_size * self.vae_scale_factor
 
 
 def find_base(name: str, half: bool) -> Path:
@@ -152,13 +152,13 @@ def find_base(name: str, half: bool) -> Path:
     for path in (Path(os.path.expanduser(name)), PROJECT / name):
         if path.is_dir():
             return path
-        if path.is_file() and named(path):
+        if path.is_file() and is_single_file(path):
             refuse_pickle(path, CONVERSION)
             return path
     refuse_pickle(name, CONVERSION)
-    if named(name):
+    if is_single_file(name):
         raise UserError(f"There is no file {name}", WAYS_ON)
-    return _download(actual_name(name), half)
+    return _download(resolve_name(name), half)
 
 
 def _download(name: str, half: bool) -> Path:
@@ -176,7 +176,7 @@ def load_base(
     name: str,
     dtype: torch.dtype,
     device: torch.device = CPU,
-    layout: torch.memory_format = torch.contiguous_format,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Base:
     """Open a base, whose models come onto the device and into the layout when they are asked for:
     UNet and text encoder in dtype, the VAE in float32 (fp16 turns some pictures black).
@@ -191,7 +191,7 @@ def load_base(
             if path.is_file()
             else diffusers_folder.find_parts(name, path, dtype)
         )
-    base = Base(name, device, layout=layout, **parts)
+    base = Base(name, device, memory_format=memory_format, **parts)
     _check_kind(base)
     return base
 
@@ -204,7 +204,9 @@ def _refusing(name: str) -> Iterator[None]:
     except (SafetensorError, OSError, *ODD_CONFIGURATION) as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"The base {name} cannot be loaded ({brief(error)})", WAYS_ON) from None
+        raise UserError(
+            f"The base {name} cannot be loaded ({summarize_error(error)})", WAYS_ON
+        ) from None
 
 
 def _check_kind(base: Base) -> None:

@@ -23,7 +23,7 @@ SD15 = (
 )  # Stable Diffusion 1.5's configurations and vocabulary
 
 
-def actual_name(name: str) -> str:
+def resolve_name(name: str) -> str:
     """The name to find and to note the base under, from wherever it is read again: the hub's
     present one, the place within this project, or a whole path."""
     path = Path(os.path.expanduser(name))
@@ -35,17 +35,17 @@ def actual_name(name: str) -> str:
     return path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else str(path)
 
 
-def moved(name: str) -> str | None:
+def alias_notice(name: str) -> str | None:
     """What to say of a base that is taken from another name than the one asked for; None where it
     is not."""
     return (
-        f"{name} has left the hub; the same weights are at {actual_name(name)}"
+        f"{name} has left the hub; the same weights are at {resolve_name(name)}"
         if name in ALIASES
         else None
     )
 
 
-def named(path: str | Path) -> bool:
+def is_single_file(path: str | Path) -> bool:
     """Whether a path is named like a base in a single file; it need not be there."""
     return str(path).lower().endswith(SUFFIX)
 
@@ -63,12 +63,12 @@ def read_configs(name: str) -> tuple[dict[str, dict[str, Any]], str]:
     for folder in filter(Path.is_dir, places):
         return {part: read_json(folder / part / "config.json") for part in WEIGHTS}, ""
     one_file = any(map(Path.is_file, places))
-    if not is_base(name) or (named(name) and not one_file):
+    if not is_base(name) or (is_single_file(name) and not one_file):
         raise UserError(
             f"The base {name} is nothing on this machine nor a name on the hub", WAYS_ON
         )
     sd15 = {part: read_json(SD15 / f"{part}.json") for part in WEIGHTS}
-    if one_file or actual_name(name) == actual_name(DEFAULT_BASE):
+    if one_file or resolve_name(name) == resolve_name(DEFAULT_BASE):
         return sd15, ""
     from huggingface_hub import try_to_load_from_cache
 

@@ -14,8 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from megaman.errors import UserError
 from megaman.files import read_json
 from megaman.models.configs import WAYS_ON, WEIGHTS
-from megaman.models.weights import Part, build, misfit, missing, outline
-from megaman.safe_loading import check_part
+from megaman.models.weights import LazyModel, build, missing, shape_mismatch, tensor_index
+from megaman.safe_loading import check_model_folder
 
 # The published VAE of Stable Diffusion 1.5 has its attention by the names of diffusers before 0.12.
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -31,7 +31,7 @@ def find_parts(name: str, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     _check_layout(name, folder)
     weights = {part: _weights(name, folder / part, stem) for part, stem in WEIGHTS.items()}
     for part in WEIGHTS:
-        check_part(folder / part)
+        check_model_folder(folder / part)
     unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
     text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
     return {
@@ -78,25 +78,25 @@ def _weights(name: str, folder: Path, stem: str) -> Path:
     raise UserError(f"{name}: {folder.name}/{stem}.safetensors is missing", WAYS_ON)
 
 
-def _part(base: Path, weights: Path, model: torch.nn.Module, dtype: torch.dtype) -> Part:
+def _part(base: Path, weights: Path, model: torch.nn.Module, dtype: torch.dtype) -> LazyModel:
     """One of the models; raises ValueError where its files lack something or hold it in another
     shape."""
     folder, label = weights.parent, weights.parent.name
     files = [weights]
     if weights.suffix == ".json":
         files = [folder / shard for shard in sorted(set(read_json(weights)["weight_map"].values()))]
-    there = {key: (path, tensor) for path in files for key, tensor in outline(path)[0].items()}
+    there = {key: (path, tensor) for path in files for key, tensor in tensor_index(path)[0].items()}
     found, sources = {}, {}
     for name in model.state_dict():
         for key in filter(there.__contains__, _names_in_files(label, name)):
             path, found[name] = there[key]
             sources[name] = path, key
             break
-    if words := misfit(model, found):
+    if words := shape_mismatch(model, found):
         raise ValueError(f"{label}: {words}")
     if lacking := missing(model, found):
         raise ValueError(f"{label} lacks {lacking}")
-    return Part(
+    return LazyModel(
         base,
         label,
         model,

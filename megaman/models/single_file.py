@@ -30,7 +30,7 @@ from megaman.errors import UserError
 from megaman.files import read_json
 from megaman.models.configs import SD15
 from megaman.models.identify import KEY, RELATIVES, WIDTHS, foreign_base
-from megaman.models.weights import Part, build, misfit, missing, outline
+from megaman.models.weights import LazyModel, build, missing, shape_mismatch, tensor_index
 from megaman.safe_loading import check_safetensors
 
 UNET, VAE, TEXT_ENCODER = (
@@ -61,7 +61,7 @@ def find_parts(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     shape.
     """
     check_safetensors(path)
-    tensors, metadata = outline(path)
+    tensors, metadata = tensor_index(path)
     refuse_others(path, metadata, tensors)
     unet, vae, text, scheduler = (
         read_json(SD15 / f"{part}.json") for part in ("unet", "vae", "text_encoder", "scheduler")
@@ -72,7 +72,7 @@ def find_parts(path: Path, dtype: torch.dtype) -> dict[str, Any]:
 
     def part(
         label: str, model: nn.Module, state: Mapping[str, torch.Tensor | None], dtype: torch.dtype
-    ) -> Part:
+    ) -> LazyModel:
         found = {
             name: keys[state[name].data_ptr()]
             for name in model.state_dict()
@@ -81,7 +81,7 @@ def find_parts(path: Path, dtype: torch.dtype) -> dict[str, Any]:
         _refuse_misfits(
             path, model, {name: _shaped(state[name], tensors[key]) for name, key in found.items()}
         )
-        return Part(
+        return LazyModel(
             path, label, model, {name: (path, key) for name, key in found.items()}, dtype, [path]
         )
 
@@ -126,7 +126,7 @@ def _shaped(converted: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_misfits(path: Path, model: nn.Module, found: Mapping[str, torch.Tensor]) -> None:
-    if words := misfit(model, found):
+    if words := shape_mismatch(model, found):
         raise UserError(
             f"{path} is no Stable Diffusion 1.x: {type(model).__name__}'s {words}", ANOTHER
         )

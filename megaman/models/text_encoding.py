@@ -135,7 +135,7 @@ def weigh(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return weighted.to(states.dtype)
 
 
-def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
     """Token ids [B, positions]; longer captions are cut at the last position."""
     return tokenizer(
         list(captions), padding="max_length", truncation=True, return_tensors="pt"
@@ -152,12 +152,12 @@ def encode_captions(
     distinct = list(dict.fromkeys(captions))
     for start in range(0, len(distinct), 32):
         part = distinct[start : start + 32]
-        hidden = text_encoder(token_ids(tokenizer, part).to(text_encoder.device))[0].cpu()
+        hidden = text_encoder(tokenize(tokenizer, part).to(text_encoder.device))[0].cpu()
         states.update(zip(part, hidden, strict=True))
     return states
 
 
-class CaptionStates:
+class CaptionEmbeddings:
     """The text states of a run's captions: kept in memory for each distinct one, and the text
     encoder let go; or read at each step, where it is in training, where captions vary, or where the
     states would take too much memory.
@@ -187,7 +187,7 @@ class CaptionStates:
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         """States [B, positions, width]."""
         if self.reads_on:
-            return self.reader(token_ids(self._tokenizer, captions).to(self._device))[0]
+            return self.reader(tokenize(self._tokenizer, captions).to(self._device))[0]
         return torch.stack([self.states[caption] for caption in captions])
 
 
@@ -199,7 +199,7 @@ def too_many(text_encoder: CLIPTextModel, captions: Iterable[str]) -> bool:
     return numbers * text_encoder.dtype.itemsize > MOST_STATES
 
 
-def cut_off(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
+def truncated_text(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
     """For each caption what falls away because the text encoder has no position for it, "" where
     nothing does."""
     room = tokenizer.model_max_length - 2  # without the marks at either end

@@ -23,7 +23,7 @@ PORTION = 128 * 2**20  # bytes; a large tensor of Stable Diffusion 1.5 in float3
 CPU = torch.device("cpu")
 
 
-def outline(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def tensor_index(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A file's tensors by name, and its metadata. The tensors are mapped: for names, shapes and
     places, not to read."""
     with safe_open(path, framework="pt") as file:
@@ -52,7 +52,7 @@ def read(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]
                 del tensor
 
 
-def misfit(model: nn.Module, found: Mapping[str, torch.Tensor]) -> str | None:
+def shape_mismatch(model: nn.Module, found: Mapping[str, torch.Tensor]) -> str | None:
     """The first of a model's tensors that was found in another shape, or as whole numbers, in
     words."""
     for name, wanted in model.state_dict().items():
@@ -81,7 +81,7 @@ def build(kind: type[nn.Module], config: Any) -> nn.Module:
         return kind(config) if issubclass(kind, PreTrainedModel) else kind.from_config(config)
 
 
-class Part:
+class LazyModel:
     """One model of a base, to be loaded when it is needed and as often as that is.
 
     place (the base's folder or file) and label name it where something is wrong. model is as build

@@ -13,7 +13,7 @@ from PIL import Image
 
 from megaman.config import samplers
 from megaman.errors import UserError
-from megaman.models.base import vae_factor
+from megaman.models.base import vae_scale_factor
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -38,18 +38,18 @@ def count_passes(scheduler: SchedulerMixin, sampler: samplers.Sampler, steps: in
 def draw_latents(
     unet: UNet2DConditionModel,
     sampler: SchedulerMixin,
-    text_states: torch.Tensor,
-    empty_states: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor,
     seeds: Sequence[int],
     size: tuple[int, int],
     steps: int,
     guidance: float,
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Latents [B, 4, h, w] for each row of text_states [B, positions, width], with the seed of the
+    """Latents [B, 4, h, w] for each row of prompt_embeds [B, positions, width], with the seed of the
     same place.
 
-    empty_states, of the same shape, holds the negative prompts (classifier-free guidance, Ho &
+    negative_prompt_embeds, of the same shape, holds the negative prompts (classifier-free guidance, Ho &
     Salimans 2022, arXiv 2207.12598); guidance of 1 or less leaves them out. size is (h, w) in
     latent cells. Each row's noise, the first and what a sampler adds on the way, comes from its own
     seed and on the CPU, so that neither the batch nor the device changes it. Raises UserError where
@@ -69,7 +69,9 @@ def draw_latents(
         else {}
     )
     guided = guidance > 1
-    states = (torch.cat([empty_states, text_states]) if guided else text_states).to(device, dtype)
+    states = (torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds).to(
+        device, dtype
+    )
     for timestep in sampler.timesteps:
         model_input = sampler.scale_model_input(
             torch.cat([latents, latents]) if guided else latents, timestep
@@ -94,8 +96,8 @@ def draw_images(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
     sampler: SchedulerMixin,
-    text_states: torch.Tensor,
-    empty_states: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor,
     seeds: Sequence[int],
     height: int,
     width: int,
@@ -104,9 +106,9 @@ def draw_images(
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
     """The same as images; height and width are in pixels."""
-    size = height // vae_factor(vae), width // vae_factor(vae)
+    size = height // vae_scale_factor(vae), width // vae_scale_factor(vae)
     latents = draw_latents(
-        unet, sampler, text_states, empty_states, seeds, size, steps, guidance, on_step
+        unet, sampler, prompt_embeds, negative_prompt_embeds, seeds, size, steps, guidance, on_step
     )
     return decode(vae, latents)
 

@@ -153,12 +153,12 @@ class Drawer:
         base.unet.to(dtype=placement.dtype)
         base.text_encoder.to(dtype=placement.dtype)
 
-    def set_strengths(self, strengths: dict[int, float]) -> None:
+    def set_scales(self, strengths: dict[int, float]) -> None:
         """The LoRAs at work from here on by their numbers, each with its strength."""
         if self._fused:
-            self._fused.set_strengths(strengths)
+            self._fused.set_scales(strengths)
         else:
-            adapter.set_strengths([self.base.unet, self.base.text_encoder], strengths)
+            adapter.set_scales([self.base.unet, self.base.text_encoder], strengths)
         self.forget()
 
     def forget(self) -> None:
@@ -186,13 +186,13 @@ class Drawer:
             return [(job, part, image) for job, image in zip(part, images, strict=True)]
 
         off = (
-            adapter.switched_off(self.base.unet, self.base.text_encoder)
+            adapter.lora_disabled(self.base.unet, self.base.text_encoder)
             if plain
             else contextlib.nullcontext()
         )
         with off:
             while len(drawn) < len(batch):
-                drawn += runtime.until_it_fits(next_part, self.room.tighten)
+                drawn += runtime.retry_on_oom(next_part, self.room.tighten)
         return drawn
 
     def _draw(
@@ -208,7 +208,7 @@ class Drawer:
             torch.stack([text_encoding.pad_chunks(states, empty, chunks) for states in row])
             for row in rows
         )
-        size = job.height // self.base.vae_factor, job.width // self.base.vae_factor
+        size = job.height // self.base.vae_scale_factor, job.width // self.base.vae_scale_factor
         latents = denoise.draw_latents(
             self._on_device(self.base.unet),
             denoise.make_sampler(self.base.scheduler, self.sampler),

@@ -15,7 +15,7 @@ import torch
 from diffusers.utils import is_xformers_available
 
 from megaman import schema
-from megaman.errors import UserError, brief
+from megaman.errors import UserError, summarize_error
 from megaman.runtime import DTYPES, Placement, place
 from megaman.threads import MOST_THREADS
 
@@ -127,7 +127,9 @@ class Choices:
                 Exception
             ) as error:  # its kernels are of another build, or this card is none of theirs
                 remedy = f"Leave --{XFORMERS} out: torch's own attention is as frugal"
-                raise UserError(f"xformers cannot be used here ({brief(error)})", remedy) from None
+                raise UserError(
+                    f"xformers cannot be used here ({summarize_error(error)})", remedy
+                ) from None
         # in place: the parameters keep their names, and blocks of one kind share what is compiled
         if self.compile:
             unet.compile_repeated_blocks()

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from megaman import runtime
-from megaman.errors import UserError, brief
+from megaman.errors import UserError, summarize_error
 from megaman.lora import adapter
 from megaman.models.base import ODD_CONFIGURATION
 from megaman.models.configs import WAYS_ON
@@ -92,7 +92,7 @@ class Hollow:
         return storages.peak
 
 
-def size_of(*models: nn.Module) -> int:
+def parameter_bytes(*models: nn.Module) -> int:
     """Bytes of the models' parameters and buffers."""
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -155,7 +155,9 @@ class Plan:
                         self.text_encoder, target_modules=adapter.TEXT_ENCODER_TARGETS
                     )
         except ODD_CONFIGURATION as error:
-            raise UserError(f"The base's configuration is odd ({brief(error)})", WAYS_ON) from None
+            raise UserError(
+                f"The base's configuration is odd ({summarize_error(error)})", WAYS_ON
+            ) from None
         self.width = self.unet.config.block_out_channels[0]
         self.in_training = [self.unet, self.text_encoder] if trains_text_encoder else [self.unet]
         self.factor = 2 ** (
@@ -164,8 +166,8 @@ class Plan:
         numbers = sum(parameter.numel() for parameter in trained)
         self.gradients, self.moments = numbers * FLOAT32, 2 * numbers * FLOAT32
         beside = [self.text_encoder] * self.reads + [self.vae] * encodes
-        self.encodes, self.weights = encodes, size_of(self.unet, *beside)  # all the time
-        self.comes_back = 0 if encodes else size_of(self.vae)  # for sample images
+        self.encodes, self.weights = encodes, parameter_bytes(self.unet, *beside)  # all the time
+        self.comes_back = 0 if encodes else parameter_bytes(self.vae)  # for sample images
         if card and dtype != torch.float32:
             norms_in_float32(self.unet, self.text_encoder)
         self._hollow = Hollow(self.unet, self.text_encoder, self.vae)
@@ -268,7 +270,7 @@ class Plan:
     def guided_pass(self) -> int:
         """The UNet's activations over the sample images drawn at once, each with and without
         prompt."""
-        rows = 2 * min(self.images, runtime.images_at_once(self.size, self.size))
+        rows = 2 * min(self.images, runtime.default_batch_size(self.size, self.size))
 
         @torch.no_grad()
         def draw() -> None:

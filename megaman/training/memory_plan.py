@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from megaman import runtime
-from megaman.errors import UserError, brief
-from megaman.models.configs import actual_name, read_configs
+from megaman.errors import UserError, summarize_error
+from megaman.models.configs import read_configs, resolve_name
 from megaman.runtime import DTYPES, Placement, choose_device, place
 from megaman.training import compute
 from megaman.training.memory_estimate import GB, Plan, gigabytes
@@ -151,7 +151,7 @@ def settle(
         plan = Plan(configs, placement.dtype, placement.device.type != "cpu", **shape)
         plan.training(split.size, checkpointing), plan.drawing(False)
     except Exception as error:  # whatever it is, loading the base tells it better
-        say(f"memory     cannot be told beforehand ({brief(error)})")
+        say(f"memory     cannot be told beforehand ({summarize_error(error)})")
         return Fit(checkpointing)
     found = fit(plan, split, checkpointing, limit, can_shrink)
     for line in [*found.lines, *([f"           {remark}"] if remark else [])]:
@@ -173,7 +173,7 @@ def table(mixed_precision: str, vram_limit: float | None, *, name: str, **shape:
         )
         return f"{gigabytes(size)} GB {answer}".rstrip()
 
-    lines = [f"base       {actual_name(name)}", *([f"           {remark}"] if remark else [])]
+    lines = [f"base       {resolve_name(name)}", *([f"           {remark}"] if remark else [])]
     lines += [
         f"plan       {plan.size} px, {mixed_precision.replace('no', 'float32')}, rank {shape['rank']}: "
         f"{plan.in_words(1, False, False)} GB"

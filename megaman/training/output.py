@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from megaman.errors import UserError, brief
+from megaman.errors import UserError, summarize_error
 from megaman.files import ASIDE, is_inside, read_json, restore_former, safe_name
 from megaman.threads import MOST_THREADS
 
@@ -143,7 +143,7 @@ def save_somewhere(wanted: Path, save: Callable[[Path], object]) -> tuple[Path, 
             save(folder)
             return folder, reason
         except (OSError, UserError) as error:
-            reason = reason or brief(error)
+            reason = reason or summarize_error(error)
     raise UserError(
         f"The LoRA can be saved neither in {wanted} nor elsewhere ({reason})",
         "Free some space and add --resume_from_checkpoint latest",

@@ -71,7 +71,7 @@ def _class_pictures(count: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_notes(
+def training_metadata(
     config: Mapping[str, Any],
     folders: Mapping[str, tuple[int, Sequence[str]]],
     prediction_type: str,

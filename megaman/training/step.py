@@ -40,7 +40,7 @@ class Encoded:
     Args:
         source: of the pictures' moments, in the dataset's order: latents.Kept, or latents.Fresh,
             which makes them anew.
-        vae_factor: pixels a side of one latent cell.
+        vae_scale_factor: pixels a side of one latent cell.
         in_buckets: whether the pictures may differ in size, so that batches have to be of one.
         at_once, accumulated, processes: pictures of a batch and process, batches of a step,
             processes.
@@ -51,7 +51,7 @@ class Encoded:
         self,
         dataset: MegaManDataset,
         source: Kept | Fresh,
-        vae_factor: int,
+        vae_scale_factor: int,
         in_buckets: bool,
         at_once: int,
         accumulated: int,
@@ -65,7 +65,8 @@ class Encoded:
         self._epoch = dataset.epoch()
         # Width and height of each picture that an epoch sees.
         self.sizes = [
-            tuple(vae_factor * side for side in reversed(source.cells(i))) for i in self._epoch
+            tuple(vae_scale_factor * side for side in reversed(source.cells(i)))
+            for i in self._epoch
         ]
         buckets = self.sizes if in_buckets else None
         self.batches = Batches(len(self._epoch), buckets, at_once, accumulated, processes, seed)

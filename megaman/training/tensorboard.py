@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from megaman.errors import brief
+from megaman.errors import summarize_error
 
 MOST_PENDING = 20_000  # events kept while nothing can be written: a long stretch, a few megabytes
 
@@ -86,7 +86,9 @@ class TrainingLog:
 
     def _fail(self, error: Exception) -> None:
         if not self._failing:
-            self._tell(f"TensorBoard's curves cannot be written ({brief(error)}); training goes on")
+            self._tell(
+                f"TensorBoard's curves cannot be written ({summarize_error(error)}); training goes on"
+            )
         self._failing, self._writer = True, None
         # Part of the events may stand in the broken file; the next file takes their place.
         scalars = [event.step for event in self._pending if event.kind == "add_scalar"]

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from megaman import runtime
-from megaman.errors import UserError, brief
+from megaman.errors import UserError, summarize_error
 from megaman.files import replacing_folder
 from megaman.models.text_encoding import encode_captions
-from megaman.runtime import images_at_once
+from megaman.runtime import default_batch_size
 from megaman.sampling import denoise
 from megaman.training import loss as diffusion
 from megaman.training.signals import StoppedError
@@ -35,7 +35,7 @@ class Validation:
     """Draws the prompt with each of the seeds, size pixels a side, on the device that the UNet is
     on.
 
-    text_states holds the states [positions, width] of the prompt and of "", or is None where the
+    prompt_embeds holds the states [positions, width] of the prompt and of "", or is None where the
     text encoder is in training and has to be asked each time; tile_vae sets the VAE's tiles, where
     it draws in tiles; keeps_vae tells whether the run needs it on between; autocast makes the
     context in which the models compute; say takes a line; on_step is called after each sampling
@@ -45,7 +45,7 @@ class Validation:
     def __init__(
         self,
         base: Base,
-        text_states: Mapping[str, torch.Tensor] | None,
+        prompt_embeds: Mapping[str, torch.Tensor] | None,
         prompt: str,
         seeds: Sequence[int],
         size: int,
@@ -55,16 +55,16 @@ class Validation:
         say: Callable[[str], None],
         on_step: Callable[[], None],
     ):
-        self.base, self.text_states, self.prompt, self.seeds, self.size = (
+        self.base, self.prompt_embeds, self.prompt, self.seeds, self.size = (
             base,
-            text_states,
+            prompt_embeds,
             prompt,
             seeds,
             size,
         )
         self.tile_vae, self.keeps_vae = tile_vae, keeps_vae
         self.autocast, self.say, self.on_step = autocast, say, on_step
-        self.at_once = images_at_once(size, size)
+        self.at_once = default_batch_size(size, size)
 
     def draw(self, step: int, folder: Path) -> list[Image.Image]:
         """Draw after this step and write folder/00.png and so on; whatever fails here is said, and
@@ -76,12 +76,12 @@ class Validation:
         if not self.seeds:
             return images
         unet = self.base.unet
-        in_training = [unet] if self.text_states else [unet, self.base.text_encoder]
+        in_training = [unet] if self.prompt_embeds else [unet, self.base.text_encoder]
         try:
             self.tile_vae(self.base.vae)
             for model in in_training:
                 model.eval()
-            images = runtime.until_it_fits(self._draw_all, self._one_at_a_time)
+            images = runtime.retry_on_oom(self._draw_all, self._one_at_a_time)
             with replacing_folder(folder) as aside:
                 for j, image in enumerate(images):
                     image.save(aside / f"{j:02d}.png")
@@ -92,7 +92,7 @@ class Validation:
         except StoppedError:
             pass
         except Exception as error:
-            self.say(f"step {step}: no sample images ({brief(error)}); training goes on")
+            self.say(f"step {step}: no sample images ({summarize_error(error)}); training goes on")
         finally:
             for model in in_training:
                 model.train()
@@ -105,7 +105,7 @@ class Validation:
     def _draw_all(self) -> list[Image.Image]:
         words, images = [self.prompt, ""], []
         with self.autocast():
-            states = self.text_states or encode_captions(
+            states = self.prompt_embeds or encode_captions(
                 self.base.text_encoder, self.base.tokenizer, words
             )
         for first in range(0, len(self.seeds), self.at_once):
@@ -138,14 +138,14 @@ def held_out_loss(
     unet: UNet2DConditionModel,
     scheduler: DDPMScheduler,
     latents: torch.Tensor,
-    text_states: torch.Tensor,
+    prompt_embeds: torch.Tensor,
     seed: int,
     draws: int = 8,
 ) -> float:
     """Mean loss over draws timesteps a picture, spread evenly over the schedule, with noise from
     the seed.
 
-    latents is [N, 4, h, w], scaled; text_states [N, positions, width]. The same seed asks the same
+    latents is [N, 4, h, w], scaled; prompt_embeds [N, positions, width]. The same seed asks the same
     questions, so two models can be compared.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -156,7 +156,7 @@ def held_out_loss(
         timesteps = (place * steps).long().clamp(max=steps - 1)
         noise = torch.randn(latents.shape, generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps).to(unet.device, unet.dtype)
-        states = text_states.to(unet.device, unet.dtype)
+        states = prompt_embeds.to(unet.device, unet.dtype)
         noise_pred = unet(noisy, timesteps.to(unet.device), encoder_hidden_states=states).sample
         wanted = diffusion.target(scheduler, latents, noise, timesteps).to(unet.device)
         losses.append(diffusion.loss(noise_pred, wanted))

@@ -83,7 +83,7 @@ def trained(base_folder, tmp_path_factory, request):
 
 def kohya_alpha(unet) -> float:
     """What kohya divides by the rank: rsLoRA's alpha / sqrt(rank) has to come out of that too."""
-    return ALPHA * (RANK**0.5 if adapter.describe(unet).use_rslora else 1)
+    return ALPHA * (RANK**0.5 if adapter.get_lora_config(unet).use_rslora else 1)
 
 
 def difference(unet, wanted: torch.Tensor) -> float:
@@ -170,7 +170,7 @@ def test_alpha_stands_in_every_layout(trained):
         told = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (told["unet.lora_alpha"], told["unet.use_rslora"]) == (
         ALPHA,
-        adapter.describe(trained[0]).use_rslora,
+        adapter.get_lora_config(trained[0]).use_rslora,
     )
     kohya = load_file(folder / "megaman_lora.safetensors")
     alphas = [tensor for key, tensor in kohya.items() if key.endswith(".alpha")]
@@ -339,7 +339,7 @@ def test_comfyui_knows_every_name_of_a_stable_diffusion_15_lora():
         unet = UNet2DConditionModel(**SD_15)
         everything = [*TARGETS, "linear_1", "linear_2"]
         adapter.inject(unet, RANK, ALPHA, everything)
-        tensors = lora_formats.renamed(
+        tensors = lora_formats.to_kohya(
             {
                 "unet": {
                     name: torch.empty_like(tensor)

@@ -204,7 +204,7 @@ def test_several_loras_each_at_its_strength(made, base_folder, tmp_path):
     )
     merged = Models(base_folder).merge(made, 0.7).merge(other, -0.4)
     assert apart(both, merged) <= TOLERANCE
-    with adapter.switched_off(both.unet, both.text_encoder):
+    with adapter.lora_disabled(both.unet, both.text_encoder):
         assert apart(both, Models(base_folder)) == 0
     assert apart(both, merged) <= TOLERANCE
     assert apart(loaded(base_folder, (tmp_path / "one.safetensors", 0.0)), Models(base_folder)) == 0
@@ -340,10 +340,10 @@ def test_any_file_is_sorted_out_or_refused_in_a_line(shape_of_unet, tmp_path_fac
     tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
     metadata = {"lora_adapter_metadata": said, "ss_base_model_version": said}
     identify.foreign_base(metadata, tensors)
-    told = lora_formats.told_config(metadata, "unet")
+    told = lora_formats.config_from_header(metadata, "unet")
     assert told is None or isinstance(told, dict)
     try:
-        found = lora_formats.layers_of(path, tensors, {"unet": shape_of_unet})
+        found = lora_formats.to_peft(path, tensors, {"unet": shape_of_unet})
         for state, _ in found.values():
             lora_files._check_shapes(path, state, shape_of_unet)
     except UserError as error:

@@ -10,7 +10,7 @@ from torch import nn
 
 from megaman.lora import files as lora_files
 from megaman.lora import forward as lora_forward
-from megaman.lora.adapter import ADAPTER, _layers, inject, parameters, set_strengths, switched_off
+from megaman.lora.adapter import ADAPTER, _layers, inject, lora_disabled, parameters, set_scales
 
 TOLERANCE = 2e-6  # of the largest element: float32's last bits
 RANK = 4
@@ -164,7 +164,7 @@ def test_what_is_not_plain_is_left_to_peft(fused):
     def second(model):
         config = LoraConfig(r=2, target_modules=TARGETS)
         inject_adapter_in_model(config, model, "second")
-        set_strengths([model], {0: 1.0})
+        set_scales([model], {0: 1.0})
         for layer in _layers([model]):
             layer.set_adapter(["default", "second"])
 
@@ -204,13 +204,13 @@ def test_a_bf16_base_and_autocast_are_left_to_peft(fused):
 
 
 def test_strengths_and_switching_off_are_honored(fused):
-    ours, peft = both(lambda model: set_strengths([model], {0: 0.3}))
+    ours, peft = both(lambda model: set_scales([model], {0: 0.3}))
     assert distance(ours, peft) <= TOLERANCE
     assert fused
     fused.clear()
     model = with_lora(Layers())
     x = torch.randn(2, 8, 6, 6)
-    with switched_off(model):
+    with lora_disabled(model):
         assert torch.equal(model(x), Layers()(x))
     assert not fused
     assert not torch.equal(model(x), Layers()(x))

@@ -102,7 +102,7 @@ def test_we_read_folder_and_files(trained, base_folder, name):
     unet, text_encoder = fresh_unet(base_folder), fresh_text_encoder(base_folder)
     lora_files.load_loras([(path, 1.0)], unet, text_encoder)
     assert_same(trained, unet, text_encoder)
-    with adapter.switched_off(text_encoder):
+    with adapter.lora_disabled(text_encoder):
         assert torch.equal(states(text_encoder), states(fresh_text_encoder(base_folder)))
 
 
@@ -144,7 +144,7 @@ def test_the_diffusers_header_tells_both_configurations_and_no_path(trained, bas
     assert (
         told["text_encoder.use_rslora"]
         == told["unet.use_rslora"]
-        == adapter.describe(trained[0]["unet"]).use_rslora
+        == adapter.get_lora_config(trained[0]["unet"]).use_rslora
     )
     assert told["text_encoder.lora_dropout"] == 0
     assert any(
@@ -190,7 +190,7 @@ def test_comfyui_knows_every_name_of_a_text_encoder_lora():
         )
         adapter.inject(text_encoder, RANK, ALPHA, adapter.TEXT_ENCODER_TARGETS)
         state = get_peft_model_state_dict(text_encoder, save_embedding_layers=False)
-        tensors = lora_formats.renamed(
+        tensors = lora_formats.to_kohya(
             {"text_encoder": {name: torch.empty_like(tensor) for name, tensor in state.items()}},
             {"text_encoder": text_encoder},
         )
@@ -297,7 +297,7 @@ def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_fo
         lora_files.load_loras(
             [(tmp_path / "out" / "checkpoint-4", 1.0)], base.unet, base.text_encoder
         )
-        adapter.set_strengths([base.text_encoder], {0: float(with_text)})
+        adapter.set_scales([base.text_encoder], {0: float(with_text)})
         said = encode_captions(base.text_encoder, base.tokenizer, ["volto, robot", ""])
         text, empty = (said[words][None] for words in ("volto, robot", ""))
         sampler = denoise.make_sampler(base.scheduler)

@@ -17,7 +17,7 @@ import torch
 from megaman.errors import UserError
 from megaman.hub import PROJECT
 from megaman.models.base import Base, find_base, load_base
-from megaman.models.configs import actual_name
+from megaman.models.configs import resolve_name
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -74,7 +74,7 @@ def test_sizes_are_read_from_the_base(base):
         base.unet.config.sample_size,
         base.unet.config.sample_size,
     )
-    assert base.native_size == base.vae_factor * latents.shape[-1]
+    assert base.native_size == base.vae_scale_factor * latents.shape[-1]
 
 
 def test_half_precision_spares_the_vae(base_folder):
@@ -117,15 +117,15 @@ def test_a_folder_of_the_project_is_found_from_elsewhere(tmp_path, monkeypatch):
 
 
 def test_the_name_that_is_noted_holds_elsewhere(base_folder, tmp_path, monkeypatch):
-    assert actual_name(OLD_NAME) == NEW_NAME
-    assert actual_name("someone/model") == "someone/model"
+    assert resolve_name(OLD_NAME) == NEW_NAME
+    assert resolve_name("someone/model") == "someone/model"
     assert (
-        actual_name(str(PROJECT / "megaman" / "pages" / "templates")) == "megaman/pages/templates"
+        resolve_name(str(PROJECT / "megaman" / "pages" / "templates")) == "megaman/pages/templates"
     )
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert actual_name("mine") == actual_name("./mine") == str((tmp_path / "mine").resolve())
-    assert find_base(actual_name(str(base_folder)), half=False).samefile(base_folder)
+    assert resolve_name("mine") == resolve_name("./mine") == str((tmp_path / "mine").resolve())
+    assert find_base(resolve_name(str(base_folder)), half=False).samefile(base_folder)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from megaman.errors import UserError
 from megaman.lora import peft_config
 from megaman.models import single_file
 from megaman.models.base import Base, find_base, load_base, vae_identity
-from megaman.models.configs import actual_name
+from megaman.models.configs import resolve_name
 
 # Published sizes, and smaller ones for what does not hang on the size.
 FULL = {
@@ -314,7 +314,7 @@ def test_a_whole_checkpoint_loads_as_its_folder_does(tmp_path):
         base = load_base(str(file), torch.float16)
         assert base.unet.dtype == base.text_encoder.dtype == torch.float16
         assert base.vae.dtype == torch.float32
-        assert (base.native_size, base.vae_factor) == (512, 8)
+        assert (base.native_size, base.vae_scale_factor) == (512, 8)
         for part in parts:
             found, wanted = (
                 getattr(base, part).state_dict(),
@@ -479,17 +479,17 @@ def test_nothing_is_asked_of_the_network(small, monkeypatch):
 def test_where_a_file_is_found(small, monkeypatch):
     small.write()
     monkeypatch.chdir(small.folder)
-    assert actual_name("models/tiny-v1.safetensors") == str(small.file.resolve())
+    assert resolve_name("models/tiny-v1.safetensors") == str(small.file.resolve())
     assert find_base("models/tiny-v1.safetensors", half=False).samefile(small.file)
-    assert find_base(actual_name("models/tiny-v1.safetensors"), half=False).samefile(small.file)
+    assert find_base(resolve_name("models/tiny-v1.safetensors"), half=False).samefile(small.file)
 
 
 def test_a_link_keeps_its_name(small):
     """As the hub's cache has them: what they lead to is a hash without an ending."""
     hidden = small.write().rename(small.folder / "6ce0161689b3853acaa03779ec93eafe")
     small.file.symlink_to(hidden)
-    assert actual_name(str(small.file)) == str(small.file.parent.resolve() / small.file.name)
-    assert load_base(actual_name(str(small.file)), torch.float32).native_size == 512
+    assert resolve_name(str(small.file)) == str(small.file.parent.resolve() / small.file.name)
+    assert load_base(resolve_name(str(small.file)), torch.float32).native_size == 512
 
 
 @pytest.mark.parametrize(

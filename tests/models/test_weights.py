@@ -199,13 +199,13 @@ def test_a_part_is_not_loaded_until_it_is_asked_for(own_copy, part):
     base = load_base(str(own_copy), torch.float32)
     path = weights_of(own_copy, part)
     path.rename(aside := path.with_suffix(".aside"))
-    factor, size, scale = base.vae_factor, base.native_size, base.scaling_factor
+    factor, size, scale = base.vae_scale_factor, base.native_size, base.scaling_factor
     for other in KINDS.keys() - {part}:
         assert getattr(base, other).state_dict()
     assert f"{path} is gone or has changed since the start" in line_of(base, part)
     aside.rename(path)
     assert getattr(base, part) is getattr(base, part), "kept"
-    assert factor == 2 ** (len(base.vae.config.block_out_channels) - 1) == base.vae_factor
+    assert factor == 2 ** (len(base.vae.config.block_out_channels) - 1) == base.vae_scale_factor
     assert size == base.unet.config.sample_size * factor == base.native_size
     assert scale == base.vae.config.scaling_factor == base.scaling_factor
 

@@ -64,9 +64,9 @@ def test_a_room_gets_tighter_step_by_step_and_then_says_no():
 
 def test_the_figures_of_a_base(base_folder):
     base = load_base(str(base_folder), torch.float32)
-    assert runtime.size_of(base.unet) == 4 * base.unet.num_parameters()
+    assert runtime.parameter_bytes(base.unet) == 4 * base.unet.num_parameters()
     small, large = (
-        generator.pass_sizes(base.unet, base.vae, pixels, base.vae_factor)
+        generator.pass_sizes(base.unet, base.vae, pixels, base.vae_scale_factor)
         for pixels in (64 * 64, 128 * 128)
     )
     assert [b / a for a, b in zip(small, large, strict=True)] == [4, 4, 1]

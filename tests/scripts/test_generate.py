@@ -713,9 +713,9 @@ def test_validation_and_generation_draw_the_same(generate, base_folder, lora_pat
     from megaman.runtime import place
 
     layout = place("no", torch.device("cpu"), 0).layout  # it shows in the last bits
-    base = load_base(str(base_folder), torch.float32, layout=layout)
+    base = load_base(str(base_folder), torch.float32, memory_format=layout)
     lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
-    adapter.Fused([base.unet, base.text_encoder], changing=False).set_strengths({0: 1.0})
+    adapter.Fused([base.unet, base.text_encoder], changing=False).set_scales({0: 1.0})
 
     text, negative = (
         encode_captions(base.text_encoder, base.tokenizer, [prompt])[prompt][None]

@@ -358,10 +358,10 @@ def test_what_is_cut_off_is_what_stands_behind_75_tokens(base_folder):
         fits + " a, Étoile  bleue",
         "洛克人" * 30,
     ]
-    cut = text_encoding.cut_off(tokenizer, captions)
+    cut = text_encoding.truncated_text(tokenizer, captions)
     assert cut[:3] == ["", "", ""] and cut[3] == "Étoile bleue, x" and cut[4] == "Étoile  bleue"
     assert cut[5] and captions[5].endswith(cut[5])
-    assert text_encoding.cut_off(tokenizer, []) == []
+    assert text_encoding.truncated_text(tokenizer, []) == []
 
 
 def test_the_first_long_captions_are_shown_and_the_rest_counted(

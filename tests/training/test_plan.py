@@ -80,9 +80,15 @@ def test_a_vae_that_encodes_at_every_step_stays(small):
     fresh = Plan(
         read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, encodes=True, **SHAPE
     )
-    assert fresh.weights - small.weights == memory_estimate.size_of(small.vae) == small.comes_back
+    assert (
+        fresh.weights - small.weights
+        == memory_estimate.parameter_bytes(small.vae)
+        == small.comes_back
+    )
     assert fresh.comes_back == 0 and fresh.drawing(False) == small.drawing(False)
-    assert fresh.training(1, True) >= small.training(1, True) + memory_estimate.size_of(small.vae)
+    assert fresh.training(1, True) >= small.training(1, True) + memory_estimate.parameter_bytes(
+        small.vae
+    )
 
 
 @pytest.mark.slow
@@ -95,7 +101,7 @@ def test_a_text_encoder_in_training_and_wider_targets_cost_more(small):
     for more in (both, wide):
         assert more.gradients > small.gradients
         assert more.training(1, False) > small.training(1, False)
-    assert both.weights - small.weights > memory_estimate.size_of(small.text_encoder), (
+    assert both.weights - small.weights > memory_estimate.parameter_bytes(small.text_encoder), (
         "and its LoRA"
     )
 
