@@ -1,4 +1,4 @@
-"""What a person can put right: one line and an exit code, in one place."""
+"""Errors that the user can fix: one line and an exit code, in one place."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 RUN_FAILED = 1
 WRONG_USAGE = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class UserError(Exception):
@@ -27,37 +28,44 @@ class UserError(Exception):
 
 
 def run_script(
-    main: Callable[[list[str]], int], argv: list[str], saves_memory: str = "a smaller picture"
+    main: Callable[[list[str]], int], argv: list[str], saves_memory: str = "a smaller image"
 ) -> int:
-    """Run a script's main and turn what a user can cause into one line on stderr; returns the exit
-    code."""
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a file name that it cannot show is no reason to stop
+    """Run a script's main and return its exit code.
+
+    What a user can cause becomes one line on stderr; saves_memory is the remedy when memory runs
+    out. Any other exception passes through.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name that the console cannot show is no reason to stop.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(argv)
     except UserError as error:
         line, code = str(error), error.exit_code
     except KeyboardInterrupt:
-        line, code = "stopped by Ctrl-C; what was saved before stays as it is", 130
+        line, code = "stopped by Ctrl-C; everything saved so far is kept", INTERRUPTED
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        what = (
-            str(error).partition("\n")[0][:120] or type(error).__name__
-        )  # Python's own has no text
-        line, code = f"too little memory ({what}). Try {saves_memory}", RUN_FAILED
+        line, code = f"{_memory_reason(error)}. Try {saves_memory}", RUN_FAILED
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        place = f" ({error.filename})" if error.filename else ""
-        line, code = (
-            f"{error.strerror or error}{place}. Free some space or choose a folder that can be written",
-            RUN_FAILED,
-        )
+        line, code = _disk_reason(error), RUN_FAILED
     print(f"error: {line}", file=sys.stderr)
     return code
+
+
+def _memory_reason(error: Exception) -> str:
+    # Python's own MemoryError has no text.
+    reason = str(error).partition("\n")[0][:120] or type(error).__name__
+    return f"out of memory ({reason})"
+
+
+def _disk_reason(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    place = f" ({error.filename})" if error.filename else ""
+    return f"{reason}{place}. Free some space or choose a writable folder"
 
 
 class _PlainHandler(logging.Handler):
@@ -89,13 +97,15 @@ def install_logging(write: Callable[[str], object] = print) -> None:
 
 
 def summarize_error(error: BaseException) -> str:
-    """What an error says, short enough to stand in a line of ours."""
+    """The first line of an error's text, at most 200 characters, to be quoted in a message."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return textwrap.shorten(text.partition("\n")[0], 200, placeholder=" ...").rstrip(" .")
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Python's own error, or torch's: told by name and text, since this module does not import
-    torch."""
-    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-    return named or "not enough memory" in str(error) or "out of memory" in str(error)
+    """Whether Python or torch ran out of memory.
+
+    The class is compared by name, since this module does not import torch.
+    """
+    is_memory_error = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return is_memory_error or "not enough memory" in str(error) or "out of memory" in str(error)

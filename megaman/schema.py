@@ -1,7 +1,6 @@
-"""Checks of JSON that a stranger may have written, put together from small ones.
+"""Checks for untrusted JSON, composed of small ones.
 
-A check is a function of a value that says whether it is sound; it never raises, whatever the value
-is.
+A check is a function that returns whether a value is valid; it never raises.
 """
 
 from __future__ import annotations
@@ -12,26 +11,26 @@ from types import MappingProxyType
 from typing import Any
 
 Check = Callable[[Any], bool]
-SURROGATES = re.compile("[\ud800-\udfff]")  # which no file can hold
+SURROGATES = re.compile("[\ud800-\udfff]")  # they cannot be written as UTF-8
 
 
 def anything(value: Any) -> bool:
-    """Whatever it is."""
+    """Any value."""
     return True
 
 
 def instance(*kinds: type) -> Check:
-    """A value of one of these types; True and False are ints too, as in Python."""
+    """An instance of one of these types; True and False are ints, as in Python."""
     return lambda value: isinstance(value, kinds)
 
 
 def whole(low: int, high: int) -> Check:
-    """An int from low to high, which True is not."""
+    """An int from low to high, but not True or False."""
     return lambda value: type(value) is int and low <= value <= high
 
 
 def number(low: float, high: float, exclusive: bool = False) -> Check:
-    """An int or float from low (itself excluded if exclusive) to high, never NaN."""
+    """An int or float from low to high, low itself excluded if exclusive; never NaN."""
 
     def check(value: Any) -> bool:
         if type(value) not in (int, float):
@@ -42,21 +41,21 @@ def number(low: float, high: float, exclusive: bool = False) -> Check:
 
 
 def text(max_length: int) -> Check:
-    """A text that can be written to a file."""
+    """A string of at most max_length characters that can be written to a file."""
     return lambda value: (
         isinstance(value, str) and len(value) <= max_length and not SURROGATES.search(value)
     )
 
 
 def one_of(*values: Any) -> Check:
-    """One of these values and of its type."""
+    """One of these values, and of the same type."""
     return lambda value: any(
         type(value) is type(allowed) and value == allowed for allowed in values
     )
 
 
 def list_of(check: Check, least: int = 0, most: int | None = None) -> Check:
-    """A list of at least and at most so many values, each of which passes the check."""
+    """A list of least to most values, each of which passes the check."""
 
     def check_list(value: Any) -> bool:
         if not isinstance(value, list) or len(value) < least:
@@ -67,7 +66,7 @@ def list_of(check: Check, least: int = 0, most: int | None = None) -> Check:
 
 
 def row(*checks: Check) -> Check:
-    """A list with as many values as there are checks, each of which passes its own."""
+    """A list with one value for each check, which it passes."""
 
     def check_row(value: Any) -> bool:
         if not isinstance(value, list) or len(value) != len(checks):
@@ -78,7 +77,7 @@ def row(*checks: Check) -> Check:
 
 
 def mapping(check: Check, key: Check = anything, most: int | None = None) -> Check:
-    """An object of at most so many keys, of which each key and each value passes its check."""
+    """An object of at most most keys; each key and each value passes its check."""
 
     def check_mapping(value: Any) -> bool:
         if not isinstance(value, dict) or (most is not None and len(value) > most):
@@ -93,8 +92,7 @@ def record(
     optional: Mapping[str, Check] = MappingProxyType({}),
     exact: bool = False,
 ) -> Check:
-    """An object with these keys, whose values pass their checks, and with the optional ones if they
-    are there.
+    """An object with these keys and perhaps the optional ones, whose values pass their checks.
 
     Other keys are ignored, or refused if exact.
     """
@@ -105,12 +103,11 @@ def record(
         if exact and not value.keys() <= checks.keys() | optional.keys():
             return False
         present = {name: check for name, check in optional.items() if name in value}
-        return first_unsound(value, {**checks, **present}) is None
+        return first_invalid(value, {**checks, **present}) is None
 
     return check_record
 
 
-def first_unsound(content: Mapping[str, Any], checks: Mapping[str, Check]) -> str | None:
-    """The first of the checked keys whose value is not what it can be; a missing one counts as
-    None."""
+def first_invalid(content: Mapping[str, Any], checks: Mapping[str, Check]) -> str | None:
+    """The first key whose value does not pass its check; a missing value counts as None."""
     return next((name for name, check in checks.items() if not check(content.get(name))), None)

@@ -1,11 +1,10 @@
-"""How many CPU threads torch computes with, and how they wait for each other.
+"""How many CPU threads torch uses, and how they wait for each other.
 
-OpenMP reads its environment once, when torch loads it, so `apply` belongs before the first import
-of torch. Only the two scripts call it: importing this project never changes the process of whoever
-imports it.
+OpenMP reads its environment once, when torch loads it, so `apply` must run before the first import
+of torch. Only the two scripts call it: importing this package never changes the process.
 
-The rule goes by the base's width and by the CPUs that the process may use, never by the load of the
-moment: sums that are split among another number of threads differ in their last bits, and equal
+The rule depends on the base's width and on the CPUs that the process may use, never on the current
+load: sums that are split among a different number of threads differ in their last bits, and equal
 commands must give equal bits. docs/lab-notes.md has the measurements behind the numbers.
 """
 
@@ -18,31 +17,30 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-# Channels of the UNet's first block below which training gains little by threads.
+# Channels of the UNet's first block below which training gains little from threads.
 NARROW = 128
 COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-# Loops that a thread of GNU's OpenMP, which torch uses on Linux, spins at a barrier before it
-# sleeps. With the default, 300,000, it spins away the time slice of the very thread that it waits
-# for.
+# How often a thread of GNU's OpenMP, which torch uses on Linux, spins at a barrier before it
+# sleeps. With the default, 300,000, it uses up the time slice of the thread that it waits for.
 SPIN_COUNT = 1_000
-# The same in milliseconds for the OpenMP of Intel and LLVM on Windows and macOS, in place of 200.
-# Not measured.
+# The same in milliseconds for the OpenMP of Intel and LLVM on Windows and macOS, whose default is
+# 200. Not measured.
 BLOCK_TIME = 1
 
 # The count for a new run, from the CPUs that the process may use; None leaves it to torch.
 ThreadRule = Callable[[int], int | None]
 
-_applied: dict[str, str] = {}  # what this process has set itself
-MOST_THREADS = 1024  # what a checkpoint may ask for
+MAX_THREADS = 1024  # that a checkpoint may ask for
+
+_applied: dict[str, str] = {}  # environment variables that this process has set
 
 
 @dataclass(frozen=True)
 class ThreadPolicy:
-    """The environment variables that a run sets, and what to tell the user about them ("" if
-    nothing).
+    """The environment variables that a run sets, and a remark for the user, "" if there is none.
 
-    count is None if the user's own setting stands, or torch's own choice.
+    count is None if the user's setting applies, or torch's own choice.
     """
 
     count: int | None
@@ -51,18 +49,17 @@ class ThreadPolicy:
 
 
 def threads_for_training(width: int, usable: int) -> int | None:
-    """The rule for a new training run; None leaves it to torch.
+    """The thread count of a new training run; None leaves it to torch.
 
-    width is the number of channels of the UNet's first block, 0 if unknown; usable see
-    `usable_cpus`.
+    width is the number of channels of the UNet's first block, 0 if unknown; usable is the number
+    of CPUs, see `usable_cpus`.
     """
     return 1 if 0 < width < NARROW else threads_for_generation(usable)
 
 
 def threads_for_generation(usable: int) -> int | None:
-    """The rule for generating, where several images at a time make work for threads; None leaves it
-    to torch."""
-    # torch itself counts the cores that the affinity leaves; it does not know a container's quota.
+    """The thread count for generating, where batches keep threads busy; None leaves it to torch."""
+    # torch counts the cores in the affinity mask, but does not know a container's quota.
     return usable if usable < _affinity() else None
 
 
@@ -76,11 +73,11 @@ def choose_threads(
     """The policy of a run on this machine.
 
     Args:
-        rule: the count for a new run, from one of the two rules above.
+        rule: the count for a new run, from one of the two functions above.
         usable: CPUs that this process may use, see `usable_cpus`.
-        environment: what the user has set; it wins over any rule.
-        saved: the count noted in what the run resumes or repeats, 0 if it does not say; None for a
-            new run.
+        environment: the user's environment variables, which win over any rule.
+        saved: the count in the checkpoint or image that is resumed or repeated, 0 if it has none;
+            None for a new run.
     """
     variables = {} if any(name in environment for name in WAIT_VARIABLES) else _waiting(platform)
     for name in COUNT_VARIABLES:
@@ -121,14 +118,13 @@ def configure_threads(rule: ThreadRule, saved: int | None = None) -> ThreadPolic
 
 
 def apply(policy: ThreadPolicy) -> None:
-    """Put the policy in force for this process, which has not imported torch yet, and for those
-    that it starts."""
+    """Set the policy for this process, which must not have imported torch yet, and its children."""
     os.environ.update(policy.environment)
     _applied.update(policy.environment)
 
 
 def user_environment() -> dict[str, str]:
-    """The environment without what an earlier `apply` in this process has set."""
+    """The environment without the variables that `apply` has set in this process."""
     return {name: value for name, value in os.environ.items() if _applied.get(name) != value}
 
 
@@ -139,16 +135,16 @@ def _affinity() -> int:
 def usable_cpus(
     cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> int:
-    """CPUs that this process may use, at least 1: by its affinity and by its container's quota,
+    """CPUs that this process may use, at least 1: by its affinity and its container's quota,
     rounded up.
 
-    The folders are those of Linux's cgroups(7), versions 1 and 2.
+    The paths are those of Linux's cgroups(7), versions 1 and 2.
     """
     return min([_affinity(), *(max(1, math.ceil(quota)) for quota in _quotas(cgroups, membership))])
 
 
 def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
-    """CPUs that each of the process's cgroups, and each above them, grants."""
+    """The CPU quota of each of the process's cgroups and of each of their parents."""
     try:
         lines = membership.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
@@ -168,8 +164,7 @@ def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
 
 
 def _quota(group: Path, *names: str) -> Iterator[float]:
-    """quota / period of one cgroup; nothing if it has none ("max" in version 2, -1 in version
-    1)."""
+    """quota / period of one cgroup; nothing if it has none ("max" in version 2, -1 in 1)."""
     try:
         words = " ".join((group / name).read_text(encoding="utf-8") for name in names).split()
         quota, period = map(int, words[:2])

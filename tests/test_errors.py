@@ -1,5 +1,4 @@
-"""What a user can cause ends in one line and an exit code; what we caused ourselves keeps its
-traceback."""
+"""Errors that a user can fix end in one line and an exit code; bugs keep their traceback."""
 
 from __future__ import annotations
 
@@ -31,13 +30,17 @@ def failing(error: BaseException):
             "No space left on device (out/x). Free some space",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "Permission denied (out)"),
-        (MemoryError(), 1, "too little memory (MemoryError). Try a smaller picture"),
+        (MemoryError(), 1, "out of memory (MemoryError). Try a smaller image"),
         (
             RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
             1,
-            "too little memory (CUDA out of memory",
+            "out of memory (CUDA out of memory",
         ),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "too little memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
+            1,
+            "out of memory (Default",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )

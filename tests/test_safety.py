@@ -385,7 +385,7 @@ def test_a_configuration_nested_deep(own_lora, unet_shape):
     (own_lora / peft_config.PEFT_CONFIG).write_text(
         '{"r":' + "[" * 100_000 + "]" * 100_000 + "}", encoding="utf-8"
     )
-    assert "nested too deep" in lora_refusal(own_lora, unet_shape)
+    assert "nested too deeply" in lora_refusal(own_lora, unet_shape)
 
 
 @pytest.mark.parametrize(
@@ -655,7 +655,7 @@ def test_shards_lie_beside_their_list(own_base, tmp_path, part, shard):
         {},
     ):
         index.write_text(json.dumps(content), encoding="utf-8")
-        assert f"{index} names something else" in base_refusal(own_base)
+        assert f"{index} names other files" in base_refusal(own_base)
     assert not mark.exists()
 
 
@@ -694,7 +694,7 @@ def test_a_base_cannot_bring_an_adapter_of_its_own(own_base):
 )
 def test_a_base_nested_deep(own_base, name):
     (own_base / name).write_text("[" * 100_000 + "]" * 100_000, encoding="utf-8")
-    assert f"{Path(name).name} is not valid JSON (nested too deep)" in base_refusal(own_base)
+    assert f"{Path(name).name} is not valid JSON (nested too deeply)" in base_refusal(own_base)
 
 
 ODD_VALUES = [None, [], 10**400, -1, 0, 1.5, float("nan"), "x", [[]], {}, [0], True]

@@ -39,7 +39,7 @@ CHECKS = {
 @given(value=JSON)
 def test_a_check_says_yes_or_no_of_whatever_it_meets(check, value):
     assert check(value) in (True, False)
-    assert schema.first_unsound({"name": value}, {"name": check}) == (
+    assert schema.first_invalid({"name": value}, {"name": check}) == (
         None if check(value) else "name"
     )
 
@@ -106,6 +106,6 @@ def test_a_mapping_has_sound_keys_and_values(content):
 
 def test_the_first_that_is_not_sound_is_named():
     checks = {"a": schema.whole(0, 5), "b": schema.text(3), "c": schema.instance(type(None))}
-    assert schema.first_unsound({"a": 1, "b": "x"}, checks) is None, "a missing one counts as None"
-    assert schema.first_unsound({"a": 9, "b": 9}, checks) == "a"
-    assert schema.first_unsound({"a": 1}, checks) == "b"
+    assert schema.first_invalid({"a": 1, "b": "x"}, checks) is None, "a missing one counts as None"
+    assert schema.first_invalid({"a": 9, "b": 9}, checks) == "a"
+    assert schema.first_invalid({"a": 1}, checks) == "b"

@@ -114,7 +114,7 @@ def validate(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str
         "rank_pattern": schema.mapping(is_known_rank, _is_module, MOST_NAMES),
         "alpha_pattern": schema.mapping(_is_strength, _is_module, MOST_NAMES),
     }
-    if wrong := schema.first_unsound(values, checks):
+    if wrong := schema.first_invalid(values, checks):
         raise UserError(
             f"{folder / PEFT_CONFIG}: {wrong} is not what a LoRA with these tensors can have",
             ANOTHER,

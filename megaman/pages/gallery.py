@@ -90,7 +90,7 @@ def _image(path: Path, number: int, record: Any) -> GalleryImage:
     except TypeError:  # a field too many or too few
         names = ", ".join(field.name for field in fields(GalleryImage))
         raise _broken(path, f"entry {number} does not have the fields {names}") from None
-    if name := schema.first_unsound(vars(image), CHECKS):
+    if name := schema.first_invalid(vars(image), CHECKS):
         raise _broken(path, f"{name} of entry {number} is of the wrong kind")
     return image
 

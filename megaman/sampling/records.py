@@ -22,7 +22,7 @@ from megaman.errors import UserError
 from megaman.files import is_network, replacing
 from megaman.pages.gallery import GalleryImage, thumbnail_of
 from megaman.sampling.jobs import Job, Way
-from megaman.threads import MOST_THREADS
+from megaman.threads import MAX_THREADS
 
 KEY = "megaman"  # of the PNG's text chunk
 MOST = 4096  # images in a batch, LoRAs and parts of a version that a stranger's record may name
@@ -272,7 +272,7 @@ def read(path: Path) -> Record:
         known = {field.name: content[field.name] for field in fields(Record)}
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"--from_image {path}: its record is damaged", another) from None
-    if wrong := schema.first_unsound(known, CHECKS):
+    if wrong := schema.first_invalid(known, CHECKS):
         raise UserError(
             f"--from_image {path}: {wrong} in its record is not what it can be", another
         )
@@ -307,5 +307,5 @@ CHECKS = {
     "batch": schema.list_of(schema.row(_is_text, _is_text, _is_seed), least=1, most=MOST),
     "place": schema.whole(0, MOST), "device": _is_text, "dtype": schema.one_of("float32", "float16", "bfloat16"),
     "fused": schema.instance(bool), "vae_tiling": schema.instance(bool), "versions": schema.mapping(_is_text),
-    "memory_format": schema.one_of("contiguous", "channels_last"), "threads": schema.whole(0, MOST_THREADS),
+    "memory_format": schema.one_of("contiguous", "channels_last"), "threads": schema.whole(0, MAX_THREADS),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from diffusers.utils import is_xformers_available
 from megaman import schema
 from megaman.errors import UserError, summarize_error
 from megaman.runtime import DTYPES, Placement, place
-from megaman.threads import MOST_THREADS
+from megaman.threads import MAX_THREADS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -271,6 +271,6 @@ _is_choices = schema.record(
         "vae_tile": schema.whole(0, 8192),
         "split": schema.record({"size": _is_part, "count": _is_part}, exact=True),
         "asked": schema.mapping(schema.instance(bool, int, str, type(None))),
-        "threads": schema.whole(1, MOST_THREADS),
+        "threads": schema.whole(1, MAX_THREADS),
     }
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megaman.errors import UserError, summarize_error
 from megaman.files import ASIDE, is_inside, read_json, restore_former, safe_name
-from megaman.threads import MOST_THREADS
+from megaman.threads import MAX_THREADS
 
 OURS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"
 STATE = "training_state.json"  # written into a checkpoint last: a folder without it is none
@@ -83,7 +83,7 @@ def saved_threads(checkpoint: Path | None) -> int | None:
     content = read_json(checkpoint / STATE)
     choices = content.get("choices") if isinstance(content, dict) else None
     threads = choices.get("threads") if isinstance(choices, dict) else None
-    return threads if type(threads) is int and 0 < threads <= MOST_THREADS else 0
+    return threads if type(threads) is int and 0 < threads <= MAX_THREADS else 0
 
 
 def step_of(checkpoint: Path) -> int:

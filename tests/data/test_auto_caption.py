@@ -319,9 +319,9 @@ def test_a_model_that_cannot_be_used_ends_in_one_line(own_blip, spoil, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nowhere", "is not a folder on this machine nor a name on the hub"),
-        ("/no/such/folder", "is not a folder on this machine nor a name on the hub"),
-        ("someone/blip", "did not come from the hub"),
+        ("nowhere", "is neither a folder on this machine nor a name on the hub"),
+        ("/no/such/folder", "is neither a folder on this machine nor a name on the hub"),
+        ("someone/blip", "cannot be downloaded"),
         ("model.bin", "is a pickle, which can run code"),
         (__file__, "is a file, not a model's folder"),
     ],

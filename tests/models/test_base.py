@@ -133,12 +133,12 @@ def test_the_name_that_is_noted_holds_elsewhere(base_folder, tmp_path, monkeypat
 )
 def test_a_folder_that_is_not_there(name):
     line = refusal(name)
-    assert "not a folder on this machine nor a name on the hub" in line
+    assert "neither a folder on this machine nor a name on the hub" in line
     assert "local folder" in line and "--demo" in line
 
 
 def test_an_absolute_folder_that_is_not_there(tmp_path):
-    assert "not a folder on this machine" in refusal(tmp_path / "nowhere")
+    assert "neither a folder on this machine" in refusal(tmp_path / "nowhere")
 
 
 def test_a_name_on_the_hub_without_a_network():
@@ -359,7 +359,7 @@ import megaman.models.base
 import megaman.hub
 from megaman.errors import UserError
 
-megaman.hub.PATIENCE = 1
+megaman.hub.HUB_TIMEOUT = 1
 results = []
 for how, name in json.loads(sys.argv[1]):
     try:
@@ -466,9 +466,9 @@ def test_what_the_hub_does_not_give_ends_in_one_line(hub, ask, tmp_path):
         assert f"someone/{way}" in line
         assert "local folder" in line and "--demo" in line, "the two ways on"
     for way in ("none", "gated"):
-        assert f"The hub has no model someone/{way}, or it asks for a login" in lines[way]
+        assert f"The hub has no model someone/{way}, or it needs a login" in lines[way]
     for way in ("error", "portal", "broken", "silent"):
-        assert "did not come from the hub" in lines[way]
+        assert "cannot be downloaded" in lines[way]
 
 
 def test_no_hub_at_all_ends_in_one_line(ask):

@@ -714,7 +714,7 @@ def test_pickles_and_files_cut_short(small):
             file.truncate(size)
         assert "cannot be loaded" in refusal(small.file)
     (small.file.parent / "x.txt").write_text("no model")
-    assert "not a folder on this machine" in refusal(small.file.parent / "x.txt")
+    assert "neither a folder on this machine" in refusal(small.file.parent / "x.txt")
 
 
 PIECES = [
