@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     lora_configs = lora_files.load_loras(plan.loras, base.unet, base.text_encoder)
     hashes = {path: lora_files.short_hash(path) for path, _ in plan.loras}
     fused = (
-        adapter.Fused([base.unet, base.text_encoder], changing=len(plan.ways) > 1)
+        adapter.FusedLoras([base.unet, base.text_encoder], reversible=len(plan.ways) > 1)
         if plan.fused
         else None
     )

@@ -374,8 +374,9 @@ def main(argv: list[str]) -> int:
         fused=device.type != "mps",
     )
     *prepared, optimizer = accelerator.prepare(*models, optimizer)
+    embed = texts
     if text_encoder:
-        texts.reader = prepared[-1]
+        embed = partial(texts, text_encoder=prepared[-1])
     if checkpoint:
         checkpoints.restore(
             checkpoint, base.unet, optimizer.optimizer, accelerator.scaler, text_encoder
@@ -460,7 +461,7 @@ def main(argv: list[str]) -> int:
     seeds = [seed + j for j in range(config.validation.num_validation_images)]
     validation = Validation(
         base,
-        texts.states,
+        texts.prompt_embeds,
         config.validation.validation_prompt,
         seeds,
         config.data.resolution,
@@ -512,7 +513,7 @@ def main(argv: list[str]) -> int:
         prepared,
         base.scheduler,
         encoded,
-        texts,
+        embed,
         accelerator.backward,
         accelerator.no_sync,
         process,
@@ -611,12 +612,11 @@ def main(argv: list[str]) -> int:
         wanted = output_dir / "lora_weights"
         save = partial(
             lora_files.save_lora,
-            unet=base.unet,
+            models=lora_files.models_by_part(base.unet, text_encoder),
             base_name=name,
-            notes=notes,
-            others=card,
+            metadata=notes,
             precision=config.output.save_precision,
-            text_encoder=text_encoder,
+            extra_files=card,
         )
         folder, reason = save_somewhere(wanted, save)
         if reason:

@@ -45,7 +45,7 @@ def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, sid
     placement = place("fp16", choose_device(), unet_width(base_name))
     base = load_base(base_name, placement.dtype, memory_format=placement.layout)
     lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
-    fused = adapter.Fused([base.unet, base.text_encoder], changing=False)
+    fused = adapter.FusedLoras([base.unet, base.text_encoder], reversible=False)
     side = side or min(512, base.native_size)
     space = generator.Room(pixels=runtime.default_batch_size(side, side) * side**2, largest=side**2)
     drawer = Drawer(base, fused, placement, space, samplers.DEFAULT, clip_skip=1)

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.metadata
+import math
 import os
 import shutil
 import sys
@@ -39,16 +40,14 @@ UNUSED_CARD = (
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt(3)
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux's madvise(2); the second since Linux 6.1
 HUGE_PAGE = 2**21  # bytes
-KEPT = 2**30  # bytes: no tensor of a training step on a CPU is larger
+KEPT_BYTES = 2**30  # no tensor of a training step on a CPU is larger
 
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
 
 Result = TypeVar("Result")
 
-PIXELS_PER_BATCH = (
-    512 * 512
-)  # images drawn together come to this many pixels at most: more are not drawn faster
-USABLE = 0.85  # share of the free memory: the rest goes to workspaces and fragments
+PIXELS_PER_BATCH = 512 * 512  # larger batches do not generate faster
+USABLE = 0.85  # share of the free memory; workspaces and fragmentation take the rest
 
 
 @dataclass(frozen=True)
@@ -156,12 +155,11 @@ def _computes_in_bf16(device: torch.device) -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor has instructions for bf16: AVX512-BF16 or AMX-BF16, or ARM's
-    extension.
+    """Whether this processor has instructions for bf16: AVX512-BF16, AMX-BF16 or ARM's extension.
 
-    oneDNN's own answer is also yes where it emulates them by AVX-512; the processor's flags know
-    nothing of the variables that emulate a lesser one, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA.
-    So all three are asked. False where this torch cannot tell.
+    oneDNN also says yes if it emulates them with AVX-512, and the processor's flags ignore
+    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA, which limit the instructions that are used. So all
+    three are checked. False if this torch has no answer.
     """
     try:
         has = torch.cpu.get_capabilities()
@@ -173,13 +171,12 @@ def cpu_has_bf16() -> bool:
 
 
 def unused_nvidia_card() -> bool:
-    """Whether this machine has NVIDIA's driver while the installed torch cannot use it."""
+    """Whether this machine has NVIDIA's driver, but the installed torch cannot use it."""
     return not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
 
 
 def set_threads(policy: ThreadPolicy) -> None:
-    """Set the count in a torch that may have been loaded before the policy was applied, in a
-    notebook for example."""
+    """Set the thread count of a torch that was loaded before the policy, as in a notebook."""
     if policy.count is not None:
         torch.set_num_threads(policy.count)
 
@@ -194,32 +191,30 @@ def device_lines(placement: Placement, *more: str) -> list[str]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed instead of giving it back to the system, and all threads take
-    from one place.
+    """Make glibc keep freed memory instead of returning it to the system, in one arena.
 
-    The system clears every page before it hands it out again, and a training step frees and takes
-    nearly all of its memory: with Stable Diffusion 1.5 in bf16 at 256 px that was a fifth of the
-    step on two cores. Only both thresholds together help; one alone makes it slower. The backward
-    pass is a thread of its own, which would otherwise not take what the forward pass had freed.
-    Nothing happens where there is no glibc, or where somebody has set a threshold from outside.
+    The system clears every page before it hands it out again, and a training step frees and
+    allocates nearly all of its memory: with Stable Diffusion 1.5 in bf16 at 256 px that was a fifth
+    of the step on two cores. Both thresholds are needed; one alone makes it slower. The backward
+    pass runs in its own thread, which would not reuse what the forward pass had freed in another
+    arena. Nothing happens without glibc, or if the user has set a threshold.
     """
-    if (
-        sys.platform != "linux"
-        or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
-    ):
+    thresholds = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
+    if sys.platform != "linux" or thresholds & os.environ.keys():
         return
+    options = {M_TRIM_THRESHOLD: KEPT_BYTES, M_MMAP_THRESHOLD: KEPT_BYTES, M_ARENA_MAX: 1}
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((M_TRIM_THRESHOLD, KEPT), (M_MMAP_THRESHOLD, KEPT), (M_ARENA_MAX, 1)):
+        for option, value in options.items():
             mallopt(option, value)
 
 
 def use_huge_pages() -> None:
-    """Have Linux put the memory that `keep_freed_memory` keeps into pages of 2 MB instead of 4 KB.
+    """Make Linux back the memory that `keep_freed_memory` keeps with pages of 2 MB, not 4 KB.
 
-    A step goes through all of it, and the processor then finds it with fewer look-ups: with the
-    embedded base a step on one thread takes 7 % less time. Call it after the first step, when the
-    memory has its size. Nothing happens outside Linux or where the administrator forbids it
+    A step touches all of it, and larger pages need fewer address translations: with the embedded
+    base, a step on one thread takes 7 % less time. Call it after the first step, when the heap has
+    its final size. Nothing happens outside Linux or if the administrator forbids it
     (/sys/kernel/mm/transparent_hugepage/enabled: never).
     """
     if sys.platform != "linux":
@@ -227,54 +222,56 @@ def use_huge_pages() -> None:
     with contextlib.suppress(OSError, AttributeError, ValueError):
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        for start, end in _heap(
-            Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-        ):
-            start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        for heap_start, heap_end in _heap(maps):
+            start = math.ceil(heap_start / HUGE_PAGE) * HUGE_PAGE
+            end = heap_end // HUGE_PAGE * HUGE_PAGE
             if start < end and madvise(start, end - start, MADV_HUGEPAGE) == 0:
-                madvise(
-                    start, end - start, MADV_COLLAPSE
-                )  # now rather than bit by bit; where it cannot, it does not
+                # At once, not gradually; without effect where the kernel does not know it.
+                madvise(start, end - start, MADV_COLLAPSE)
 
 
 def _heap(maps: str) -> list[tuple[int, int]]:
-    """First address and end of each part of the heap, from /proc/self/maps."""
+    """Start and end address of each part of the heap, from /proc/self/maps."""
     ranges = [line.split()[0].split("-") for line in maps.splitlines() if line.endswith("[heap]")]
     return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
 def package_versions() -> dict[str, str]:
-    """The version of each package."""
+    """The installed version of each of PACKAGES."""
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def retry_on_oom(compute: Callable[[], Result], reduce: Callable[[], None]) -> Result:
-    """The result of compute, which is called anew after reduce as often as memory runs out."""
+    """The result of compute, called again after reduce whenever memory runs out.
+
+    reduce lowers what compute needs and raises UserError when it cannot.
+    """
     while True:
         try:
             return compute()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-        # Only here, outside the handler, is the error gone, and with it the tensors of its frames.
+        # Outside the handler: the error is gone, and with it the tensors of its frames.
         release_memory()
         reduce()
 
 
 def release_memory() -> None:
-    """Give back what nobody holds any more."""
+    """Free unreferenced memory, and the cache of torch's allocator on CUDA."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def default_batch_size(height: int, width: int) -> int:
-    """How many images of this size are drawn in one batch where nothing else is asked for."""
+    """The number of images of this size, in pixels, that are generated at once by default."""
     return max(1, PIXELS_PER_BATCH // (height * width))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on the device."""
+    """Free bytes on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -283,5 +280,5 @@ def free_memory(device: torch.device) -> int:
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a model's parameters."""
+    """The size of a model's parameters in bytes."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -203,7 +203,7 @@ def plain_lora(base_folder, tmp_path_factory):
     adapter.inject(unet, 2, 4, ["to_q", "conv_in"])
     folder = tmp_path_factory.mktemp("plain") / "lora"
     folder.mkdir()
-    lora_files.write_peft(folder, unet, "some/base")
+    lora_files.write_peft(folder, {"unet": unet}, "some/base")
     return folder
 
 

@@ -1,16 +1,17 @@
-"""The LoRA itself: W = W0 + (alpha / rank) * B A on a model's layers (Hu et al. 2021, arXiv
-2106.09685), by PEFT."""
+"""A LoRA in a model: W = W0 + (alpha / rank) * B A (Hu et al. 2021, arXiv 2106.09685), by PEFT."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, cast
 
 import torch
 from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from megaman.errors import WRONG_USAGE, UserError
 from megaman.lora import forward as lora_forward
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 ADAPTER = "default"
-# All of CLIP's linear layers, as in kohya's scripts; diffusers' example takes the first four.
+# All linear layers of CLIP, as in kohya's scripts; diffusers' example takes the first four.
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
@@ -31,20 +32,20 @@ def inject(
     target_modules: Sequence[str],
     use_rslora: bool = False,
     dropout: float = 0.0,
-) -> list[torch.nn.Parameter]:
-    """Put a LoRA on every layer whose name ends in one of target_modules; returns its parameters,
-    in float32.
+) -> list[nn.Parameter]:
+    """Add a LoRA to every layer whose name ends in one of target_modules.
 
     use_rslora scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732); dropout is the
-    share of a layer's inputs that A does not see at a step.
+    probability with which an input of A is zeroed in training. A starts random and B at zero, so
+    that the model is unchanged before the first step.
 
-    A starts random and B at zero, so that the model is unchanged until the first step. Raises
-    UserError for a name that fits no layer, and for a layer that cannot carry a LoRA.
+    Returns the LoRA's parameters in float32: in half precision they learn slowly and end in NaN.
+    Raises UserError if a name matches no layer, or a layer that cannot have a LoRA.
     """
     check_targets([name for name, _ in model.named_modules()], target_modules)
     config = LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=cast(int, int(alpha) if float(alpha).is_integer() else alpha),
         target_modules=list(target_modules),
         use_rslora=use_rslora,
         lora_dropout=dropout,
@@ -54,20 +55,19 @@ def inject(
     try:
         model.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
+        reason = str(error).split(". ")[0]
         raise UserError(
-            f"--target_modules: {str(error).split('. ')[0]}",
-            "Name linear or convolution layers",
-            WRONG_USAGE,
+            f"--target_modules: {reason}", "Name linear or convolution layers", WRONG_USAGE
         ) from None
     trainable = list(parameters(model).values())
-    for parameter in trainable:  # half-precision adapters learn slowly and end in NaN
+    for parameter in trainable:
         parameter.data = parameter.data.float()
     lora_forward.match_memory_format(model)
     return trainable
 
 
 def check_targets(layers: Sequence[str], target_modules: Sequence[str]) -> None:
-    """Raise UserError where no layer's name ends in one of target_modules."""
+    """Raise UserError if one of target_modules ends no layer's name."""
     for target in target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(
@@ -77,67 +77,67 @@ def check_targets(layers: Sequence[str], target_modules: Sequence[str]) -> None:
             )
 
 
-def parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, in the model's order."""
     return {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
 
 
-def adapter_name(number: int) -> str:
-    """The name under which the LoRA with this number, from 0, is in the model."""
-    return f"{ADAPTER}_{number}" if number else ADAPTER
+def adapter_name(index: int) -> str:
+    """PEFT's name for the LoRA with this index."""
+    return f"{ADAPTER}_{index}" if index else ADAPTER
 
 
-def get_lora_config(model: torch.nn.Module) -> LoraConfig:
+def get_lora_config(model: nn.Module) -> LoraConfig:
     """The configuration of the LoRA in the model."""
-    return model.peft_config[ADAPTER]
+    return cast("dict[str, LoraConfig]", model.peft_config)[ADAPTER]
 
 
-def set_scales(models: Sequence[torch.nn.Module], strengths: Mapping[int, float]) -> None:
-    """Have the LoRAs with these numbers at work in the models, each at its strength: a factor on
-    its trained scale."""
-    _set_scales(_layers(models), strengths)
+def set_scales(models: Sequence[nn.Module], scales: Mapping[int, float]) -> None:
+    """Activate the LoRAs with these indices, each at a factor on its trained alpha / rank."""
+    _set_scales(_layers(models), scales)
 
 
-def _set_scales(layers: Sequence[LoraLayer], strengths: Mapping[int, float]) -> None:
-    named = {adapter_name(number): strength for number, strength in strengths.items()}
+def _set_scales(layers: Sequence[LoraLayer], scales: Mapping[int, float]) -> None:
+    by_name = {adapter_name(index): scale for index, scale in scales.items()}
     for layer in layers:
-        layer.set_adapter(list(named))
-        for adapter, strength in named.items():
-            layer.set_scale(adapter, strength)
+        layer.set_adapter(list(by_name))
+        for name, scale in by_name.items():
+            layer.set_scale(name, scale)
 
 
-class Fused:
-    """The LoRAs added to the models' own weights, which draws faster; their layers leave the
-    models.
+class FusedLoras:
+    """LoRAs merged into the models' weights, which samples faster; PEFT's layers are removed.
 
-    With changing the strengths may be set again: the own weights are kept on the CPU and put back
-    each time, since to subtract what was added would leave its rounding behind.
+    If the scales are to change later (reversible), the original weights are kept on the CPU and
+    copied back each time: subtracting the LoRAs would leave rounding errors.
     """
 
-    def __init__(self, models: Sequence[torch.nn.Module], changing: bool):
+    def __init__(self, models: Sequence[nn.Module], reversible: bool):
         self._layers = _layers(models)
-        weights = [layer.get_base_layer().weight for layer in self._layers] if changing else []
-        self._own = [weight.detach().to("cpu", copy=True) for weight in weights]
+        self._originals = _copy_weights(self._layers) if reversible else []
         for model in models:
             recurse_remove_peft_layers(model)
 
-    def set_scales(self, strengths: Mapping[int, float]) -> None:
-        """Have the LoRAs with these numbers at work, each at its strength: a factor on its trained
-        scale."""
-        for layer, own in zip(self._layers, self._own, strict=False):
-            layer.get_base_layer().weight.data.copy_(own)
-            layer.merged_adapters.clear()
-        _set_scales(self._layers, strengths)
+    def set_scales(self, scales: Mapping[int, float]) -> None:
+        """Merge the LoRAs with these indices, each at a factor on its trained alpha / rank."""
+        if self._originals:
+            self._restore()
+        _set_scales(self._layers, scales)
         for layer in self._layers:
-            layer.to(layer.get_base_layer().weight.device)
+            cast(nn.Module, layer).to(_base_weight(layer).device)
             layer.merge()
+
+    def _restore(self) -> None:
+        for layer, original in zip(self._layers, self._originals, strict=True):
+            _base_weight(layer).data.copy_(original)
+            layer.merged_adapters.clear()
 
 
 @contextmanager
-def lora_disabled(*models: torch.nn.Module) -> Iterator[None]:
-    """Within this the models are the plain base."""
+def lora_disabled(*models: nn.Module) -> Iterator[None]:
+    """Within this context the models compute without their LoRAs."""
     for layer in _layers(models):
         layer.enable_adapters(False)
     try:
@@ -147,5 +147,14 @@ def lora_disabled(*models: torch.nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def _layers(models: Sequence[torch.nn.Module]) -> list[LoraLayer]:
-    return [layer for model in models for layer in model.modules() if isinstance(layer, LoraLayer)]
+def _layers(models: Sequence[nn.Module]) -> list[LoraLayer]:
+    modules = chain.from_iterable(model.modules() for model in models)
+    return [module for module in modules if isinstance(module, LoraLayer)]
+
+
+def _copy_weights(layers: Sequence[LoraLayer]) -> list[torch.Tensor]:
+    return [_base_weight(layer).detach().to("cpu", copy=True) for layer in layers]
+
+
+def _base_weight(layer: LoraLayer) -> torch.Tensor:
+    return cast(torch.Tensor, layer.get_base_layer().weight)

@@ -1,5 +1,4 @@
-"""LoRA files in the three layouts that programs read, out of the trained models; and those of all
-of them back in.
+"""LoRA files: trained models to the three layouts that programs read, and all of them back.
 
 The keys of module M = down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q:
 
@@ -7,9 +6,9 @@ The keys of module M = down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_
     diffusers   pytorch_lora_weights.safetensors   unet.M.lora_A.weight
     kohya       megaman_lora.safetensors           lora_unet_M_with_underscores.lora_down.weight
 
-Alpha travels in adapter_config.json, in the header's lora_adapter_metadata, and as an .alpha tensor
-a module. A text encoder's LoRA has its own PEFT folder, text_encoder/ in the other; the two files
-hold both.
+Alpha is in adapter_config.json, in the header's lora_adapter_metadata, and in an .alpha tensor for
+each module, respectively. A text encoder's LoRA is in the same file, except for PEFT, where it has
+a subfolder text_encoder/.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -41,27 +40,36 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-TEXT_ENCODER = "text_encoder"  # the part, and its folder
+TEXT_ENCODER = "text_encoder"  # the model, and its folder
 PEFT_PREFIX = "base_model.model."
-# Readers older than diffusers 0.42 need the text_model. that transformers 5 dropped; newer ones
-# take both.
+# diffusers before 0.42 needs the text_model. that transformers 5 dropped; newer ones accept both.
 DIFFUSERS_PREFIXES = {"unet": "unet.", TEXT_ENCODER: "text_encoder.text_model."}
+Tensors = dict[str, torch.Tensor]
 PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The LoRA's tensors on the CPU under PEFT's bare names: M.lora_A.weight, M.lora_B.weight."""
-    # PEFT would look for the text encoder's configuration, on the hub if need be, to see whether
-    # its words are new
+def models_by_part(unet: nn.Module, text_encoder: nn.Module | None = None) -> dict[str, nn.Module]:
+    """The models as the functions here take them: "unet", and "text_encoder" if there is one."""
+    models = {"unet": unet}
+    if text_encoder is not None:
+        models[TEXT_ENCODER] = text_encoder
+    return models
+
+
+def adapter_state(model: nn.Module, precision: str = "float") -> Tensors:
+    """The LoRA's tensors on the CPU under PEFT's bare names: M.lora_A.weight, M.lora_B.weight.
+
+    precision is a key of PRECISIONS.
+    """
+    # With save_embedding_layers PEFT would look for the text encoder's configuration, on the hub if
+    # need be, to see whether the vocabulary has grown.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    dtype = PRECISIONS[precision]
+    return {name: tensor.detach().cpu().contiguous().to(dtype) for name, tensor in state.items()}
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file; its library's error where the disk is full or closed becomes a
-    UserError."""
+def write_tensors(path: Path, tensors: Tensors, header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; raises UserError if the disk is full or not writable."""
     try:
         save_file(tensors, path, metadata=header)
     except SafetensorError as error:
@@ -71,96 +79,88 @@ def write_tensors(
 
 
 def write_peft(
-    folder: Path,
-    unet: UNet2DConditionModel,
-    base_name: str,
-    precision: str = "float",
-    text_encoder: CLIPTextModel | None = None,
+    folder: Path, models: Mapping[str, nn.Module], base_name: str, precision: str = "float"
 ) -> None:
-    """Write PEFT's two files into an existing folder, and a text encoder's LoRA into text_encoder/
-    in it."""
-    for part, model in _models(unet, text_encoder).items():
-        place = folder if part == "unet" else folder / part
-        place.mkdir(exist_ok=True)
-        state = {
-            PEFT_PREFIX + name: tensor.to(PRECISIONS[precision])
-            for name, tensor in adapter_state(model).items()
-        }
-        write_tensors(place / PEFT_WEIGHTS, state, {"format": "pt"})
-        write_json(
-            place / PEFT_CONFIG, {**config_dict(model), "base_model_name_or_path": base_name}
-        )
+    """Write PEFT's two files into an existing folder, those of a text encoder into text_encoder/.
+
+    models are those with a LoRA, by part.
+    """
+    for part, model in models.items():
+        subfolder = folder if part == "unet" else folder / part
+        subfolder.mkdir(exist_ok=True)
+        state = adapter_state(model, precision)
+        tensors = {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
+        write_tensors(subfolder / PEFT_WEIGHTS, tensors, {"format": "pt"})
+        config = {**config_dict(model), "base_model_name_or_path": base_name}
+        write_json(subfolder / PEFT_CONFIG, config)
 
 
 def save_lora(
     folder: Path,
-    unet: UNet2DConditionModel,
+    models: Mapping[str, nn.Module],
     base_name: str,
-    notes: Mapping[str, str],
+    metadata: Mapping[str, str],
     precision: str = "float",
-    others: Mapping[str, bytes] = MappingProxyType({}),
-    text_encoder: CLIPTextModel | None = None,
+    extra_files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Write lora_weights/: all three layouts, the folder replaced in one step.
+    """Write lora_weights/ in all three layouts, replacing the folder in one step.
 
-    notes are strings for the kohya file's header, such as ss_steps; precision is a key of
-    PRECISIONS; others are the names and contents of further files, such as the model card;
-    text_encoder is given where it has a LoRA too.
+    Args:
+        models: those with a LoRA, by part.
+        metadata: strings for the header of kohya's file, such as ss_steps.
+        precision: a key of PRECISIONS.
+        extra_files: content by name, such as the model card.
     """
-    models = _models(unet, text_encoder)
-    states = {
-        part: {
-            name: tensor.to(PRECISIONS[precision]) for name, tensor in adapter_state(model).items()
-        }
-        for part, model in models.items()
-    }
+    states = {part: adapter_state(model, precision) for part, model in models.items()}
     with replacing_folder(folder) as aside:
-        write_peft(aside, unet, base_name, precision, text_encoder)
-        metadata = {
-            f"{part}.{key}": value
-            for part, model in models.items()
-            # diffusers loads dropout in training mode and would then draw with it
-            for key, value in {**config_dict(model), "lora_dropout": 0.0}.items()
-        }
-        write_tensors(
-            aside / DIFFUSERS_WEIGHTS,
-            {
-                DIFFUSERS_PREFIXES[part] + name: tensor
-                for part in states
-                for name, tensor in states[part].items()
-            },
-            {
-                "format": "pt",
-                "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True),
-            },
-        )
-        tensors = lora_formats.to_kohya(states, models)
-        header = {
-            **lora_formats.header(unet, tensors, base_name),
-            **notes,
-            **lora_formats.hashes(tensors),
-        }
-        write_tensors(aside / lora_formats.WEIGHTS, tensors, header)
-        for name, content in others.items():
+        write_peft(aside, models, base_name, precision)
+        _write_diffusers(aside / DIFFUSERS_WEIGHTS, models, states)
+        _write_kohya(aside / lora_formats.WEIGHTS, models, states, base_name, metadata)
+        for name, content in extra_files.items():
             (aside / name).write_bytes(content)
 
 
-def _models(unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None) -> dict[str, nn.Module]:
-    return {"unet": unet} | ({TEXT_ENCODER: text_encoder} if text_encoder else {})
+def _write_diffusers(
+    path: Path, models: Mapping[str, nn.Module], states: Mapping[str, Tensors]
+) -> None:
+    config: dict[str, Any] = {}
+    tensors: Tensors = {}
+    for part, model in models.items():
+        # diffusers loads dropout in training mode and would then sample with it.
+        values = {**config_dict(model), "lora_dropout": 0.0}
+        config |= {f"{part}.{key}": value for key, value in values.items()}
+        prefix = DIFFUSERS_PREFIXES[part]
+        tensors |= {prefix + name: tensor for name, tensor in states[part].items()}
+    text = json.dumps(config, indent=2, sort_keys=True)
+    write_tensors(path, tensors, {"format": "pt", "lora_adapter_metadata": text})
+
+
+def _write_kohya(
+    path: Path,
+    models: Mapping[str, nn.Module],
+    states: Mapping[str, Tensors],
+    base_name: str,
+    metadata: Mapping[str, str],
+) -> None:
+    tensors = lora_formats.to_kohya(states, models)
+    header = lora_formats.header(models["unet"], tensors, base_name)
+    hashes = lora_formats.hashes(tensors)
+    write_tensors(path, tensors, {**header, **metadata, **hashes})
 
 
 def config_dict(model: nn.Module) -> dict[str, Any]:
-    """PEFT's configuration as JSON holds it: sets become sorted lists. transformers notes where it
-    found its model, which is a path on this machine and nobody's business."""
-    content = {**get_lora_config(model).to_dict(), "base_model_name_or_path": None}
+    """PEFT's configuration as JSON holds it, with sets as sorted lists.
+
+    The base's name is removed: transformers puts in a path on this machine.
+    """
+    config = {**get_lora_config(model).to_dict(), "base_model_name_or_path": None}
     return {
-        key: sorted(value) if isinstance(value, set) else value for key, value in content.items()
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
     }
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file that may be anybody's; raises UserError where it is not sound or a
-    number not finite."""
+def read_tensors(path: Path) -> Tensors:
+    """Read an untrusted safetensors file; raises UserError if it is damaged or not finite."""
     check_safetensors(path)
     try:
         tensors = load_file(path)
@@ -180,24 +180,34 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def short_hash(path: Path) -> str:
-    """The twelve digits by which A1111 knows a LoRA: of all that follows the header of its file, in
-    a folder of the kohya file. A checkpoint has none; there they stand for PEFT's files."""
+    """The first twelve digits of a LoRA's hash in A1111, of all that follows its file's header.
+
+    For a folder it is that of the kohya file, and for a checkpoint, which has none, one of PEFT's
+    files.
+    """
     found = peft_config.find(path)
     files = [found / lora_formats.WEIGHTS] if found.is_dir() else [found]
     if not files[0].is_file():
-        files = list(
-            filter(Path.is_file, (found / PEFT_WEIGHTS, found / TEXT_ENCODER / PEFT_WEIGHTS))
-        )
+        weights = (found / PEFT_WEIGHTS, found / TEXT_ENCODER / PEFT_WEIGHTS)
+        files = [file for file in weights if file.is_file()]
     digest = hashlib.sha256()
-    for content in map(Path.read_bytes, files):
+    for file in files:
+        content = file.read_bytes()
         digest.update(content[8 + int.from_bytes(content[:8], "little") :])
     return digest.hexdigest()[:12]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The header's metadata of a safetensors file that was checked before."""
+    """The metadata in the header of a safetensors file that has been checked."""
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
+
+
+class _Adapter(NamedTuple):
+    """A LoRA for one model: LoraConfig's arguments, and the tensors under PEFT's bare names."""
+
+    config: dict[str, Any]
+    state: Tensors
 
 
 def load_lora(
@@ -206,84 +216,87 @@ def load_lora(
     text_encoder: CLIPTextModel | None = None,
     adapter: str = ADAPTER,
 ) -> LoraConfig:
-    """Put a LoRA into a UNet and, where it has a part for it, into a text encoder; returns its
-    (first) configuration.
+    """Load a LoRA into a UNet and, if it has tensors for it, into a text encoder.
 
     path is a PEFT folder (lora_weights/ or a checkpoint), or a file in kohya's or diffusers' layout
-    or the folder with it. Raises UserError where that is no LoRA, or one for another base.
+    or the folder with it. Returns the LoRA's first configuration. Raises UserError if there is no
+    LoRA, or one for another base.
     """
+    models = models_by_part(unet, text_encoder)
     found = peft_config.find(path)
-    models = _models(unet, text_encoder)
-    if found.is_file():
-        tensors, metadata = read_tensors(found), read_metadata(found)
-        lora_formats.refuse_foreign(path, metadata, tensors)
-        parts = {}
-        for part, (state, alphas) in lora_formats.to_peft(path, tensors, models).items():
-            ranks = _check_shapes(found, state, models[part])
-            told = None if alphas else lora_formats.config_from_header(metadata, part)
-            known = (
-                peft_config.validate(found, told, ranks)
-                if told
-                else lora_formats.config_from_tensors(state, alphas)
-            )
-            parts[part] = (known, state)
-        if not parts:
-            raise UserError(f"{found} holds no tensor", "Name another LoRA in --lora_path")
-    else:
-        parts = {"unet": _read_peft(found, unet)}
-        if text_encoder and (found / TEXT_ENCODER).is_dir():
-            parts[TEXT_ENCODER] = _read_peft(found / TEXT_ENCODER, text_encoder)
-    configs = [
-        _put_in(path, models[part], LoraConfig(**known), state, adapter)
-        for part, (known, state) in parts.items()
-    ]
+    adapters = _read_file(path, found, models) if found.is_file() else _read_folder(found, models)
+    configs = []
+    for part, (arguments, state) in adapters.items():
+        config = LoraConfig(**arguments)
+        _add_adapter(path, models[part], config, adapter)
+        restore(models[part], state, adapter)
+        configs.append(config)
     return configs[0]
 
 
-def _read_peft(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What LoraConfig is to be told and the tensors under their bare names, both found to fit the
-    model."""
-    content = peft_config.read(folder)
+def _read_file(path: Path, file: Path, models: Mapping[str, nn.Module]) -> dict[str, _Adapter]:
+    """The adapters in a file in kohya's or diffusers' layout, by model; checked against it."""
+    tensors, metadata = read_tensors(file), read_metadata(file)
+    lora_formats.refuse_foreign(path, metadata, tensors)
+    adapters = {}
+    for part, (state, alphas) in lora_formats.to_peft(path, tensors, models).items():
+        ranks = _check_shapes(file, state, models[part])
+        config = None if alphas else lora_formats.config_from_header(metadata, part)
+        if config:
+            config = peft_config.validate(file, config, ranks)
+        else:
+            config = lora_formats.config_from_tensors(state, alphas)
+        adapters[part] = _Adapter(config, state)
+    if not adapters:
+        raise UserError(f"{file} holds no tensor", "Name another LoRA in --lora_path")
+    return adapters
+
+
+def _read_folder(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, _Adapter]:
+    """The adapters in a PEFT folder, by model; checked against it."""
+    adapters = {"unet": _read_peft(folder, models["unet"])}
+    if TEXT_ENCODER in models and (folder / TEXT_ENCODER).is_dir():
+        adapters[TEXT_ENCODER] = _read_peft(folder / TEXT_ENCODER, models[TEXT_ENCODER])
+    return adapters
+
+
+def _read_peft(folder: Path, model: nn.Module) -> _Adapter:
+    config = peft_config.read(folder)
     tensors = read_tensors(folder / PEFT_WEIGHTS)
     lora_formats.refuse_foreign(folder, {}, tensors)
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-    return peft_config.validate(folder, content, _check_shapes(folder, state, model)), state
+    ranks = _check_shapes(folder, state, model)
+    return _Adapter(peft_config.validate(folder, config, ranks), state)
 
 
 def load_loras(
     loras: Sequence[tuple[Path, float]], unet: UNet2DConditionModel, text_encoder: CLIPTextModel
 ) -> list[LoraConfig]:
-    """The same with several LoRAs, all at work together, each at its strength: 1 is the trained
-    one."""
+    """Load several LoRAs, all active, each at its scale: 1 is the trained strength."""
     configs = [
-        load_lora(path, unet, text_encoder, adapter_name(number))
-        for number, (path, _) in enumerate(loras)
+        load_lora(path, unet, text_encoder, adapter_name(index))
+        for index, (path, _) in enumerate(loras)
     ]
-    set_scales(
-        [unet, text_encoder], {number: strength for number, (_, strength) in enumerate(loras)}
-    )
+    scales = {index: scale for index, (_, scale) in enumerate(loras)}
+    set_scales([unet, text_encoder], scales)
     return configs
 
 
-def _put_in(
-    path: Path, model: nn.Module, config: LoraConfig, state: dict[str, torch.Tensor], adapter: str
-) -> LoraConfig:
+def _add_adapter(path: Path, model: nn.Module, config: LoraConfig, adapter: str) -> None:
     try:
-        with warnings.catch_warnings():  # PEFT remarks on a second LoRA, which is meant
+        with warnings.catch_warnings():  # PEFT warns of a second LoRA, which is intended
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            model.add_adapter(config, adapter_name=adapter)
+            cast(Any, model).add_adapter(config, adapter_name=adapter)
     except ValueError as error:
         reason = str(error).split(". ")[0][:200]
         raise UserError(
             f"The LoRA in {path} does not fit this base ({reason})",
             "Name its own base in --base_model",
         ) from None
-    restore(model, state, adapter)
-    return config
 
 
-def restore(model: nn.Module, state: dict[str, torch.Tensor], adapter: str = ADAPTER) -> None:
-    """Set the tensors of the LoRA already in the model; PEFT's names, bare or with their prefix."""
+def restore(model: nn.Module, state: Tensors, adapter: str = ADAPTER) -> None:
+    """Set the tensors of a LoRA that the model has, under PEFT's names, bare or prefixed."""
     bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
     try:
         outcome = set_peft_model_state_dict(model, bare, adapter_name=adapter)
@@ -303,32 +316,29 @@ def restore(model: nn.Module, state: dict[str, torch.Tensor], adapter: str = ADA
         )
 
 
-def _check_shapes(folder: Path, state: dict[str, torch.Tensor], model: nn.Module) -> set[int]:
-    """Compare each pair A, B with the layer it is for, before anything is changed; returns their
-    ranks."""
+def _check_shapes(folder: Path, state: Tensors, model: nn.Module) -> set[int]:
+    """The ranks of a LoRA; raises UserError if a pair A, B does not fit its layer in the model."""
     layers = dict(model.named_modules())
+    modules = dict.fromkeys(name.partition(".lora_")[0] for name in state)
     ranks = set()
-    for module in {name.partition(".lora_")[0]: None for name in state}:
+    for module in modules:
         weight = getattr(layers.get(module), "weight", None)
-        down, up = (state.get(f"{module}.lora_{side}.weight") for side in "AB")
-        fits = (
-            isinstance(weight, torch.Tensor)
-            and weight.ndim >= 2
-            and down is not None
-            and up is not None
-        )
-        if (
-            not fits
-            or down.shape[1:] != weight.shape[1:]
-            or up.shape[:2] != (weight.shape[0], *down.shape[:1])
-        ):
+        a, b = (state.get(f"{module}.lora_{side}.weight") for side in "AB")
+        if not isinstance(weight, torch.Tensor) or a is None or not _fits(weight, a, b):
             raise UserError(
                 f"The LoRA in {folder} was made for another base ({module[:200]!r} differs)",
                 "Name its own base in --base_model",
             )
-        ranks.add(len(down))
+        ranks.add(len(a))
     if not ranks:
         raise UserError(
             f"{folder / PEFT_WEIGHTS} holds no tensor", "Name another LoRA folder in --lora_path"
         )
     return ranks
+
+
+def _fits(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor | None) -> bool:
+    """Whether A [rank, in, ...] and B [out, rank, ...] have the sizes of W [out, in, ...]."""
+    if weight.ndim < 2 or b is None or a.shape[1:] != weight.shape[1:]:
+        return False
+    return b.shape[:2] == (weight.shape[0], *a.shape[:1])

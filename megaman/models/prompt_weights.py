@@ -1,13 +1,13 @@
-"""A1111's prompt weights: (word), (word:1.3) and [word] as parts of a text with a weight each."""
+"""A1111's prompt weights: (word), (word:1.3) and [word]."""
 
 from __future__ import annotations
 
 import re
 
 STEP = 1.1  # what a pair of brackets multiplies or divides by
-HEAVIEST = 100.0  # beyond that the states would leave the range of fp16
+MAX_WEIGHT = 100.0  # beyond that the embeds would leave the range of fp16
 PIECES = re.compile(
-    r"""\\(?P<literal>[()\[\]\\]?)      # a backslash before anything else vanishes, as in A1111
+    r"""\\(?P<literal>[()\[\]\\]?)      # before other characters a backslash is dropped, as in A1111
     | (?P<bracket>[()\[\]])
     | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
     | [^\\()\[\]:]+ | :""",
@@ -20,45 +20,43 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     r"""The prompt's parts in order, each with its weight, by the rules of A1111 and kohya's
     scripts.
 
-    (word) weighs 1.1, (word:1.3) 1.3, [word] 1 / 1.1; nested brackets multiply, unclosed ones close
-    at the end, others that close nothing are text, and \( \) \[ \] \\ are always text. Neighbours
-    of one weight are one part. A1111's tags such as <lora:name:1>, which are no words, are left
-    out. A weight is at most 100. No text raises an error; an empty one is [("", 1.0)].
+    (word) weighs 1.1, (word:1.3) 1.3, [word] 1 / 1.1. Nested brackets multiply, brackets that are
+    never closed end with the prompt, and closing ones without a partner are text, as are \( \) \[
+    \] and \\. Neighbors of equal weight are merged. A1111's tags such as <lora:name:1> are dropped.
+    Weights are clamped to 100. Every text is valid; an empty one is [("", 1.0)].
     """
     parts: list[tuple[str, float]] = []
-    opened: dict[str, list[int]] = {
-        "(": [],
-        "[": [],
-    }  # the numbers of the parts that the brackets begin with
+    open_brackets: dict[str, list[int]] = {"(": [], "[": []}  # the index of each one's first part
 
-    def close(kind: str, factor: float) -> None:
-        start = opened[kind].pop()
+    def close(bracket: str, factor: float) -> None:
+        start = open_brackets[bracket].pop()
         parts[start:] = [(text, _clamped(weight * factor)) for text, weight in parts[start:]]
 
     for piece in PIECES.finditer(TAG.sub("", prompt)):
         bracket = piece["bracket"]
         if bracket and bracket in "([":
-            opened[bracket].append(len(parts))
-        elif piece["weight"] and opened["("]:
+            open_brackets[bracket].append(len(parts))
+        elif piece["weight"] and open_brackets["("]:
             close("(", _clamped(float(piece["weight"])))
-        elif bracket == ")" and opened["("]:
+        elif bracket == ")" and open_brackets["("]:
             close("(", STEP)
-        elif bracket == "]" and opened["["]:
+        elif bracket == "]" and open_brackets["["]:
             close("[", 1 / STEP)
         else:
-            parts.append((piece[0] if piece["literal"] is None else piece["literal"], 1.0))
-    for kind, factor in (("(", STEP), ("[", 1 / STEP)):
-        while opened[kind]:
-            close(kind, factor)
+            literal = piece["literal"]
+            parts.append((piece[0] if literal is None else literal, 1.0))
+    for bracket, factor in (("(", STEP), ("[", 1 / STEP)):
+        while open_brackets[bracket]:
+            close(bracket, factor)
     return _merged(parts)
 
 
 def _clamped(weight: float) -> float:
-    return max(-HEAVIEST, min(weight, HEAVIEST))
+    return max(-MAX_WEIGHT, min(weight, MAX_WEIGHT))
 
 
 def _merged(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Neighbours of one weight made one part; no part is empty but the only one."""
+    """The parts with neighbors of equal weight merged, and without empty ones unless all are."""
     merged: list[tuple[str, float]] = []
     for text, weight in parts:
         if merged and merged[-1][1] == weight:
@@ -69,6 +67,5 @@ def _merged(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def tags(prompt: str) -> list[str]:
-    """A1111's tags in a prompt, such as <lora:name:1>, which parse leaves out: a script should tell
-    of them."""
+    """A1111's tags in a prompt, such as <lora:name:1>, which parse drops."""
     return TAG.findall(prompt)

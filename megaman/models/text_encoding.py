@@ -1,5 +1,9 @@
-"""Texts as the text encoder's states: prompts of any length, with A1111's weights, from a layer of
-choice; captions, computed once or, if that has to be, at every step."""
+"""Prompts and captions to prompt_embeds, the hidden states of the text encoder that the UNet
+attends to.
+
+Prompts may have any length and A1111's weights, and are read at a layer of choice. Captions are
+encoded once if possible, or else at every step.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from megaman.errors import UserError
 from megaman.models.prompt_weights import parse
@@ -16,20 +21,18 @@ if TYPE_CHECKING:
 
     from megaman.models.base import Base
 
-# tokens: a chunk ends at a comma among its last ones, as in A1111, so that no phrase is torn apart
-LOOK_BACK = 20
-FAINTEST = (
-    0.1  # a mean that sinks further is rounding, and to bring it back would blow everything up
-)
-
-MOST_STATES = 2**30  # bytes of text states in memory; SD 1.5's of 4,500 captions in float32
+# Tokens at the end of a chunk among which a comma ends it, as in A1111, so that no phrase is split.
+COMMA_WINDOW = 20
+MIN_MEAN_FACTOR = 0.1  # a mean that drops further is rounding noise, and dividing by it blows up
+MAX_CACHE_BYTES = 2**30  # of prompt_embeds: Stable Diffusion 1.5's of 4,500 captions in float32
+ENCODER_BATCH = 32  # captions
+TOKENIZER_BATCH = 1000  # captions; the tokens of all of them at once would take kilobytes each
 
 
 class _Chunk(NamedTuple):
-    """A part of a prompt that the text encoder reads at once: token ids and a weight for each,
-    without BOS and EOS."""
+    """Tokens that the text encoder reads at once, without BOS and EOS, and the weight of each."""
 
-    ids: list[int]
+    input_ids: list[int]
     weights: list[float]
 
 
@@ -37,16 +40,14 @@ class _Chunk(NamedTuple):
 def encode_prompt(
     text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, prompt: str, clip_skip: int = 1
 ) -> torch.Tensor:
-    """Text states [positions · chunks, width] of one prompt, on the CPU and in the text encoder's
-    precision.
+    """prompt_embeds [chunks * positions, width] of one prompt, on the CPU in the encoder's dtype.
 
-    The tokens are cut into chunks of as many as fit between BOS and EOS (75 in CLIP). Each chunk is
-    encoded on its own, so that nothing else changes its states, and the states stand one behind the
-    other. clip_skip counts as in A1111 and kohya's scripts: 1 takes the last layer, 2 the one
-    before (which diffusers calls 1), each through the final layer norm. A prompt of one chunk
-    without weights has the states that text_encoding.encode_captions gives for it alone.
+    The tokens are split into chunks that fit between BOS and EOS (75 in CLIP); each is encoded on
+    its own, and the results are concatenated. clip_skip counts as in A1111 and kohya's scripts: 1
+    takes the last layer, 2 the one before (diffusers' clip_skip of 1), each with the final layer
+    norm. A prompt of one chunk without weights has the embeds of `encode_captions`, bit for bit.
 
-    Raises UserError where clip_skip is more than the text encoder has layers.
+    Raises UserError if the text encoder has fewer than clip_skip layers.
     """
     layers = text_encoder.config.num_hidden_layers
     if not 1 <= clip_skip <= layers:
@@ -54,89 +55,88 @@ def encode_prompt(
             f"--clip_skip {clip_skip} fits no layer of this base's text encoder",
             f"Take 1 to {layers}",
         )
-    return torch.cat(
-        [_encode(text_encoder, tokenizer, chunk, clip_skip) for chunk in _chunks(tokenizer, prompt)]
-    )
+    chunks = _chunks(tokenizer, prompt)
+    return torch.cat([_encode(text_encoder, tokenizer, chunk, clip_skip) for chunk in chunks])
 
 
 def count_chunks(tokenizer: CLIPTokenizer, prompt: str) -> int:
-    """How many times the text encoder's positions a prompt takes: 1 for up to 75 tokens of CLIP."""
+    """The number of chunks in a prompt's embeds: 1 for up to 75 tokens of CLIP."""
     return len(_chunks(tokenizer, prompt))
 
 
-def pad_chunks(states: torch.Tensor, empty: torch.Tensor, chunks: int) -> torch.Tensor:
-    """A prompt's states brought to a number of chunks [positions · chunks, width] with those of the
-    empty prompt.
+def pad_chunks(prompt_embeds: torch.Tensor, empty: torch.Tensor, chunks: int) -> torch.Tensor:
+    """prompt_embeds padded to [chunks * positions, width] with those of the empty prompt.
 
-    As in A1111: prompts that are drawn together, and a prompt and its negative one, need the same
-    number. empty is encode_prompt's answer to "", [positions, width].
+    As in A1111: the prompts of a batch, and a prompt and its negative one, need the same length.
+    empty is encode_prompt's result for "", [positions, width].
     """
-    return torch.cat([states, *[empty] * (chunks - len(states) // len(empty))])
+    missing = chunks - len(prompt_embeds) // len(empty)
+    return torch.cat([prompt_embeds, *[empty] * missing])
 
 
 def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[_Chunk]:
-    """The prompt's tokens with their weights in pieces that fit; the empty prompt is one empty
-    chunk."""
-    ids, weights = [], []
+    """The prompt's tokens and their weights in chunks; the empty prompt is one empty chunk."""
+    input_ids: list[int] = []
+    weights: list[float] = []
     for text, weight in parse(prompt):
-        part = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ids += part
-        weights += [weight] * len(part)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        input_ids += ids
+        weights += [weight] * len(ids)
     comma = tokenizer(",", add_special_tokens=False).input_ids
-    room = tokenizer.model_max_length - 2
     chunks, start = [], 0
-    while start == 0 or start < len(ids):
-        end = start + room
-        if end < len(ids) and [ids[end]] != comma:
-            commas = [
-                place for place in range(max(start, end - LOOK_BACK), end) if [ids[place]] == comma
-            ]
-            end = commas[-1] + 1 if commas else end
-        chunks.append(_Chunk(ids[start:end], weights[start:end]))
+    while start == 0 or start < len(input_ids):
+        end = _chunk_end(input_ids, start, tokenizer.model_max_length - 2, comma)
+        chunks.append(_Chunk(input_ids[start:end], weights[start:end]))
         start = end
     return chunks
+
+
+def _chunk_end(input_ids: list[int], start: int, length: int, comma: list[int]) -> int:
+    """Where the chunk that begins at start ends: after at most length tokens, at a comma if the
+    prompt goes on and there is one among the last tokens."""
+    end = start + length
+    if end >= len(input_ids) or [input_ids[end]] == comma:
+        return end
+    window = range(max(start, end - COMMA_WINDOW), end)
+    commas = [position for position in window if [input_ids[position]] == comma]
+    return commas[-1] + 1 if commas else end
 
 
 def _encode(
     text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, chunk: _Chunk, clip_skip: int
 ) -> torch.Tensor:
-    """States [positions, width] of one chunk."""
-    padding = tokenizer.model_max_length - 2 - len(chunk.ids)
-    ids = [
-        tokenizer.bos_token_id,
-        *chunk.ids,
-        tokenizer.eos_token_id,
-        *[tokenizer.pad_token_id] * padding,
-    ]
+    """prompt_embeds [positions, width] of one chunk."""
+    padding = tokenizer.model_max_length - 2 - len(chunk.input_ids)
+    pad_ids = [tokenizer.pad_token_id] * padding
+    ids = [tokenizer.bos_token_id, *chunk.input_ids, tokenizer.eos_token_id, *pad_ids]
     input_ids = torch.tensor([ids], device=text_encoder.device)
     if clip_skip == 1:
-        states = text_encoder(input_ids)[0][0].cpu()
+        embeds = text_encoder(input_ids)[0][0].cpu()
     else:
         hidden = text_encoder(input_ids, output_hidden_states=True).hidden_states[-clip_skip]
-        states = text_encoder.final_layer_norm(hidden)[0].cpu()
+        embeds = text_encoder.final_layer_norm(hidden)[0].cpu()
     if all(weight == 1 for weight in chunk.weights):
-        return states
-    return weigh(states, torch.tensor([1.0, *chunk.weights, *[1.0] * (padding + 1)]))
+        return embeds
+    return weigh(embeds, torch.tensor([1.0, *chunk.weights, *[1.0] * (padding + 1)]))
 
 
-def weigh(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """States [positions, width] times their weights [positions], brought back to the mean that they
-    had (A1111).
+def weigh(prompt_embeds: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """prompt_embeds [positions, width] times weights [positions], with the mean restored (A1111).
 
-    Where the means of the positions have one sign, as in CLIP, the mean changes by a factor between
-    the smallest and the largest weight. Outside of that they cancel out, as in a text encoder whose
-    states lie around 0: their mean is no measure of size, to divide by it could even turn the sign,
-    and the states stay as they were multiplied.
+    If the means of all positions have the same sign, as in CLIP, the mean changes by a factor
+    between the smallest and the largest weight. A factor outside of that range means that the
+    positions cancel out, as in a text encoder whose embeds are centered on 0: then the mean
+    measures nothing, dividing by it could even flip the sign, and the product stays as it is.
     """
-    weighted = states.float() * weights[:, None]
-    factor = (weighted.mean() / states.float().mean()).item()
-    if max(FAINTEST, weights.min().item()) <= factor <= weights.max().item():
+    weighted = prompt_embeds.float() * weights[:, None]
+    factor = (weighted.mean() / prompt_embeds.float().mean()).item()
+    if max(MIN_MEAN_FACTOR, weights.min().item()) <= factor <= weights.max().item():
         weighted = weighted / factor
-    return weighted.to(states.dtype)
+    return weighted.to(prompt_embeds.dtype)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
-    """Token ids [B, positions]; longer captions are cut at the last position."""
+    """input_ids [B, positions] of captions, truncated if they are longer."""
     return tokenizer(
         list(captions), padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
@@ -146,24 +146,22 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
 def encode_captions(
     text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Text states [positions, width] on the CPU for each distinct caption; longer ones are cut at
-    the last position."""
-    states = {}
+    """prompt_embeds [positions, width] of each distinct caption, truncated and on the CPU."""
+    prompt_embeds = {}
     distinct = list(dict.fromkeys(captions))
-    for start in range(0, len(distinct), 32):
-        part = distinct[start : start + 32]
-        hidden = text_encoder(tokenize(tokenizer, part).to(text_encoder.device))[0].cpu()
-        states.update(zip(part, hidden, strict=True))
-    return states
+    for start in range(0, len(distinct), ENCODER_BATCH):
+        batch = distinct[start : start + ENCODER_BATCH]
+        embeds = text_encoder(tokenize(tokenizer, batch).to(text_encoder.device))[0].cpu()
+        prompt_embeds.update(zip(batch, embeds, strict=True))
+    return prompt_embeds
 
 
 class CaptionEmbeddings:
-    """The text states of a run's captions: kept in memory for each distinct one, and the text
-    encoder let go; or read at each step, where it is in training, where captions vary, or where the
-    states would take too much memory.
+    """The prompt_embeds of a run's captions, cached on the CPU or computed at every step.
 
-    states holds those of the captions that stay as they are, fixed among them; None with trained.
-    Where accelerate prepared the encoder for training, it has to be set as reader.
+    They are cached, and the text encoder is released, unless it is trained, the captions vary, or
+    the cache would be too large. prompt_embeds then holds those of the fixed texts alone; it is
+    None if the text encoder is trained.
     """
 
     def __init__(
@@ -176,39 +174,48 @@ class CaptionEmbeddings:
         device: torch.device,
     ):
         self._tokenizer, self._device = base.tokenizer, device
-        self.reader: torch.nn.Module = base.text_encoder
-        self.reads_on = varied or trained or too_many(base.text_encoder, captions)
-        known = fixed if self.reads_on else [*captions, *fixed]
-        self.states = None if trained else encode_captions(base.text_encoder, base.tokenizer, known)
-        if not self.reads_on:
-            del self.reader
+        self._text_encoder: nn.Module | None = base.text_encoder
+        is_cached = not (varied or trained or exceeds_cache(base.text_encoder, captions))
+        texts = [*captions, *fixed] if is_cached else fixed
+        self.prompt_embeds: dict[str, torch.Tensor] | None = None
+        if not trained:
+            self.prompt_embeds = encode_captions(base.text_encoder, base.tokenizer, texts)
+        if is_cached:
+            self._text_encoder = None
             base.release("text_encoder")
 
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        """States [B, positions, width]."""
-        if self.reads_on:
-            return self.reader(tokenize(self._tokenizer, captions).to(self._device))[0]
-        return torch.stack([self.states[caption] for caption in captions])
+    def __call__(
+        self, captions: Sequence[str], text_encoder: nn.Module | None = None
+    ) -> torch.Tensor:
+        """prompt_embeds [B, positions, width] of captions.
+
+        text_encoder takes the place of the base's own: in training it is the one that accelerate
+        has prepared.
+        """
+        encoder = self._text_encoder if text_encoder is None else text_encoder
+        if encoder is None:
+            assert self.prompt_embeds is not None
+            return torch.stack([self.prompt_embeds[caption] for caption in captions])
+        return encoder(tokenize(self._tokenizer, captions).to(self._device))[0]
 
 
-def too_many(text_encoder: CLIPTextModel, captions: Iterable[str]) -> bool:
-    """Whether the states of all distinct captions would take more memory than reading them at each
-    step is worth."""
+def exceeds_cache(text_encoder: CLIPTextModel, captions: Iterable[str]) -> bool:
+    """Whether the embeds of all distinct captions would take more than MAX_CACHE_BYTES."""
     config = text_encoder.config
     numbers = len(set(captions)) * config.max_position_embeddings * config.hidden_size
-    return numbers * text_encoder.dtype.itemsize > MOST_STATES
+    return numbers * text_encoder.dtype.itemsize > MAX_CACHE_BYTES
 
 
 def truncated_text(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
-    """For each caption what falls away because the text encoder has no position for it, "" where
-    nothing does."""
-    room = tokenizer.model_max_length - 2  # without the marks at either end
-    ends, distinct = {}, list(dict.fromkeys(captions))
-    for start in range(
-        0, len(distinct), 1000
-    ):  # of all at once the tokens would take kilobytes each
-        part = distinct[start : start + 1000]
-        read = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for caption, spans in zip(part, read["offset_mapping"], strict=True):
-            ends[caption] = caption[spans[room][0] :].strip(" ,") if len(spans) > room else ""
-    return [ends[caption] for caption in captions]
+    """The end of each caption that the text encoder has no positions for, "" if all of it fits."""
+    length = tokenizer.model_max_length - 2  # without BOS and EOS
+    truncated, distinct = {}, list(dict.fromkeys(captions))
+    for start in range(0, len(distinct), TOKENIZER_BATCH):
+        batch = distinct[start : start + TOKENIZER_BATCH]
+        tokens = tokenizer(
+            batch, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        for caption, offsets in zip(batch, tokens["offset_mapping"], strict=True):
+            is_longer = len(offsets) > length
+            truncated[caption] = caption[offsets[length][0] :].strip(" ,") if is_longer else ""
+    return [truncated[caption] for caption in captions]

@@ -135,7 +135,7 @@ class Drawer:
     def __init__(
         self,
         base: Base,
-        fused: adapter.Fused | None,
+        fused: adapter.FusedLoras | None,
         placement: Placement,
         room: Room,
         sampler: Sampler,

@@ -61,7 +61,7 @@ def save(
     """
     folder = output_dir / f"checkpoint-{state.step}"
     with replacing_folder(folder) as aside:
-        lora_files.write_peft(aside, unet, base_name, text_encoder=text_encoder)
+        lora_files.write_peft(aside, lora_files.models_by_part(unet, text_encoder), base_name)
         lora_files.write_tensors(
             aside / OPTIMIZER, _optimizer_tensors(_parameters(unet, text_encoder), optimizer)
         )

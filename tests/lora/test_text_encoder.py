@@ -51,9 +51,7 @@ def trained(base_folder, tmp_path_factory, request):
                 if "lora_B" in name:
                     parameter.normal_(std=0.02)
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
-    lora_files.save_lora(
-        folder, models["unet"], "some/base", {}, text_encoder=models["text_encoder"]
-    )
+    lora_files.save_lora(folder, models, "some/base", {})
     after = states(models["text_encoder"])
     assert (after - before).abs().max() > 0.05, (
         "the LoRA has to matter, or the comparisons below prove nothing"

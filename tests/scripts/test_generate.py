@@ -37,7 +37,7 @@ def lora_path(base_folder, tmp_path_factory):
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
-    lora_files.save_lora(folder, unet, str(base_folder), {})
+    lora_files.save_lora(folder, {"unet": unet}, str(base_folder), {})
     return folder
 
 
@@ -715,7 +715,7 @@ def test_validation_and_generation_draw_the_same(generate, base_folder, lora_pat
     layout = place("no", torch.device("cpu"), 0).layout  # it shows in the last bits
     base = load_base(str(base_folder), torch.float32, memory_format=layout)
     lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
-    adapter.Fused([base.unet, base.text_encoder], changing=False).set_scales({0: 1.0})
+    adapter.FusedLoras([base.unet, base.text_encoder], reversible=False).set_scales({0: 1.0})
 
     text, negative = (
         encode_captions(base.text_encoder, base.tokenizer, [prompt])[prompt][None]

@@ -95,13 +95,12 @@ def test_every_call_of_a_save_fails_once(adapted, tmp_path):
     the same save works afterwards."""
     unet, text_encoder, optimizer = adapted
     out = tmp_path / "out"
+    models = {"unet": unet, "text_encoder": text_encoder}
 
     def save(step: int) -> None:
         state = checkpoint.TrainState(step, 0, "logs", 1.0, {})
         checkpoint.save(out, unet, optimizer, None, state, "base", 1, text_encoder)
-        lora_files.save_lora(
-            out / "lora_weights", unet, "base", {"ss_steps": str(step)}, text_encoder=text_encoder
-        )
+        lora_files.save_lora(out / "lora_weights", models, "base", {"ss_steps": str(step)})
 
     save(1)
     shutil.copytree(out, tmp_path / "earlier")
