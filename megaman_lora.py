@@ -29,10 +29,11 @@ from tqdm import tqdm
 from megaman import threads
 from megaman.config.cli import resume_command
 from megaman.config.train import parse_train_config
-from megaman.data.captions import Variation
+from megaman.data.captions import CaptionAugmentation
 from megaman.data.dataset import MegaManDataset
-from megaman.data.file_index import Stamps
-from megaman.data.problems import first_too_bad, too_bad, write_instructions, write_problems
+from megaman.data.file_index import FileIndex
+from megaman.data.folders import FolderConfig
+from megaman.data.problems import check_usable, write_instructions, write_problems
 from megaman.errors import UserError, install_logging, run_script, summarize_error
 from megaman.files import write_json
 from megaman.models.configs import alias_notice, resolve_name, unet_width
@@ -69,16 +70,15 @@ def main(argv: list[str]) -> int:
     gc.set_threshold(50_000, 10, 10)
     explicit_data = config.run.demo or "data_dir" in config.explicit
     cache_dir = config.cache.path()
-    seen = Stamps(cache_dir)
+    file_index = FileIndex(cache_dir)
     find = partial(
         find_pictures,
         config.data.data_dir,
         explicit_data,
-        seen,
+        file_index,
         config.data.resolution,
         config.data.center_crop,
-        config.captions.caption_extension,
-        config.data.dataset_repeats,
+        FolderConfig(config.captions.caption_extension, config.data.dataset_repeats),
     )
     dataset = find()
     if dataset is None:
@@ -94,9 +94,11 @@ def main(argv: list[str]) -> int:
         if (
             config.buckets.enable_bucket
         ):  # no base is read: the limits are as for Stable Diffusion 1.5, or a smaller one
-            dataset.buckets = buckets.make_buckets(
-                native=min(512, config.data.resolution),
-                **config.buckets.limits(config.data.resolution),
+            dataset.set_buckets(
+                buckets.make_buckets(
+                    native=min(512, config.data.resolution),
+                    **config.buckets.limits(config.data.resolution),
+                )
             )
         bar = partial(
             tqdm, desc="looking", unit="picture", total=len(dataset), disable=None
@@ -115,17 +117,17 @@ def main(argv: list[str]) -> int:
             find_pictures(
                 config.data.class_data_dir,
                 True,
-                seen,
+                file_index,
                 config.data.resolution,
                 config.data.center_crop,
-                config.captions.caption_extension,
-                1,
-                "--class_data_dir",
+                FolderConfig(config.captions.caption_extension, 1, "--class_data_dir"),
             )
         )
-    if error := first_too_bad(datasets, config.data.skip_bad_images):
+    try:
+        check_usable(datasets, config.data.skip_bad_images)
+    except UserError:
         report_problems(datasets, output_dir)
-        raise error
+        raise
 
     width = unet_width(config.base.pretrained_model_name)
     policy = threads.configure_threads(
@@ -141,8 +143,8 @@ def main(argv: list[str]) -> int:
     from megaman import runtime
     from megaman.data import buckets, latents
     from megaman.data.batches import class_seed
-    from megaman.data.latent_cache import Moments, folder_of, prune
-    from megaman.data.latents import Fresh, drop_damaged
+    from megaman.data.latent_cache import LatentCache, prune, vae_folder
+    from megaman.data.latents import EncodingConfig, OnlineLatents, VaeEncoder, drop_damaged
     from megaman.lora import adapter
     from megaman.lora import files as lora_files
     from megaman.models.base import load_base
@@ -190,10 +192,12 @@ def main(argv: list[str]) -> int:
             add_captions(config.captions.auto_caption, dataset)
         accelerator.wait_for_everyone()
         dataset = datasets[0] = find()
-    dataset.dress(
+    dataset.add_affixes(
         config.captions.trigger_word, config.captions.caption_prefix, config.captions.caption_suffix
     )
-    variation = Variation(**{flag: settings[flag] for flag in Variation._fields})
+    augmentation = CaptionAugmentation(
+        **{flag: settings[flag] for flag in CaptionAugmentation._fields}
+    )
 
     # What a resumed run takes over: its seed, its place, its TensorBoard folder.
     seed = (
@@ -243,8 +247,10 @@ def main(argv: list[str]) -> int:
     base = load_base(name, placement.dtype, device, placement.layout)
     adapter.check_targets(base.unet_layers, config.lora.target_modules)
     for each in datasets if config.buckets.enable_bucket else []:
-        each.buckets = buckets.make_buckets(
-            native=base.native_size, **config.buckets.limits(config.data.resolution)
+        each.set_buckets(
+            buckets.make_buckets(
+                native=base.native_size, **config.buckets.limits(config.data.resolution)
+            )
         )
 
     # The frozen parts run once, for every caption and every form of every picture, and leave device
@@ -254,33 +260,28 @@ def main(argv: list[str]) -> int:
         base,
         captions,
         [config.validation.validation_prompt, ""],
-        variation.makes_new,
+        config.captions.varies_tags,
         config.lora.train_text_encoder,
         device,
     )
     with accelerator.local_main_process_first():  # the others find it done
         bar = partial(tqdm, unit="picture", disable=process != 0)
         workers = config.data.dataloader_num_workers
+        encoding = EncodingConfig(config.data.crop_variants, config.data.random_flip, seed, workers)
         if config.cache.no_cache:
-            encoder = latents.Encoder(base.vae)
-            sources = [
-                Fresh(encoder, each, config.data.random_flip, seed, base.vae_scale_factor, workers)
-                for each in datasets
-            ]
+            encoder = VaeEncoder(base.vae)
+            sources = [OnlineLatents(encoder, each, encoding) for each in datasets]
             for each in datasets:
                 drop_damaged(each, workers, partial(bar, desc="looking", total=len(each)))
         else:
-            vae = latents.identify(base, seen)
+            vae_id = latents.identify_vae(base, file_index)
             sources = [
-                latents.encode_pictures(
+                latents.encode_dataset(
                     lambda: base.vae,
                     each,
-                    config.data.crop_variants,
-                    config.data.random_flip,
-                    seed,
-                    seen,
-                    Moments(cache_dir and folder_of(cache_dir, vae)),
-                    workers,
+                    encoding,
+                    file_index,
+                    LatentCache(cache_dir and vae_folder(cache_dir, vae_id)),
                     partial(bar, desc="encoding", total=len(each)),
                 )
                 for each in datasets
@@ -293,11 +294,10 @@ def main(argv: list[str]) -> int:
                     set().union(*(each.files for each in sources)),
                 )
     for each in datasets:
-        each.cut = truncated_text(base.tokenizer, each.captions)
+        each.set_truncated(truncated_text(base.tokenizer, each.captions))
     if process == 0:
         report_problems(datasets, output_dir)
-    if error := first_too_bad(datasets, config.data.skip_bad_images):
-        raise error
+    check_usable(datasets, config.data.skip_bad_images)
 
     # LoRA.
     torch.manual_seed(seed)  # for the LoRA's random half
@@ -329,7 +329,10 @@ def main(argv: list[str]) -> int:
         compute.checkpoint_gradients(models)
 
     # Steps, rate, optimizer.
-    kinds = [(variation, seed, 1.0), (Variation(), class_seed(seed), config.loss.prior_loss_weight)]
+    kinds = [
+        (augmentation, seed, 1.0),
+        (CaptionAugmentation(), class_seed(seed), config.loss.prior_loss_weight),
+    ]
     encoded = [
         Encoded(
             *each,
@@ -386,18 +389,15 @@ def main(argv: list[str]) -> int:
 
     # Say what will happen before it happens.
     say(
-        *dataset.describe(
-            None if config.cache.no_cache else sources[0].total, config.data.random_flip
-        ),
+        *dataset.summary(sources[0].total_crops, config.data.random_flip),
+        *sources[0].summary(),
         sep="\n",
     )
-    if not config.cache.no_cache:
-        say(*sources[0].describe(cache_dir), sep="\n")
     if config.data.class_data_dir:
         weight = config.loss.prior_loss_weight
         say(f"class      {len(datasets[1])} in {config.data.class_data_dir}, loss times {weight:g}")
     if config.buckets.enable_bucket:
-        say(f"buckets    {buckets.in_words(sizes)}; {batches.epoch_length} batches an epoch")
+        say(f"buckets    {buckets.summary(sizes)}; {batches.epoch_length} batches an epoch")
     say(
         f"steps      {total} of {'up to ' * config.buckets.enable_bucket}{effective} pictures "
         f"({config.optimizer.train_batch_size} x {config.optimizer.gradient_accumulation_steps} accumulated "
@@ -607,7 +607,12 @@ def main(argv: list[str]) -> int:
             time.time() - seconds,
             time.time(),
         )
-        card = model_card.write_card(training_config, dataset.captions, sum(dataset.found), samples)
+        card = model_card.write_card(
+            training_config,
+            dataset.captions,
+            dataset.num_written_captions,
+            samples,
+        )
         curves.close()
         wanted = output_dir / "lora_weights"
         save = partial(
@@ -636,19 +641,24 @@ def main(argv: list[str]) -> int:
 
 
 def find_pictures(
-    data_dir: str, given: bool, seen: Stamps, *settings: object
+    data_dir: str,
+    given: bool,
+    file_index: FileIndex,
+    size: int,
+    center_crop: bool,
+    folder_config: FolderConfig,
 ) -> MegaManDataset | None:
     """The dataset, what cannot be used left out; None where the default folder has no picture
     yet."""
     folder = Path(data_dir)
     if not given and not folder.is_dir():
         folder.mkdir(parents=True)
-    dataset = MegaManDataset(folder, None, *settings)
-    dataset.check(seen)
-    if len(dataset) or dataset.problems:
+    dataset = MegaManDataset(folder, None, size, center_crop, folder_config)
+    dataset.check(file_index)
+    if len(dataset) or dataset.skipped:
         return dataset
     if given:
-        raise too_bad(dataset, skip_bad=False)
+        check_usable([dataset], skip_bad=False)
     print(
         f"There are no pictures yet. Put 20 to 100 of them into {data_dir} and run the same command again."
     )
@@ -663,12 +673,12 @@ def add_captions(model: str, dataset: MegaManDataset) -> None:
     from megaman.data import captioner
 
     bar = partial(tqdm, desc="captioning", unit="picture")
-    captioner.caption_missing(model, dataset, print, bar)
+    captioner.caption_missing(model, dataset, bar)
 
 
 def report_problems(datasets: list[MegaManDataset], output_dir: Path) -> None:
     """Name each file that is left out, and each doubtful caption, here and in a file."""
-    for line in write_problems(output_dir / "dataset_problems.json", *datasets):
+    for line in write_problems(output_dir / "dataset_problems.json", datasets):
         print(line)
 
 

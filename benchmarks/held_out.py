@@ -67,8 +67,8 @@ def measure(lora_path: Path, held_out: Path) -> dict:
 
     from megaman.data import latents
     from megaman.data.dataset import MegaManDataset
-    from megaman.data.file_index import Stamps
-    from megaman.data.latent_cache import Moments
+    from megaman.data.file_index import FileIndex
+    from megaman.data.latent_cache import LatentCache
     from megaman.lora import files as lora_files
     from megaman.lora import peft_config
     from megaman.models import text_encoding
@@ -77,8 +77,12 @@ def measure(lora_path: Path, held_out: Path) -> dict:
 
     base = load_base(peft_config.base_of(lora_path), torch.float32)
     dataset = MegaManDataset(held_out, None, base.native_size)
-    moments = latents.encode_pictures(
-        lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None)
+    moments = latents.encode_dataset(
+        lambda: base.vae,
+        dataset,
+        latents.EncodingConfig(),
+        FileIndex(None),
+        LatentCache(None),
     )
     means = torch.cat(list(moments)).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
     states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)

@@ -83,10 +83,10 @@ def make_tall(source: Path, target: Path) -> None:
 
 def as_seen(picture: Path, size: tuple[int, int]) -> Image.Image:
     """A training picture as it comes out of the crop."""
-    from megaman.data.images import crop_boxes, fit, open_image
+    from megaman.data.images import crop_and_resize, crop_boxes, open_image
 
     image = open_image(picture)
-    return fit(image, crop_boxes(*image.size, count=1, rng=None, shape=size)[0], size)
+    return crop_and_resize(image, crop_boxes(*image.size, count=1, rng=None, shape=size)[0], size)
 
 
 def draw(lora: Path, size: tuple[int, int], folder: Path) -> list[Image.Image]:

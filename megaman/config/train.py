@@ -209,8 +209,8 @@ class CaptionConfig:
     )
 
     @property
-    def makes_new(self) -> bool:
-        """Whether captions come to be that cannot be known beforehand."""
+    def varies_tags(self) -> bool:
+        """Whether tags are shuffled or dropped, so that captions cannot be encoded in advance."""
         return self.shuffle_caption or self.caption_tag_dropout_rate > 0
 
 
@@ -450,7 +450,7 @@ class TrainConfig:
             "rank": self.lora.lora_rank,
             "targets": list(self.lora.target_modules),
             "dropout": self.lora.lora_dropout,
-            "reads": self.captions.makes_new,
+            "reads": self.captions.varies_tags,
             "trains_text_encoder": self.lora.train_text_encoder,
             "encodes": self.cache.no_cache,
             "images": self.validation.num_validation_images,

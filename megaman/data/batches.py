@@ -1,9 +1,8 @@
-"""Which pictures make an optimizer step, with which random numbers, and the part that a process
-computes in one go.
+"""Which images make up an optimizer step, with which random numbers, split into micro-batches.
 
-Everything is a pure function of the seed and the place. A resumed run asks for its step and gets
-what the undisturbed one would have got, and the same whatever the number of processes; no random
-state has to be kept.
+Everything is a pure function of the seed and the sample index: the position of a sample in the
+endless sequence of epochs. A resumed run asks for its step and gets exactly what the uninterrupted
+run would have got, whatever the number of processes; no random state has to be saved.
 """
 
 from __future__ import annotations
@@ -14,153 +13,177 @@ import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 
-@lru_cache(maxsize=4)  # two epochs each of the pictures and of the class pictures
+@lru_cache(maxsize=4)  # two epochs each of the training images and of the class images
 def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The pictures 0 ... count - 1, each once, in this epoch's order."""
+    """The positions 0 ... count - 1, each once, in the order of this epoch."""
     order = list(range(count))
     random.Random(f"order {seed} {epoch}").shuffle(order)
     return tuple(order)
 
 
-def picture_at(number: int, count: int, seed: int) -> int:
-    """Which picture is seen as number ... of an endless row of epochs; a step may reach into the
-    next epoch."""
-    epoch, place = divmod(number, count)
+def position_at(sample_index: int, count: int, seed: int) -> int:
+    """The position in an epoch of count images that a sample index stands for."""
+    epoch, place = divmod(sample_index, count)
     return epoch_order(count, seed, epoch)[place]
 
 
-def random_for(seed: int, number: int) -> torch.Generator:
-    """What is random about picture number ... of the row: its crop, noise and timestep.
+def generator_for(seed: int, sample_index: int) -> torch.Generator:
+    """The random numbers of a sample: its crop, noise and timestep.
 
-    It hangs on the number alone, so neither the split into micro-batches nor the device changes it.
+    They depend on the sample index alone, so neither the split into micro-batches nor the device
+    changes them.
     """
-    return torch.Generator().manual_seed(_digest(f"{seed} {number}"))
+    return torch.Generator().manual_seed(_digest(f"{seed} {sample_index}"))
 
 
-def caption_random_for(seed: int, number: int) -> random.Random:
-    """What is random about the caption of picture number ... of the row; apart from the rest, which
-    it leaves as is."""
-    return random.Random(f"caption {seed} {number}")
+def caption_rng_for(seed: int, sample_index: int) -> random.Random:
+    """The random numbers of a sample's caption, independent of `generator_for`."""
+    return random.Random(f"caption {seed} {sample_index}")
 
 
 def class_seed(seed: int) -> int:
-    """The seed of a run's class pictures, so that they come in an order and with noise of their
-    own."""
+    """The seed for a run's class images, which gives them an order and noise of their own."""
     return _digest(f"class pictures {seed}")
 
 
-def seed_dropout(seed: int, number: int) -> None:
-    """Set torch's own random state, from which dropout draws, for the micro-batch that begins with
-    picture number ... of the row.
+def seed_dropout(seed: int, sample_index: int) -> None:
+    """Seed torch's global generator, which dropout uses, for the micro-batch that starts with this
+    sample.
 
-    A stopped run, and one that computes a micro-batch again, drops the same. Other micro-batches of
-    the same pictures drop something else: their masks are drawn for the whole batch.
+    A resumed run and a repeated micro-batch drop the same inputs. Other micro-batches of the same
+    images drop others, because the mask is generated for a whole batch.
     """
-    torch.manual_seed(_digest(f"dropout {seed} {number}"))
+    torch.manual_seed(_digest(f"dropout {seed} {sample_index}"))
 
 
-def _digest(words: str) -> int:
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) >> 1
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one process computes in one go: the numbers that its pictures have in the run, on which
-    what is random about them hangs (batches.random_for), and the pictures.
+class MicroBatch:
+    """The samples that one process computes in one forward and backward pass.
 
-    The mean of their losses is divided by divisor. The sum over a step's parts, averaged over the
-    processes as DDP does with gradients, is then the mean over all the pictures of the step. It is
-    infinite for a picture that only stands in where a process would have none: each has to take
-    part in the exchange.
+    sample_indices seed the random numbers of each sample (`generator_for`); positions are the
+    images' positions in the epoch.
+
+    The mean loss is divided by divisor. The sum over a step's micro-batches, averaged over the
+    processes as DDP averages gradients, is then the mean loss over all images of the step. The
+    divisor is infinite for an image that only stands in for a process without images of its own,
+    because every process has to take part in the exchange of gradients.
     """
 
-    numbers: tuple[int, ...]
-    pictures: tuple[int, ...]
+    sample_indices: tuple[int, ...]
+    positions: tuple[int, ...]
     divisor: float
 
 
+class _Batch(NamedTuple):
+    """The sample index of a batch's first image, and the positions of all its images."""
+
+    first: int
+    positions: tuple[int, ...]
+
+
 class Batches:
-    """The batches of a run; buckets tells the bucket of each picture, or is None where all are of
-    one size.
+    """The batches of a run. All processes together compute a batch, batch_size images each;
+    accumulation_steps batches make a step.
 
-    A batch is what all the processes compute between them, size pictures each; accumulated of them
-    make a step.
+    Without buckets the images come in one endless sequence of epochs, and a batch may reach into
+    the next epoch. With buckets a batch holds images of one bucket, mixed anew in every epoch; the
+    rest of a bucket makes a smaller batch, so that each image comes exactly once per epoch. A step
+    may reach into the next epoch.
 
-    Without buckets the pictures come in one endless row of epochs, and a batch may reach into the
-    next epoch. With buckets a batch holds pictures of one bucket, in every epoch other ones in
-    another order; what is left over in a bucket makes a smaller batch, so that each picture comes
-    exactly once an epoch. A step may reach into the next one.
+    Args:
+        count: images per epoch.
+        buckets: the bucket of each image, or None if all images have the same size.
     """
 
     def __init__(
         self,
         count: int,
         buckets: Sequence[Hashable] | None,
-        size: int,
-        accumulated: int,
-        processes: int,
+        batch_size: int,
+        accumulation_steps: int,
+        world_size: int,
         seed: int,
     ):
-        self.count, self.buckets, self.seed = count, buckets, seed
-        self.at_once, self.accumulated, self.processes = size * processes, accumulated, processes
-        self._epoch = lru_cache(maxsize=2)(self._epoch_in_buckets)
-        # What an epoch is and what a step takes of it: in pictures, or in batches where these
-        # differ in size.
-        self.epoch_length, self.step_length = count, self.at_once * accumulated
-        if buckets is not None:
-            self.epoch_length, self.step_length = len(self._epoch(0)), accumulated
-
-    def parts(self, step: int, process: int, size: int) -> list[Part]:
-        """What this process computes in step 1, 2, ...; with at most size pictures at once.
-
-        With several processes size has to be that of the batches, so that each has the same number
-        of parts.
-        """
-        batches = [
-            self._batch(number)
-            for number in range((step - 1) * self.accumulated, step * self.accumulated)
-        ]
-        total, parts = sum(len(pictures) for _, pictures in batches), []
-        for first, pictures in batches:
-            start, stop = (
-                len(pictures) * place // self.processes for place in (process, process + 1)
+        self.count, self.seed = count, seed
+        self.batch_size = batch_size * world_size
+        self.accumulation_steps = accumulation_steps
+        self.world_size = world_size
+        # The length of an epoch and of a step: in images, or in batches if these differ in size.
+        if buckets is None:
+            self._bucketed_epoch = None
+            self.epoch_length = count
+            self.step_length = self.batch_size * accumulation_steps
+        else:
+            self._bucketed_epoch = lru_cache(maxsize=2)(
+                lambda epoch: _batches_by_bucket(buckets, self.batch_size, seed, epoch)
             )
-            if start == stop:
-                parts.append(Part((first,), pictures[:1], math.inf))
-            for low in range(start, stop, size):
-                high = min(low + size, stop)
-                numbers = tuple(range(first + low, first + high))
-                parts.append(
-                    Part(numbers, pictures[low:high], total / ((high - low) * self.processes))
-                )
-        return parts
+            self.epoch_length = len(self._bucketed_epoch(0))
+            self.step_length = accumulation_steps
 
-    def _batch(self, number: int) -> tuple[int, tuple[int, ...]]:
-        """The number in the run of a batch's first picture, and its pictures."""
-        if self.buckets is None:
-            first = number * self.at_once
-            places = range(first, first + self.at_once)
-            return first, tuple(picture_at(place, self.count, self.seed) for place in places)
+    def micro_batches(self, step: int, rank: int, size: int) -> list[MicroBatch]:
+        """What the process with this rank computes in step 1, 2, ...: micro-batches of at most size
+        images.
+
+        With several processes size has to be the batch_size, so that each process has the same
+        number of micro-batches.
+        """
+        numbers = range((step - 1) * self.accumulation_steps, step * self.accumulation_steps)
+        batches = [self._batch(number) for number in numbers]
+        step_images = sum(len(batch.positions) for batch in batches)
+        micro_batches = []
+        for batch in batches:
+            micro_batches += self._share(batch, rank, size, step_images)
+        return micro_batches
+
+    def _share(self, batch: _Batch, rank: int, size: int, step_images: int) -> list[MicroBatch]:
+        """The micro-batches that one process computes of a batch."""
+        first, positions = batch
+        start = len(positions) * rank // self.world_size
+        stop = len(positions) * (rank + 1) // self.world_size
+        if start == stop:
+            return [MicroBatch((first,), positions[:1], math.inf)]
+        micro_batches = []
+        for low in range(start, stop, size):
+            high = min(low + size, stop)
+            sample_indices = tuple(range(first + low, first + high))
+            divisor = step_images / ((high - low) * self.world_size)
+            micro_batches.append(MicroBatch(sample_indices, positions[low:high], divisor))
+        return micro_batches
+
+    def _batch(self, number: int) -> _Batch:
+        """Batch 0, 1, ... of the run."""
+        if self._bucketed_epoch is None:
+            first = number * self.batch_size
+            samples = range(first, first + self.batch_size)
+            return _Batch(first, tuple(position_at(i, self.count, self.seed) for i in samples))
         epoch, place = divmod(number, self.epoch_length)
-        first, pictures = self._epoch(epoch)[place]
-        return epoch * self.count + first, pictures
+        first, positions = self._bucketed_epoch(epoch)[place]
+        return _Batch(epoch * self.count + first, positions)
 
-    def _epoch_in_buckets(self, epoch: int) -> list[tuple[int, tuple[int, ...]]]:
-        """The batches of an epoch, each with the place of its first picture."""
-        members: dict[Hashable, list[int]] = {}
-        for picture in epoch_order(self.count, self.seed, epoch):
-            members.setdefault(self.buckets[picture], []).append(picture)
-        batches = [
-            tuple(pictures[low : low + self.at_once])
-            for pictures in members.values()
-            for low in range(0, len(pictures), self.at_once)
-        ]
-        random.Random(f"batches {self.seed} {epoch}").shuffle(batches)
-        firsts = [0]
-        for pictures in batches:
-            firsts.append(firsts[-1] + len(pictures))
-        return list(zip(firsts[:-1], batches, strict=True))
+
+def _batches_by_bucket(
+    buckets: Sequence[Hashable], batch_size: int, seed: int, epoch: int
+) -> list[_Batch]:
+    """The batches of one epoch; each batch's first is counted from the start of the epoch."""
+    members: dict[Hashable, list[int]] = {}
+    for position in epoch_order(len(buckets), seed, epoch):
+        members.setdefault(buckets[position], []).append(position)
+    batches: list[tuple[int, ...]] = []
+    for positions in members.values():
+        starts = range(0, len(positions), batch_size)
+        batches += [tuple(positions[start : start + batch_size]) for start in starts]
+    random.Random(f"batches {seed} {epoch}").shuffle(batches)
+    numbered, first = [], 0
+    for positions in batches:
+        numbered.append(_Batch(first, positions))
+        first += len(positions)
+    return numbered

@@ -1,5 +1,5 @@
-"""Aspect-ratio buckets: the sizes in which pictures of any shape are trained on, about as many
-pixels in each.
+"""Aspect-ratio buckets: the sizes at which images of any shape are trained, all with about the same
+number of pixels.
 
 The idea is NovelAI's ("Improvements on Stable Diffusion", 2022); names, sizes and defaults are
 those of kohya's scripts.
@@ -16,17 +16,22 @@ from typing import Any
 from megaman.config.train import contradiction
 from megaman.errors import UserError
 
-GRAIN = 8  # pixels: what a side of latents stands for in every Stable Diffusion 1.x
-MOST_TOLD = 12  # buckets in a line
+GRAIN = 8  # pixels per side of one latent cell in every Stable Diffusion 1.x
+MAX_SHOWN = 12  # buckets in a line
 Size = tuple[int, int]  # width, height in pixels
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes there are, and which of them a picture goes to.
+    """The sizes, and which of them an image is assigned to.
 
-    area is the most pixels of any bucket; step what every side is a multiple of; smallest and
-    largest are the limits of a side; upscale tells whether a picture may be enlarged.
+    Args:
+        sizes: width and height of every bucket.
+        area: the largest number of pixels of a bucket.
+        step: every side is a multiple of this.
+        smallest: lower limit of a side in pixels.
+        largest: upper limit of a side in pixels.
+        upscale: whether images may be enlarged.
     """
 
     sizes: tuple[Size, ...]
@@ -37,34 +42,35 @@ class Buckets:
     upscale: bool = True
 
     def size_for(self, width: int, height: int) -> Size:
-        """The bucket of a picture of this size: the one of the nearest aspect ratio, so that the
-        crop loses least.
+        """The bucket for an image of this size: the one with the nearest aspect ratio, so that the
+        crop loses the least.
 
-        kohya's scripts compare the ratios' difference; here it is their quotient, so that tall and
-        wide are alike. Without upscale a picture that its bucket would enlarge gets its own size,
-        sides rounded down to the step, as in kohya's; only sides below one step are enlarged to it.
+        kohya's scripts compare the difference of the ratios; here it is their quotient, which
+        treats tall and wide alike. Without upscale, an image that its bucket would enlarge gets its
+        own size, sides rounded down to the step, as in kohya's scripts; only sides below one step
+        are enlarged to it.
         """
-        chosen = max(
-            self.sizes, key=lambda size: (_kept(width, height, size), size[0] * size[1], -max(size))
-        )
-        if self.upscale or (chosen[0] <= width and chosen[1] <= height):
-            return chosen
+
+        def preference(size: Size) -> tuple[float, int, int]:
+            return _kept_share(width, height, size), size[0] * size[1], -max(size)
+
+        nearest = max(self.sizes, key=preference)
+        if self.upscale or (nearest[0] <= width and nearest[1] <= height):
+            return nearest
         return self._own_size(width, height)
 
     def _own_size(self, width: int, height: int) -> Size:
-        shrunk = min(
-            1.0, math.sqrt(self.area / (width * height)), self.largest / max(width, height)
-        )
-        sides = [
-            max(self.step, int(side * shrunk) // self.step * self.step) for side in (width, height)
-        ]
-        short = min(sides)  # where it was enlarged to one step, the area may be too large
-        most = max(self.step, self.area // short // self.step * self.step)
-        return min(sides[0], most), min(sides[1], most)
+        by_area = math.sqrt(self.area / (width * height))
+        scale = min(1.0, by_area, self.largest / max(width, height))
+        rounded = [int(side * scale) // self.step * self.step for side in (width, height)]
+        sides = [max(self.step, side) for side in rounded]
+        # The area can be too large if the short side was enlarged to one step.
+        limit = max(self.step, self.area // min(sides) // self.step * self.step)
+        return min(sides[0], limit), min(sides[1], limit)
 
 
-def _kept(width: int, height: int, size: Size) -> float:
-    """The share of a picture that the largest crop of the bucket's shape keeps."""
+def _kept_share(width: int, height: int, size: Size) -> float:
+    """The share of an image that the largest crop of the bucket's shape keeps."""
     one, other = width * size[1], height * size[0]
     return min(one, other) / max(one, other)
 
@@ -78,14 +84,14 @@ def make_buckets(
     upscale: bool,
 ) -> Buckets:
     """The buckets with at most resolution x resolution pixels: for every width the greatest height
-    that fits, and both the other way round.
+    that fits, and the same for every height.
 
-    What is None follows from native, the side in pixels that the base was made for: half of it,
-    twice and an eighth, which are kohya's 256, 1024 and 64 for Stable Diffusion 1.5. The square is
-    always there. Raises UserError where the limits leave no room for it.
+    Limits that are None follow from native, the side in pixels that the base was made for: half of
+    it, twice and an eighth, which are kohya's 256, 1024 and 64 for Stable Diffusion 1.5. The square
+    is always included. Raises UserError if the limits leave no room for it.
     """
-    if mistake := contradiction(resolution, smallest, largest, step):
-        raise UserError(*mistake)
+    if error := contradiction(resolution, smallest, largest, step):
+        raise UserError(*error)
     step = step or max(GRAIN, min(native // 8, resolution) // GRAIN * GRAIN)
     smallest = smallest or max(step, min(native, resolution) // 2 // step * step)
     largest = largest or max(2 * native, resolution)
@@ -97,24 +103,19 @@ def make_buckets(
 
 
 def record(buckets: Buckets, sizes: Iterable[Size]) -> dict[str, Any]:
-    """The limits that were taken and how many pictures each bucket has, for
-    training_config.json."""
-    counted = {
-        f"{width}x{height}": count for (width, height), count in sorted(Counter(sizes).items())
-    }
+    """The limits in use and the number of images per bucket, for training_config.json."""
+    counts = sorted(Counter(sizes).items())
     return {
         "min_bucket_reso": buckets.smallest,
         "max_bucket_reso": buckets.largest,
         "bucket_reso_steps": buckets.step,
-        "pictures": counted,
+        "pictures": {f"{width}x{height}": count for (width, height), count in counts},
     }
 
 
-def in_words(sizes: Iterable[Size]) -> str:
-    """How many pictures each bucket has, as a line; the fullest first, and not each of very
-    many."""
-    counted = Counter(sizes).most_common()
-    told = [f"{width}x{height}: {count}" for (width, height), count in counted[:MOST_TOLD]]
-    return ", ".join(told) + (
-        f" and {len(counted) - MOST_TOLD} more" if counted[MOST_TOLD:] else ""
-    )
+def summary(sizes: Iterable[Size]) -> str:
+    """How many images each bucket has, in one line; the fullest first, and MAX_SHOWN at most."""
+    counts = Counter(sizes).most_common()
+    shown = [f"{width}x{height}: {count}" for (width, height), count in counts[:MAX_SHOWN]]
+    line = ", ".join(shown)
+    return f"{line} and {len(counts) - MAX_SHOWN} more" if len(counts) > MAX_SHOWN else line

@@ -4,6 +4,7 @@ files beside them."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -26,6 +27,8 @@ from megaman.safe_loading import check_model_folder, refuse_pickle
 
 if TYPE_CHECKING:
     from megaman.data.dataset import MegaManDataset
+
+log = logging.getLogger(__name__)
 
 AT_ONCE = 16  # pictures; more are hardly faster
 WANTED = "BlipForConditionalGeneration"
@@ -179,24 +182,25 @@ def _check_kind(name: str, folder: Path) -> None:
 def caption_missing(
     name: str,
     dataset: MegaManDataset,
-    say: Callable[[str], None],
     progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
 ) -> None:
-    """Have the model of that name write a caption for every picture of the dataset that lacks one.
+    """Have the model with this name write a caption for every image of the dataset without one.
 
-    The dataset itself stays as it is: read the folder again. say takes a line. Where nothing is
-    missing, no model is loaded. Raises UserError as load_captioner and write_captions do.
+    The dataset itself does not change: read the folder again. No model is loaded if no caption is
+    missing. Raises UserError as load_captioner and write_captions do.
     """
-    extension = dataset.caption_extension or ".txt"
-    bare = [path for path, found in zip(dataset.pictures, dataset.found, strict=True) if not found]
-    lacking = without_file(bare, extension)
-    if not lacking:
-        say("captions   none is missing: --auto_caption has nothing to do")
+    extension = dataset.config.caption_extension or ".txt"
+    uncaptioned = [example.image for example in dataset.examples if not example.caption_from_file]
+    missing = without_file(uncaptioned, extension)
+    if not missing:
+        log.info("captions   none is missing: --auto_caption has nothing to do")
         return
-    say(f"captions   {len(lacking)} are missing: {name} writes them")
-    written = write_captions(load_captioner(name), lacking, progress, extension)
-    say(
-        f"           {written} written as {extension} beside the pictures, for you to read and edit"
+    log.info("captions   %d are missing: %s writes them", len(missing), name)
+    written = write_captions(load_captioner(name), missing, progress, extension)
+    log.info(
+        "           %d written as %s next to the pictures, for you to read and edit",
+        written,
+        extension,
     )
     release_memory()
 

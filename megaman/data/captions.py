@@ -1,5 +1,5 @@
-"""Captions: the text file beside a picture, or words from the picture's name; what is done to them
-in training."""
+"""Captions: the text file next to an image, or words from the image's name; how captions are
+augmented in training."""
 
 from __future__ import annotations
 
@@ -22,108 +22,119 @@ SPELLINGS = {
     "rockman": "rock man",
     "robotmaster": "robot master",
 }
-MOST_TOKENS = 75  # of a caption that CLIP reads
-EXTENSIONS = (".txt", ".caption")  # the first that is there counts
-LARGEST_FILE = 2**20  # bytes; 10,000 words are a tenth of it
-JOINERS = "\u200c\u200d\u200e\u200f\u061c"  # invisible, but emoji and right-to-left text need them
-INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode's controls, format marks and lone surrogates
-# Encodings that a text which is not Unicode may be in, by Python's name and the usual one. At a tie
-# the first wins.
+MAX_TOKENS = 75  # of a caption that CLIP reads
+EXTENSIONS = (".txt", ".caption")  # the first that exists counts
+MAX_FILE_SIZE = 2**20  # bytes; 10,000 words are a tenth of it
+# Invisible, but emoji and right-to-left text need them.
+JOINERS = "\u200c\u200d\u200e\u200f\u061c"
+INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode's controls, format characters and lone surrogates
+# Encodings that a text may be in if it is not Unicode: Python's name and the usual one. The first
+# wins a tie.
 LEGACY = {"cp1252": "Windows-1252", "cp932": "Shift-JIS", "cp950": "Big5"}
 
-# Words that a mirrored picture would belie. "right_arm" and "left-handed" are among them, "bright"
-# is not.
+# Words that are wrong for a mirrored image: "right_arm" and "left-handed" count, "bright" does not.
 SIDES = re.compile(r"(?<![a-z])(left|right)(?![a-z])|[左右]", re.IGNORECASE)
-WESTERN = "’‘“”„…–—«»¿¡©®°€™½"  # marks that stand in Western text
+WESTERN = "’‘“”„…–—«»¿¡©®°€™½"  # punctuation of Western text
 
-# captions that are sentences give as many tags as pictures, and the header is read at every start
-MOST_TAGS = 2000
+# Captions that are sentences give as many tags as images, and the header is read at every start.
+MAX_TAGS = 2000
 
 
 class Caption(NamedTuple):
-    """A caption to train with; whether it was found or made from the picture's name; where a person
-    should know something about the file beside the picture, its path and that; and how the name of
-    the file ends where it was found in one."""
+    """A caption to train with.
+
+    from_file is False if the text was made from the image's name. warning is the path of the
+    caption file and what the user should know about it; suffix is the extension of the file that
+    was used, in lower case.
+    """
 
     text: str
-    found: bool
-    remark: tuple[Path, str] | None = None
+    from_file: bool
+    warning: tuple[Path, str] | None = None
     suffix: str = ""
 
 
-def caption_for(picture: Path, extension: str | None = None) -> Caption:
-    """The text in the file of the same stem (caption_file), on one line; made from the picture's
-    name where nothing stands there."""
-    path = caption_file(picture, extension)
+def caption_for(image: Path, extension: str | None = None) -> Caption:
+    """The text of the image's caption file (`caption_file`) on one line; made from the image's name
+    if there is no such text."""
+    path = caption_file(image, extension)
     if path is None:
-        return Caption(caption_from_name(picture), False)
+        return Caption(caption_from_name(image), False)
     try:
-        text, guess = decode(content_of(path, LARGEST_FILE))
+        text, guessed_encoding = decode(read_small_file(path, MAX_FILE_SIZE))
     except OSError as error:
-        reason = f"cannot be read ({error.strerror or error}): the caption was made from the picture's name"
-        return Caption(caption_from_name(picture), False, (path, reason))
-    if not (text := tidy(text)):
-        reason = "holds no text: the caption was made from the picture's name"
-        return Caption(caption_from_name(picture), False, (path, reason))
-    remark = f"is not UTF-8 and was read as {guess}: save it as UTF-8 if that is wrong"
-    text = sys.intern(text)  # of pictures that share a caption each would have its own
-    return Caption(text, True, (path, remark) if guess else None, path.suffix.lower())
+        reason = error.strerror or error
+        warning = f"cannot be read ({reason}): the caption was made from the picture's name"
+        return Caption(caption_from_name(image), False, (path, warning))
+    text = tidy(text)
+    if not text:
+        warning = "holds no text: the caption was made from the picture's name"
+        return Caption(caption_from_name(image), False, (path, warning))
+    text = sys.intern(text)  # images that share a caption share the string
+    warning = (path, encoding_warning(guessed_encoding)) if guessed_encoding else None
+    return Caption(text, True, warning, path.suffix.lower())
 
 
-def tells_a_side(caption: str) -> bool:
+def encoding_warning(encoding: str) -> str:
+    """What to say about a file whose encoding had to be guessed."""
+    return f"is not UTF-8 and was read as {encoding}: save it as UTF-8 if that is wrong"
+
+
+def names_a_side(caption: str) -> bool:
     """Whether the caption says left or right, in English, Chinese or Japanese."""
     return SIDES.search(caption) is not None
 
 
-def caption_file(picture: Path, extension: str | None = None) -> Path | None:
-    """The file of a picture's stem with that extension, .txt or .caption where none is given; None
-    where there is none."""
-    stem = os.path.splitext(picture)[
-        0
-    ]  # as text: Path would take most of the time with 100,000 pictures
+def caption_file(image: Path, extension: str | None = None) -> Path | None:
+    """The file with the image's stem and the extension, by default .txt or else .caption; None if
+    there is none."""
+    # As text: with 100,000 images, Path would take most of the time.
+    stem = os.path.splitext(image)[0]
     for suffix in [extension] if extension else EXTENSIONS:
-        for form in (suffix, suffix.upper()):
+        for name in (stem + suffix, stem + suffix.upper()):
             try:
-                mode = os.lstat(stem + form).st_mode
+                mode = os.lstat(name).st_mode
             except OSError:
                 continue
-            if not (stat.S_ISDIR(mode) or (stat.S_ISLNK(mode) and os.path.isdir(stem + form))):
-                return Path(stem + form)
+            if not (stat.S_ISDIR(mode) or (stat.S_ISLNK(mode) and os.path.isdir(name))):
+                return Path(name)
     return None
 
 
-def content_of(path: Path, largest: int) -> bytes:
-    """A text file's bytes; raises OSError where it is no file, or one of more bytes than the
-    largest."""
+def read_small_file(path: Path, max_size: int) -> bytes:
+    """A file's bytes; raises OSError if it is not a regular file or has more than max_size
+    bytes."""
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
         raise OSError("not a file")
-    if status.st_size > largest:
-        raise OSError(f"{status.st_size:,} bytes are no caption")
+    if status.st_size > max_size:
+        raise OSError(f"{status.st_size:,} bytes are too many")
     with open(path, "rb", buffering=0) as file:
         return file.readall()
 
 
 def tidy(text: str) -> str:
-    """The text on one line, without control and other invisible characters; empty where nothing
+    """The text on one line, without control and other invisible characters; empty if nothing
     visible is left."""
     if text.isascii() and text.isprintable():
         return " ".join(text.split())
-    kept = (
-        mark
-        for mark in text
-        if mark.isspace() or mark in JOINERS or unicodedata.category(mark) not in INVISIBLE
-    )
-    line = " ".join("".join(kept).split())
+    line = " ".join("".join(filter(_is_visible, text)).split())
     return line if line.strip(JOINERS + " ") else ""
 
 
-def decode(content: bytes) -> tuple[str, str | None]:
-    """The text, and the name of its encoding where that had to be guessed.
+def _is_visible(character: str) -> bool:
+    """Whether a character is visible, white space, or needed by its neighbors."""
+    if character.isspace() or character in JOINERS:
+        return True
+    return unicodedata.category(character) not in INVISIBLE
 
-    Certain are UTF-8 with or without its mark, and UTF-16 with one. Then a text of which every
-    second byte or nearly so is zero is UTF-16 without a mark. Of the encodings in LEGACY the one in
-    which the text looks most like writing is taken (plausibility).
+
+def decode(content: bytes) -> tuple[str, str | None]:
+    """The text, and the name of its encoding if that had to be guessed.
+
+    UTF-8 with or without a byte order mark and UTF-16 with one are certain. A text in which about
+    every second byte is zero is UTF-16 without a mark. Of the encodings in LEGACY the one in which
+    the text looks most like writing is chosen (`plausibility`).
     """
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", errors="replace"), None
@@ -132,52 +143,68 @@ def decode(content: bytes) -> tuple[str, str | None]:
     try:
         return content.decode("utf-8-sig"), None
     except UnicodeDecodeError:
-        pass
-    best, choice = float("-inf"), (content.decode("cp1252", errors="replace"), LEGACY["cp1252"])
+        return _guess(content)
+
+
+def _guess(content: bytes) -> tuple[str, str]:
+    """The text in the most plausible of the LEGACY encodings, and the encoding's name."""
+    best = float("-inf")
+    choice = (content.decode("cp1252", errors="replace"), LEGACY["cp1252"])
     for encoding, name in LEGACY.items():
         try:
             text = content.decode(encoding)
         except UnicodeDecodeError:
             continue
-        if (score := plausibility(text, encoding)) > best:
+        score = plausibility(text, encoding)
+        if score > best:
             best, choice = score, (text, name)
     return choice
 
 
 def _byte_order(content: bytes) -> str | None:
-    """le or be, where the text is UTF-16 without a mark: half of its characters or more are Latin,
-    hence half zero."""
-    first, second = content[::2].count(0), content[1::2].count(0)
-    if len(content) % 2 or max(first, second) * 4 < len(content) or first == second:
+    """le or be if the text is UTF-16 without a mark: if half of its characters or more are Latin,
+    half of those bytes are zero."""
+    even_zeros, odd_zeros = content[::2].count(0), content[1::2].count(0)
+    if len(content) % 2 or max(even_zeros, odd_zeros) * 4 < len(content):
         return None
-    return "le" if second > first else "be"
+    if even_zeros == odd_zeros:
+        return None
+    return "le" if odd_zeros > even_zeros else "be"
 
 
 def plausibility(text: str, encoding: str) -> float:
-    """From -1 to 1: which share of the characters beyond ASCII looks like writing in that encoding,
-    and which does not.
+    """From -1 to 1: the share of the characters beyond ASCII that look like writing in this
+    encoding, minus the share that do not.
 
-    In Windows-1252 those are accented letters and typographic marks: one, or two beside a plain
+    In Windows-1252 those are accented letters and typographic marks: one, or two next to a plain
     letter. In Shift-JIS and Big5 they are kana, punctuation and the characters of the first level,
-    the everyday half of either standard; but one alone beside a plain letter is an accented letter
-    of another encoding.
+    the everyday half of either standard; but a single one next to a plain letter is an accented
+    letter of another encoding.
     """
     good = total = 0
     for run in re.finditer(r"[^\x00-\x7f]+", text):
         total += len(run[0])
-        around = text[max(run.start() - 1, 0) : run.start()] + text[run.end() : run.end() + 1]
-        in_word = any(mark.isalpha() for mark in around)
-        if encoding == "cp1252":
-            if len(run[0]) == 1 or (len(run[0]) == 2 and in_word):
-                good += sum(mark in WESTERN or (mark.isalpha() and mark != "ƒ") for mark in run[0])
-        elif len(run[0]) >= 2 or not in_word:
-            good += sum(_is_everyday(mark.encode(encoding), encoding) for mark in run[0])
+        neighbors = text[max(run.start() - 1, 0) : run.start()] + text[run.end() : run.end() + 1]
+        in_word = any(character.isalpha() for character in neighbors)
+        good += _count_plausible(run[0], in_word, encoding)
     return (2 * good - total) / total if total else 0.0
 
 
+def _count_plausible(run: str, in_word: bool, encoding: str) -> int:
+    """How many characters of a run beyond ASCII look like writing; in_word: next to a plain
+    letter."""
+    if encoding == "cp1252":
+        if len(run) > 2 or (len(run) == 2 and not in_word):
+            return 0
+        return len([mark for mark in run if mark in WESTERN or (mark.isalpha() and mark != "ƒ")])
+    if len(run) == 1 and in_word:
+        return 0
+    return len([mark for mark in run if _is_everyday(mark.encode(encoding), encoding)])
+
+
 def _is_everyday(code: bytes, encoding: str) -> bool:
-    """Whether a character's code is in the part of Shift-JIS or Big5 that everyday writing uses: by
-    its first byte."""
+    """Whether a character is in the part of Shift-JIS or Big5 that everyday writing uses, by the
+    first byte of its code."""
     if len(code) != 2:
         return False  # half-width katakana: any high byte could be one
     if encoding == "cp932":
@@ -185,14 +212,14 @@ def _is_everyday(code: bytes, encoding: str) -> bool:
     return 0xA1 <= code[0] <= 0xC6
 
 
-def caption_from_name(picture: Path) -> str:
-    """Make a caption of the file's name: megaman_x_02.jpg gives "mega man x, video game character,
-    high quality".
+def caption_from_name(image: Path) -> str:
+    """A caption made from the file's name: megaman_x_02.jpg gives "mega man x, video game
+    character, high quality".
 
-    Numbers and separators are dropped; a name with no words in it, such as 0001.png, leaves the
-    ending alone.
+    Numbers and separators are dropped; a name without words, such as 0001.png, gives the ending
+    alone.
     """
-    stem = unicodedata.normalize("NFC", picture.stem)  # macOS takes accents off their letters
+    stem = unicodedata.normalize("NFC", image.stem)  # macOS separates accents from letters
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem)
     words = re.sub(r"[\W\d_]+", " ", words).lower().split()
     name = " ".join(SPELLINGS.get(word, word) for word in words)
@@ -200,18 +227,18 @@ def caption_from_name(picture: Path) -> str:
 
 
 def contains(caption: str, words: str) -> bool:
-    """Whether the words stand in the caption as words of their own, in whatever case."""
+    """Whether the caption contains the words as whole words, ignoring case."""
     return bool(re.search(rf"(?<!\w){re.escape(words.casefold())}(?!\w)", caption.casefold()))
 
 
-def dressed(caption: str, trigger: str = "", prefix: str = "", suffix: str = "") -> str:
-    """The caption between prefix and suffix, each with a space as in kohya's scripts; the trigger
-    words and a comma in front of that where it does not contain them."""
+def add_affixes(caption: str, trigger: str = "", prefix: str = "", suffix: str = "") -> str:
+    """The caption between prefix and suffix, joined with spaces as in kohya's scripts; the trigger
+    words and a comma go first unless the caption contains them already."""
     caption = " ".join(part for part in (prefix, caption, suffix) if part)
     return f"{trigger}, {caption}" if trigger and not contains(caption, trigger) else caption
 
 
-class Variation(NamedTuple):
+class CaptionAugmentation(NamedTuple):
     """How captions differ from one visit to the next, under the names of kohya's flags."""
 
     shuffle_caption: bool = False
@@ -219,21 +246,16 @@ class Variation(NamedTuple):
     caption_tag_dropout_rate: float = 0.0
     caption_dropout_rate: float = 0.0
 
-    @property
-    def makes_new(self) -> bool:
-        """Whether it makes captions that cannot be told beforehand."""
-        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+    def apply(self, caption: str, rng: random.Random) -> str:
+        """The caption for one visit, augmented as in kohya's scripts.
 
-    def of(self, caption: str, rng: random.Random) -> str:
-        """The caption as it is read this time, as kohya's scripts vary it.
-
-        With caption_dropout_rate as the probability it is empty. Else the tags, which are the parts
-        between commas, are shuffled, and each is left out with caption_tag_dropout_rate as the
-        probability; the first keep_tokens tags stay where they are.
+        It is empty with probability caption_dropout_rate. Otherwise the tags, which are the parts
+        between commas, are shuffled, and each is dropped with probability caption_tag_dropout_rate;
+        the first keep_tokens tags stay where they are.
         """
         if self.caption_dropout_rate and rng.random() < self.caption_dropout_rate:
             return ""
-        if not self.makes_new:
+        if not self.shuffle_caption and not self.caption_tag_dropout_rate:
             return caption
         tags = [tag.strip() for tag in caption.split(",")]
         kept, others = tags[: self.keep_tokens], tags[self.keep_tokens :]
@@ -244,18 +266,22 @@ class Variation(NamedTuple):
         return ", ".join([*kept, *others])
 
 
-def tags(captions: Sequence[str]) -> Counter[str]:
-    """How often each of the captions' parts between commas stands there, the most frequent
-    first."""
-    counted = Counter(
-        tag.strip() for caption in captions for tag in caption.split(",") if tag.strip()
-    )
-    return Counter(dict(counted.most_common(MOST_TAGS)))
+def split_tags(caption: str) -> list[str]:
+    """The parts of a caption between its commas, without those that are blank."""
+    return [tag for part in caption.split(",") if (tag := part.strip())]
+
+
+def count_tags(captions: Sequence[str]) -> Counter[str]:
+    """How often each tag occurs in the captions, the most frequent first, MAX_TAGS at most."""
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update(split_tags(caption))
+    return Counter(dict(counts.most_common(MAX_TAGS)))
 
 
 def trigger_words(captions: Sequence[str]) -> str:
-    """What calls the character: the part that more than half of the captions begin with, "" where
-    there is none."""
-    first = Counter(caption.split(",")[0].strip() for caption in captions)
-    words, count = first.most_common(1)[0] if first else ("", 0)
+    """The words that call the character: the tag that more than half of the captions begin with, ""
+    if there is none."""
+    first_tags = Counter(caption.split(",")[0].strip() for caption in captions)
+    words, count = first_tags.most_common(1)[0] if first_tags else ("", 0)
     return words if 2 * count > len(captions) else ""

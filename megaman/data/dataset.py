@@ -1,38 +1,40 @@
-"""MegaManDataset: a folder of pictures and captions as training items."""
+"""MegaManDataset: a folder of images and captions as training examples."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megaman.data.buckets import Buckets, Size
-from megaman.data.captions import dressed, tells_a_side
-from megaman.data.file_index import Stamps
-from megaman.data.folders import describe, read_layout
-from megaman.data.images import BadImageError, Box, crop_boxes, fit, image_size, open_image
+from megaman.data.captions import add_affixes, names_a_side
+from megaman.data.file_index import FileIndex
+from megaman.data.folders import Example, FolderConfig, read_layout, summarize_sources
+from megaman.data.images import (
+    BadImageError,
+    Box,
+    ImageInfo,
+    crop_and_resize,
+    crop_boxes,
+    image_size,
+    open_image,
+)
 from megaman.errors import UserError
 from megaman.files import digest_of, stamp_of
 
-if TYPE_CHECKING:  # torch is imported where an item is read: counting a folder must not wait for it
+if TYPE_CHECKING:  # torch is imported when an item is read: counting a folder must not wait for it
     import torch
     from PIL import Image
     from transformers import CLIPTokenizer
 
-
-class Look(NamedTuple):
-    """What is known of a picture without decoding it: width and height as it will be seen, its
-    file's size in bytes, and a digest of its bytes, once these were read."""
-
-    size: Size
-    bytes: int
-    digest: bytes | None = None
+DEFAULT_CONFIG = FolderConfig()
+MAX_FOLDERS = 8  # with repeats, in the summary
 
 
-class Form(NamedTuple):
-    """One way in which a picture is trained on: cut out box, bring it to size, mirror it."""
+class Crop(NamedTuple):
+    """One version of an image to train on: cut out box, scale it to size, mirror it."""
 
     box: Box
     size: Size
@@ -40,29 +42,23 @@ class Form(NamedTuple):
 
 
 class MegaManDataset:
-    """A map-style dataset of the pictures in data_dir and its subfolders, in natural order.
+    """A map-style dataset of the images in data_dir and its subfolders, in natural order.
 
-    Items are squares; where buckets is set, each has the size of its picture's bucket.
+    Items are squares, or have the size of their image's bucket if there are buckets.
 
     Args:
         data_dir: the folder.
         tokenizer: a CLIPTokenizer, or None for captions as text.
         size: side of the square items in pixels.
-        center_crop: cut out the middle square; otherwise a random one at every reading.
-        caption_extension: of the files beside the pictures that hold their captions; None for .txt,
-            then .caption.
-        repeats: how often every picture counts in an epoch, times the number of its folder where
-            that is kohya's 10_name.
-        flag: of the command line that named the folder, for what is said about it.
+        center_crop: cut out the middle square; otherwise a random one every time.
+        config: how to read the folder.
 
     An item is a dict with "pixel_values", float32 [3, size, size] in -1 ... 1, and "input_ids",
     int64 [tokenizer.model_max_length] (or "caption", a str, without a tokenizer). Reading a damaged
-    picture raises BadImageError.
+    image raises BadImageError. The constructor raises UserError if data_dir is not a folder.
 
-    problems has every file that was left out, with the reason; remarks has, for each picture, the
-    path of its caption file and what a person should know about it, or None; notes has the like
-    about files with many captions. found says whether a caption was written or made from a name,
-    sources in words where it comes from. repeats has how often each picture is seen in an epoch.
+    examples has the images with all that is known about them. skipped has every file that is not
+    used, with the reason; metadata_warnings has what could not be used of metadata files.
     """
 
     def __init__(
@@ -71,222 +67,242 @@ class MegaManDataset:
         tokenizer: CLIPTokenizer | None,
         size: int = 512,
         center_crop: bool = True,
-        caption_extension: str | None = None,
-        repeats: int = 1,
-        flag: str = "--data_dir",
+        config: FolderConfig = DEFAULT_CONFIG,
     ):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
-            raise UserError(
-                f"{data_dir} is not a folder", f"Name the folder with your pictures in {flag}"
-            )
-        self.flag = flag
-        # The part of every picture's path that is the folder's; Path.relative_to takes long with
-        # 100,000 pictures.
-        self._above = len(self.data_dir.as_posix().rstrip("/")) + 1 if self.data_dir.parts else 0
+            remedy = f"Name the folder with your pictures in {config.flag}"
+            raise UserError(f"{data_dir} is not a folder", remedy)
+        self.config = config
+        # The part of every image's path that is the folder's: Path.relative_to is slow with
+        # 100,000 images.
+        parts = self.data_dir.parts
+        self._prefix_length = len(self.data_dir.as_posix().rstrip("/")) + 1 if parts else 0
         self.tokenizer = tokenizer
         self.size = size
         self.center_crop = center_crop
-        self.caption_extension = caption_extension
         self.buckets: Buckets | None = None
-        entries, self.problems, self.notes = read_layout(self.data_dir, caption_extension, repeats)
-        self.pictures = [entry.picture for entry in entries]
-        self.captions = [entry.caption.text for entry in entries]
-        self.found = [entry.caption.found for entry in entries]
-        self.remarks = [entry.caption.remark for entry in entries]
-        self.sources = [entry.source for entry in entries]
-        self.repeats = [entry.repeats for entry in entries]
-        self.cut = [""] * len(
-            entries
-        )  # of each caption what falls away, once a tokenizer has been asked
-        self.folders = [entry.folder for entry in entries]  # the one that the repeats come from
-        self.looks: list[Look | None] = [None] * len(entries)  # once they were looked at
+        layout = read_layout(self.data_dir, config)
+        self.examples: list[Example] = layout.examples
+        self.skipped: dict[Path, str] = layout.skipped
+        self.metadata_warnings: list[tuple[Path, str]] = layout.metadata_warnings
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = open_image(self.pictures[index])
+        example = self.examples[index]
+        image = open_image(example.image)
         rng = None if self.center_crop else random.Random()
-        size = self._size_for(*image.size)
+        size = self._target_size(*image.size)
         box = crop_boxes(*image.size, count=1, rng=rng, shape=size)[0]
-        item: dict[str, Any] = {"pixel_values": pixel_values(fit(image, box, size))}
+        item: dict[str, Any] = {"pixel_values": to_tensor(crop_and_resize(image, box, size))}
         if self.tokenizer is None:
-            item["caption"] = self.captions[index]
+            item["caption"] = example.caption
         else:
             item["input_ids"] = self.tokenizer(
-                self.captions[index], padding="max_length", truncation=True, return_tensors="pt"
+                example.caption, padding="max_length", truncation=True, return_tensors="pt"
             ).input_ids[0]
         return item
 
-    def check(self, seen: Stamps | None = None) -> None:
-        """Drop the pictures whose header cannot be read, or tells of a size that is of no use.
+    @property
+    def captions(self) -> list[str]:
+        """The captions in order, as a new list."""
+        return [example.caption for example in self.examples]
 
-        A file that is as it was when seen noted it is not opened.
+    @property
+    def num_written_captions(self) -> int:
+        """How many captions somebody wrote; the others are made from names."""
+        return len([example for example in self.examples if example.caption_from_file])
+
+    def check(self, file_index: FileIndex | None = None) -> None:
+        """Read the images' headers and drop those that are damaged or have a useless size.
+
+        A file that is unchanged since it was added to the file index is not opened.
         """
-        problems = {}
-        for index, picture in enumerate(self.pictures):
+        reasons: dict[Path, str] = {}
+        for example in self.examples:
             try:
-                self.looks[index] = _look(picture, seen)
+                example.info = _read_info(example.image, file_index)
             except BadImageError as error:
-                problems[picture] = str(error)
-        self.drop(problems)
+                reasons[example.image] = str(error)
+        self.drop(reasons)
 
-    def recognise(self, seen: Stamps) -> None:
-        """Read the bytes of those pictures whose content is not known, and have seen note it; drops
-        what cannot be read."""
-        problems, new = {}, []
-        for index, picture in enumerate(self.pictures):
+    def hash_files(self, file_index: FileIndex) -> list[bytes]:
+        """The digest of every image's bytes, in order.
+
+        Files with an unknown digest are read and added to the file index; images that cannot be
+        read are dropped.
+        """
+        reasons: dict[Path, str] = {}
+        digests, entries = [], []
+        for example in self.examples:
+            path = example.image
             try:
-                look = self.looks[index] or _look(picture, seen)
-                if look.digest is None:
-                    stamp, digest = stamp_of(picture), digest_of(picture)
-                    look = look._replace(digest=digest)
-                    new.append((picture, stamp, f"{digest.hex()} {look.size[0]} {look.size[1]}"))
-                self.looks[index] = look
+                info = example.info or _read_info(path, file_index)
+                digest = info.digest
+                if digest is None:
+                    stamp, digest = stamp_of(path), digest_of(path)
+                    entries.append((path, stamp, f"{digest.hex()} {info.width} {info.height}"))
+                    info = info._replace(digest=digest)
             except BadImageError as error:
-                problems[picture] = str(error)
+                reasons[path] = str(error)
             except OSError as error:
-                problems[picture] = f"cannot be read ({error.strerror})"
-        seen.note(new)
-        self.drop(problems)
+                reasons[path] = f"cannot be read ({error.strerror})"
+            else:
+                example.info = info
+                digests.append(digest)
+        file_index.update(entries)
+        self.drop(reasons)
+        return digests
 
-    def dress(self, trigger: str = "", prefix: str = "", suffix: str = "") -> None:
-        """Put prefix, suffix and trigger words to every caption (captions.dressed)."""
-        self.captions = [dressed(caption, trigger, prefix, suffix) for caption in self.captions]
+    def add_affixes(self, trigger: str = "", prefix: str = "", suffix: str = "") -> None:
+        """Add prefix, suffix and trigger words to every caption (`captions.add_affixes`)."""
+        for example in self.examples:
+            example.caption = add_affixes(example.caption, trigger, prefix, suffix)
+
+    def set_buckets(self, buckets: Buckets) -> None:
+        """Give each item the size of its image's bucket from now on."""
+        self.buckets = buckets
+
+    def set_truncated(self, truncated: Sequence[str]) -> None:
+        """Store for each caption the end that the text encoder does not read, "" if it reads all
+        (`text_encoding.truncated_text`)."""
+        for example, rest in zip(self.examples, truncated, strict=True):
+            example.truncated = rest
+
+    def drop(self, reasons: Mapping[Path, str]) -> None:
+        """Skip these images for the given reasons."""
+        if reasons:
+            self.skipped |= reasons
+            self.examples = [example for example in self.examples if example.image not in reasons]
 
     def fingerprint(self) -> str:
-        """Count and digest of the pictures' names, sizes in bytes, captions and repeats, for a
-        resumed run."""
+        """Count and digest of the images' names, sizes in bytes, captions and repeats, by which a
+        resumed run recognizes its data."""
         digest = hashlib.sha256()
-        for index, (caption, repeats) in enumerate(zip(self.captions, self.repeats, strict=True)):
-            look, often = self.looks[index], f"x {repeats}\n" if repeats != 1 else ""
-            size = look.bytes if look else stamp_of(self.pictures[index]).size
-            digest.update(
-                f"{self.name(index)}\n{size}\n{caption}\n{often}".encode("utf-8", "surrogatepass")
-            )
+        for index, example in enumerate(self.examples):
+            info = example.info
+            file_size = info.file_size if info else stamp_of(example.image).size
+            text = f"{self.name(index)}\n{file_size}\n{example.caption}\n"
+            if example.repeats != 1:
+                text += f"x {example.repeats}\n"
+            digest.update(text.encode("utf-8", "surrogatepass"))
         return f"{len(self)} pictures ({digest.hexdigest()[:8]})"
 
-    def drop(self, problems: dict[Path, str]) -> None:
-        """Leave these pictures out, for the reasons given."""
-        if not problems:
-            return
-        self.problems |= problems
-        kept = [i for i, picture in enumerate(self.pictures) if picture not in problems]
-        for name in (
-            "pictures",
-            "captions",
-            "found",
-            "remarks",
-            "sources",
-            "repeats",
-            "folders",
-            "cut",
-            "looks",
-        ):
-            setattr(self, name, [getattr(self, name)[i] for i in kept])
-
-    def epoch(self) -> list[int]:
-        """The pictures' numbers as one epoch has them: each as often as it is repeated."""
-        return [index for index, count in enumerate(self.repeats) for _ in range(count)]
+    def epoch_indices(self) -> list[int]:
+        """The indices of the images that make up an epoch: each as often as it is repeated."""
+        indices = []
+        for index, example in enumerate(self.examples):
+            indices += [index] * example.repeats
+        return indices
 
     def by_folder(self) -> dict[str, tuple[int, list[str]]]:
-        """Repeats and captions of each folder that has its own number (kohya's 10_name), and of all
-        others together under the name of data_dir."""
-        groups: dict[str, tuple[int, list[str]]] = {}
-        names = {
-            folder: folder.relative_to(self.data_dir).as_posix() for folder in set(self.folders)
-        }
+        """Repeats and captions of each of kohya's folders 10_name, and of all other images under
+        the name of data_dir."""
+        folders = {example.folder for example in self.examples}
+        names = {folder: folder.relative_to(self.data_dir).as_posix() for folder in folders}
         names[self.data_dir] = self.data_dir.resolve().name
-        for folder, repeats, caption in zip(self.folders, self.repeats, self.captions, strict=True):
-            groups.setdefault(names[folder], (repeats, []))[1].append(caption)
+        groups: dict[str, tuple[int, list[str]]] = {}
+        for example in self.examples:
+            group = groups.setdefault(names[example.folder], (example.repeats, []))
+            group[1].append(example.caption)
         return groups
 
-    def describe(self, crops: int | None, flip: bool) -> list[str]:
-        """What was found and how it is read, in about three lines; crops counts those of all the
-        pictures, or is None where every visit has one of its own."""
-        folders = len({picture.parent for picture in self.pictures})
-        place = f"{f'{folders} folders of ' if folders > 1 else ''}{self.data_dir}"
-        cropped = "encoded anew at every visit" if crops is None else f"{crops} crops"
-        lines = [
-            f"pictures   {len(self)} in {place}, {cropped}{' with their mirror images' * flip}"
-        ]
-        if flip and (sided := sum(map(self.keeps_sides, range(len(self))))):
-            lines.append(f"           not mirrored: {sided}, whose captions say left or right")
-        lines.append(f"captions   {describe(self.sources)}")
-        repeated = [
-            f"{name} x {count}" for name, (count, _) in self.by_folder().items() if count > 1
-        ]
-        if repeated:
-            more = f" and {len(repeated) - 8} more" if len(repeated) > 8 else ""
-            lines.append(
-                f"repeats    {', '.join(repeated[:8])}{more}: {sum(self.repeats)} pictures an epoch"
-            )
-        return lines
+    def summary(self, num_crops: int | None, flip: bool) -> list[str]:
+        """The images, captions and repeats in about three lines.
 
-    def keeps_sides(self, index: int) -> bool:
-        """Whether the picture must not be mirrored, because its caption would be wrong then."""
-        return tells_a_side(self.captions[index])
+        num_crops is the number of crops of all images, or None if every visit has its own.
+        """
+        sources = summarize_sources(example.source for example in self.examples)
+        lines = [self._summarize_images(num_crops, flip), f"captions   {sources}"]
+        if flip and (fixed := [i for i in range(len(self)) if not self.can_flip(i)]):
+            note = f"           not mirrored: {len(fixed)}, whose captions say left or right"
+            lines.insert(1, note)
+        return lines + self._summarize_repeats()
+
+    def _summarize_images(self, num_crops: int | None, flip: bool) -> str:
+        folders = len({example.image.parent for example in self.examples})
+        place = f"{folders} folders of {self.data_dir}" if folders > 1 else self.data_dir
+        crops = "encoded anew at every visit" if num_crops is None else f"{num_crops} crops"
+        mirrored = " with their mirror images" if flip else ""
+        return f"pictures   {len(self)} in {place}, {crops}{mirrored}"
+
+    def _summarize_repeats(self) -> list[str]:
+        counts = {name: repeats for name, (repeats, _) in self.by_folder().items()}
+        repeated = [f"{name} x {count}" for name, count in counts.items() if count > 1]
+        if not repeated:
+            return []
+        shown = ", ".join(repeated[:MAX_FOLDERS])
+        if len(repeated) > MAX_FOLDERS:
+            shown += f" and {len(repeated) - MAX_FOLDERS} more"
+        total = sum(example.repeats for example in self.examples)
+        return [f"repeats    {shown}: {total} pictures an epoch"]
+
+    def can_flip(self, index: int) -> bool:
+        """Whether the image may be mirrored: not if its caption says left or right."""
+        return not names_a_side(self.examples[index].caption)
 
     def name(self, index: int) -> str:
-        """A picture's path within the folder, with / between its parts."""
-        return self.pictures[index].as_posix()[self._above :]
+        """An image's path within data_dir, with forward slashes."""
+        return self.examples[index].image.as_posix()[self._prefix_length :]
 
-    def forms(self, index: int, crops: int, flip: bool, seed: int | str) -> list[Form]:
-        """Every form in which a picture is trained on: its crops (one in the middle, or drawn from
-        the seed), and with flip the mirror image of each, unless it keeps its sides. Needs its
-        header at most."""
-        look = self.looks[index]
-        width, height = look.size if look else image_size(self.pictures[index])
-        rng, size = None, self._size_for(width, height)
+    def get_crops(self, index: int, num_crops: int, flip: bool, seed: int | str) -> list[Crop]:
+        """All crops on which an image is trained: the middle one, or up to num_crops random ones
+        that depend on the seed; with flip also the mirror image of each, if `can_flip`.
+
+        Reads the image's header at most.
+        """
+        info = self.examples[index].info
+        width, height = info.size if info else image_size(self.examples[index].image)
+        size = self._target_size(width, height)
+        rng = None
         if not self.center_crop:
-            own = f"{seed} {self.name(index)}".encode(
-                "utf-8", "surrogatepass"
-            )  # a name on Linux need not be Unicode
-            rng = random.Random(own)
-        boxes = crop_boxes(width, height, count=crops, rng=rng, shape=size)
-        both = [False, True] if flip and not self.keeps_sides(index) else [False]
-        return [Form(box, size, mirrored) for mirrored in both for box in boxes]
+            # A name on Linux need not be Unicode.
+            rng = random.Random(f"{seed} {self.name(index)}".encode("utf-8", "surrogatepass"))
+        boxes = crop_boxes(width, height, count=num_crops, rng=rng, shape=size)
+        crops = [Crop(box, size, False) for box in boxes]
+        if flip and self.can_flip(index):
+            crops += [Crop(box, size, True) for box in boxes]
+        return crops
 
-    def read(self, index: int, forms: Sequence[Form]) -> list[torch.Tensor]:
-        """The picture in these forms, each float32 [3, H, W] in -1 ... 1."""
-        image = open_image(self.pictures[index])
-        upright = {}
-        for box, size, _ in forms:
-            if (
-                box[2] > image.width or box[3] > image.height
-            ):  # the header hid that it lies on its side
-                box_there = crop_boxes(*image.size, count=1, rng=None, shape=size)[0]
-            else:
-                box_there = box
+    def load_crops(self, index: int, crops: Sequence[Crop]) -> list[torch.Tensor]:
+        """The pixels of these crops of an image, each float32 [3, H, W] in -1 ... 1.
+
+        Raises BadImageError if the image cannot be decoded.
+        """
+        image = open_image(self.examples[index].image)
+        upright: dict[tuple[Box, Size], torch.Tensor] = {}
+        for box, size, _ in crops:
             if (box, size) not in upright:
-                upright[box, size] = pixel_values(fit(image, box_there, size))
+                inner = box
+                if box[2] > image.width or box[3] > image.height:
+                    # The orientation is not in the header: the sides are swapped.
+                    inner = crop_boxes(*image.size, count=1, rng=None, shape=size)[0]
+                upright[box, size] = to_tensor(crop_and_resize(image, inner, size))
         return [
             upright[box, size].flip(-1) if mirrored else upright[box, size]
-            for box, size, mirrored in forms
+            for box, size, mirrored in crops
         ]
 
-    def variants(self, index: int, crops: int, flip: bool, seed: int) -> list[torch.Tensor]:
-        """The picture in all its forms."""
-        return self.read(index, self.forms(index, crops, flip, seed))
-
-    def _size_for(self, width: int, height: int) -> Size:
+    def _target_size(self, width: int, height: int) -> Size:
         return self.buckets.size_for(width, height) if self.buckets else (self.size, self.size)
 
 
-def _look(picture: Path, seen: Stamps | None) -> Look:
-    """Raises BadImageError where the picture is of no use."""
+def _read_info(image: Path, file_index: FileIndex | None) -> ImageInfo:
+    """From the file index, or else from the image's header; raises BadImageError if the image is of
+    no use."""
     try:
-        stamp = stamp_of(picture)
+        stamp = stamp_of(image)
     except OSError as error:
         raise BadImageError(f"cannot be read ({error.strerror})") from None
-    if told := seen and seen.told(picture, stamp):
-        digest, width, height = told.split()
-        return Look((int(width), int(height)), stamp.size, bytes.fromhex(digest))
-    return Look(image_size(picture), stamp.size)
+    if file_index and (fact := file_index.get(image, stamp)):
+        digest, width, height = fact.split()
+        return ImageInfo(int(width), int(height), stamp.size, bytes.fromhex(digest))
+    return ImageInfo(*image_size(image), stamp.size)
 
 
-def pixel_values(image: Image.Image) -> torch.Tensor:
+def to_tensor(image: Image.Image) -> torch.Tensor:
     """An RGB image as float32 [3, H, W] in -1 ... 1."""
     import numpy as np
     import torch

@@ -1,8 +1,8 @@
-"""What is known of a file, valid as long as its size and time of change are the same: bytes are
-read once, not again.
+"""An index of facts about files, each valid as long as the file's size and modification time are
+unchanged, so that a file's bytes are read once and not at every start.
 
-One SQLite table under the cache's folder, which several runs may read and write at once. All that
-it holds can be found out anew, so a table that cannot be used costs time and nothing else.
+One SQLite table in the cache folder, which several runs may read and write at the same time.
+Everything in it can be recomputed, so a table that cannot be used costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -16,53 +16,55 @@ from pathlib import Path
 from megaman.files import Stamp
 
 NAME = "seen.sqlite"
-PATIENCE = 30  # seconds that a run waits while another one writes
+TIMEOUT = 30  # seconds to wait while another run writes
 
 
-class Stamps:
-    """The table in a folder; with None, or where it cannot be opened, one that knows nothing and
-    keeps nothing."""
+class FileIndex:
+    """The table in a folder. Without a folder, or if the table cannot be opened, the index stays
+    empty."""
 
     def __init__(self, folder: Path | None):
-        self._table: sqlite3.Connection | None = None
-        if folder is None:
-            return
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-        for _ in range(2):
-            try:
-                self._table = _open(folder / NAME)
-                return
-            except (
-                sqlite3.OperationalError
-            ):  # no right to write there, or a file system without locks
-                return
-            except sqlite3.DatabaseError:  # damaged, which the next attempt puts right
-                with contextlib.suppress(OSError):
-                    (folder / NAME).unlink()
+        self._table = _open_or_replace(folder) if folder else None
 
-    def told(self, path: Path, stamp: Stamp) -> str | None:
-        """What was noted of a file that has this stamp."""
+    def get(self, path: Path, stamp: Stamp) -> str | None:
+        """The fact stored for a file, or None if there is none or the stamp differs."""
+        if self._table is None:
+            return None
         with contextlib.suppress(sqlite3.Error):
             query = "SELECT told FROM seen WHERE path = ? AND size = ? AND changed = ?"
-            row = self._table and self._table.execute(query, (_key(path), *stamp)).fetchone()
+            row = self._table.execute(query, (_key(path), *stamp)).fetchone()
             return row[0] if row else None
         return None
 
-    def note(self, entries: Iterable[tuple[Path, Stamp, str]]) -> None:
-        """Keep what was found out of files with these stamps, in place of what was known of
-        them."""
-        rows = [(_key(path), *stamp, told) for path, stamp, told in entries]
-        if self._table and rows:
+    def update(self, entries: Iterable[tuple[Path, Stamp, str]]) -> None:
+        """Store a fact for each of these files with these stamps, replacing older facts."""
+        rows = [(_key(path), *stamp, fact) for path, stamp, fact in entries]
+        if self._table is not None and rows:
             with contextlib.suppress(sqlite3.Error), self._table:
                 self._table.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?)", rows)
 
 
+def _open_or_replace(folder: Path) -> sqlite3.Connection | None:
+    """The folder's table, created or recreated if needed; None if that is not possible."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    for _ in range(2):
+        try:
+            return _open(folder / NAME)
+        except sqlite3.OperationalError:  # no write permission, or a file system without locks
+            return None
+        except sqlite3.DatabaseError:  # damaged: the second attempt starts a new one
+            with contextlib.suppress(OSError):
+                (folder / NAME).unlink()
+    return None
+
+
 def _open(path: Path) -> sqlite3.Connection:
-    table = sqlite3.connect(path, timeout=PATIENCE)
+    table = sqlite3.connect(path, timeout=TIMEOUT)
     with table:
         table.execute(
-            "CREATE TABLE IF NOT EXISTS seen (path BLOB PRIMARY KEY, size INT, changed INT, told TEXT)"
+            "CREATE TABLE IF NOT EXISTS seen "
+            "(path BLOB PRIMARY KEY, size INT, changed INT, told TEXT)"
         )
     return table
 

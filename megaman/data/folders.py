@@ -1,8 +1,8 @@
-"""How a folder of pictures is laid out: sidecars, metadata files, kohya's folders; what it says of
-each picture.
+"""How a folder of images is laid out: caption files, metadata files, kohya's folders; what it says
+about each image.
 
-metadata.jsonl and metadata.csv hold the captions of many pictures in one file, as Hugging Face's
-imagefolder has them.
+metadata.jsonl and metadata.csv hold the captions of many images in one file, as Hugging Face's
+imagefolder defines them.
 """
 
 from __future__ import annotations
@@ -15,214 +15,270 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from megaman.data.captions import Caption, caption_file, caption_for, content_of, decode, tidy
-from megaman.data.images import find_images
+from megaman.data.captions import (
+    Caption,
+    caption_file,
+    caption_for,
+    decode,
+    encoding_warning,
+    read_small_file,
+    tidy,
+)
+from megaman.data.images import ImageInfo, find_images
 
-MOST_REPEATS = 1000  # 2024_summer is a name
-MOST_REMARKS = 20  # of one metadata file; the rest is counted
-MOST_MISSING = 1000  # pictures that are named and not there
+MAX_REPEATS = 1000  # 2024_summer is a name
+MAX_WARNINGS = 20  # per metadata file; the rest is counted
+MAX_MISSING = 1000  # images that a metadata file names but that do not exist
 FROM_FILE_NAME, FROM_FOLDER_NAME = "made from file names", "made from folder names"
 
-NAMES = ("metadata.jsonl", "metadata.csv")  # where both name a picture, the first counts
-CAPTION_KEYS = (
-    "text",
-    "caption",
-)  # the first that says something counts; other columns are allowed and not read
-LARGEST = 8 * 2**20  # bytes: about 50,000 captions
-LARGEST_LINE = 2**20  # characters
-MOST_BAD = 1000  # lines that cannot be read, before a file is given up: it is something else
+NAMES = ("metadata.jsonl", "metadata.csv")  # if both name an image, the first counts
+# The first column with text counts; other columns are allowed and ignored.
+CAPTION_KEYS = ("text", "caption")
+MAX_FILE_SIZE = 8 * 2**20  # bytes: about 50,000 captions
+MAX_LINE_LENGTH = 2**20  # characters
+# Lines that cannot be read before a file is given up: it is something else.
+MAX_BAD_LINES = 1000
+MAX_SHOWN_NAME = 100  # characters of a file name in a warning
 DELIMITERS = ",;\t"  # spreadsheets in much of Europe write semicolons
+NOT_CSV = "not CSV, such as a quotation mark too many or too few"
 
 
-class Entry(NamedTuple):
-    """A picture, its caption, where that comes from, how often it is seen in an epoch, and the
-    folder that says so."""
+@dataclass(frozen=True)
+class FolderConfig:
+    """How to read a folder of images.
 
-    picture: Path
-    caption: Caption
+    Args:
+        caption_extension: of the caption files next to the images; None for .txt, then .caption.
+        repeats: how often every image counts in an epoch, multiplied by the number of its folder if
+            that is kohya's 10_name.
+        flag: of the command line that named the folder, for error messages.
+    """
+
+    caption_extension: str | None = None
+    repeats: int = 1
+    flag: str = "--data_dir"
+
+
+@dataclass(slots=True)
+class Example:
+    """An image and its caption.
+
+    Args:
+        image: path of the image.
+        caption: the text to train with.
+        caption_from_file: whether somebody wrote the caption; otherwise it was made from a name.
+        source: where the caption comes from, in words.
+        repeats: how often the image is seen in an epoch.
+        folder: the folder that sets the repeats.
+        caption_warning: the path of the caption file and what the user should know about it.
+        info: size and digest, once the image's header has been read.
+        truncated: the end of the caption beyond the text encoder's positions, once known.
+    """
+
+    image: Path
+    caption: str
+    caption_from_file: bool
     source: str
     repeats: int
     folder: Path
+    caption_warning: tuple[Path, str] | None = None
+    info: ImageInfo | None = None
+    truncated: str = ""
 
 
 class Layout(NamedTuple):
-    """The pictures in natural order, what was left out with the reasons, and remarks on metadata
-    files."""
+    """The images in natural order, what is skipped and why, and warnings about metadata files."""
 
-    entries: list[Entry]
-    problems: dict[Path, str]
-    remarks: list[tuple[Path, str]]
+    examples: list[Example]
+    skipped: dict[Path, str]
+    metadata_warnings: list[tuple[Path, str]]
 
 
-def read_layout(folder: Path, extension: str | None = None, repeats: int = 1) -> Layout:
-    """Find every picture below a folder with its caption and repeats.
+def read_layout(folder: Path, config: FolderConfig) -> Layout:
+    """Find every image below a folder with its caption and repeats.
 
-    A caption comes from the metadata file (folders.NAMES) of the picture's folder or the nearest
-    above that names the picture; else from the file of the same stem (extension alone where it is
-    given, else .txt, then .caption); else from the name of kohya's folder 10_name; else from the
-    picture's name. Below a metadata file a picture that is not named there and has no caption file
-    is left out, as imagefolder does.
+    A caption comes from the metadata file (NAMES) of the image's folder, or of the nearest one
+    above, that names the image; else from the caption file with the image's stem; else from the
+    name of kohya's folder 10_name; else from the image's name. Below a metadata file, an image that
+    is neither named there nor has a caption file is skipped, as in imagefolder.
 
-    repeats is a factor for all of them, on top of the number of the nearest folder 10_name below
-    the one given.
+    The number of the nearest folder 10_name below the given one multiplies the repeats.
     """
-    pictures, problems = find_images(folder)
-    metadata = _Metadata(folder, pictures)
-    entries = []
+    images, skipped = find_images(folder)
+    metadata = _MetadataFiles(folder, images)
     kohya_folder_of = cache(partial(_kohya_folder, folder))
-    for picture in pictures:
-        number, kohya_folder = kohya_folder_of(picture.parent)
-        if number == 0:
-            problems[picture] = f"in {kohya_folder.name}, whose 0 means that it is not used"
+    examples = []
+    for image in images:
+        number, kohya_folder = kohya_folder_of(image.parent)
+        if number == 0 and kohya_folder:
+            skipped[image] = f"in {kohya_folder.name}, whose 0 means that it is not used"
             continue
-        beside = caption_for(picture, extension)
-        row = metadata.rows and metadata.rows.get(picture)
-        if row and row.caption:
-            remark = (
-                caption_file(picture, extension),
-                f"says something else than {row.file.name}, which counts",
-            )
-            caption = Caption(
-                row.caption, True, remark if beside.found and beside.text != row.caption else None
-            )
-            source = f"from {row.file.name}"
-        elif beside.found:
-            caption, source = beside, sys.intern(f"from {beside.suffix} files")
-        elif not row and (reason := metadata.reason_against(picture)):
-            problems[picture] = reason
+        caption = caption_for(image, config.caption_extension)
+        if not caption.from_file and (reason := metadata.reason_to_skip(image)):
+            skipped[image] = reason
             continue
-        elif kohya_folder and (words := tidy(kohya_folder.name.partition("_")[2])):
-            remark = beside.remark and (
-                beside.remark[0],
-                beside.remark[1].replace("picture's name", "folder's name"),
-            )
-            caption, source = Caption(words, False, remark), FROM_FOLDER_NAME
+        if row := metadata.caption_row(image):
+            caption, source = _from_metadata(row, caption, image, config.caption_extension)
         else:
-            caption, source = beside, FROM_FILE_NAME
-        entries.append(
-            Entry(picture, caption, source, repeats * (number or 1), kohya_folder or folder)
-        )
-    return Layout(entries, problems | metadata.missing, metadata.remarks)
+            caption, source = _from_file_or_name(caption, kohya_folder)
+        repeats = config.repeats * (number or 1)
+        text, from_file, warning, _ = caption
+        place = kohya_folder or folder
+        examples.append(Example(image, text, from_file, source, repeats, place, warning))
+    return Layout(examples, skipped | metadata.missing, metadata.warnings)
+
+
+def _from_metadata(
+    row: _ImageRow, own: Caption, image: Path, extension: str | None
+) -> tuple[Caption, str]:
+    """The caption of a metadata row and its source; own is that of the image's caption file."""
+    warning = None
+    if own.from_file and own.text != row.caption:
+        path = caption_file(image, extension)
+        warning = path and (path, f"says something else than {row.file.name}, which counts")
+    return Caption(row.caption, True, warning), f"from {row.file.name}"
+
+
+def _from_file_or_name(caption: Caption, kohya_folder: Path | None) -> tuple[Caption, str]:
+    """The caption and its source; the name of kohya's folder replaces one made from the image's
+    name."""
+    if caption.from_file:
+        return caption, sys.intern(f"from {caption.suffix} files")
+    words = tidy(kohya_folder.name.partition("_")[2]) if kohya_folder else ""
+    if not words:
+        return caption, FROM_FILE_NAME
+    warning = None
+    if caption.warning:
+        path, text = caption.warning
+        warning = path, text.replace("picture's name", "folder's name")
+    return Caption(words, False, warning), FROM_FOLDER_NAME
 
 
 def _kohya_folder(folder: Path, place: Path) -> tuple[int | None, Path | None]:
-    """The number and the path of the nearest 10_name from a picture's place up to the folder,
-    itself not counted."""
+    """The number and the path of the nearest 10_name between an image's folder and the given one,
+    which does not count itself."""
     for parent in (place, *place.parents)[: len(place.relative_to(folder).parts)]:
-        found = re.match(r"(\d+)_", parent.name, re.ASCII)
-        if found and len(found[1]) < 10 and int(found[1]) <= MOST_REPEATS:
-            return int(found[1]), parent
+        match = re.match(r"(\d+)_", parent.name, re.ASCII)
+        if match and len(match[1]) < 10 and int(match[1]) <= MAX_REPEATS:
+            return int(match[1]), parent
     return None, None
 
 
-class _Named(NamedTuple):
-    """A metadata file's row that names a picture."""
+def summarize_sources(sources: Iterable[str]) -> str:
+    """How many captions come from where: 20 from .txt files, 4 from metadata.jsonl."""
+    return ", ".join(f"{count} {source}" for source, count in Counter(sources).most_common())
+
+
+class _ImageRow(NamedTuple):
+    """A metadata file's row that names an image."""
 
     file: Path
     line: int
     caption: str
 
 
-class _Metadata:
-    """The metadata files of a folder: rows by picture, pictures that are named but missing, remarks
-    on the rest."""
+class _MetadataFiles:
+    """The metadata files of a folder: rows by image, images that are named but missing, warnings
+    about the rest."""
 
-    def __init__(self, folder: Path, pictures: Sequence[Path]):
-        self.folder = folder
-        self.rows: dict[Path, _Named] = {}
+    def __init__(self, folder: Path, images: Sequence[Path]):
         self.missing: dict[Path, str] = {}
-        self.refused: dict[Path, str] = {}
-        self.remarks: list[tuple[Path, str]] = []
-        self._covered: dict[Path, Path] = {}  # folder: its first metadata file
-        self._pictures = pictures
+        self.warnings: list[tuple[Path, str]] = []
+        self._rows: dict[Path, _ImageRow] = {}
+        self._refused: dict[Path, str] = {}
+        self._file_of: dict[Path, Path] = {}  # folder: its first metadata file
+        self._images = images
         self._root = os.path.realpath(folder)
-        places = {picture.parent for picture in pictures}
-        folders = {
-            parent for place in places for parent in (place, *place.parents) if self._is_in(parent)
-        }
-        for each in sorted(
-            {folder, *folders}, key=lambda path: (-len(path.parts), path)
-        ):  # the nearest one counts
+        for parent in _folders_of(folder, images):
             for name in NAMES:
-                if os.path.lexists(each / name):
-                    self._read(each / name)
+                if os.path.lexists(parent / name):
+                    self._read(parent / name)
 
-    @cached_property
-    def _known(self) -> dict[str, Path]:
-        """The pictures by name, for those who have a metadata file."""
-        return {
-            unicodedata.normalize("NFC", picture.as_posix()): picture for picture in self._pictures
-        }
+    def caption_row(self, image: Path) -> _ImageRow | None:
+        """The row with a caption for this image."""
+        row = self._rows.get(image) if self._rows else None
+        return row if row and row.caption else None
 
-    def _is_in(self, path: Path) -> bool:
-        return path == self.folder or self.folder in path.parents
-
-    def _read(self, path: Path) -> None:
-        found = read_metadata(path)
-        if found.rows is not None:
-            self._covered.setdefault(path.parent, path)
-        count = 0
-        for count, remark in enumerate(
-            chain(found.remarks, self._take(path, found.rows or [])), start=1
-        ):
-            if count <= MOST_REMARKS:
-                self.remarks.append((path, remark))
-        if count > MOST_REMARKS:
-            self.remarks.append((path, f"and {count - MOST_REMARKS} lines more"))
-
-    def _take(self, path: Path, rows: Iterable[Row]) -> Iterator[str]:
-        """Keep the rows that name a picture; says what is wrong with the others."""
-        for row in rows:
-            inner = inner_path(row.file_name)
-            shown = (
-                row.file_name[:100].encode("utf-8", "backslashreplace").decode("utf-8")
-            )  # JSON can hold surrogates
-            if inner is None:
-                yield f"line {row.line}: {shown} leads out of the folder, which no line may"
-                continue
-            wanted = path.parent / inner
-            picture = self._known.get(unicodedata.normalize("NFC", wanted.as_posix()))
-            if picture is None:
-                if os.path.lexists(wanted) or len(self.missing) >= MOST_MISSING:
-                    yield f"line {row.line}: {shown} is not among the pictures that are read"
-                else:
-                    self.missing[wanted] = f"is not there: {path.name} names it in line {row.line}"
-            elif not Path(os.path.realpath(picture)).is_relative_to(self._root):
-                yield f"line {row.line}: {shown} is a link out of the folder, which no line may name"
-                self.refused[picture] = (
-                    f"a link out of the folder, which {path.name} may not name (line {row.line})"
-                )
-            elif (earlier := self.rows.get(picture)) and earlier.file == path:
-                yield f"line {row.line}: {shown} was named in line {earlier.line} already, which counts"
-            elif not earlier:
-                self.rows[picture] = _Named(path, row.line, row.caption)
-                if not row.caption:
-                    yield f"line {row.line}: no caption for {shown}"
-
-    def reason_against(self, picture: Path) -> str | None:
-        """Why a picture without a caption file is left out: a metadata file at it or above does not
-        name it."""
-        if picture in self.refused:
-            return self.refused[picture]
-        file = next(
-            (self._covered[parent] for parent in picture.parents if parent in self._covered), None
-        )
+    def reason_to_skip(self, image: Path) -> str | None:
+        """Why an image without a caption file is skipped: a metadata file in its folder or above
+        does not name it."""
+        if image in self._rows:
+            return None
+        if image in self._refused:
+            return self._refused[image]
+        files = (self._file_of[parent] for parent in image.parents if parent in self._file_of)
+        file = next(files, None)
         return file and f"{file.name} does not name it, and it has no caption file of its own"
 
+    @cached_property
+    def _image_by_name(self) -> dict[str, Path]:
+        """The images by normalized name; needed only if there is a metadata file."""
+        return {unicodedata.normalize("NFC", image.as_posix()): image for image in self._images}
 
-def describe(sources: Iterable[str]) -> str:
-    """How many captions come from where: 20 from .txt files, 4 from metadata.jsonl."""
-    return ", ".join(f"{count} {source}" for source, count in Counter(sources).most_common())
+    def _read(self, path: Path) -> None:
+        metadata = read_metadata(path)
+        if metadata.rows is not None:
+            self._file_of.setdefault(path.parent, path)
+        warnings = [*metadata.warnings, *self._add_rows(path, metadata.rows or [])]
+        self.warnings += [(path, warning) for warning in warnings[:MAX_WARNINGS]]
+        if len(warnings) > MAX_WARNINGS:
+            self.warnings.append((path, f"and {len(warnings) - MAX_WARNINGS} lines more"))
+
+    def _add_rows(self, path: Path, rows: Iterable[Row]) -> Iterator[str]:
+        """Store the rows that name an image; yields what is wrong with the others."""
+        for row in rows:
+            # JSON can hold surrogates.
+            name = row.file_name[:MAX_SHOWN_NAME].encode("utf-8", "backslashreplace").decode()
+            if problem := self._add_row(path, row, name):
+                yield f"line {row.line}: {problem}"
+
+    def _add_row(self, path: Path, row: Row, name: str) -> str | None:
+        """Store one row; returns what is wrong with it. name is the row's file name as text."""
+        inner = inner_path(row.file_name)
+        if inner is None:
+            return f"{name} leads out of the folder, which no line may"
+        target = path.parent / inner
+        image = self._image_by_name.get(unicodedata.normalize("NFC", target.as_posix()))
+        if image is None:
+            return self._add_missing(path, row, target, name)
+        if not Path(os.path.realpath(image)).is_relative_to(self._root):
+            self._refused[image] = (
+                f"a link out of the folder, which {path.name} may not name (line {row.line})"
+            )
+            return f"{name} is a link out of the folder, which no line may name"
+        earlier = self._rows.get(image)
+        if earlier:
+            if earlier.file != path:
+                return None  # the nearest file counts
+            return f"{name} was named in line {earlier.line} already, which counts"
+        self._rows[image] = _ImageRow(path, row.line, row.caption)
+        return None if row.caption else f"no caption for {name}"
+
+    def _add_missing(self, path: Path, row: Row, target: Path, name: str) -> str | None:
+        """Note an image that is named but does not exist, or return a warning."""
+        if os.path.lexists(target) or len(self.missing) >= MAX_MISSING:
+            return f"{name} is not among the pictures that are read"
+        self.missing[target] = f"is not there: {path.name} names it in line {row.line}"
+        return None
+
+
+def _folders_of(folder: Path, images: Iterable[Path]) -> list[Path]:
+    """The folder and all below it that hold images, directly or not; the deepest first."""
+    folders = {folder}
+    for place in {image.parent for image in images}:
+        parents = (place, *place.parents)
+        folders.update(parent for parent in parents if folder in (parent, *parent.parents))
+    return sorted(folders, key=lambda path: (-len(path.parts), path))
 
 
 class Row(NamedTuple):
-    """A line of a metadata file: its number from 1, the path that it names, "" where it says no
-    caption."""
+    """A line of a metadata file: its number from 1, the path that it names, and its caption, "" if
+    it has none."""
 
     line: int
     file_name: str
@@ -230,83 +286,75 @@ class Row(NamedTuple):
 
 
 class Metadata(NamedTuple):
-    """What a metadata file says, in its order, and remarks on what could not be read in it.
+    """The rows of a metadata file in order, and warnings about what could not be read in it.
 
-    rows is None where the file is not one of imagefolder's.
+    rows is None if the file is not one of imagefolder's.
     """
 
     rows: list[Row] | None
-    remarks: list[str]
+    warnings: list[str]
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read one of NAMES; a line that cannot be read costs itself and is told of by its number.
+    """Read one of NAMES; a line that cannot be read is reported by its number and costs only
+    itself.
 
-    UTF-8 is usual, other encodings are guessed as those of caption files are (captions.decode). A
-    file that is a pipe, a device or larger than LARGEST is not opened.
+    UTF-8 is usual, other encodings are guessed as those of caption files (`captions.decode`). A
+    file that is a pipe, a device or larger than MAX_FILE_SIZE is not opened.
     """
     try:
-        text, guess = decode(content_of(path, LARGEST))
+        text, guessed_encoding = decode(read_small_file(path, MAX_FILE_SIZE))
     except OSError as error:
         return Metadata(None, [f"cannot be read ({error.strerror or error})"])
-    remarks = (
-        [f"is not UTF-8 and was read as {guess}: save it as UTF-8 if that is wrong"]
-        if guess
-        else []
-    )
+    warnings = [encoding_warning(guessed_encoding)] if guessed_encoding else []
     parsed = parse_jsonl(text) if path.suffix == ".jsonl" else parse_csv(text)
-    return Metadata(parsed.rows, remarks + parsed.remarks)
+    return Metadata(parsed.rows, warnings + parsed.warnings)
 
 
 def parse_jsonl(text: str) -> Metadata:
-    """One JSON object a line with file_name and text or caption. Blank lines count as lines and say
-    nothing."""
-    found = _Found()
-    for number, line in enumerate(
-        text.split("\n"), start=1
-    ):  # splitlines would cut at marks that JSON allows in text
+    """One JSON object per line with file_name and text or caption. Blank lines are counted and
+    ignored."""
+    collector = _RowCollector()
+    # Not splitlines, which would split at characters that JSON allows in text.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            fields = json.loads(line) if len(line) <= LARGEST_LINE else None
+            fields = json.loads(line) if len(line) <= MAX_LINE_LENGTH else None
         except (ValueError, RecursionError):  # the latter: thousands of brackets
             fields = None
-        if not found.take(number, fields, "not a JSON object"):
+        if not collector.add(number, fields, "not a JSON object"):
             break
-    return Metadata(found.rows or None, found.remarks)
+    return Metadata(collector.rows or None, collector.warnings)
 
 
 def parse_csv(text: str) -> Metadata:
-    """A head with file_name and text or caption, then a row a picture; commas, semicolons or tabs
-    between them."""
-    lines = (
-        text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").rstrip("\n").split("\n")
-    )
+    """A header with file_name and text or caption, then one row per image, separated by commas,
+    semicolons or tabs."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
+    lines = text.rstrip("\n").split("\n")
     rows = _csv_rows(lines, max(DELIMITERS, key=lines[0].count))
-    columns = [column.strip() for column in next(rows)[1] or []]
+    _, header = next(rows)
+    columns = [column.strip() for column in header or []]
     if "file_name" not in columns:
         return Metadata(None, ["has no column file_name in its first line: it is not used"])
-    found = _Found()
+    collector = _RowCollector()
     for number, values in rows:
+        if values == []:
+            continue
         fields = None if values is None else dict(zip(columns, values, strict=False))
-        if values != [] and not found.take(
-            number, fields, "not CSV, such as a quotation mark too many or too few"
-        ):
+        if not collector.add(number, fields, NOT_CSV):
             break
-    return Metadata(found.rows, found.remarks)
+    return Metadata(collector.rows, collector.warnings)
 
 
 def _csv_rows(lines: list[str], delimiter: str) -> Iterator[tuple[int, list[str] | None]]:
-    """The number of each row's first line and its values, None for one that is no CSV."""
+    """The number of each row's first line and its values, None if it is not CSV."""
     start = wasted = 0
-    while start < len(lines) and wasted <= 4 * len(
-        lines
-    ):  # each line could begin a row that fails at the file's end
-        reader = csv.reader(
-            (f"{lines[place]}\n" for place in range(start, len(lines))),
-            delimiter=delimiter,
-            strict=True,
-        )
+    # Every line could begin a row that fails only at the end of the file: this bounds the time.
+    while start < len(lines) and wasted <= 4 * len(lines):
+        rest = (f"{lines[i]}\n" for i in range(start, len(lines)))
+        reader = csv.reader(rest, delimiter=delimiter, strict=True)
         number = start + 1
         try:
             for values in reader:
@@ -316,40 +364,48 @@ def _csv_rows(lines: list[str], delimiter: str) -> Iterator[tuple[int, list[str]
         except csv.Error:
             yield number, None
             wasted += start + reader.line_num - number
-            # behind the bad line: a quotation mark that is not closed would swallow the others
+            # Go on after the bad line: an open quotation mark would swallow the others.
             start = number
 
 
-class _Found:
-    """Rows and remarks as they come."""
+class _RowCollector:
+    """Rows and warnings of a file that is being read."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self.remarks: list[str] = []
+        self.warnings: list[str] = []
 
-    def take(self, number: int, fields: Any, otherwise: str) -> bool:
-        """Keep the row that the fields make, or say what they are instead; False to give the file
-        up."""
+    def add(self, number: int, fields: Any, problem: str) -> bool:
+        """Add the row that the fields make, or a warning; returns False if the file should be given
+        up.
+
+        fields is a dict for a row; for anything else, problem says what is wrong.
+        """
         name = fields.get("file_name") if isinstance(fields, dict) else None
         if isinstance(name, str) and name.strip():
-            said = (
-                tidy(value) for key in CAPTION_KEYS if isinstance(value := fields.get(key), str)
-            )
-            self.rows.append(Row(number, name.strip(), next(filter(None, said), "")))
+            self.rows.append(Row(number, name.strip(), _caption_in(fields)))
             return True
-        self.remarks.append(
-            f"line {number}: {'no file_name' if isinstance(fields, dict) else otherwise}"
-        )
-        if len(self.remarks) == MOST_BAD:
-            self.remarks.append(
-                f"line {number}: the {MOST_BAD}th that cannot be used; the rest is not read"
+        reason = "no file_name" if isinstance(fields, dict) else problem
+        self.warnings.append(f"line {number}: {reason}")
+        if len(self.warnings) == MAX_BAD_LINES:
+            self.warnings.append(
+                f"line {number}: the {MAX_BAD_LINES}th that cannot be used; the rest is not read"
             )
-        return len(self.remarks) < MOST_BAD
+        return len(self.warnings) < MAX_BAD_LINES
+
+
+def _caption_in(fields: dict[str, Any]) -> str:
+    """The first of CAPTION_KEYS that holds text, on one line; "" if none does."""
+    for key in CAPTION_KEYS:
+        value = fields.get(key)
+        if isinstance(value, str) and (caption := tidy(value)):
+            return caption
+    return ""
 
 
 def inner_path(file_name: str) -> PurePosixPath | None:
-    """A row's path with / or \\ between its parts, relative to the metadata file's folder; None
-    where it leaves it."""
+    """A row's path, with / or \\ between its parts, relative to the metadata file's folder; None if
+    it leads out of it."""
     if re.match(r"[A-Za-z]:|[/\\]", file_name):
         return None
     parts = [part for part in re.split(r"[/\\]", file_name) if part not in ("", ".")]

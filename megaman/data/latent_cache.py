@@ -1,9 +1,13 @@
-"""VAE moments by key: in safetensors shards on the disk, memory-mapped and shared by runs, or else
-in memory.
+"""A cache of VAE latents by key: safetensors shards on disk, memory-mapped and shared by runs, or
+memory alone.
 
-CACHE_DIR/moments/VAE/SHARD.safetensors; a shard holds what one batch of the VAE gave, and is there
-whole or not at all. Two runs that fill the cache at once write shards of their own; what both hold
-is the same. Pages that are read belong to the system, which drops them when memory is wanted.
+What is cached is the mean and the log variance of the VAE's posterior, of which a training step
+samples its latents: float32 [8, h, w], diffusers' `latent_dist.parameters`.
+
+CACHE_DIR/moments/VAE/SHARD.safetensors: a shard holds one batch of the VAE and is either complete
+or absent. Two runs that fill the cache at the same time write shards of their own; what both
+compute is the same. The pages that are read belong to the operating system, which evicts them when
+memory is needed.
 """
 
 from __future__ import annotations
@@ -26,91 +30,98 @@ from megaman.files import ASIDE, replacing
 from megaman.safe_loading import read_header
 
 FOLDER, SUFFIX = "moments", ".safetensors"
-FORSAKEN = (
-    24 * 3600
-)  # seconds after which a file that is still being written has no writer any more
+ABANDONED = 24 * 3600  # seconds after which an unfinished file has no writer anymore
 FLOAT32 = 4  # bytes
-READS = 128  # after which shards are mapped anew
+MAX_READS = 128  # before the shards are mapped again
 
 
-class Place(NamedTuple):
-    """Where moments are: their shard's number, their first number in it, their shape."""
+class Location(NamedTuple):
+    """Where latents are stored: the number of the shard, their offset in it, in floats, and their
+    shape."""
 
     shard: int
-    first: int
+    offset: int
     shape: tuple[int, ...]
 
 
-class Moments:
+class LatentCache:
     """The shards of one VAE.
 
-    folder is the VAE's own (folder_of), or None to keep everything in memory. Where it cannot be
-    written to, what is added from there on stays in memory, and refused says why.
+    folder is the VAE's own (`vae_folder`), or None to keep everything in memory. If it cannot be
+    written, whatever is added from then on stays in memory, and write_error says why.
     """
 
     def __init__(self, folder: Path | None):
-        self.folder, self.refused = folder, ""
-        self._numbers: list[torch.Tensor] = []  # a shard's, flat and mapped
+        self.folder, self.write_error = folder, ""
+        self._tensors: list[torch.Tensor] = []  # one per shard, flat and memory-mapped
         self._files: list[Path | None] = []
-        self._places: dict[str, Place] = {}
-        self._read_from: list[int] = []  # shards, since they were mapped anew
+        self._locations: dict[str, Location] = {}
+        self._read_shards: list[int] = []  # since they were last mapped
         for path in sorted(folder.glob(f"*{SUFFIX}")) if folder else []:
             self._map(path)
 
+    @property
+    def cache_dir(self) -> Path | None:
+        """The folder that holds the caches of all VAEs."""
+        return self.folder.parents[1] if self.folder else None
+
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._locations
 
-    def place(self, key: str) -> Place:
-        """Raises KeyError where they are not there."""
-        return self._places[key]
+    def location(self, key: str) -> Location:
+        """Where the latents of this key are; raises KeyError if they are missing."""
+        return self._locations[key]
 
-    def read(self, place: Place) -> torch.Tensor:
-        """A copy of the moments at a place, float32 [8, h, w]."""
-        shard, first, shape = place
-        numbers = self._numbers[shard][first : first + math.prod(shape)].view(shape).clone()
-        self._read_from.append(shard)
-        if len(self._read_from) >= READS:
-            self._let_go()
-        return numbers
+    def read(self, location: Location) -> torch.Tensor:
+        """A copy of the latents at a location, float32 [8, h, w]."""
+        shard, offset, shape = location
+        end = offset + math.prod(shape)
+        latents = self._tensors[shard][offset:end].view(shape).clone()
+        self._read_shards.append(shard)
+        if len(self._read_shards) >= MAX_READS:
+            self._remap()
+        return latents
 
-    def _let_go(self) -> None:
-        """Map anew what was read from: a page that was read counts as this process's memory until
-        its mapping goes.
+    def _remap(self) -> None:
+        """Map the shards again that were read: their pages count as memory of this process until
+        the mapping is closed.
 
-        A shard that was deleted by now stays mapped, and so remains whole for this run.
+        A shard that was deleted in the meantime stays mapped, and so remains readable for this run.
         """
-        for shard in set(self._read_from):
+        for shard in set(self._read_shards):
             file = self._files[shard]
             with contextlib.suppress(OSError, RuntimeError):
-                if file and file.stat().st_size == self._numbers[shard].nbytes:
-                    self._numbers[shard] = _mapped(file)
-        self._read_from.clear()
+                if file and file.stat().st_size == self._tensors[shard].nbytes:
+                    self._tensors[shard] = _mapped(file)
+        self._read_shards.clear()
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep these as one shard."""
+        """Store these tensors as one shard."""
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        if self.folder and not self.refused:
+        if self.folder and not self.write_error:
             path = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"
             try:
                 with replacing(path) as aside:
                     save_file(tensors, aside)
             except (OSError, SafetensorError) as error:
-                self.refused = summarize_error(error)
+                self.write_error = summarize_error(error)
             else:
                 self._map(path)
-        if not tensors.keys() <= self._places.keys():
-            for key, tensor in tensors.items():
-                self._places[key] = Place(len(self._numbers), 0, tuple(tensor.shape))
-                self._numbers.append(tensor.flatten())
-                self._files.append(None)
+        if not tensors.keys() <= self._locations.keys():
+            self._keep_in_memory(tensors)
+
+    def _keep_in_memory(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for key, tensor in tensors.items():
+            self._locations[key] = Location(len(self._tensors), 0, tuple(tensor.shape))
+            self._tensors.append(tensor.flatten())
+            self._files.append(None)
 
     def forget_keys(self) -> None:
-        """Free the memory of the keys, of which 100,000 take 40 MB; what was asked for can still be
-        read."""
-        self._places = {}
+        """Free the memory of the keys, 40 MB for 100,000; known locations can still be read."""
+        self._locations = {}
 
-    def files_of(self, shards: Iterable[int]) -> set[Path]:
-        """These shards' files, which are marked as used now."""
+    def use_shards(self, shards: Iterable[int]) -> set[Path]:
+        """The files of these shards, which are marked as just used."""
         files = {file for shard in shards if (file := self._files[shard])}
         for file in files:
             with contextlib.suppress(OSError):
@@ -118,22 +129,21 @@ class Moments:
         return files
 
     def _map(self, path: Path) -> None:
-        """Take in a shard; one that is damaged, or that another run deletes just now, is as if it
-        were not there."""
+        """Add a shard; one that is damaged, or that another run is deleting, counts as missing."""
         try:
             header, start = read_header(path)
             if any(entry["dtype"] != "F32" for entry in header.values()) or start % FLOAT32:
                 return
-            self._numbers.append(_mapped(path))
+            self._tensors.append(_mapped(path))
         except (OSError, RuntimeError, UserError):
             return
         self._files.append(path)
-        shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one object for all that are equal
+        shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal shapes share one object
         for key, entry in header.items():
             shape = tuple(entry["shape"])
-            first = (start + entry["data_offsets"][0]) // FLOAT32
-            place = Place(len(self._numbers) - 1, first, shapes.setdefault(shape, shape))
-            self._places.setdefault(key, place)
+            offset = (start + entry["data_offsets"][0]) // FLOAT32
+            location = Location(len(self._tensors) - 1, offset, shapes.setdefault(shape, shape))
+            self._locations.setdefault(key, location)
 
 
 def _mapped(path: Path) -> torch.Tensor:
@@ -141,31 +151,30 @@ def _mapped(path: Path) -> torch.Tensor:
     return torch.from_file(str(path), shared=False, size=count, dtype=torch.float32)
 
 
-def folder_of(cache_dir: Path, vae: str) -> Path:
-    """Where the moments of the VAE with this identity are."""
-    return cache_dir / FOLDER / vae[:32]
+def vae_folder(cache_dir: Path, vae_id: str) -> Path:
+    """Where the latents of the VAE with this identity are cached."""
+    return cache_dir / FOLDER / vae_id[:32]
 
 
-def prune(cache_dir: Path, limit: float, in_use: set[Path]) -> None:
-    """Delete the shards that were not used for longest until the rest has at most limit bytes;
-    never those in use.
+def prune(cache_dir: Path, max_bytes: float, in_use: set[Path]) -> None:
+    """Delete the least recently used shards until at most max_bytes are left, but none in use.
 
-    A run that has such a shard mapped goes on with it where the system allows a mapped file to be
-    deleted; Windows does not, and the shard stays.
+    Another run that has such a shard mapped can go on reading it if the system allows a mapped file
+    to be deleted; Windows does not, and the shard stays.
     """
-    found = []
+    shards = []
     for path in (cache_dir / FOLDER).glob("*/*"):
         with contextlib.suppress(OSError):
             status = path.stat()
-            if path.name.endswith(ASIDE) and time.time() - status.st_mtime > FORSAKEN:
+            if path.name.endswith(ASIDE) and time.time() - status.st_mtime > ABANDONED:
                 path.unlink()
             elif path.suffix == SUFFIX:
-                found.append((status.st_mtime, status.st_size, path))
-    size = sum(bytes_ for _, bytes_, _ in found)
-    for _, bytes_, path in sorted(found):
-        if size <= limit:
+                shards.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in shards)
+    for _, size, path in sorted(shards):
+        if total <= max_bytes:
             break
         if path not in in_use:
             with contextlib.suppress(OSError):
                 path.unlink()
-                size -= bytes_
+                total -= size

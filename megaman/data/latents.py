@@ -1,5 +1,9 @@
-"""What the frozen VAE says about each picture: computed once, before the loop, and kept for later
-runs; or, without a cache, anew at every visit, with a new random crop each time."""
+"""Where training gets the latents of its images: encoded once by the frozen VAE, before the loop,
+and cached for later runs; or, without a cache, encoded at every visit with a new random crop.
+
+Latents here are the parameters of the VAE's posterior, mean and log variance, float32
+[8, h, w]; a training step samples from them.
+"""
 
 from __future__ import annotations
 
@@ -8,161 +12,206 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megaman.data.file_index import Stamps
+from megaman.data.file_index import FileIndex
 from megaman.data.images import BadImageError
-from megaman.data.latent_cache import Moments, Place
+from megaman.data.latent_cache import LatentCache, Location
 from megaman.errors import UserError, summarize_error
 from megaman.files import stamp_of
-from megaman.models.base import vae_identity
+from megaman.models.base import vae_identity, vae_scale_factor
 from megaman.runtime import retry_on_oom
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
     from megaman.data.buckets import Size
-    from megaman.data.dataset import Form, MegaManDataset
+    from megaman.data.dataset import Crop, MegaManDataset
     from megaman.models.base import Base
 
-# In the VAE together: more do not make it faster, but take more memory. A card wants more to do
-# than a CPU.
-PIXELS_PER_BATCH = {"cuda": 4 * 512 * 512}
-PIXELS_ON_OTHERS = 512 * 512
-MOST_AT_ONCE = 64
-MOST_SHARDS = 4096  # that a run makes; each stays mapped, and a system allows some ten thousands
-VERSION = 1  # of decoding and scaling: another one makes other moments
+# Pixels in one batch of the VAE: more are not faster, but need more memory. A GPU wants larger
+# batches than a CPU.
+MAX_PIXELS_CUDA = 4 * 512 * 512
+MAX_PIXELS_OTHERS = 512 * 512
+MAX_BATCH_SIZE = 64
+MAX_SHARDS = 4096  # per run: each stays mapped, and a system allows some ten thousand mappings
+VERSION = 1  # of decoding and scaling: another version gives other latents
+
+Item = TypeVar("Item")
 
 
-class Kept:
-    """The moments of a dataset's pictures, in its order: kept[i] is float32 [variants, 8, h, w],
-    wherever the store holds them.
+@dataclass(frozen=True)
+class EncodingConfig:
+    """Which crops of an image are encoded, and how.
 
-    keys has those of each picture's variants, new counts those that were not there before.
+    Args:
+        num_crops: random crops per image, for cached latents.
+        flip: whether every crop is also mirrored.
+        seed: the crops depend on it.
+        num_workers: processes or threads that decode images, next to the main one.
     """
 
-    def __init__(self, store: Moments, keys: Iterable[list[str]], new: int):
-        self._store, self.new = store, new
-        # Numbers in arrays: with 100,000 pictures, objects for each of them would take more than
-        # all the rest.
-        self._starts, self._shards, self._firsts, self._shapes = (
-            array("q", [0]),
-            array("l"),
-            array("q"),
-            [],
-        )
-        for those in keys:
-            for place in map(store.place, those):
-                self._shards.append(place.shard)
-                self._firsts.append(place.first)
-                self._shapes.append(place.shape)
-            self._starts.append(len(self._shards))
-        store.forget_keys()
-        self.files = store.files_of(set(self._shards))
-        self.total = len(self._shards)  # variants
+    num_crops: int = 1
+    flip: bool = False
+    seed: int = 0
+    num_workers: int = 0
 
-    def describe(self, folder: Path | None) -> list[str]:
-        """What was encoded and where it is kept, as lines."""
-        if folder is None or self._store.refused:
-            why = f": {folder} cannot be written ({self._store.refused})" if folder else ""
-            return [f"encoded    {self.total}, kept in memory{why}"]
-        return [f"encoded    {self.new} now, {self.total - self.new} were in {folder}"]
+
+class LatentSource(Protocol):
+    """The latents of a dataset's images, by their index in the dataset."""
+
+    @property
+    def total_crops(self) -> int | None:
+        """The number of crops of all images; None if every visit has its own."""
+        ...
+
+    @property
+    def files(self) -> set[Path]:
+        """The files of the cache that this run uses."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def num_crops(self, index: int) -> int:
+        """The number of crops of an image; a mirror image counts as a crop of its own."""
+        ...
+
+    def latent_size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image's latents."""
+        ...
+
+    def prefetch(self, samples: Sequence[tuple[int, int]]) -> None:
+        """Start to prepare these samples, pairs of sample index and image index, and drop all
+        others."""
+        ...
+
+    def get_batch(
+        self, sample_indices: Sequence[int], indices: Sequence[int], crop_indices: Sequence[int]
+    ) -> torch.Tensor:
+        """The latents [B, 8, h, w] of one crop of each image, on any device.
+
+        sample_indices are the samples' positions in the run, indices the images, crop_indices which
+        of their crops.
+        """
+        ...
+
+    def summary(self) -> list[str]:
+        """What was encoded and where it is cached, as lines to print."""
+        ...
+
+
+class CachedLatents:
+    """A LatentSource of crops that are all in a LatentCache.
+
+    Args:
+        keys: the keys of every image's crops, in the order of the dataset.
+        num_new: how many crops this run had to encode.
+    """
+
+    def __init__(self, cache: LatentCache, keys: Iterable[list[str]], num_new: int):
+        self._cache = cache
+        self._num_new = num_new
+        # Arrays of numbers: with 100,000 images, an object per crop would need more memory than
+        # everything else.
+        self._starts = array("q", [0])  # of each image's crops
+        self._shards = array("l")
+        self._offsets = array("q")
+        self._shapes: list[tuple[int, ...]] = []
+        for image_keys in keys:
+            for location in map(cache.location, image_keys):
+                self._shards.append(location.shard)
+                self._offsets.append(location.offset)
+                self._shapes.append(location.shape)
+            self._starts.append(len(self._shards))
+        cache.forget_keys()
+        self._files = cache.use_shards(set(self._shards))
+
+    @property
+    def total_crops(self) -> int | None:
+        return len(self._shards)
+
+    @property
+    def files(self) -> set[Path]:
+        return self._files
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        """The latents of all crops of an image, [crops, 8, h, w]."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return torch.stack([self._variant(index, pick) for pick in range(self.count(index))])
+        return torch.stack([self._crop(index, i) for i in range(self.num_crops(index))])
 
-    def _variant(self, index: int, pick: int) -> torch.Tensor:
-        number = self._starts[index] + pick
-        return self._store.read(
-            Place(self._shards[number], self._firsts[number], self._shapes[number])
-        )
-
-    def count(self, index: int) -> int:
-        """How many variants the picture has."""
+    def num_crops(self, index: int) -> int:
         return self._starts[index + 1] - self._starts[index]
 
-    def cells(self, index: int) -> tuple[int, int]:
-        """Height and width of the picture in latents."""
-        return self._shapes[self._starts[index]][1:]
+    def latent_size(self, index: int) -> tuple[int, int]:
+        _, height, width = self._shapes[self._starts[index]]
+        return height, width
 
-    def of(
-        self, numbers: Sequence[int], indices: Sequence[int], picks: Sequence[int]
+    def prefetch(self, samples: Sequence[tuple[int, int]]) -> None:
+        """Nothing to do: all latents are in memory or memory-mapped."""
+
+    def get_batch(
+        self, sample_indices: Sequence[int], indices: Sequence[int], crop_indices: Sequence[int]
     ) -> torch.Tensor:
-        """Moments [B, 8, h, w] of a variant each; what number a visit has in the run makes no
-        difference."""
         return torch.stack(
-            [self._variant(index, pick) for index, pick in zip(indices, picks, strict=True)]
+            [self._crop(index, i) for index, i in zip(indices, crop_indices, strict=True)]
         )
 
-    def look_ahead(self, visits: Sequence[tuple[int, int]]) -> None:
-        """All is there already."""
+    def summary(self) -> list[str]:
+        total, folder = len(self._shards), self._cache.cache_dir
+        if folder is None:
+            return [f"encoded    {total}, kept in memory"]
+        if self._cache.write_error:
+            reason = f"{folder} cannot be written ({self._cache.write_error})"
+            return [f"encoded    {total}, kept in memory: {reason}"]
+        return [f"encoded    {self._num_new} now, {total - self._num_new} were in {folder}"]
+
+    def _crop(self, index: int, crop_index: int) -> torch.Tensor:
+        i = self._starts[index] + crop_index
+        return self._cache.read(Location(self._shards[i], self._offsets[i], self._shapes[i]))
 
 
-class _Missing(Dataset):
-    """Some of a dataset's pictures in some forms; a damaged one gives its reason instead of an
-    exception."""
-
-    def __init__(self, dataset: MegaManDataset, wanted: Sequence[tuple[int, list[Form]]]):
-        self.dataset, self.wanted = dataset, wanted
-
-    def __len__(self) -> int:
-        return len(self.wanted)
-
-    def __getitem__(self, place: int) -> list[torch.Tensor] | str:
-        try:
-            return self.dataset.read(*self.wanted[place])
-        except BadImageError as error:
-            return str(error)
-
-
-def _from_workers(loader: DataLoader) -> Iterator[list[torch.Tensor] | str]:
-    """The loader's items; a worker that was killed, as for want of memory, ends in a line."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        remedy = "Take fewer of them, or none: --dataloader_num_workers 0"
-        raise UserError(
-            f"A worker that decodes pictures died ({summarize_error(error)})", remedy
-        ) from None
-
-
-class Encoder:
-    """A VAE that takes pictures of one size in batches, smaller ones and in tiles where memory is
+class VaeEncoder:
+    """Encodes images of one size in batches: smaller ones, and then in tiles, if memory is
     short."""
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae
-        self._pixels = PIXELS_PER_BATCH.get(vae.device.type, PIXELS_ON_OTHERS)
+        is_cuda = vae.device.type == "cuda"
+        self._max_pixels = MAX_PIXELS_CUDA if is_cuda else MAX_PIXELS_OTHERS
 
-    def at_once(self, size: Size) -> int:
-        """Pictures of this size in pixels that go together."""
-        return min(MOST_AT_ONCE, max(1, self._pixels // (size[0] * size[1])))
+    def batch_size(self, size: Size) -> int:
+        """How many images of this size in pixels are encoded together."""
+        return min(MAX_BATCH_SIZE, max(1, self._max_pixels // (size[0] * size[1])))
 
     @torch.no_grad()
-    def moments(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Moments, float32 [B, 8, h, w] on the VAE's device, of pictures [B, 3, H, W]."""
-        return retry_on_oom(partial(self._encode, pictures), self._make_room)
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Latents, float32 [B, 8, h, w] on the VAE's device, of images [B, 3, H, W].
 
-    def _encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        parts = pictures.split(self.at_once(tuple(pictures.shape[2:])))
+        Raises UserError if even a single tile does not fit into memory.
+        """
+        return retry_on_oom(partial(self._encode, pixel_values), self._reduce_memory)
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        height, width = pixel_values.shape[2:]
+        parts = pixel_values.split(self.batch_size((width, height)))
         parts = [part.to(self.vae.device, self.vae.dtype, non_blocking=True) for part in parts]
         return torch.cat([self.vae.encode(part).latent_dist.parameters.float() for part in parts])
 
-    def _make_room(self) -> None:
-        if self._pixels > 1:
-            self._pixels = 1
+    def _reduce_memory(self) -> None:
+        if self._max_pixels > 1:
+            self._max_pixels = 1
         elif not self.vae.use_tiling:
             self.vae.enable_tiling()
         else:
@@ -172,196 +221,255 @@ class Encoder:
             )
 
 
-def identify(base: Base, seen: Stamps) -> str:
-    """The identity of the base's VAE: as noted for its files, or else computed, for which it is
+def identify_vae(base: Base, file_index: FileIndex) -> str:
+    """The identity of the base's VAE: from the file index, or else computed, for which the VAE is
     loaded."""
     files = [(path, stamp_of(path)) for path in base.vae_files()]
-    told = {seen.told(path, stamp) for path, stamp in files}
-    if len(told) == 1 and (known := told.pop()):
-        return known
+    known = {file_index.get(path, stamp) for path, stamp in files}
+    if len(known) == 1 and (identity := known.pop()):
+        return identity
     identity = vae_identity(base.vae)
-    seen.note((path, stamp, identity) for path, stamp in files)
+    file_index.update((path, stamp, identity) for path, stamp in files)
     return identity
 
 
-def encode_pictures(
+@dataclass(frozen=True)
+class _MissingCrops:
+    """The crops of an image that are not in the cache, by key."""
+
+    index: int
+    crops: dict[str, Crop]
+
+
+def encode_dataset(
     load_vae: Callable[[], AutoencoderKL],
     dataset: MegaManDataset,
-    crops: int,
-    flip: bool,
-    seed: int,
-    seen: Stamps,
-    store: Moments,
-    workers: int = 0,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> Kept:
-    """Have the VAE's moments of every form of every picture in the store, computing those that it
-    lacks.
+    config: EncodingConfig,
+    file_index: FileIndex,
+    cache: LatentCache,
+    progress: Callable[[Iterable[Item]], Iterable[Item]] = iter,
+) -> CachedLatents:
+    """Encode all crops of all images that are missing from the cache.
 
-    What cannot be decoded is dropped from the dataset with the reason. load_vae is asked where
-    something is missing only. What is computed is stored batch by batch, so a stop loses one of
-    them at most.
+    Images that cannot be decoded are dropped from the dataset with the reason. load_vae is called
+    only if something is missing. Every batch is stored at once, so a stop loses one at most.
 
-    The workers may be spawned: what they get is pickled. More than there are cores would only slow
+    Workers may be spawned: the dataset is pickled for them. More workers than cores would only slow
     each other down.
     """
-    dataset.recognise(seen)
-    keys, wanted, asked = [], [], set()
-    for index, look in enumerate(dataset.looks):
-        forms = {_key(look.digest, form): form for form in dataset.forms(index, crops, flip, seed)}
-        keys.append(list(forms))
-        if new := {
-            key: form for key, form in forms.items() if key not in store and key not in asked
-        }:
-            asked |= new.keys()
-            wanted.append((index, new))
-    problems = (
-        _encode_missing(load_vae, dataset, wanted, store, workers, progress) if wanted else {}
-    )
-    # A copy of a damaged picture was not decoded, but lacks its moments too.
+    keys, missing = _find_missing(dataset, config, file_index, cache)
+    reasons: dict[int, str] = {}
+    if missing:
+        reasons = _encode_missing(VaeEncoder(load_vae()), dataset, missing, cache, config, progress)
+    # A copy of a damaged image was not decoded, but its latents are missing all the same.
     bad = {
-        index: problems.get(index)
-        for index, those in enumerate(keys)
-        if not all(key in store for key in those)
+        index
+        for index, image_keys in enumerate(keys)
+        if not all(key in cache for key in image_keys)
     }
-    reason = next(iter(problems.values()), "")
-    dataset.drop({dataset.pictures[index]: own or reason for index, own in bad.items()})
-    keys = [those for index, those in enumerate(keys) if index not in bad]
-    return Kept(store, keys, len(asked.intersection(key for those in keys for key in those)))
+    any_reason = next(iter(reasons.values()), "")
+    dataset.drop(
+        {dataset.examples[index].image: reasons.get(index, any_reason) for index in sorted(bad)}
+    )
+    keys = [image_keys for index, image_keys in enumerate(keys) if index not in bad]
+    new_keys = {key for one in missing if one.index not in bad for key in one.crops}
+    return CachedLatents(cache, keys, len(new_keys))
+
+
+def _find_missing(
+    dataset: MegaManDataset, config: EncodingConfig, file_index: FileIndex, cache: LatentCache
+) -> tuple[list[list[str]], list[_MissingCrops]]:
+    """The keys of every image's crops, and the crops that are not in the cache, each once."""
+    keys: list[list[str]] = []
+    missing: list[_MissingCrops] = []
+    missing_keys: set[str] = set()
+    for index, digest in enumerate(dataset.hash_files(file_index)):
+        crops = {
+            _key(digest, crop): crop
+            for crop in dataset.get_crops(index, config.num_crops, config.flip, config.seed)
+        }
+        keys.append(list(crops))
+        new = {
+            key: crop for key, crop in crops.items() if key not in cache and key not in missing_keys
+        }
+        if new:
+            missing_keys |= new.keys()
+            missing.append(_MissingCrops(index, new))
+    return keys, missing
 
 
 def _encode_missing(
-    load_vae: Callable[[], AutoencoderKL],
+    encoder: VaeEncoder,
     dataset: MegaManDataset,
-    wanted: list[tuple[int, dict[str, Form]]],
-    store: Moments,
-    workers: int,
-    progress: Callable[[Iterable], Iterable],
+    missing: Sequence[_MissingCrops],
+    cache: LatentCache,
+    config: EncodingConfig,
+    progress: Callable[[Iterable[Item]], Iterable[Item]],
 ) -> dict[int, str]:
-    """Encode these forms by key into the store, in batches of one size; returns why pictures could
-    not be read."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    missing = _Missing(dataset, [(index, list(new.values())) for index, new in wanted])
-    loader = DataLoader(missing, batch_size=None, num_workers=min(workers, cores))
-    encoder, problems = Encoder(load_vae()), {}
-    pending: dict[Size, dict[str, torch.Tensor]] = {}  # by size
-    least = -(-sum(len(new) for _, new in wanted) // MOST_SHARDS)  # of a shard
-
-    def flush(size: Size) -> None:
-        batch = pending.pop(size)
-        store.add(
-            dict(zip(batch, encoder.moments(torch.stack(list(batch.values()))).cpu(), strict=True))
-        )
-
-    for (index, new), pictures in zip(wanted, progress(_from_workers(loader)), strict=True):
-        if isinstance(pictures, str):
-            problems[index] = pictures
+    """Encode these crops into the cache, in batches of one size; returns why images could not be
+    decoded, by index."""
+    num_workers = min(config.num_workers, _usable_cores())
+    loader = DataLoader(_CropReader(dataset, missing), batch_size=None, num_workers=num_workers)
+    # A run makes at most MAX_SHARDS shards.
+    min_batch = -(-sum(len(one.crops) for one in missing) // MAX_SHARDS)
+    reasons: dict[int, str] = {}
+    pending: dict[Size, dict[str, torch.Tensor]] = {}
+    for one, loaded in zip(missing, progress(_from_workers(loader)), strict=True):
+        if isinstance(loaded, str):
+            reasons[one.index] = loaded
             continue
-        for (key, form), picture in zip(new.items(), pictures, strict=True):
-            pending.setdefault(form.size, {})[key] = picture
-            if len(pending[form.size]) >= max(least, encoder.at_once(form.size)):
-                flush(form.size)
-    for size in list(pending):
-        flush(size)
-    return problems
+        for (key, crop), pixel_values in zip(one.crops.items(), loaded, strict=True):
+            batch = pending.setdefault(crop.size, {})
+            batch[key] = pixel_values
+            if len(batch) >= max(min_batch, encoder.batch_size(crop.size)):
+                _store(encoder, pending.pop(crop.size), cache)
+    for batch in pending.values():
+        _store(encoder, batch, cache)
+    return reasons
 
 
-def _key(digest: bytes, form: Form) -> str:
-    """What the moments of a picture hang on beside the VAE: its bytes and what is done to them."""
-    text = f"{VERSION} {digest.hex()} {form.box} {form.size} {form.mirrored}"
+def _store(encoder: VaeEncoder, batch: dict[str, torch.Tensor], cache: LatentCache) -> None:
+    """Encode crops of one size into the cache as one shard."""
+    latents = encoder.encode(torch.stack(list(batch.values()))).cpu()
+    cache.add(dict(zip(batch, latents, strict=True)))
+
+
+class _CropReader(Dataset):
+    """Loads the missing crops of each image; for a damaged image, the reason in place of an
+    exception."""
+
+    def __init__(self, dataset: MegaManDataset, missing: Sequence[_MissingCrops]):
+        self._dataset = dataset
+        self._requests = [(one.index, list(one.crops.values())) for one in missing]
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, i: int) -> list[torch.Tensor] | str:
+        try:
+            return self._dataset.load_crops(*self._requests[i])
+        except BadImageError as error:
+            return str(error)
+
+
+def _from_workers(loader: DataLoader) -> Iterator[list[torch.Tensor] | str]:
+    """The loader's items; a worker that was killed, for example for lack of memory, raises
+    UserError."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"A worker that decodes pictures died ({summarize_error(error)})",
+            "Use fewer of them, or none: --dataloader_num_workers 0",
+        ) from None
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _key(digest: bytes, crop: Crop) -> str:
+    """What the latents of a crop depend on besides the VAE: the image's bytes and the crop."""
+    text = f"{VERSION} {digest.hex()} {crop.box} {crop.size} {crop.mirrored}"
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def drop_damaged(
-    dataset: MegaManDataset, threads: int, progress: Callable[[Iterable], Iterable] = iter
+    dataset: MegaManDataset,
+    num_threads: int,
+    progress: Callable[[Iterable[Item]], Iterable[Item]] = iter,
 ) -> None:
-    """Decode every picture once and drop those that cannot be: later one of them would stop the
-    run."""
+    """Decode every image once and drop the damaged ones, which would stop the run later."""
 
-    def reason_against(index: int) -> str | None:
+    def find_damage(index: int) -> str | None:
         try:
-            dataset.read(index, dataset.forms(index, 1, False, 0))
+            dataset.load_crops(index, dataset.get_crops(index, 1, False, 0))
         except BadImageError as error:
             return str(error)
         return None
 
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        reasons = list(progress(pool.map(reason_against, range(len(dataset)))))
-    dataset.drop(
-        {path: reason for path, reason in zip(dataset.pictures, reasons, strict=True) if reason}
-    )
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        damage = list(progress(pool.map(find_damage, range(len(dataset)))))
+    pairs = zip(dataset.examples, damage, strict=True)
+    dataset.drop({example.image: reason for example, reason in pairs if reason})
 
 
-class Fresh:
-    """Moments of a dataset's pictures, made when they are asked for; the counterpart of
-    latents.Kept.
+class OnlineLatents:
+    """A LatentSource that encodes images when they are asked for.
 
-    The crop hangs on the seed and the visit's number in the run. Pictures are decoded ahead by
-    threads, since Pillow lets others work while it decodes; on a card they wait in pinned memory.
-
-    Args:
-        vae_scale_factor: pixels a side of one latent cell.
-        threads: that decode.
+    The crop depends on the seed and the sample index. Threads decode images ahead of time, since
+    Pillow releases the GIL while it decodes; for a GPU the pixels wait in pinned memory.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        dataset: MegaManDataset,
-        flip: bool,
-        seed: int,
-        vae_scale_factor: int,
-        threads: int,
-    ):
-        self._encoder, self._dataset, self._flip, self._seed = encoder, dataset, flip, seed
-        self._factor, self._pin = vae_scale_factor, encoder.vae.device.type == "cuda"
-        self._threads = ThreadPoolExecutor(max(1, threads), thread_name_prefix="decoding")
-        self._coming: dict[int, Future[torch.Tensor]] = {}  # by number
+    def __init__(self, encoder: VaeEncoder, dataset: MegaManDataset, config: EncodingConfig):
+        self._encoder, self._dataset, self._config = encoder, dataset, config
+        self._factor = vae_scale_factor(encoder.vae)
+        self._pin_memory = encoder.vae.device.type == "cuda"
+        num_threads = max(1, config.num_workers)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decoding")
+        self._pending: dict[int, Future[torch.Tensor]] = {}  # by sample index
+
+    @property
+    def total_crops(self) -> int | None:
+        return None
+
+    @property
+    def files(self) -> set[Path]:
+        return set()
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def count(self, index: int) -> int:
-        """How many variants the picture has: itself, and its mirror image where that is wanted."""
-        return 1 + (self._flip and not self._dataset.keeps_sides(index))
+    def num_crops(self, index: int) -> int:
+        """Two if the image may be mirrored: itself and its mirror image."""
+        return 2 if self._config.flip and self._dataset.can_flip(index) else 1
 
-    def cells(self, index: int) -> tuple[int, int]:
-        """Height and width of the picture in latents."""
-        width, height = self._dataset.forms(index, 1, False, 0)[0].size
+    def latent_size(self, index: int) -> tuple[int, int]:
+        width, height = self._dataset.get_crops(index, 1, False, 0)[0].size
         return height // self._factor, width // self._factor
 
-    def look_ahead(self, visits: Sequence[tuple[int, int]]) -> None:
-        """Begin to decode the pictures of these visits, by number and index, and forget all
-        others."""
-        self._coming = {
-            number: self._coming.get(number) or self._threads.submit(self._decode, number, index)
-            for number, index in visits
+    def prefetch(self, samples: Sequence[tuple[int, int]]) -> None:
+        self._pending = {
+            sample_index: self._pending.get(sample_index) or self._submit(sample_index, index)
+            for sample_index, index in samples
         }
 
-    def of(
-        self, numbers: Sequence[int], indices: Sequence[int], picks: Sequence[int]
+    def get_batch(
+        self, sample_indices: Sequence[int], indices: Sequence[int], crop_indices: Sequence[int]
     ) -> torch.Tensor:
-        """Moments [B, 8, h, w] of these visits on the VAE's device, mirrored where the pick is
-        1."""
-        missing = [
-            visit for visit in zip(numbers, indices, strict=True) if visit[0] not in self._coming
-        ]
-        for number, index in missing:
-            self._coming[number] = self._threads.submit(self._decode, number, index)
-        pictures = []
-        for number, index, pick in zip(numbers, indices, picks, strict=True):
-            try:
-                picture = self._coming[number].result()
-            except BadImageError as error:
-                path = self._dataset.pictures[index]
-                remedy = "Put it back as it was and go on with --resume_from_checkpoint latest"
-                raise UserError(f"{path}: {error}", remedy) from None
-            pictures.append(picture.flip(-1) if pick else picture)
-        return self._encoder.moments(torch.stack(pictures))
+        """The latents [B, 8, h, w] on the VAE's device; crop index 1 is the mirror image.
 
-    def _decode(self, number: int, index: int) -> torch.Tensor:
-        form = self._dataset.forms(index, 1, False, f"{self._seed} visit {number}")[0]
-        picture = self._dataset.read(index, [form])[0]
-        return picture.pin_memory() if self._pin else picture
+        Raises UserError if an image cannot be decoded anymore.
+        """
+        for sample_index, index in zip(sample_indices, indices, strict=True):
+            if sample_index not in self._pending:
+                self._pending[sample_index] = self._submit(sample_index, index)
+        pixel_values = []
+        for sample_index, index, i in zip(sample_indices, indices, crop_indices, strict=True):
+            crop = self._wait_for(sample_index, index)
+            pixel_values.append(crop.flip(-1) if i else crop)
+        return self._encoder.encode(torch.stack(pixel_values))
+
+    def summary(self) -> list[str]:
+        return []
+
+    def _submit(self, sample_index: int, index: int) -> Future[torch.Tensor]:
+        return self._threads.submit(self._load, sample_index, index)
+
+    def _load(self, sample_index: int, index: int) -> torch.Tensor:
+        seed = f"{self._config.seed} visit {sample_index}"
+        crops = self._dataset.get_crops(index, 1, False, seed)
+        pixel_values = self._dataset.load_crops(index, crops)[0]
+        return pixel_values.pin_memory() if self._pin_memory else pixel_values
+
+    def _wait_for(self, sample_index: int, index: int) -> torch.Tensor:
+        try:
+            return self._pending[sample_index].result()
+        except BadImageError as error:
+            path = self._dataset.examples[index].image
+            remedy = "Restore it and resume with --resume_from_checkpoint latest"
+            raise UserError(f"{path}: {error}", remedy) from None

@@ -1,14 +1,14 @@
-"""What is wrong with a folder of pictures: as lines to print, as dataset_problems.json, as a reason
-not to go on."""
+"""What is wrong with a folder of images: as lines to print, as dataset_problems.json, as an error
+that stops the run."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaman.data.captions import JOINERS, MOST_TOKENS
+from megaman.data.captions import JOINERS, MAX_TOKENS
 from megaman.errors import UserError
 from megaman.files import write_json, write_text
 
@@ -16,98 +16,105 @@ if TYPE_CHECKING:
     from megaman.data.dataset import MegaManDataset
 
 INSTRUCTIONS = Path(__file__).parent.parent / "pages" / "templates" / "instructions.txt"
-MOST_CUT = 3  # captions whose end is printed
+MAX_TRUNCATED = 3  # captions whose end is printed
 
 
-def too_bad(dataset: MegaManDataset, skip_bad: bool) -> UserError | None:
-    """What to say where nothing is left to train on, or, unless skip_bad, less than half of what a
-    person put there."""
-    good, bad, place = len(dataset), len(dataset.problems), f"{dataset.flag} {dataset.data_dir}"
-    if not good:
-        return UserError(
-            f"{place} holds no picture that can be used", "Put JPG, PNG, BMP or WebP there"
-        )
-    if bad <= good or skip_bad:
-        return None
-    remedy = f"Mend them, or train on the other {good} with --skip_bad_images"
-    return UserError(f"{bad} of the {good + bad} files in {place} cannot be used", remedy)
-
-
-def first_too_bad(datasets: Iterable[MegaManDataset], skip_bad: bool) -> UserError | None:
-    """The same for several: the first error there is."""
-    return next((error for dataset in datasets if (error := too_bad(dataset, skip_bad))), None)
+def check_usable(datasets: Iterable[MegaManDataset], skip_bad: bool) -> None:
+    """Raise UserError if a dataset has no image left or, unless skip_bad, has lost more than half
+    of its files."""
+    for dataset in datasets:
+        good, bad = len(dataset), len(dataset.skipped)
+        place = f"{dataset.config.flag} {dataset.data_dir}"
+        if not good:
+            raise UserError(
+                f"{place} holds no picture that can be used", "Put JPG, PNG, BMP or WebP there"
+            )
+        if bad > good and not skip_bad:
+            remedy = f"Fix them, or train on the other {good} with --skip_bad_images"
+            raise UserError(f"{bad} of the {good + bad} files in {place} cannot be used", remedy)
 
 
 def write_instructions(folder: Path) -> Path:
-    """Put into a folder without pictures what a person should know who fills it, and return the
-    file."""
+    """Explain in a folder without images how to fill it; returns the file."""
     guide = folder / "README.md"
     if not guide.exists():
         write_text(guide, INSTRUCTIONS.read_text(encoding="utf-8"))
     return guide
 
 
-def write_problems(path: Path, *datasets: MegaManDataset) -> list[str]:
-    """Write every file of these folders that was left out, every caption to look at, and every one
-    that was made or is too long into a JSON file; returns the same as lines, but made captions and
-    most of the long ones only counted.
+def write_problems(path: Path, datasets: Sequence[MegaManDataset]) -> list[str]:
+    """Write all problems of these datasets to a JSON file: skipped files, captions with warnings,
+    captions that were made from names, and captions that are too long.
 
-    Where there is nothing to tell, an earlier run's file goes, and there is no line.
+    Returns them as lines to print, but captions made from names and most of the long ones only
+    counted. If there are no problems, the file of an earlier run is removed and there are no lines.
     """
-    bad = {file: reason for dataset in datasets for file, reason in dataset.problems.items()}
-    remarks = [
-        remark
-        for dataset in datasets
-        for remark in (*filter(None, dataset.remarks), *dataset.notes)
-    ]
-    remarks = list(dict.fromkeys(remarks))  # two pictures may share a file
-    made = [
-        (dataset, i) for dataset in datasets for i, found in enumerate(dataset.found) if not found
-    ]
-    long = [(dataset, i) for dataset in datasets for i, words in enumerate(dataset.cut) if words]
-    if not bad and not remarks and not made and not long:
+    problems = _collect(datasets)
+    if not any(problems.values()):
         path.unlink(missing_ok=True)
         return []
-    left_out = [{"path": _text(file), "reason": _text(reason)} for file, reason in bad.items()]
-    captions = [{"path": _text(file), "remark": _text(remark)} for file, remark in remarks]
-    without = [
-        {"path": _text(dataset.pictures[i]), "caption": _text(dataset.captions[i])}
-        for dataset, i in made
-    ]
-    cut = [
-        {"path": _text(dataset.pictures[i]), "cut": _text(dataset.cut[i])} for dataset, i in long
-    ]
-    write_json(
-        path,
-        {"left_out": left_out, "captions": captions, "made_captions": without, "cut_captions": cut},
-    )
-    lines = [f"left out: {entry['path']}: {entry['reason']}" for entry in left_out]
+    write_json(path, problems)
+    num_images = sum(len(dataset) for dataset in datasets)
+    return [printable(line) for line in _report(problems, num_images, path)]
+
+
+def _collect(datasets: Sequence[MegaManDataset]) -> dict[str, list[dict[str, str]]]:
+    """The content of dataset_problems.json."""
+    skipped: dict[Path, str] = {}
+    warnings: list[tuple[Path, str]] = []
+    for dataset in datasets:
+        skipped |= dataset.skipped
+        own = [example.caption_warning for example in dataset.examples]
+        warnings += [warning for warning in own if warning]
+        warnings += dataset.metadata_warnings
+    examples = [example for dataset in datasets for example in dataset.examples]
+    made = [example for example in examples if not example.caption_from_file]
+    long = [example for example in examples if example.truncated]
+    distinct = dict.fromkeys(warnings)  # two images may share a caption file
+    return {
+        "left_out": [_entry(file, "reason", reason) for file, reason in skipped.items()],
+        "captions": [_entry(file, "remark", warning) for file, warning in distinct],
+        "made_captions": [_entry(one.image, "caption", one.caption) for one in made],
+        "cut_captions": [_entry(one.image, "cut", one.truncated) for one in long],
+    }
+
+
+def _entry(path: Path, key: str, text: str) -> dict[str, str]:
+    return {"path": _as_unicode(path), key: _as_unicode(text)}
+
+
+def _report(problems: dict[str, list[dict[str, str]]], num_images: int, path: Path) -> list[str]:
+    """The problems as lines for the console."""
+    skipped, captions = problems["left_out"], problems["captions"]
+    made, truncated = problems["made_captions"], problems["cut_captions"]
+    lines = [f"skipped: {entry['path']}: {entry['reason']}" for entry in skipped]
     lines += [f"captions   {entry['path']} {entry['remark']}" for entry in captions]
-    for entry in cut[:MOST_CUT]:
-        words = textwrap.shorten(entry["cut"], 100, placeholder=" ...")
+    for entry in truncated[:MAX_TRUNCATED]:
+        rest = textwrap.shorten(entry["cut"], 100, placeholder=" ...")
         lines.append(
-            f"captions   {entry['path']} has more than {MOST_TOKENS} tokens; cut off: {words}"
+            f"captions   {entry['path']} has more than {MAX_TOKENS} tokens; cut off: {rest}"
         )
-    if len(cut) > MOST_CUT:
-        lines.append(
-            f"captions   {len(cut) - MOST_CUT} more have over {MOST_TOKENS} tokens and are cut off there"
-        )
-    count = sum(map(len, datasets)) + len(left_out)
-    counts = f"{len(left_out)} of {count} files left out, {len(captions)} captions to look at"
-    counts += f", {len(made)} made from names" * bool(made)
-    lines.append(f"           {counts}; listed in {path}")
-    return [printable(line) for line in lines]
+    if len(truncated) > MAX_TRUNCATED:
+        more = len(truncated) - MAX_TRUNCATED
+        lines.append(f"captions   {more} more have over {MAX_TOKENS} tokens and are cut off there")
+    counts = f"{len(skipped)} of {num_images + len(skipped)} files skipped"
+    counts += f", {len(captions)} captions with warnings"
+    if made:
+        counts += f", {len(made)} made from names"
+    return [*lines, f"           {counts}; listed in {path}"]
 
 
-def _text(value: Path | str) -> str:
-    """As Unicode, which a name on Linux need not be: bytes that are not are written as escapes."""
+def _as_unicode(value: Path | str) -> str:
+    """As Unicode, which a name on Linux need not be: other bytes become escapes."""
     return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def printable(line: str) -> str:
-    """The line with whatever would move a terminal's cursor, break the line or turn it around
-    written as an escape."""
-    return "".join(
-        mark if mark.isprintable() or mark in JOINERS else mark.encode("unicode_escape").decode()
-        for mark in line
-    )
+    """The line with escapes for whatever would move the cursor, break the line or reverse it."""
+    return "".join(map(_escape, line))
+
+
+def _escape(character: str) -> str:
+    if character.isprintable() or character in JOINERS:
+        return character
+    return character.encode("unicode_escape").decode()

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megaman.data.captions import MOST_TOKENS, contains
+from megaman.data.captions import MAX_TOKENS, contains
 from megaman.doctor.findings import Finding, Picture, relative, several, some
 
 SENTENCE = (
@@ -89,13 +89,13 @@ def captions(
             pairs,
         )
     lengths = {p.path: estimated_tokens(p.caption) for p in pictures if p.found}
-    long = [path for path, length in lengths.items() if length > MOST_TOKENS]
+    long = [path for path, length in lengths.items() if length > MAX_TOKENS]
     if long:
         details = {path: f"about {length} tokens" for path, length in lengths.items()}
         yield Finding(
             "long_caption",
             True,
-            f"{several(len(long), 'caption')} longer than {MOST_TOKENS} tokens, by estimate",
+            f"{several(len(long), 'caption')} longer than {MAX_TOKENS} tokens, by estimate",
             "Put what matters first and shorten the rest: what is over is cut off",
             long,
             details,

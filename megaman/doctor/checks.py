@@ -79,28 +79,33 @@ def examine(
     (None: those that the captions agree on, if they do). progress may wrap the pictures on their
     way, to show a bar.
     """
-    unread = dict(dataset.problems)
+    unread = dict(dataset.skipped)
     pictures: list[Picture] = []
     remarks: dict[str, tuple[Path, str]] = {}
     small: list[np.ndarray] = []
-    texts = zip(dataset.captions, dataset.found, dataset.remarks, strict=True)
-    once = dict(
-        zip(dataset.pictures, texts, strict=True)
-    )  # a picture that is repeated is no duplicate of itself
+    # An image that is repeated is not a duplicate of itself.
+    once = {example.image: example for example in dataset.examples}
     seen = progress(appearances(list(once), resolution))
-    for (file, (caption, found, remark)), look in zip(once.items(), seen, strict=True):
+    for (file, example), look in zip(once.items(), seen, strict=True):
         if look.problem is not None:
             unread[file] = look.problem
             continue
         path = relative(file, dataset.data_dir)
         pictures.append(
             Picture(
-                path, file, caption, found, look.width, look.height, look.sharpness, look.preview
+                path,
+                file,
+                example.caption,
+                example.caption_from_file,
+                look.width,
+                look.height,
+                look.sharpness,
+                look.preview,
             )
         )
         small.append(look.small)
-        if remark:
-            remarks[path] = remark
+        if example.caption_warning:
+            remarks[path] = example.caption_warning
     bad = [Picture(relative(file, dataset.data_dir), file) for file in unread]
     reasons = {picture.path: reason for picture, reason in zip(bad, unread.values(), strict=True)}
     written = [picture.caption for picture in pictures if picture.found]
@@ -115,7 +120,7 @@ def examine(
             pictures, np.stack(small) if small else np.empty((0, SMALL, SMALL, 3), np.uint8)
         ),
         *captions(pictures, remarks, dataset.data_dir),
-        *metadata(dataset.notes, dataset.data_dir),
+        *metadata(dataset.metadata_warnings, dataset.data_dir),
         *triggers(pictures, trigger, inferred),
         *tags(pictures, term, of_each, trigger),
     ]

@@ -89,7 +89,7 @@ def appearance(picture: Path, resolution: int) -> Appearance:
     resolution."""
     try:
         width, height = image_size(picture)
-        image = open_image(picture, enough=max(resolution, PREVIEW))
+        image = open_image(picture, min_side=max(resolution, PREVIEW))
     except BadImageError as error:
         return Appearance(str(error))
     preview = _jpeg(image)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megaman import schema
-from megaman.data.captions import Variation
+from megaman.data.captions import CaptionAugmentation
 from megaman.errors import UserError
 from megaman.files import read_json, remove_folder, replacing_folder, write_json
 from megaman.lora import adapter as lora
@@ -183,7 +183,7 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         "enable_bucket": False,
         "no_cache": False,
         "class data": "none",
-        **Variation()._asdict(),
+        **CaptionAugmentation()._asdict(),
     }
     saved = {**earlier, **saved}
     return [

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaman.data.captions import Variation, tidy, trigger_words
+from megaman.data.captions import CaptionAugmentation, tidy, trigger_words
 from megaman.hub import HUB_NAME
 
 MOST_SAMPLES = 4
@@ -50,7 +50,7 @@ SETTINGS = (
     "bucket_no_upscale",
     "center_crop",
     "random_flip",
-    *Variation._fields,
+    *CaptionAugmentation._fields,
     "snr_gamma",
     "noise_offset",
     "max_grad_norm",

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from megaman.data.captions import tags, trigger_words
+from megaman.data.captions import count_tags, trigger_words
 
 THUMBNAIL_SIDE = 256  # pixels
 TIMES = (
@@ -94,7 +94,7 @@ def training_metadata(
         for name, (repeats, own) in folders.items()
     }
     trigger = settings["trigger_word"] or trigger_words(captions)
-    frequency = {name: tags(own) for name, (_, own) in folders.items()}
+    frequency = {name: count_tags(own) for name, (_, own) in folders.items()}
     notes = {
         "ss_num_train_images": count,
         "ss_dataset_dirs": json.dumps(dirs),
@@ -135,7 +135,7 @@ def training_metadata(
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction_type, prediction_type),
         "modelspec.description": f"A LoRA trained on {len(captions)} pictures in {steps} steps.",
-        "modelspec.tags": ", ".join(list(tags(captions))[:20]),
+        "modelspec.tags": ", ".join(list(count_tags(captions))[:20]),
     }
     if trigger:
         notes["modelspec.trigger_phrase"] = trigger

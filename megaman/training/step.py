@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from megaman.data import batches
-from megaman.data.batches import Batches, Part, caption_random_for, random_for
+from megaman.data.batches import Batches, MicroBatch, caption_rng_for, generator_for
 from megaman.errors import UserError
 from megaman.training import loss as diffusion
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
-    from megaman.data.captions import Variation
+    from megaman.data.captions import CaptionAugmentation
     from megaman.data.dataset import MegaManDataset
-    from megaman.data.latents import Fresh, Kept
+    from megaman.data.latents import LatentSource
     from megaman.training.compute import Split
 
 PATIENCE = 10  # bad steps in a row; a loss scale that is still finding its size takes fewer
@@ -38,34 +38,33 @@ class Encoded:
     prior preservation (Ruiz et al. 2022, arXiv 2208.12242) as in diffusers' example.
 
     Args:
-        source: of the pictures' moments, in the dataset's order: latents.Kept, or latents.Fresh,
-            which makes them anew.
+        source: of the images' latents, by their index in the dataset.
         vae_scale_factor: pixels a side of one latent cell.
         in_buckets: whether the pictures may differ in size, so that batches have to be of one.
         at_once, accumulated, processes: pictures of a batch and process, batches of a step,
             processes.
-        variation: how the captions differ from one visit to the next.
+        augmentation: how the captions differ from one visit to the next.
     """
 
     def __init__(
         self,
         dataset: MegaManDataset,
-        source: Kept | Fresh,
+        source: LatentSource,
         vae_scale_factor: int,
         in_buckets: bool,
         at_once: int,
         accumulated: int,
         processes: int,
-        variation: Variation,
+        augmentation: CaptionAugmentation,
         seed: int,
         weight: float = 1.0,
     ):
-        self.dataset, self.source, self.variation = dataset, source, variation
+        self.dataset, self.source, self.augmentation = dataset, source, augmentation
         self.seed, self.weight = seed, weight
-        self._epoch = dataset.epoch()
+        self._epoch = dataset.epoch_indices()
         # Width and height of each picture that an epoch sees.
         self.sizes = [
-            tuple(vae_scale_factor * side for side in reversed(source.cells(i)))
+            tuple(vae_scale_factor * side for side in reversed(source.latent_size(i)))
             for i in self._epoch
         ]
         buckets = self.sizes if in_buckets else None
@@ -74,18 +73,20 @@ class Encoded:
     def look_ahead(self, step: int, process: int, size: int) -> None:
         """Have the source prepare what this process will draw in this step and the next one."""
         parts = [
-            part for each in (step, step + 1) for part in self.batches.parts(each, process, size)
+            part
+            for each in (step, step + 1)
+            for part in self.batches.micro_batches(each, process, size)
         ]
-        self.source.look_ahead(
+        self.source.prefetch(
             [
                 visit
                 for part in parts
-                for visit in zip(part.numbers, self._indices(part), strict=True)
+                for visit in zip(part.sample_indices, self._indices(part), strict=True)
             ]
         )
 
     def draw(
-        self, part: Part, scaling_factor: float, noise_offset: float, num_train_timesteps: int
+        self, part: MicroBatch, scaling_factor: float, noise_offset: float, num_train_timesteps: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
         """Latents and noise [B, 4, h, w], timesteps [B] and captions of a part's pictures; the
         latents where their moments are, the rest on the CPU.
@@ -95,26 +96,28 @@ class Encoded:
         """
         indices, generators = (
             self._indices(part),
-            [random_for(self.seed, number) for number in part.numbers],
+            [generator_for(self.seed, number) for number in part.sample_indices],
         )
         picks = [
-            int(torch.randint(self.source.count(index), (1,), generator=generator))
+            int(torch.randint(self.source.num_crops(index), (1,), generator=generator))
             for index, generator in zip(indices, generators, strict=True)
         ]
-        moments = self.source.of(part.numbers, indices, picks)
+        moments = self.source.get_batch(part.sample_indices, indices, picks)
         latents, noise, timesteps = [], [], []
         for row, generator in zip(moments.split(1), generators, strict=True):
             latents.append(diffusion.draw_latents(row, scaling_factor, generator))
             noise.append(diffusion.draw_noise(latents[-1].shape, noise_offset, generator))
             timesteps.append(diffusion.draw_timesteps(1, num_train_timesteps, generator))
         captions = [
-            self.variation.of(self.dataset.captions[index], caption_random_for(self.seed, number))
-            for index, number in zip(indices, part.numbers, strict=True)
+            self.augmentation.apply(
+                self.dataset.examples[index].caption, caption_rng_for(self.seed, number)
+            )
+            for index, number in zip(indices, part.sample_indices, strict=True)
         ]
         return torch.cat(latents), torch.cat(noise), torch.cat(timesteps), captions
 
-    def _indices(self, part: Part) -> list[int]:
-        return [self._epoch[place] for place in part.pictures]
+    def _indices(self, part: MicroBatch) -> list[int]:
+        return [self._epoch[place] for place in part.positions]
 
 
 class TrainingStep:
@@ -159,7 +162,7 @@ class TrainingStep:
         parts = [
             (these, part)
             for these in self.encoded
-            for part in these.batches.parts(step, self.process, split.size)
+            for part in these.batches.micro_batches(step, self.process, split.size)
         ]
         for these in self.encoded:
             these.look_ahead(step, self.process, split.size)
@@ -174,7 +177,7 @@ class TrainingStep:
                 step_loss += loss.detach()
         return step_loss
 
-    def loss(self, these: Encoded, part: Part) -> torch.Tensor:
+    def loss(self, these: Encoded, part: MicroBatch) -> torch.Tensor:
         """The mean loss of a part's pictures (0-d)."""
         latents, noise, timesteps, captions = these.draw(
             part, self.scaling_factor, self.noise_offset, self.scheduler.config.num_train_timesteps
@@ -185,7 +188,7 @@ class TrainingStep:
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         wanted = diffusion.target(self.scheduler, latents, noise, timesteps)
         if self.dropout:
-            batches.seed_dropout(these.seed, part.numbers[0])
+            batches.seed_dropout(these.seed, part.sample_indices[0])
         states = self._there(self.read(captions), self.dtype)
         noise_pred = self.models[0](
             self._there(noisy, self.dtype), self._there(timesteps), states

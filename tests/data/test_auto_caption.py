@@ -24,6 +24,7 @@ from transformers import (
 
 from megaman.data.captioner import caption_missing, load_captioner, without_file, write_captions
 from megaman.data.dataset import MegaManDataset
+from megaman.data.folders import FolderConfig
 from megaman.errors import UserError
 
 WORDS = [
@@ -102,15 +103,13 @@ def texts(folder: Path) -> dict[str, str]:
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.txt"))}
 
 
-def caption(folder: Path, model, said: list | None = None) -> None:
-    caption_missing(
-        str(model), MegaManDataset(folder, None), [].append if said is None else said.append
-    )
+def caption(folder: Path, model: object) -> None:
+    caption_missing(str(model), MegaManDataset(folder, None))
 
 
-def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare):
-    said: list[str] = []
-    caption(bare, blip, said)
+def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare, caplog):
+    caplog.set_level("INFO", "megaman")
+    caption(bare, blip)
     model = BlipForConditionalGeneration.from_pretrained(blip).eval()
     processor = BlipProcessor(
         BlipImageProcessorPil.from_pretrained(blip), BertTokenizer.from_pretrained(blip)
@@ -122,13 +121,13 @@ def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare):
         wanted[path.stem] = processor.decode(ids[1:], skip_special_tokens=True) + "\n"
     assert texts(bare) == wanted
     assert len(set(wanted.values())) == 5, "the captions hang on the pictures"
-    assert said == [
+    assert caplog.messages == [
         f"captions   5 are missing: {blip} writes them",
-        "           5 written as .txt beside the pictures, for you to read and edit",
+        "           5 written as .txt next to the pictures, for you to read and edit",
     ]
     again = MegaManDataset(bare, None)
-    assert again.found == [True] * 5
-    assert again.captions == [wanted[path.stem].strip() for path in again.pictures]
+    assert again.num_written_captions == 5
+    assert again.captions == [wanted[example.image.stem].strip() for example in again.examples]
 
 
 def test_what_is_there_stays_as_it_is(blip, bare):
@@ -152,10 +151,11 @@ def test_what_is_there_stays_as_it_is(blip, bare):
 def test_the_file_has_the_extension_that_is_read(blip, bare):
     (bare / "0.txt").write_text("not read", encoding="utf-8")
     (bare / "1.caption").touch()
-    dataset = MegaManDataset(bare, None, caption_extension=".caption")
-    caption_missing(str(blip), dataset, [].append)
-    found = MegaManDataset(bare, None, caption_extension=".caption")
-    assert found.sources.count("from .caption files") == len(found) - 1, "all but the empty one"
+    config = FolderConfig(caption_extension=".caption")
+    caption_missing(str(blip), MegaManDataset(bare, None, config=config))
+    again = MegaManDataset(bare, None, config=config)
+    sources = [example.source for example in again.examples]
+    assert sources.count("from .caption files") == len(again) - 1, "all but the empty one"
     assert [path.name for path in bare.rglob("*.txt")] == ["0.txt"]
 
 
@@ -171,11 +171,13 @@ def test_a_file_that_comes_while_it_works_stays_too(blip, bare):
     assert set(texts(bare).values()) == {"mine"}
 
 
-def test_a_second_run_loads_no_model(blip, bare):
+def test_a_second_run_loads_no_model(blip, bare, caplog):
     caption(bare, blip)
-    before, said = texts(bare), []
-    caption(bare, "no/such-model", said)
-    assert said == ["captions   none is missing: --auto_caption has nothing to do"]
+    before = texts(bare)
+    caplog.clear()
+    caplog.set_level("INFO", "megaman")
+    caption(bare, "no/such-model")
+    assert caplog.messages == ["captions   none is missing: --auto_caption has nothing to do"]
     assert texts(bare) == before
 
 
@@ -390,7 +392,7 @@ def test_with_check_data_it_captions_reports_and_trains_nothing(blip, bare, fork
     ]
     done = forked.run(["megaman_lora.py", *flags], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "5 written as .cap beside the pictures" in done.stdout
+    assert "5 written as .cap next to the pictures" in done.stdout
     assert len(list(bare.rglob("*.cap"))) == 5 and not texts(bare)
     left = sorted(path.name for path in (tmp_path / "megaman_lora_output").iterdir())
     assert left == ["dataset_report.html", "dataset_report.json"]

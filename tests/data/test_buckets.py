@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.data.batches import Batches, picture_at
-from megaman.data.buckets import Buckets, in_words, make_buckets
+from megaman.data.batches import Batches, position_at
+from megaman.data.buckets import Buckets, make_buckets, summary
 from megaman.errors import UserError
 
 SD15 = make_buckets(512, 512, None, None, None, True)
@@ -127,8 +127,8 @@ def test_the_square_is_there_whatever_the_limits():
 
 
 def test_the_line_of_the_buckets():
-    assert in_words([(64, 64), (32, 128), (64, 64)]) == "64x64: 2, 32x128: 1"
-    assert in_words((8 * side, 8) for side in range(1, 30)).endswith("96x8: 1 and 17 more")
+    assert summary([(64, 64), (32, 128), (64, 64)]) == "64x64: 2, 32x128: 1"
+    assert summary((8 * side, 8) for side in range(1, 30)).endswith("96x8: 1 and 17 more")
 
 
 # Batches.
@@ -159,23 +159,23 @@ def test_every_picture_exactly_once_an_epoch(
     epochs = steps * accumulated // batches.epoch_length
     seen, numbers = Counter(), Counter()
     for step in range(1 + epoch * steps, 1 + (epoch + 1) * steps):
-        per_process = [batches.parts(step, process, part) for process in range(processes)]
+        per_process = [batches.micro_batches(step, process, part) for process in range(processes)]
         assert len({len(parts) for parts in per_process}) == 1, (
             "each process has the same number of exchanges"
         )
         weights = Counter()
         for together in zip(*per_process, strict=True):
-            pictures = [picture for each in together for picture in each.pictures]
+            pictures = [picture for each in together for picture in each.positions]
             assert len({shapes[picture] for picture in pictures}) == 1
             for each in together:
-                assert 1 <= len(each.pictures) == len(each.numbers) <= part
+                assert 1 <= len(each.positions) == len(each.sample_indices) <= part
                 if each.divisor < math.inf:
-                    seen.update(each.pictures)
-                    numbers.update(each.numbers)
+                    seen.update(each.positions)
+                    numbers.update(each.sample_indices)
                     weights.update(
                         {
-                            number: 1 / len(each.pictures) / each.divisor / processes
-                            for number in each.numbers
+                            number: 1 / len(each.positions) / each.divisor / processes
+                            for number in each.sample_indices
                         }
                     )
         assert sum(weights.values()) == pytest.approx(1)
@@ -199,13 +199,15 @@ def test_processes_and_parts_share_the_same_batches(sizes, size, accumulated, se
     def pictures(step, processes, part):
         batches = Batches(len(shapes), shapes, 4 * size // processes, accumulated, processes, seed)
         parts = [
-            each for process in range(processes) for each in batches.parts(step, process, part)
+            each
+            for process in range(processes)
+            for each in batches.micro_batches(step, process, part)
         ]
         return sorted(
             pair
             for each in parts
             if each.divisor < math.inf
-            for pair in zip(each.numbers, each.pictures, strict=True)
+            for pair in zip(each.sample_indices, each.positions, strict=True)
         )
 
     for step in (7, 1, 100):
@@ -219,7 +221,10 @@ def test_epochs_and_seeds_have_their_own_batches():
         batches = Batches(len(shapes), shapes, 2, 1, 1, seed)
         assert batches.epoch_length == 7
         orders |= {
-            tuple(batches.parts(1 + 7 * epoch + place, 0, 2)[0].pictures for place in range(7))
+            tuple(
+                batches.micro_batches(1 + 7 * epoch + place, 0, 2)[0].positions
+                for place in range(7)
+            )
             for epoch in range(5)
         }
     assert len(orders) == 25
@@ -240,10 +245,10 @@ def test_without_buckets_the_pictures_come_in_one_endless_row(
     batches = Batches(count, None, size, accumulated, processes, seed)
     assert (batches.epoch_length, batches.step_length) == (count, size * accumulated * processes)
     for process in range(processes):
-        for micro, part in enumerate(batches.parts(step, process, size)):
+        for micro, part in enumerate(batches.micro_batches(step, process, size)):
             first = (((step - 1) * accumulated + micro) * processes + process) * size
-            assert part.numbers == tuple(range(first, first + size))
-            assert part.pictures == tuple(
-                picture_at(number, count, seed) for number in part.numbers
+            assert part.sample_indices == tuple(range(first, first + size))
+            assert part.positions == tuple(
+                position_at(number, count, seed) for number in part.sample_indices
             )
             assert part.divisor == accumulated

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from megaman.data.captions import (
     COMMON_ENDING,
     JOINERS,
-    LARGEST_FILE,
+    MAX_FILE_SIZE,
     Caption,
     caption_for,
     caption_from_name,
     decode,
-    tells_a_side,
+    names_a_side,
     tidy,
 )
 
@@ -27,7 +27,7 @@ from megaman.data.captions import (
 def read_caption(picture: Path) -> str | None:
     """The text of the file beside the picture; None where the caption was made from the name."""
     caption = caption_for(picture)
-    return caption.text if caption.found else None
+    return caption.text if caption.from_file else None
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_any_bytes_make_one_visible_line_or_nothing(tmp_path_factory, content):
     assert caption.text == " ".join(caption.text.split()) and caption.text.strip(JOINERS)
     assert not any(map(is_control, caption.text))
     assert tidy(caption.text) == caption.text
-    assert caption.found or caption.remark, "a file that is not used is told of"
+    assert caption.from_file or caption.warning, "a file that is not used is told of"
     (folder / "any_caption.txt").write_text(caption.text, encoding="utf-8")
     assert caption_for(folder / "any_caption.png") == Caption(caption.text, True, None, ".txt"), (
         "saved as UTF-8 it stays as it is"
@@ -226,7 +226,7 @@ def test_control_characters_go_and_joiners_stay(tmp_path):
     for content in (bytes(range(1, 32)), "\u200d\u200f ".encode(), "\x85\x9f".encode()):
         (tmp_path / "a.txt").write_bytes(content)
         caption = caption_for(tmp_path / "a.png")
-        assert not caption.found and "holds no text" in caption.remark[1]
+        assert not caption.from_file and "holds no text" in caption.warning[1]
 
 
 def test_a_guessed_encoding_is_known(tmp_path):
@@ -236,16 +236,16 @@ def test_a_guessed_encoding_is_known(tmp_path):
         ("marked", "é".encode("utf-16")),
     ):
         (tmp_path / f"{name}.txt").write_bytes(content)
-    path, remark = caption_for(tmp_path / "guessed.png").remark
+    path, remark = caption_for(tmp_path / "guessed.png").warning
     assert path == tmp_path / "guessed.txt" and "was read as Windows-1252" in remark
     assert [
-        caption_for(tmp_path / f"{name}.png").remark for name in ("plain", "marked", "none")
+        caption_for(tmp_path / f"{name}.png").warning for name in ("plain", "marked", "none")
     ] == [None] * 3
 
 
 def test_a_file_that_cannot_be_read_gives_the_names_caption_and_is_told_of(tmp_path):
-    kinds = {"huge": "bytes are no caption"}
-    (tmp_path / "huge.txt").write_bytes(b"a" * (LARGEST_FILE + 1))
+    kinds = {"huge": "bytes are too many"}
+    (tmp_path / "huge.txt").write_bytes(b"a" * (MAX_FILE_SIZE + 1))
     for name, target in (("gone", "nowhere"), ("loop", "loop")):
         (tmp_path / f"{name}.txt").symlink_to(f"{target}.txt")
         kinds[name] = "cannot be read"
@@ -254,13 +254,13 @@ def test_a_file_that_cannot_be_read_gives_the_names_caption_and_is_told_of(tmp_p
         kinds["pipe"] = "not a file"
     for name, reason in kinds.items():
         caption = caption_for(tmp_path / f"{name}.png")
-        assert (caption.text, caption.found) == (f"{name}, {COMMON_ENDING}", False)
-        assert caption.remark[0] == tmp_path / f"{name}.txt" and reason in caption.remark[1]
+        assert (caption.text, caption.from_file) == (f"{name}, {COMMON_ENDING}", False)
+        assert caption.warning[0] == tmp_path / f"{name}.txt" and reason in caption.warning[1]
 
 
 def test_the_largest_caption_is_taken_whole(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"a" * LARGEST_FILE)
-    assert len(read_caption(tmp_path / "a.png")) == LARGEST_FILE
+    (tmp_path / "a.txt").write_bytes(b"a" * MAX_FILE_SIZE)
+    assert len(read_caption(tmp_path / "a.png")) == MAX_FILE_SIZE
 
 
 @pytest.mark.parametrize(
@@ -278,4 +278,4 @@ def test_the_largest_caption_is_taken_whole(tmp_path):
     ],
 )
 def test_captions_that_tell_a_side(caption, told):
-    assert tells_a_side(caption) == told
+    assert names_a_side(caption) == told

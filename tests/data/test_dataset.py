@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from megaman.data.buckets import make_buckets
 from megaman.data.captions import COMMON_ENDING
-from megaman.data.dataset import MegaManDataset, pixel_values
+from megaman.data.dataset import MegaManDataset, to_tensor
 from megaman.data.images import BadImageError
 from megaman.errors import UserError
 
@@ -34,6 +34,12 @@ def ramp(width: int, height: int) -> Image.Image:
         ]
     )
     return image
+
+
+def all_crops(
+    dataset: MegaManDataset, index: int, num_crops: int, flip: bool, seed: int
+) -> list[torch.Tensor]:
+    return dataset.load_crops(index, dataset.get_crops(index, num_crops, flip, seed))
 
 
 @pytest.fixture
@@ -105,7 +111,7 @@ def test_the_defaults_are_512_pixels_from_the_middle(ramps):
 def test_colors_keep_their_places_and_values(tmp_path):
     image = Image.new("RGB", (4, 2), (255, 0, 51))
     image.putpixel((3, 0), (0, 255, 0))
-    pixels = pixel_values(image)
+    pixels = to_tensor(image)
     assert pixels.shape == (3, 2, 4), "channels, rows, columns"
     assert torch.allclose(pixels[:, 1, 0], torch.tensor([1.0, -1.0, -0.6]))
     assert torch.allclose(pixels[:, 0, 3], torch.tensor([-1.0, 1.0, -1.0]))
@@ -113,7 +119,7 @@ def test_colors_keep_their_places_and_values(tmp_path):
 
 @given(st.integers(0, 255))
 def test_every_value_comes_back_from_minus_one_to_one(value):
-    pixels = pixel_values(Image.new("RGB", (1, 1), (value, value, value)))
+    pixels = to_tensor(Image.new("RGB", (1, 1), (value, value, value)))
     assert -1 <= pixels.min() and pixels.max() <= 1
     assert ((pixels + 1) * 127.5).round().unique().tolist() == [value]
 
@@ -153,7 +159,7 @@ def test_random_crops_differ_and_stay_inside(ramps):
 def test_variants_are_crops_times_mirror_images(ramps, center_crop, crops, flip, counts):
     dataset = MegaManDataset(ramps, None, size=32, center_crop=center_crop)
     for index, count in enumerate(counts):
-        variants = dataset.variants(index, crops, flip, seed=3)
+        variants = all_crops(dataset, index, crops, flip, seed=3)
         assert len(variants) == count
         assert all(
             variant.shape == (3, 32, 32) and variant.dtype == torch.float32 for variant in variants
@@ -171,9 +177,8 @@ def test_variants_are_crops_times_mirror_images(ramps, center_crop, crops, flip,
 
 def test_variants_belong_to_the_seed_and_the_picture_wherever_the_folder_lies(ramps, tmp_path):
     def crops(folder, index=0, seed=1):
-        return torch.stack(
-            MegaManDataset(folder, None, 32, center_crop=False).variants(index, 4, False, seed)
-        )
+        dataset = MegaManDataset(folder, None, 32, center_crop=False)
+        return torch.stack(all_crops(dataset, index, 4, False, seed))
 
     first = crops(ramps)
     assert torch.equal(first, crops(ramps))
@@ -188,9 +193,9 @@ def test_variants_belong_to_the_seed_and_the_picture_wherever_the_folder_lies(ra
 def test_a_picture_whose_caption_tells_a_side_is_not_mirrored(ramps):
     (ramps / "1_wide.txt").write_text("robot, cannon on the Left arm")
     dataset = MegaManDataset(ramps, None, size=32)
-    variants = [dataset.variants(index, 1, True, seed=0) for index in range(3)]
+    variants = [all_crops(dataset, index, 1, True, seed=0) for index in range(3)]
     assert [len(each) for each in variants] == [1, 2, 2]
-    assert torch.equal(variants[0][0], dataset.variants(0, 1, False, seed=0)[0]), (
+    assert torch.equal(variants[0][0], all_crops(dataset, 0, 1, False, seed=0)[0]), (
         "it stays as it was"
     )
 
@@ -200,18 +205,18 @@ def test_in_buckets_a_picture_keeps_its_shape(ramps, center_crop):
     """Each is trained on in its bucket's size, whole where the shapes are the same, without being
     stretched."""
     dataset = MegaManDataset(ramps, None, size=64, center_crop=center_crop)
-    dataset.buckets = make_buckets(64, 64, None, None, None, True)
+    dataset.set_buckets(make_buckets(64, 64, None, None, None, True))
     shapes = [
         (3, 40, 96),
         (3, 96, 40),
         (3, 64, 64),
     ]  # 3 : 1, and what is nearest among the multiples of 8
     for index, shape in enumerate(shapes):
-        variants = dataset.variants(index, 4, False, seed=0)
+        variants = all_crops(dataset, index, 4, False, seed=0)
         assert {tuple(variant.shape) for variant in variants} == {shape}
         assert dataset[index]["pixel_values"].shape == shape
         assert (len(variants) == 1) == (center_crop or index == 2)
-    tall = dataset.variants(1, 1, False, seed=0)[0]
+    tall = all_crops(dataset, 1, 1, False, seed=0)[0]
     assert tall[1, 0].max() < -0.7 or not center_crop, "the top of the picture is there"
     spans = [float(tall[channel].max() - tall[channel].min()) for channel in (0, 1)]
     assert spans[0] == pytest.approx(2, abs=0.05) and spans[1] == pytest.approx(
@@ -223,7 +228,7 @@ def test_captions_are_found_or_made(pictures):
     (pictures / "megaman_02.txt").unlink()
     (pictures / "megaman_04.txt").write_text("")
     dataset = MegaManDataset(pictures, None)
-    assert sum(dataset.found) == 2
+    assert dataset.num_written_captions == 2
     assert dataset.captions == [
         "mega man, blue robot, white background",
         f"mega man, {COMMON_ENDING}",
@@ -238,20 +243,23 @@ def test_check_leaves_out_what_cannot_be_trained_on(pictures):
     Image.new("RGB", (8, 8)).save(pictures / "megaman_03.png")
     (pictures / "megaman_03.txt").unlink()
     dataset = MegaManDataset(pictures, None, size=32)
-    assert (len(dataset), sum(dataset.found)) == (4, 3)
+    assert (len(dataset), dataset.num_written_captions) == (4, 3)
     dataset.check()
-    assert {path.name: reason for path, reason in dataset.problems.items()} == {
+    assert {path.name: reason for path, reason in dataset.skipped.items()} == {
         "megaman_01.png": "empty, 0 bytes",
         "megaman_03.png": "only 8x8 pixels",
     }
-    assert [path.name for path in dataset.pictures] == ["megaman_02.png", "megaman_04.png"]
+    assert [example.image.name for example in dataset.examples] == [
+        "megaman_02.png",
+        "megaman_04.png",
+    ]
     assert dataset.captions == [
         f"mega man, {color} robot, white background" for color in ("red", "orange")
     ]
-    assert (len(dataset), sum(dataset.found)) == (2, 2)
+    assert (len(dataset), dataset.num_written_captions) == (2, 2)
     assert dataset[1]["caption"] == dataset.captions[1]
     dataset.check()
-    assert len(dataset.problems) == 2
+    assert len(dataset.skipped) == 2
 
 
 def test_check_reads_headers_alone(pictures):
@@ -260,7 +268,7 @@ def test_check_reads_headers_alone(pictures):
     path.write_bytes(path.read_bytes()[:-40])
     dataset = MegaManDataset(pictures, None)
     dataset.check()
-    assert dataset.problems == {}
+    assert dataset.skipped == {}
     with pytest.raises(BadImageError):
         dataset[0]
 
@@ -271,7 +279,7 @@ def test_a_damaged_picture_is_named_as_such(pictures):
     with pytest.raises(BadImageError):
         dataset[0]
     with pytest.raises(BadImageError):
-        dataset.variants(0, 4, False, 0)
+        all_crops(dataset, 0, 4, False, 0)
 
 
 def test_it_can_be_iterated_to_its_end(pictures):
@@ -296,8 +304,8 @@ def test_a_name_that_is_not_unicode(tmp_path):
         pytest.skip("this file system takes Unicode names only")
     dataset = MegaManDataset(tmp_path, None, size=32, center_crop=False)
     dataset.check()
-    assert len(dataset) == 1 and dataset.problems == {}
-    assert len(dataset.variants(0, 4, False, seed=0)) == 4
+    assert len(dataset) == 1 and dataset.skipped == {}
+    assert len(all_crops(dataset, 0, 4, False, seed=0)) == 4
     dataset.captions[0].encode("utf-8")
 
 
@@ -313,6 +321,6 @@ def test_names_that_the_terminal_cannot_show(run_script, tmp_path, encoding):
         ["megaman_lora.py", "--data_dir", pictures], tmp_path, {"PYTHONIOENCODING": encoding}
     )
     assert done.returncode == 1
-    assert done.stdout.count("left out: ") == len(list(pictures.iterdir()))
+    assert done.stdout.count("skipped: ") == len(list(pictures.iterdir()))
     assert (tmp_path / "megaman_lora_output" / "dataset_problems.json").exists()
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: --data_dir")

@@ -155,7 +155,7 @@ def test_without_the_cache_a_damaged_picture_is_found_before_the_first_step(trai
     whole = (pictures / "megaman_01.png").read_bytes()
     (pictures / "megaman_01.png").write_bytes(whole[:-40])
     _, said = train("out", "--no_cache")
-    assert "left out: " in said and "pictures   3 in" in said
+    assert "skipped: " in said and "pictures   3 in" in said
 
 
 def test_where_the_cache_cannot_be_written_the_run_goes_on(train, tmp_path):
@@ -219,7 +219,7 @@ def test_a_kill_while_encoding_loses_one_batch_at_most(forked, pictures, tmp_pat
         Image.new("RGB", (256, 256), (number * 9, 80, 120)).save(
             pictures / f"megaman_{number:02d}.png"
         )
-    one_by_one = {"megaman.data.latents.PIXELS_ON_OTHERS": 256 * 256}
+    one_by_one = {"megaman.data.latents.MAX_PIXELS_OTHERS": 256 * 256}
     words = command(pictures, "--resolution", 256, "--center_crop", "--output_dir")
     process = forked.start([*words, "out"], tmp_path, one_by_one)
     deadline = time.monotonic() + 200

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFile
 
 from megaman.data.images import (
-    SMALLEST_SIDE,
+    MIN_SIDE,
     BadImageError,
+    crop_and_resize,
     crop_boxes,
     find_images,
-    fit,
     image_size,
     natural_key,
     open_image,
@@ -370,7 +370,7 @@ def test_any_damage_is_a_bad_image_and_nothing_else(tmp_path_factory, content, c
         except BadImageError as error:
             assert str(error)
         else:
-            assert result.mode == "RGB" if function is open_image else min(result) >= SMALLEST_SIDE
+            assert result.mode == "RGB" if function is open_image else min(result) >= MIN_SIDE
 
 
 @pytest.mark.parametrize("orientation_type", [2, 4, 7])
@@ -483,15 +483,17 @@ def test_random_crops_reach_both_ends_and_differ():
 def test_fit_brings_any_crop_to_the_size(width, height, size):
     image = quarters(width, height)
     for box in crop_boxes(width, height, 2, random.Random(0)):
-        assert fit(image, box, (size, size)).size == (size, size)
+        assert crop_and_resize(image, box, (size, size)).size == (size, size)
 
 
 def test_fit_cuts_out_the_box_and_no_more():
     image = Image.new("RGB", (60, 20), RED)
     image.paste(BLUE, (20, 0, 40, 20))
     for size in (5, 8, 20):
-        assert fit(image, (20, 0, 40, 20), (size, size)).getcolors() == [(size * size, BLUE)]
-    inner = fit(image, (20, 0, 40, 20), (80, 80)).crop(
+        assert crop_and_resize(image, (20, 0, 40, 20), (size, size)).getcolors() == [
+            (size * size, BLUE)
+        ]
+    inner = crop_and_resize(image, (20, 0, 40, 20), (80, 80)).crop(
         (12, 12, 68, 68)
     )  # enlarged, its edges know their neighbours
     assert inner.getcolors() == [(56 * 56, BLUE)]
@@ -499,12 +501,14 @@ def test_fit_cuts_out_the_box_and_no_more():
 
 def test_fit_at_the_same_size_changes_no_pixel():
     image = quarters(32, 32)
-    assert fit(image, (0, 0, 32, 32), (32, 32)).tobytes() == image.tobytes()
+    assert crop_and_resize(image, (0, 0, 32, 32), (32, 32)).tobytes() == image.tobytes()
 
 
 def test_shrinking_averages():
     board = Image.new("L", (32, 32))
     board.putdata([255 * ((x + y) % 2) for y in range(32) for x in range(32)])
     assert near(
-        fit(board.convert("RGB"), (0, 0, 32, 32), (16, 16)).getpixel((7, 7)), (128, 128, 128), 1
+        crop_and_resize(board.convert("RGB"), (0, 0, 32, 32), (16, 16)).getpixel((7, 7)),
+        (128, 128, 128),
+        1,
     )

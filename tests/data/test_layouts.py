@@ -21,7 +21,8 @@ from megaman.data import folders
 from megaman.data.captions import caption_from_name
 from megaman.data.dataset import MegaManDataset
 from megaman.data.folders import (
-    MOST_REMARKS,
+    MAX_WARNINGS,
+    FolderConfig,
     Row,
     inner_path,
     parse_csv,
@@ -71,6 +72,15 @@ def write_csv(
         csv.writer(file, delimiter=delimiter).writerows(
             [["file_name", "size", key], *([n, 64, c] for n, c in placed.items())]
         )
+
+
+def repeats(dataset: MegaManDataset) -> list[int]:
+    return [example.repeats for example in dataset.examples]
+
+
+def caption_warnings(dataset: MegaManDataset) -> list[tuple[Path, str]]:
+    warnings = [example.caption_warning for example in dataset.examples]
+    return [warning for warning in warnings if warning]
 
 
 def flat(folder):
@@ -176,23 +186,16 @@ def test_every_layout_gives_the_same_pairs(tmp_path, layout):
     assert len(PAIRS) == 24
     layout(tmp_path)
     dataset = MegaManDataset(tmp_path, None)
-    pairs = [
-        (path.read_bytes(), said)
-        for path, said in zip(dataset.pictures, dataset.captions, strict=True)
-    ]
+    pairs = [(example.image.read_bytes(), example.caption) for example in dataset.examples]
     assert len(pairs) == 24 and set(pairs) == PAIRS
-    assert (
-        all(dataset.found)
-        and dataset.problems == {}
-        and dataset.notes == []
-        and dataset.remarks == [None] * 24
-    )
+    assert dataset.num_written_captions == 24 and caption_warnings(dataset) == []
+    assert dataset.skipped == {} and dataset.metadata_warnings == []
 
 
 def test_what_was_found_is_said(tmp_path):
     mixed(tmp_path)
-    dataset = MegaManDataset(tmp_path, None, repeats=2)
-    assert dataset.describe(30, False) == [
+    dataset = MegaManDataset(tmp_path, None, config=FolderConfig(repeats=2))
+    assert dataset.summary(30, False) == [
         f"pictures   24 in {tmp_path}, 30 crops",
         "captions   8 from metadata.jsonl, 8 from .txt files, 8 from .caption files",
         f"repeats    {tmp_path.name} x 2: 48 pictures an epoch",
@@ -202,22 +205,19 @@ def test_what_was_found_is_said(tmp_path):
 def test_kohyas_folders_have_repeats(tmp_path):
     kohya(tmp_path)
     dataset = MegaManDataset(tmp_path, None)
-    of = {
-        path.parent.name: repeats
-        for path, repeats in zip(dataset.pictures, dataset.repeats, strict=True)
-    }
-    assert of == {"10_volto": 10, "3_volto robot": 3}
-    assert MegaManDataset(tmp_path, None, repeats=2).repeats == [
-        2 * count for count in dataset.repeats
-    ]
-    epoch = dataset.epoch()
-    assert [epoch.count(index) for index in range(24)] == dataset.repeats and len(epoch) == 12 * 13
+    by_folder = {example.image.parent.name: example.repeats for example in dataset.examples}
+    assert by_folder == {"10_volto": 10, "3_volto robot": 3}
+    twice = MegaManDataset(tmp_path, None, config=FolderConfig(repeats=2))
+    assert repeats(twice) == [2 * count for count in repeats(dataset)]
+    epoch = dataset.epoch_indices()
+    assert [epoch.count(index) for index in range(24)] == repeats(dataset)
+    assert len(epoch) == 12 * 13
     assert (
-        dataset.describe(24, False)[2]
+        dataset.summary(24, False)[2]
         == "repeats    3_volto robot x 3, 10_volto x 10: 156 pictures an epoch"
     )
-    dataset.drop({dataset.pictures[0]: "gone"})
-    assert len(dataset.repeats) == len(dataset.sources) == len(dataset.folders) == 23
+    dataset.drop({dataset.examples[0].image: "gone"})
+    assert len(dataset.examples) == 23
     assert sum(len(captions) for _, captions in dataset.by_folder().values()) == 23
 
 
@@ -234,10 +234,12 @@ def test_without_a_caption_file_the_name_of_kohyas_folder_is_the_caption(tmp_pat
     (nested / "again.txt").touch()
     dataset = MegaManDataset(tmp_path, None)
     said = {
-        path.relative_to(tmp_path).parts[0]: (caption, count, source)
-        for path, caption, count, source in zip(
-            dataset.pictures, dataset.captions, dataset.repeats, dataset.sources, strict=True
+        example.image.relative_to(tmp_path).parts[0]: (
+            example.caption,
+            example.repeats,
+            example.source,
         )
+        for example in dataset.examples
     }
     assert said == {
         "10_volto, blue_robot": ("volto, blue_robot", 10, "made from folder names"),
@@ -245,11 +247,11 @@ def test_without_a_caption_file_the_name_of_kohyas_folder_is_the_caption(tmp_pat
         "9999_volto": (caption_from_name(PICTURES[3]), 1, "made from file names"),
         "plain": (caption_from_name(PICTURES[-1]), 1, "made from file names"),
     }
-    assert not any(dataset.found), "no caption was written"
-    (reason,) = dataset.problems.values()
+    assert dataset.num_written_captions == 0, "no caption was written"
+    (reason,) = dataset.skipped.values()
     assert "0_away" in reason
-    (remark,) = filter(None, dataset.remarks)
-    assert remark == (
+    (warning,) = caption_warnings(dataset)
+    assert warning == (
         nested / "again.txt",
         "holds no text: the caption was made from the folder's name",
     )
@@ -258,7 +260,7 @@ def test_without_a_caption_file_the_name_of_kohyas_folder_is_the_caption(tmp_pat
 def test_the_folder_that_is_named_itself_has_no_number(tmp_path):
     folder = tmp_path / "10_volto"
     flat(folder)
-    assert set(MegaManDataset(folder, None).repeats) == {1}
+    assert set(repeats(MegaManDataset(folder, None))) == {1}
 
 
 def test_one_extension_alone(tmp_path):
@@ -266,11 +268,10 @@ def test_one_extension_alone(tmp_path):
     first = tmp_path / PICTURES[0].name
     first.with_suffix(".caption").write_text("the other", encoding="utf-8")
     assert MegaManDataset(tmp_path, None).captions[0] == caption_of(PICTURES[0])
-    dataset = MegaManDataset(tmp_path, None, caption_extension=".caption")
-    assert dataset.captions[0] == "the other" and sum(dataset.found) == 1
+    dataset = MegaManDataset(tmp_path, None, config=FolderConfig(caption_extension=".caption"))
+    assert dataset.captions[0] == "the other" and dataset.num_written_captions == 1
     assert (
-        dataset.describe(24, False)[1]
-        == "captions   23 made from file names, 1 from .caption files"
+        dataset.summary(24, False)[1] == "captions   23 made from file names, 1 from .caption files"
     )
 
 
@@ -278,7 +279,7 @@ def test_pictures_without_a_caption_are_counted_and_named(tmp_path):
     place(tmp_path, suffix=".txt")
     (tmp_path / PICTURES[3].name).with_suffix(".txt").unlink()
     dataset = MegaManDataset(tmp_path, None)
-    lines = write_problems(tmp_path / "out.json", dataset)
+    lines = write_problems(tmp_path / "out.json", [dataset])
     assert len(lines) == 1 and "1 made from names" in lines[0]
     content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     picture = tmp_path / PICTURES[3].name
@@ -314,20 +315,16 @@ def test_what_a_metadata_file_names_wrongly_is_told_by_line(tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (folder / "sub" / d).with_suffix(".txt").write_text("a file of its own", encoding="utf-8")
     dataset = MegaManDataset(folder, None)
-    used = {
-        path.name: caption for path, caption in zip(dataset.pictures, dataset.captions, strict=True)
-    }
+    used = {example.image.name: example.caption for example in dataset.examples}
     assert used == {a: "one", b: caption_from_name(PICTURES[1]), c: "ten", d: "a file of its own"}
-    told = {int(remark.split(":")[0].removeprefix("line ")) for path, remark in dataset.notes}
-    assert told == {2, 3, 4, 5, 6, 8, 9, 10, 11, 12} and {
-        path.name for path, _ in dataset.notes
-    } == {"metadata.jsonl"}
-    assert (
-        dataset.problems[folder / "gone.png"] == "is not there: metadata.jsonl names it in line 7"
-    )
-    assert "may not name (line 6)" in dataset.problems[folder / "sub" / "loop.png"]
-    others = {path for path, reason in dataset.problems.items() if "does not name it" in reason}
-    assert len(others) == 20 and len(dataset.problems) == 22
+    texts = [text for _, text in dataset.metadata_warnings]
+    lines = {int(text.split(":")[0].removeprefix("line ")) for text in texts}
+    assert lines == {2, 3, 4, 5, 6, 8, 9, 10, 11, 12}
+    assert {path.name for path, _ in dataset.metadata_warnings} == {"metadata.jsonl"}
+    assert dataset.skipped[folder / "gone.png"] == "is not there: metadata.jsonl names it in line 7"
+    assert "may not name (line 6)" in dataset.skipped[folder / "sub" / "loop.png"]
+    others = {path for path, reason in dataset.skipped.items() if "does not name it" in reason}
+    assert len(others) == 20 and len(dataset.skipped) == 22
 
 
 def test_the_doctor_tells_of_metadata_lines(tmp_path):
@@ -364,9 +361,9 @@ def test_metadata_counts_before_a_caption_file_and_the_difference_is_said(tmp_pa
     )
     dataset = MegaManDataset(tmp_path, None)
     assert dataset.captions == [f"{caption_of(path)}!" for path in PICTURES]
-    remark = "says something else than metadata.jsonl, which counts"
-    assert dataset.remarks == [
-        ((tmp_path / path.name).with_suffix(".txt"), remark) for path in PICTURES
+    text = "says something else than metadata.jsonl, which counts"
+    assert caption_warnings(dataset) == [
+        ((tmp_path / path.name).with_suffix(".txt"), text) for path in PICTURES
     ]
 
 
@@ -375,8 +372,8 @@ def test_a_table_that_is_not_imagefolders_changes_nothing(tmp_path):
     (tmp_path / "metadata.csv").write_text("id,url\n1,somewhere\n", encoding="utf-8")
     dataset = MegaManDataset(tmp_path, None)
     assert dataset.captions == [caption_of(path) for path in PICTURES]
-    (note,) = dataset.notes
-    assert "no column file_name" in note[1]
+    (warning,) = dataset.metadata_warnings
+    assert "no column file_name" in warning[1]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
@@ -384,17 +381,19 @@ def test_pipes_and_giants_are_not_opened(tmp_path):
     place(tmp_path, suffix=".txt")
     os.mkfifo(tmp_path / "metadata.csv")
     with open(tmp_path / "metadata.jsonl", "wb") as file:
-        file.truncate(folders.LARGEST + 1)
+        file.truncate(folders.MAX_FILE_SIZE + 1)
     dataset = MegaManDataset(tmp_path, None)
-    assert len(dataset) == 24 and all("cannot be read" in remark for _, remark in dataset.notes)
-    assert len(dataset.notes) == 2
+    warnings = [text for _, text in dataset.metadata_warnings]
+    assert len(dataset) == 24 and all("cannot be read" in text for text in warnings)
+    assert len(warnings) == 2
 
 
 def test_many_remarks_are_counted(tmp_path):
     place(tmp_path, suffix=".txt")
     (tmp_path / "metadata.jsonl").write_text("nonsense\n" * 50, encoding="utf-8")
-    remarks = [remark for _, remark in MegaManDataset(tmp_path, None).notes]
-    assert len(remarks) == MOST_REMARKS + 1 and remarks[-1] == f"and {50 - MOST_REMARKS} lines more"
+    warnings = [text for _, text in MegaManDataset(tmp_path, None).metadata_warnings]
+    assert len(warnings) == MAX_WARNINGS + 1
+    assert warnings[-1] == f"and {50 - MAX_WARNINGS} lines more"
 
 
 def test_the_digest_tells_other_repeats_and_captions_apart(tmp_path):
@@ -403,7 +402,7 @@ def test_the_digest_tells_other_repeats_and_captions_apart(tmp_path):
     assert (
         MegaManDataset(tmp_path, None).fingerprint()
         == first
-        != MegaManDataset(tmp_path, None, repeats=2).fingerprint()
+        != MegaManDataset(tmp_path, None, config=FolderConfig(repeats=2)).fingerprint()
     )
 
 
@@ -450,7 +449,7 @@ def test_jsonl_comes_back(rows, key):
         for name, said in rows
     ]
     found = parse_jsonl("\r\n".join(lines))
-    assert found.remarks == []
+    assert found.warnings == []
     wanted = [(name.strip(), " ".join(said.split())) for name, said in rows]
     assert [(row.file_name, row.caption) for row in found.rows] == wanted
     assert [row.line for row in found.rows] == list(range(1, len(rows) + 1))
@@ -463,7 +462,7 @@ def test_csv_comes_back(rows, delimiter):
         [["file_name", "n", "text"], *([n, 1, said] for n, said in rows)]
     )
     found = parse_csv(file.getvalue())
-    assert found.remarks == []
+    assert found.warnings == []
     assert [(row.file_name, row.caption) for row in found.rows] == [
         (n.strip(), " ".join(s.split())) for n, s in rows
     ]
@@ -478,7 +477,7 @@ def test_a_bad_line_costs_only_itself(lines):
     good = [number for number, line in enumerate(lines, start=1) if line.endswith('"b"}')]
     assert [row.line for row in found.rows or []] == good
     bad = [number for number, line in enumerate(lines, start=1) if number not in good]
-    assert [remark.split(":")[0] for remark in found.remarks] == [
+    assert [remark.split(":")[0] for remark in found.warnings] == [
         f"line {number}" for number in bad
     ]
 
@@ -492,7 +491,7 @@ def test_a_quotation_mark_too_few_costs_only_its_line():
         Row(4, "c.png", "three"),
         Row(6, "e.png", 'five, "5"'),
     ]
-    assert [remark.split(":")[0] for remark in found.remarks] == ["line 3", "line 5"]
+    assert [remark.split(":")[0] for remark in found.warnings] == ["line 3", "line 5"]
 
 
 @given(
@@ -532,7 +531,7 @@ def test_hostile_files_end(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content.encode("cp1252"))
     found = read_metadata(path)
-    assert len(found.remarks) <= folders.MOST_BAD + 2
+    assert len(found.warnings) <= folders.MAX_BAD_LINES + 2
 
 
 def test_names_that_are_no_unicode_and_names_of_controls(tmp_path):
@@ -547,5 +546,5 @@ def test_names_that_are_no_unicode_and_names_of_controls(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
     dataset = MegaManDataset(tmp_path, None)
     assert dataset.captions == ["one [2J"]
-    lines = write_problems(tmp_path / "out.json", dataset)
-    assert len(dataset.problems) == 4 and all(line.isprintable() for line in lines)
+    lines = write_problems(tmp_path / "out.json", [dataset])
+    assert len(dataset.skipped) == 4 and all(line.isprintable() for line in lines)

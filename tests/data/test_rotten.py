@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 
 from megaman.data.captions import JOINERS, caption_for, caption_from_name
 from megaman.data.dataset import MegaManDataset
-from megaman.data.file_index import Stamps
+from megaman.data.file_index import FileIndex
 from megaman.data.images import find_images, open_image
-from megaman.data.latent_cache import Moments
-from megaman.data.latents import encode_pictures
-from megaman.data.problems import printable, too_bad, write_problems
+from megaman.data.latent_cache import LatentCache
+from megaman.data.latents import EncodingConfig, encode_dataset
+from megaman.data.problems import check_usable, printable, write_problems
 from megaman.errors import UserError
 from megaman.models.base import load_base
 
@@ -101,15 +101,13 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, trai
     assert_says(said["left_out"], corpus.bad)
     assert_says(said["captions"], corpus.remarks)
     assert f"pictures   {len(corpus.good)} in" in done.stdout
-    named = re.findall(r"^left out: (.*?): ", done.stdout, flags=re.MULTILINE)
+    named = re.findall(r"^skipped: (.*?): ", done.stdout, flags=re.MULTILINE)
     wanted = [
         printable(plain(path)).encode("cp1252", "backslashreplace").decode("cp1252")
         for path in corpus.bad
     ]
     assert sorted(named) == sorted(wanted), "each one once"
-    assert (
-        f"{len(corpus.bad)} of {len(corpus.bad) + len(corpus.good)} files left out" in done.stdout
-    )
+    assert f"{len(corpus.bad)} of {len(corpus.bad) + len(corpus.good)} files skipped" in done.stdout
     noise = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     assert [line for line in noise if not line.startswith(("encoding:", "training:"))] == []
 
@@ -122,11 +120,12 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, trai
 def test_every_good_picture_is_used_with_its_caption(corpus):
     dataset = MegaManDataset(corpus.folder, None, size=64)
     dataset.check()
-    decoded = {picture for picture in dataset.pictures if corpus.bad.get(picture) is None}
+    images = {example.image for example in dataset.examples}
+    decoded = {image for image in images if corpus.bad.get(image) is None}
     assert decoded == set(corpus.good)
     for picture in corpus.good:
         assert open_image(picture).mode == "RGB"
-    captions = dict(zip(dataset.pictures, dataset.captions, strict=True))
+    captions = {example.image: example.caption for example in dataset.examples}
     for picture, text in corpus.captions.items():
         assert captions[picture] == (caption_from_name(picture) if text is None else text)
 
@@ -210,12 +209,14 @@ def test_half_is_not_too_bad(pictures):
         (pictures / f"bad_{number}.png").write_bytes(b"")
     dataset = MegaManDataset(pictures, None)
     dataset.check()
-    assert too_bad(dataset, skip_bad=False) is None
+    check_usable([dataset], skip_bad=False)
     dataset.drop({pictures / "megaman_01.png": "gone"})
-    assert "--skip_bad_images" in str(too_bad(dataset, skip_bad=False))
-    assert too_bad(dataset, skip_bad=True) is None
-    dataset.drop(dict.fromkeys(dataset.pictures, "gone"))
-    assert "holds no picture" in str(too_bad(dataset, skip_bad=True)), "no flag trains on nothing"
+    with pytest.raises(UserError, match="--skip_bad_images"):
+        check_usable([dataset], skip_bad=False)
+    check_usable([dataset], skip_bad=True)
+    dataset.drop({example.image: "gone" for example in dataset.examples})
+    with pytest.raises(UserError, match="holds no picture"):  # no flag trains on nothing
+        check_usable([dataset], skip_bad=True)
 
 
 def test_files_that_vanish_on_the_way(pictures, base_folder, tmp_path):
@@ -225,9 +226,11 @@ def test_files_that_vanish_on_the_way(pictures, base_folder, tmp_path):
     dataset.check()
     (pictures / "megaman_04.png").unlink()
     vae = load_base(str(base_folder), torch.float32).vae
-    moments = encode_pictures(lambda: vae, dataset, 1, False, 0, Stamps(None), Moments(None))
+    moments = encode_dataset(
+        lambda: vae, dataset, EncodingConfig(), FileIndex(None), LatentCache(None)
+    )
     assert len(moments) == len(dataset) == 2
-    write_problems(tmp_path / "dataset_problems.json", dataset)
+    write_problems(tmp_path / "dataset_problems.json", [dataset])
     wanted = {pictures / f"megaman_0{number}.png": "No such file" for number in (1, 4)}
     assert_says(listed(tmp_path)["left_out"], wanted)
 
@@ -251,13 +254,12 @@ def test_what_may_not_be_read():
                 os.seteuid(65534)
             dataset = MegaManDataset(folder, None)
             dataset.check()
-            assert [path.name for path in dataset.pictures] == ["b.png"]
-            assert set(dataset.problems) == {folder / "open" / "a.png", folder / "shut"}
-            assert all("Permission denied" in reason for reason in dataset.problems.values())
-            assert (
-                dataset.remarks[0][0] == folder / "open" / "b.txt"
-                and "Permission denied" in dataset.remarks[0][1]
-            )
+            assert [example.image.name for example in dataset.examples] == ["b.png"]
+            assert set(dataset.skipped) == {folder / "open" / "a.png", folder / "shut"}
+            assert all("Permission denied" in reason for reason in dataset.skipped.values())
+            warning = dataset.examples[0].caption_warning
+            assert warning is not None and warning[0] == folder / "open" / "b.txt"
+            assert "Permission denied" in warning[1]
         finally:
             if root:
                 os.seteuid(0)
@@ -269,18 +271,18 @@ def test_a_caption_file_of_two_pictures_is_named_once(pictures, tmp_path):
     (pictures / "megaman_01.txt").write_bytes("café".encode("cp1252"))
     Image.open(pictures / "megaman_01.png").save(pictures / "megaman_01.jpg")
     dataset = MegaManDataset(pictures, None)
-    lines = write_problems(tmp_path / "dataset_problems.json", dataset)
+    lines = write_problems(tmp_path / "dataset_problems.json", [dataset])
     assert sum("megaman_01.txt" in line for line in lines) == 1
-    assert "0 of 5 files left out, 1 captions to look at" in lines[-1]
+    assert "0 of 5 files skipped, 1 captions with warnings" in lines[-1]
     assert listed(tmp_path)["captions"].keys() == {str(pictures / "megaman_01.txt")}
 
 
 def test_a_caption_of_a_picture_that_is_left_out_is_no_matter(pictures, tmp_path):
     (pictures / "megaman_01.txt").write_bytes("café".encode("cp1252"))
     dataset = MegaManDataset(pictures, None)
-    assert caption_for(pictures / "megaman_01.png").remark
+    assert caption_for(pictures / "megaman_01.png").warning
     dataset.drop({pictures / "megaman_01.png": "gone"})
-    write_problems(tmp_path / "dataset_problems.json", dataset)
+    write_problems(tmp_path / "dataset_problems.json", [dataset])
     assert listed(tmp_path) == {
         "left_out": {str(pictures / "megaman_01.png"): "gone"},
         "captions": {},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megaman.data.file_index import NAME, Stamps
+from megaman.data.file_index import NAME, FileIndex
 from megaman.files import Stamp, digest_of, stamp_of
 
 
@@ -21,26 +21,26 @@ def file(tmp_path) -> Path:
 
 
 def test_what_was_noted_is_told_while_the_file_stays_as_it_is(file, tmp_path):
-    seen = Stamps(tmp_path / "cache")
+    index = FileIndex(tmp_path / "cache")
     stamp = stamp_of(file)
-    assert seen.told(file, stamp) is None
-    seen.note([(file, stamp, "first")])
-    seen.note([(file, stamp, "second")])
-    assert Stamps(tmp_path / "cache").told(file, stamp_of(file)) == "second", (
+    assert index.get(file, stamp) is None
+    index.update([(file, stamp, "first")])
+    index.update([(file, stamp, "second")])
+    assert FileIndex(tmp_path / "cache").get(file, stamp_of(file)) == "second", (
         "another run knows it too"
     )
     os.utime(file, ns=(stamp.changed, stamp.changed + 1))
-    assert seen.told(file, stamp_of(file)) is None, "touched"
+    assert index.get(file, stamp_of(file)) is None, "touched"
     file.write_bytes(b"black")
     os.utime(file, ns=(stamp.changed, stamp.changed))
-    assert seen.told(file, stamp_of(file)) is None, "another size at the same time"
+    assert index.get(file, stamp_of(file)) is None, "another size at the same time"
 
 
 def test_a_path_is_told_from_wherever_it_is_named(file, tmp_path, monkeypatch):
-    seen = Stamps(tmp_path / "cache")
-    seen.note([(file, stamp_of(file), "here")])
+    index = FileIndex(tmp_path / "cache")
+    index.update([(file, stamp_of(file), "here")])
     monkeypatch.chdir(tmp_path)
-    assert seen.told(Path("picture.png"), stamp_of(file)) == "here"
+    assert index.get(Path("picture.png"), stamp_of(file)) == "here"
 
 
 def test_a_digest_is_of_the_bytes_alone(file, tmp_path):
@@ -55,28 +55,32 @@ def test_a_digest_is_of_the_bytes_alone(file, tmp_path):
 )
 def test_a_damaged_table_is_begun_anew(file, tmp_path, content):
     (tmp_path / NAME).write_bytes(content)
-    Stamps(tmp_path).note([(file, stamp_of(file), "known")])
-    assert Stamps(tmp_path).told(file, stamp_of(file)) == "known"
+    FileIndex(tmp_path).update([(file, stamp_of(file), "known")])
+    assert FileIndex(tmp_path).get(file, stamp_of(file)) == "known"
 
 
 def test_without_a_place_it_knows_nothing(file, tmp_path):
     (tmp_path / "file").touch()
-    for seen in (Stamps(None), Stamps(tmp_path / "file"), Stamps(tmp_path / "file" / "below")):
-        seen.note([(file, stamp_of(file), "lost")])
-        assert seen.told(file, stamp_of(file)) is None
+    for index in (
+        FileIndex(None),
+        FileIndex(tmp_path / "file"),
+        FileIndex(tmp_path / "file" / "below"),
+    ):
+        index.update([(file, stamp_of(file), "lost")])
+        assert index.get(file, stamp_of(file)) is None
 
 
 def test_names_that_are_not_unicode(tmp_path):
-    seen, path = Stamps(tmp_path), Path(os.fsdecode(b"/nowhere/\x83\x8d.png"))
-    seen.note([(path, Stamp(1, 2), "known")])
-    assert seen.told(path, Stamp(1, 2)) == "known"
+    index, path = FileIndex(tmp_path), Path(os.fsdecode(b"/nowhere/\x83\x8d.png"))
+    index.update([(path, Stamp(1, 2), "known")])
+    assert index.get(path, Stamp(1, 2)) == "known"
 
 
 def test_several_write_at_once(tmp_path):
     def write(number: int) -> None:
-        seen = Stamps(tmp_path)
+        index = FileIndex(tmp_path)
         for turn in range(20):
-            seen.note(
+            index.update(
                 [(Path(f"/nowhere/{number}-{turn}"), Stamp(number, turn), f"{number} {turn}")]
             )
 
@@ -85,11 +89,11 @@ def test_several_write_at_once(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    seen = Stamps(tmp_path)
+    index = FileIndex(tmp_path)
     for number in range(4):
         for turn in range(20):
             assert (
-                seen.told(Path(f"/nowhere/{number}-{turn}"), Stamp(number, turn))
+                index.get(Path(f"/nowhere/{number}-{turn}"), Stamp(number, turn))
                 == f"{number} {turn}"
             )
     with sqlite3.connect(tmp_path / NAME) as table:

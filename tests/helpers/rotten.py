@@ -200,7 +200,7 @@ def caption_contents() -> dict[str, tuple[bytes, str | None, str | None]]:
         "some_controls": (b"mega\x00 man\x1b[31m\x07, blue", "mega man[31m, blue", None),
         "joined": ("emoji 👩‍🚀, می‌خواهم".encode(), "emoji 👩‍🚀, می‌خواهم", None),
         "long": (words.encode(), words, None),
-        "too_long": (b"word " * 300_000, None, f"1,500,000 bytes are no caption.*{made}"),
+        "too_long": (b"word " * 300_000, None, f"1,500,000 bytes are too many.*{made}"),
     }
 
 

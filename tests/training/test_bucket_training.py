@@ -239,7 +239,7 @@ def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tm
     def loss(forms: list[list[torch.Tensor]]) -> float:
         errors = []
         for number in range(8):
-            index, generator = batches.picture_at(number, 4, 0), batches.random_for(0, number)
+            index, generator = batches.position_at(number, 4, 0), batches.generator_for(0, number)
             pick = int(torch.randint(len(forms[index]), (1,), generator=generator))
             posterior = base.vae.encode(forms[index][pick][None]).latent_dist
             latents = posterior.mean + posterior.std * torch.randn(

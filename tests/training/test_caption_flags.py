@@ -18,12 +18,12 @@ from transformers import CLIPTokenizer
 
 from megaman.config.train import parse_train_config
 from megaman.data import batches
-from megaman.data.captions import Variation, contains, dressed
+from megaman.data.captions import CaptionAugmentation, add_affixes, contains
 from megaman.data.dataset import MegaManDataset
-from megaman.data.file_index import Stamps
-from megaman.data.latent_cache import Moments
-from megaman.data.latents import encode_pictures
-from megaman.data.problems import MOST_CUT, write_problems
+from megaman.data.file_index import FileIndex
+from megaman.data.latent_cache import LatentCache
+from megaman.data.latents import EncodingConfig, encode_dataset
+from megaman.data.problems import MAX_TRUNCATED, write_problems
 from megaman.errors import UserError
 from megaman.models import text_encoding
 from megaman.models.base import load_base
@@ -60,34 +60,34 @@ TAGS = CAPTION.split(", ")
     ],
 )
 def test_dressed(words, wanted):
-    assert dressed("a robot", **words) == wanted
+    assert add_affixes("a robot", **words) == wanted
 
 
 @given(st.text("ab, (.*洛", max_size=12), st.text("ab(.*洛", min_size=1, max_size=4))
 def test_the_trigger_is_there_once_dressed(caption, trigger):
-    once = dressed(caption, trigger)
+    once = add_affixes(caption, trigger)
     assert contains(once, trigger) or not trigger.strip()
-    assert dressed(once, trigger) == once and once.endswith(caption)
+    assert add_affixes(once, trigger) == once and once.endswith(caption)
 
 
 CAPTIONS = st.lists(st.text("abc 洛", max_size=5), min_size=1, max_size=8).map(", ".join)
-VARIATIONS = st.builds(
-    Variation, st.booleans(), st.integers(0, 9), st.floats(0, 1), st.floats(0, 1)
+AUGMENTATIONS = st.builds(
+    CaptionAugmentation, st.booleans(), st.integers(0, 9), st.floats(0, 1), st.floats(0, 1)
 )
 
 
-@given(CAPTIONS, VARIATIONS, st.integers())
-def test_any_variation_keeps_the_first_tags_and_makes_up_none(caption, variation, seed):
-    said = variation.of(caption, random.Random(seed))
-    assert said == variation.of(caption, random.Random(seed)), (
+@given(CAPTIONS, AUGMENTATIONS, st.integers())
+def test_any_variation_keeps_the_first_tags_and_makes_up_none(caption, augmentation, seed):
+    said = augmentation.apply(caption, random.Random(seed))
+    assert said == augmentation.apply(caption, random.Random(seed)), (
         "the same random numbers, the same caption"
     )
     if said == caption:
         return
     tags, left = [tag.strip() for tag in caption.split(",")], said.split(", ") if said else []
     assert all(left.count(tag) <= tags.count(tag) for tag in left if tag)
-    if said and not variation.caption_dropout_rate:
-        kept = tags[: variation.keep_tokens]
+    if said and not augmentation.caption_dropout_rate:
+        kept = tags[: augmentation.keep_tokens]
         assert left[: len(kept)] == kept
 
 
@@ -95,25 +95,27 @@ def test_any_variation_keeps_the_first_tags_and_makes_up_none(caption, variation
 def test_without_flags_nothing_changes_and_nothing_is_drawn(seed):
     rng = random.Random(seed)
     before = rng.getstate()
-    assert Variation(keep_tokens=3).of("b,a  ,", rng) == "b,a  ,"
+    assert CaptionAugmentation(keep_tokens=3).apply("b,a  ,", rng) == "b,a  ,"
     assert rng.getstate() == before
 
 
 def test_the_rates_are_probabilities():
     rngs = [random.Random(number) for number in range(4000)]
-    dropped = [Variation(caption_dropout_rate=0.3).of(CAPTION, rng) for rng in rngs]
+    dropped = [CaptionAugmentation(caption_dropout_rate=0.3).apply(CAPTION, rng) for rng in rngs]
     assert set(dropped) == {"", CAPTION} and dropped.count("") / 4000 == pytest.approx(
         0.3, abs=0.03
     )
     thinned = [
-        Variation(caption_tag_dropout_rate=0.3, keep_tokens=1).of(CAPTION, rng).split(", ")
+        CaptionAugmentation(caption_tag_dropout_rate=0.3, keep_tokens=1)
+        .apply(CAPTION, rng)
+        .split(", ")
         for rng in rngs
     ]
     assert all(
         tags[0] == "volto" and tags == [tag for tag in TAGS if tag in tags] for tags in thinned
     ), "in order"
     assert sum(map(len, thinned)) / 4000 == pytest.approx(1 + 3 * 0.7, abs=0.06)
-    shuffled = [Variation(shuffle_caption=True).of(CAPTION, rng) for rng in rngs]
+    shuffled = [CaptionAugmentation(shuffle_caption=True).apply(CAPTION, rng) for rng in rngs]
     assert (
         all(sorted(said.split(", ")) == sorted(TAGS) for said in shuffled)
         and len(set(shuffled)) == 24
@@ -122,8 +124,8 @@ def test_the_rates_are_probabilities():
 
 @pytest.mark.parametrize(("rate", "tags"), [(1.0, ["volto", "blue robot"]), (0.0, TAGS)])
 def test_kept_tags_are_never_dropped(rate, tags):
-    variation = Variation(caption_tag_dropout_rate=rate, keep_tokens=2)
-    assert variation.of(CAPTION, random.Random(0)) == ", ".join(tags)
+    augmentation = CaptionAugmentation(caption_tag_dropout_rate=rate, keep_tokens=2)
+    assert augmentation.apply(CAPTION, random.Random(0)) == ", ".join(tags)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,9 @@ def encoded(base_folder):
     """The base, the dataset and its moments as the script has them."""
     base = load_base(str(base_folder), torch.float32)
     dataset = MegaManDataset(HELD_OUT, None, 64, center_crop=True)
-    moments = encode_pictures(lambda: base.vae, dataset, 1, False, 0, Stamps(None), Moments(None))
+    moments = encode_dataset(
+        lambda: base.vae, dataset, EncodingConfig(), FileIndex(None), LatentCache(None)
+    )
     return base, dataset, moments
 
 
@@ -161,7 +165,10 @@ def loss_by_hand(encoded, say) -> float:
     parts = []
     with torch.no_grad():
         for row in range(4):
-            index, generator = batches.picture_at(row, len(dataset), 0), batches.random_for(0, row)
+            index, generator = (
+                batches.position_at(row, len(dataset), 0),
+                batches.generator_for(0, row),
+            )
             torch.randint(1, (1,), generator=generator)  # which crop
             latents = diffusion.draw_latents(
                 moments[index][:1], base.vae.config.scaling_factor, generator
@@ -202,7 +209,7 @@ VARIED = {
         "--keep_tokens",
         1,
     ],
-    "dressed": [
+    "with affixes": [
         "--trigger_word",
         "zed",
         "--caption_prefix",
@@ -217,13 +224,15 @@ VARIED = {
 def test_the_loss_of_a_step_is_that_of_its_captions(train_here, encoded, tmp_path, flags):
     train_here(tmp_path, "out", *DATA, "--max_train_steps", 1, *flags)
     options = parse_train_config([str(flag) for flag in flags]).captions
-    variation = Variation(**{flag: getattr(options, flag) for flag in Variation._fields})
+    augmentation = CaptionAugmentation(
+        **{flag: getattr(options, flag) for flag in CaptionAugmentation._fields}
+    )
 
     def say(caption: str, row: int) -> str:
-        caption = dressed(
+        caption = add_affixes(
             caption, options.trigger_word, options.caption_prefix, options.caption_suffix
         )
-        return variation.of(caption, random.Random(f"caption 0 {row}"))
+        return augmentation.apply(caption, random.Random(f"caption 0 {row}"))
 
     by_hand = {
         "as said": loss_by_hand(encoded, say),
@@ -341,8 +350,10 @@ def test_the_split_of_a_step_changes_no_caption(train_here, tmp_path):
 
 
 def test_an_earlier_checkpoint_varied_nothing():
-    assert differences({"seed": 1}, {"seed": 1, **Variation()._asdict()}) == []
-    (said,) = differences({"seed": 1}, {"seed": 1, **Variation(caption_dropout_rate=0.1)._asdict()})
+    assert differences({"seed": 1}, {"seed": 1, **CaptionAugmentation()._asdict()}) == []
+    (said,) = differences(
+        {"seed": 1}, {"seed": 1, **CaptionAugmentation(caption_dropout_rate=0.1)._asdict()}
+    )
     assert said == "caption_dropout_rate was 0.0 and is now 0.1"
 
 
@@ -374,8 +385,8 @@ def test_the_first_long_captions_are_shown_and_the_rest_counted(
         )
     train_here(tmp_path, "out", "--data_dir", pictures, "--max_train_steps", 1)
     said = capsys.readouterr().out
-    assert said.count("has more than 75 tokens; cut off: ") == MOST_CUT and "tail 0\n" in said
-    assert f"{5 - MOST_CUT} more have over 75 tokens" in said
+    assert said.count("has more than 75 tokens; cut off: ") == MAX_TRUNCATED and "tail 0\n" in said
+    assert f"{5 - MAX_TRUNCATED} more have over 75 tokens" in said
     content = json.loads((tmp_path / "out" / "dataset_problems.json").read_text(encoding="utf-8"))
     assert [
         entry["cut"].endswith(f"tail {number}")
@@ -385,7 +396,7 @@ def test_the_first_long_captions_are_shown_and_the_rest_counted(
 
 def test_cut_captions_stay_with_their_pictures(pictures, tmp_path):
     dataset = MegaManDataset(pictures, None)
-    dataset.cut[2] = "the end"
-    dataset.drop({dataset.pictures[0]: "gone"})
-    lines = write_problems(tmp_path / "out.json", dataset)
+    dataset.set_truncated(["", "", "the end", ""])
+    dataset.drop({dataset.examples[0].image: "gone"})
+    lines = write_problems(tmp_path / "out.json", [dataset])
     assert any("megaman_03.png has more than 75 tokens; cut off: the end" in line for line in lines)

@@ -55,8 +55,8 @@ def loss_by_hand(base, folder, numbers, seed: int) -> float:
     dataset, errors = MegaManDataset(folder, None, 64), []
     for number in numbers:
         index, generator = (
-            batches.picture_at(number, len(dataset), seed),
-            batches.random_for(seed, number),
+            batches.position_at(number, len(dataset), seed),
+            batches.generator_for(seed, number),
         )
         torch.randint(1, (1,), generator=generator)  # one crop to choose from
         posterior = base.vae.encode(dataset[index]["pixel_values"][None]).latent_dist
@@ -168,8 +168,8 @@ def test_what_is_said_and_recorded(train, folders, tmp_path, capsys):
     )
     said = capsys.readouterr().out
     assert f"class      3 in {others}, loss times 0.5" in said
-    assert f"left out: {others / 'broken.png'}: not a picture" in said
-    assert "1 of 7 files left out" in said
+    assert f"skipped: {others / 'broken.png'}: not a picture" in said
+    assert "1 of 7 files skipped" in said
     problems = json.loads((tmp_path / "out" / "dataset_problems.json").read_text(encoding="utf-8"))
     assert [entry["path"] for entry in problems["left_out"]] == [str(others / "broken.png")]
     with safe_open(tmp_path / "out" / "lora_weights" / "megaman_lora.safetensors", "pt") as file:

@@ -275,7 +275,7 @@ def test_a_replaced_folder_is_never_lost_when_putting_it_back_fails(tmp_path, mo
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="needs workers that are forked, to break them")
 def test_a_worker_that_dies_ends_in_a_line(train_here, tmp_path, monkeypatch):
-    monkeypatch.setattr("megaman.data.dataset.MegaManDataset.read", lambda *args: os._exit(1))
+    monkeypatch.setattr("megaman.data.dataset.MegaManDataset.load_crops", lambda *args: os._exit(1))
     with pytest.raises(UserError, match="--dataloader_num_workers 0"):
         flags = ["--max_train_steps", 2, "--dataloader_num_workers", 2, "--cache_dir", "cache"]
         train_here(tmp_path, "out", *FIXED, *flags)

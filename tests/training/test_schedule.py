@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaman.config.train import POLYNOMIAL_END, SCHEDULERS
-from megaman.data.batches import epoch_order, picture_at, random_for, seed_dropout
+from megaman.data.batches import epoch_order, generator_for, position_at, seed_dropout
 from megaman.training.optimizer import rate_at, total_steps
 
 SEED = st.integers(0, 2**63 - 1)
@@ -18,7 +18,7 @@ SEED = st.integers(0, 2**63 - 1)
 
 @given(st.integers(1, 60), SEED, st.integers(0, 1000))
 def test_every_picture_comes_once_an_epoch(count, seed, epoch):
-    seen = [picture_at(epoch * count + place, count, seed) for place in range(count)]
+    seen = [position_at(epoch * count + place, count, seed) for place in range(count)]
     assert sorted(seen) == list(range(count))
 
 
@@ -28,7 +28,7 @@ def test_whatever_the_batch_every_picture_comes_equally_often(count, batch, seed
     the others."""
     steps = 3 * count  # three epochs for each picture in a batch
     seen = [
-        picture_at(step * batch + place, count, seed)
+        position_at(step * batch + place, count, seed)
         for step in range(steps)
         for place in range(batch)
     ]
@@ -42,10 +42,10 @@ def test_epochs_and_seeds_have_their_own_order():
 
 
 def test_a_resumed_run_gets_the_same_pictures_whatever_was_asked_before():
-    undisturbed = [picture_at(number, 7, 5) for number in range(100)]
-    backwards = [picture_at(number, 7, 5) for number in reversed(range(100))]
+    undisturbed = [position_at(number, 7, 5) for number in range(100)]
+    backwards = [position_at(number, 7, 5) for number in reversed(range(100))]
     assert backwards[::-1] == undisturbed
-    assert [picture_at(number, 7, 5) for number in range(50, 100)] == undisturbed[50:]
+    assert [position_at(number, 7, 5) for number in range(50, 100)] == undisturbed[50:]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_steps_are_just_enough_for_the_epochs(count, batch, epochs):
 
 
 def drawn(seed: int, number: int) -> bytes:
-    return torch.randn(8, generator=random_for(seed, number)).numpy().tobytes()
+    return torch.randn(8, generator=generator_for(seed, number)).numpy().tobytes()
 
 
 @given(SEED, st.integers(0, 10**9))
@@ -147,4 +147,4 @@ def test_dropout_draws_from_seed_and_micro_batch():
     assert not torch.equal(drawn(0, 6), once)
     assert not torch.equal(drawn(1, 5), once)
     assert torch.equal(drawn(0, 5), once)
-    assert not torch.equal(torch.rand(8, generator=random_for(0, 5)), once)
+    assert not torch.equal(torch.rand(8, generator=generator_for(0, 5)), once)
