@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
             dataset, config.data.resolution, config.captions.trigger_word or None, bar
         )
         print(*report.write_report(output_dir, found), sep="\n")
-        return int(config.run.strict and found.wrong)
+        return int(config.run.strict and found.is_wrong)
     checkpoint, leftovers = open_output(
         output_dir, config.output.resume_from_checkpoint, config.output.overwrite_output
     )

@@ -1,5 +1,5 @@
-"""What the captions of a training set say, for the dataset doctor: tags, the trigger word, lengths,
-likely slips."""
+"""Checks of a training set's captions for the dataset doctor: tags, the trigger word, lengths,
+likely typos."""
 
 from __future__ import annotations
 
@@ -9,278 +9,328 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megaman.data.captions import MAX_TOKENS, contains
-from megaman.doctor.findings import Finding, Picture, relative, several, some
+from megaman.doctor.findings import CheckedImage, Finding, plural, relative_name, shorten
 
-SENTENCE = (
-    5  # words: where a caption's parts have as many in the middle, they are sentences and not tags
-)
-FILLERS = re.compile(
+# Words: if the parts of a caption have at least so many (the median), they are sentences, not tags.
+MIN_SENTENCE = 5
+STOP_WORDS = re.compile(
     r"a|an|the|of|and|or|in|on|at|by|to|with|from|for|is|are|as|its?|his|her|their|this|that"
 )
-SHORTEST_SLIP = 5  # letters: among shorter words one letter more or less is often another word
-# where so few captions lack what the others begin with, they were forgotten rather than meant
-RARE_LACK = 0.1
-OFTEN = 5  # times that a word stands there of which a slip is a slip
+# Letters: one more or less makes another word of many a shorter one.
+MIN_TYPO_LENGTH = 5
+MIN_FREQUENCY = 5  # of a word to be the correct form of a typo
+# If at most this share of the captions lacks what the others begin with, it was forgotten.
+RARE_SHARE = 0.1
+MIN_CAPTIONS = 3  # for checks of what is in every caption or in one only
 
 
-def captions(
-    pictures: Sequence[Picture], remarks: dict[str, tuple[Path, str]], folder: Path
+def check_captions(
+    images: Sequence[CheckedImage], warnings: dict[str, tuple[Path, str]], folder: Path
 ) -> Iterator[Finding]:
-    """Captions that are missing, cannot be used, stand at several pictures, or are too long."""
-    missing = [
-        picture.path for picture in pictures if not picture.found and picture.path not in remarks
-    ]
-    useless = [
-        picture.path for picture in pictures if not picture.found and picture.path in remarks
-    ]
-    guessed = [picture.path for picture in pictures if picture.found and picture.path in remarks]
-    said = {path: f"{relative(file, folder)} {remark}" for path, (file, remark) in remarks.items()}
-    if missing:
-        made = {
-            picture.path: f"made from its name: {picture.caption}"
-            for picture in pictures
-            if not picture.found
-        }
+    """Captions that are missing, unusable, shared by several images, or too long.
+
+    warnings has for some images, by path, the caption file and what is odd about it; folder is the
+    data folder.
+    """
+    details = {
+        path: f"{relative_name(file, folder)} {text}" for path, (file, text) in warnings.items()
+    }
+    yield from _missing(images, details)
+    yield from _unusable(images, details)
+    yield from _odd_encoding(images, details)
+    yield from _shared(images)
+    yield from _too_long(images)
+
+
+def _missing(images: Sequence[CheckedImage], warnings: dict[str, str]) -> Iterator[Finding]:
+    made = [image for image in images if not image.caption_from_file]
+    files = [image.path for image in made if image.path not in warnings]
+    if files:
         yield Finding(
             "no_caption",
             True,
-            f"{several(len(missing), 'picture')} without a caption",
-            "Write what varies into NAME.txt beside each",
-            missing,
-            made,
+            f"{plural(len(files), 'picture')} without a caption",
+            "Write what varies into NAME.txt next to each",
+            files,
+            {image.path: f"made from its name: {image.caption}" for image in made},
         )
-    if useless:
+
+
+def _unusable(images: Sequence[CheckedImage], warnings: dict[str, str]) -> Iterator[Finding]:
+    made = [image.path for image in images if not image.caption_from_file]
+    files = [path for path in made if path in warnings]
+    if files:
         yield Finding(
             "empty_caption",
             True,
-            f"{several(len(useless), 'caption')} empty or not to be read",
+            f"{plural(len(files), 'caption')} empty or unreadable",
             "Write what the picture shows into the file",
-            useless,
-            said,
+            files,
+            warnings,
         )
-    if guessed:
+
+
+def _odd_encoding(images: Sequence[CheckedImage], warnings: dict[str, str]) -> Iterator[Finding]:
+    written = [image.path for image in images if image.caption_from_file]
+    files = [path for path in written if path in warnings]
+    if files:
         yield Finding(
             "encoding",
             False,
-            f"{several(len(guessed), 'caption')} with a remark",
-            "See that the text is right, and save it as UTF-8",
-            guessed,
-            said,
+            f"{plural(len(files), 'caption')} with a warning",
+            "Check the text, and save it as UTF-8",
+            files,
+            warnings,
         )
-    shared: dict[str, list[str]] = defaultdict(list)
-    for picture in pictures:
-        if picture.found:
-            shared[" ".join(picture.caption.casefold().split())].append(picture.path)
-    doubled = [path for paths in shared.values() if len(paths) > 1 for path in paths]
-    pairs = [
-        (paths[0], path, "the same caption") for paths in shared.values() for path in paths[1:]
-    ]
-    if doubled:
-        everywhere = len(shared) == 1 and len(doubled) == len(pictures)
-        title = f"{several(len(doubled), 'picture')} with a caption that another one has too"
-        title = "every picture has the same caption" if everywhere else title
+
+
+def _shared(images: Sequence[CheckedImage]) -> Iterator[Finding]:
+    by_caption: dict[str, list[str]] = defaultdict(list)
+    for image in images:
+        if image.caption_from_file:
+            by_caption[" ".join(image.caption.casefold().split())].append(image.path)
+    files: list[str] = []
+    pairs: list[tuple[str, str, str]] = []
+    for first, *others in by_caption.values():
+        if others:
+            files += [first, *others]
+            pairs += [(first, other, "the same caption") for other in others]
+    if files:
+        everywhere = len(by_caption) == 1 and len(files) == len(images)
+        title = f"{plural(len(files), 'picture')} with the same caption as another"
         yield Finding(
             "doubled_caption",
             not everywhere,
-            title,
-            "Say what tells them apart; what is not named becomes part of the character",
-            doubled,
-            {p.path: p.caption for p in pictures},
+            "every picture has the same caption" if everywhere else title,
+            "Name what differs; what is not named becomes part of the character",
+            files,
+            {image.path: image.caption for image in images},
             pairs,
         )
-    lengths = {p.path: estimated_tokens(p.caption) for p in pictures if p.found}
-    long = [path for path, length in lengths.items() if length > MAX_TOKENS]
-    if long:
-        details = {path: f"about {length} tokens" for path, length in lengths.items()}
+
+
+def _too_long(images: Sequence[CheckedImage]) -> Iterator[Finding]:
+    lengths = {
+        image.path: estimate_tokens(image.caption) for image in images if image.caption_from_file
+    }
+    files = [path for path, length in lengths.items() if length > MAX_TOKENS]
+    if files:
         yield Finding(
             "long_caption",
             True,
-            f"{several(len(long), 'caption')} longer than {MAX_TOKENS} tokens, by estimate",
-            "Put what matters first and shorten the rest: what is over is cut off",
-            long,
-            details,
+            f"{plural(len(files), 'caption')} longer than {MAX_TOKENS} tokens, by estimate",
+            "Put what matters first and shorten the rest: what is beyond is cut off",
+            files,
+            {path: f"about {length} tokens" for path, length in lengths.items()},
         )
 
 
-def metadata(notes: Sequence[tuple[Path, str]], folder: Path) -> Iterator[Finding]:
-    """What could not be used of metadata files."""
-    if notes:
-        told = [f"{relative(file, folder)} {remark}" for file, remark in notes]
-        title = f"{several(len(notes), 'remark')} on metadata files: {some(told, 3)}"
-        yield Finding("metadata", True, title, "Mend the lines: what they say is not used", [])
+def check_metadata(warnings: Sequence[tuple[Path, str]], folder: Path) -> Iterator[Finding]:
+    """Lines of metadata files that could not be used."""
+    if warnings:
+        texts = [f"{relative_name(file, folder)} {text}" for file, text in warnings]
+        title = f"{plural(len(warnings), 'warning')} about metadata files: {shorten(texts, 3)}"
+        yield Finding("metadata", True, title, "Fix these lines: they are not used", [])
 
 
-def triggers(pictures: Sequence[Picture], trigger: str, inferred: bool) -> Iterator[Finding]:
-    """Captions without the trigger words. Those that were inferred may be missing on purpose where
-    many lack them."""
-    written = [picture for picture in pictures if picture.found]
-    lacking = [
-        picture.path for picture in written if trigger and not contains(picture.caption, trigger)
-    ]
-    if lacking:
-        wrong = not inferred or len(lacking) <= RARE_LACK * len(written)
-        remedy = (
-            f"Begin each caption with it, unless the picture shows something else than {trigger}"
-        )
-        title = f"{several(len(lacking), 'caption')} without the trigger word {trigger!r}"
+def check_trigger(
+    images: Sequence[CheckedImage], trigger: str, inferred: bool
+) -> Iterator[Finding]:
+    """Captions without the trigger words. If these were inferred and many captions lack them, that
+    may be intended."""
+    written = [image for image in images if image.caption_from_file]
+    files = [image.path for image in written if trigger and not contains(image.caption, trigger)]
+    if files:
         yield Finding(
-            "no_trigger", wrong, title, remedy, lacking, {p.path: p.caption for p in written}
+            "no_trigger",
+            not inferred or len(files) <= RARE_SHARE * len(written),
+            f"{plural(len(files), 'caption')} without the trigger word {trigger!r}",
+            f"Begin each caption with it, unless the picture shows something other than {trigger}",
+            files,
+            {image.path: image.caption for image in written},
         )
     elif inferred and not trigger and len(written) > 1:
         yield Finding(
             "no_agreement",
             False,
             "no word that most captions begin with",
-            "Begin every caption with the same name for the character: by it you call the LoRA",
+            "Begin every caption with the same name for the character: it will trigger the LoRA",
             [],
         )
 
 
-def tags(
-    pictures: Sequence[Picture], term: str, of_each: Sequence[Sequence[str]], trigger: str
+def check_terms(
+    images: Sequence[CheckedImage], term: str, terms: Sequence[Sequence[str]], trigger: str
 ) -> Iterator[Finding]:
-    """Tags (or words) that stand in one caption twice, in one caption only, in all of them; and
-    likely slips."""
-    written = [picture for picture in pictures if picture.found]
+    """Terms that occur twice in a caption, in one caption only, or in all of them; likely typos.
+
+    term and terms are those of `split_terms`, for the images with a written caption.
+    """
+    written = [image for image in images if image.caption_from_file]
+    terms_of = {image.path: words for image, words in zip(written, terms, strict=True)}
     if term == "tags":
-        doubled = {
-            p.path: ", ".join(twice)
-            for p, own in zip(written, of_each, strict=True)
-            if (twice := twice_in_one(own))
-        }
-        if doubled:
-            title = f"{several(len(doubled), 'caption')} with a tag twice"
-            yield Finding("tag_twice", True, title, "Keep one of the two", list(doubled), doubled)
-    counts = counted(of_each)
-    slips = likely_slips([picture.caption for picture in written])
-    if slips:
-        inside = {p.path: [word for word in words_of(p.caption) if word in slips] for p in written}
-        details = {
-            p: ", ".join(f"{word} ({slips[word]}?)" for word in words)
-            for p, words in inside.items()
-            if words
-        }
-        title = f"{several(len(slips), 'word')} likely mistyped: {some(list(slips))}"
+        yield from _duplicate_tags(terms_of)
+    yield from _typos(written)
+    if len(written) >= MIN_CAPTIONS:
+        counts = count_terms(terms)
+        yield from _in_every_caption(counts, len(written), term, trigger)
+        yield from _in_one_caption(counts, terms_of, term)
+
+
+def _duplicate_tags(tags_of: dict[str, Sequence[str]]) -> Iterator[Finding]:
+    duplicates = {path: duplicate_tags(tags) for path, tags in tags_of.items()}
+    details = {path: ", ".join(tags) for path, tags in duplicates.items() if tags}
+    if details:
+        title = f"{plural(len(details), 'caption')} with a tag twice"
+        yield Finding("tag_twice", True, title, "Keep one of the two", list(details), details)
+
+
+def _typos(images: Sequence[CheckedImage]) -> Iterator[Finding]:
+    typos = likely_typos([image.caption for image in images])
+    details = {}
+    for image in images:
+        words = [word for word in words_of(image.caption) if word in typos]
+        if words:
+            details[image.path] = ", ".join(f"{word} ({typos[word]}?)" for word in words)
+    if typos:
         yield Finding(
-            "slips", False, title, "Compare with the word that stands often", list(details), details
+            "slips",
+            False,
+            f"{plural(len(typos), 'likely typo')}: {shorten(list(typos))}",
+            "Compare with the word that occurs often",
+            list(details),
+            details,
         )
-    if len(written) < 3:
-        return
+
+
+def _in_every_caption(
+    counts: Counter[str], num_captions: int, term: str, trigger: str
+) -> Iterator[Finding]:
     known = {trigger.casefold(), *words_of(trigger)}
-    always = [
-        word
-        for word, count in counts.items()
-        if count == len(written) and word.casefold() not in known
-    ]
-    if always:
+    everywhere = [word for word, count in counts.items() if count == num_captions]
+    unexpected = [word for word in everywhere if word.casefold() not in known]
+    if unexpected:
         yield Finding(
             "in_every",
             False,
-            f"{term} in every caption: {some(always)}",
-            "Right for what never changes; it becomes part of what the trigger word calls",
+            f"{term} in every caption: {shorten(unexpected)}",
+            "Right for what never changes; it becomes part of what the trigger word means",
             [],
         )
-    once = {word for word, count in counts.items() if count == 1}
+
+
+def _in_one_caption(
+    counts: Counter[str], terms_of: dict[str, Sequence[str]], term: str
+) -> Iterator[Finding]:
+    once = [word for word, count in counts.items() if count == 1]
     if once:
         details = {
-            p.path: some([word for word in own if word in once])
-            for p, own in zip(written, of_each, strict=True)
+            path: shorten([word for word in words if counts[word] == 1])
+            for path, words in terms_of.items()
         }
-        names = [word for word in counts if word in once]
         yield Finding(
             "in_one",
             False,
-            f"{term} in one caption only ({len(once)} of {len(counts)}): {some(names)}",
-            "Look for slips and for two words for one thing",
+            f"{term} in one caption only ({len(once)} of {len(counts)}): {shorten(once)}",
+            "Look for typos and for two words for the same thing",
             [path for path, words in details.items() if words],
             details,
         )
 
 
 def words_of(caption: str) -> list[str]:
-    """The words of a caption in small letters, without figures."""
+    """The words of a caption in lower case, without digits."""
     return re.findall(r"[^\W\d_]+", caption.casefold())
 
 
-def estimated_tokens(caption: str) -> int:
-    """About how many tokens CLIP's tokenizer makes of a caption, the two at its ends not counted.
+def estimate_tokens(caption: str) -> int:
+    """About how many tokens CLIP's tokenizer makes of a caption, without the two at its ends.
 
-    A rule, so that nothing has to be loaded: every digit and every run of signs is a token and so
-    is almost every everyday English word; long and rare ones are taken apart. Of Chinese characters
-    each makes three, of other writing beyond Latin each letter one. English tags and sentences came
-    out within a fifth of CLIP's own count.
+    A rule, so that nothing has to be loaded: every digit, every run of punctuation and almost every
+    common English word is one token; long and rare words are split. A Chinese character makes
+    three, a letter of other scripts beyond Latin one. English tags and sentences came out within a
+    fifth of CLIP's own count.
     """
-    count = 0
-    for piece in re.findall(r"[a-z\u00c0-\u024f]+|\d|[^\w\s]+|\w", caption.casefold()):
-        if "\u3400" <= piece <= "\u9fff":
-            count += 3
-        else:
-            count += 1 + (len(piece) > 9) * ((len(piece) - 3) // 7)
-    return count
+    pieces = re.findall(r"[a-z\u00c0-\u024f]+|\d|[^\w\s]+|\w", caption.casefold())
+    return sum(_tokens_in(piece) for piece in pieces)
 
 
-def terms(captions: Sequence[str]) -> tuple[str, list[list[str]]]:
-    """ "tags" and the parts of each caption between its commas, or "words" and its words where
-    those are sentences."""
-    parts = [
-        [" ".join(part.split()) for part in caption.split(",") if part.strip()]
-        for caption in captions
-    ]
-    lengths = sorted(len(part.split()) for caption in parts for part in caption)
-    if lengths and lengths[len(lengths) // 2] < SENTENCE:
-        return "tags", parts
+def _tokens_in(piece: str) -> int:
+    if "\u3400" <= piece <= "\u9fff":
+        return 3
+    return 1 + (len(piece) - 3) // 7 if len(piece) > 9 else 1
+
+
+def split_terms(captions: Sequence[str]) -> tuple[str, list[list[str]]]:
+    """ "tags" and the parts of each caption between its commas; or, if the captions are sentences,
+    "words" and the words of each."""
+    tags = [_tags_of(caption) for caption in captions]
+    lengths: list[int] = []
+    for parts in tags:
+        lengths += [len(tag.split()) for tag in parts]
+    lengths.sort()
+    if lengths and lengths[len(lengths) // 2] < MIN_SENTENCE:
+        return "tags", tags
     words = [re.findall(r"\w[\w'-]*", caption.casefold()) for caption in captions]
-    return "words", [[word for word in caption if not FILLERS.fullmatch(word)] for caption in words]
+    return "words", [_without_stop_words(one) for one in words]
 
 
-def counted(captions_terms: Iterable[Iterable[str]]) -> Counter[str]:
-    """In how many captions each term stands, the most frequent first."""
-    counts = Counter(term for terms in captions_terms for term in set(terms))
+def _tags_of(caption: str) -> list[str]:
+    return [" ".join(part.split()) for part in caption.split(",") if part.strip()]
+
+
+def _without_stop_words(words: Iterable[str]) -> list[str]:
+    return [word for word in words if not STOP_WORDS.fullmatch(word)]
+
+
+def count_terms(terms: Iterable[Iterable[str]]) -> Counter[str]:
+    """In how many captions each term occurs, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for words in terms:
+        counts.update(set(words))
     return Counter(dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))))
 
 
-def twice_in_one(tags: Sequence[str]) -> list[str]:
-    """The tags that stand more than once in one caption."""
+def duplicate_tags(tags: Sequence[str]) -> list[str]:
+    """The tags that occur more than once in a caption."""
     return [tag for tag, count in Counter(tag.casefold() for tag in tags).items() if count > 1]
 
 
-def likely_slips(captions: Iterable[str]) -> dict[str, str]:
-    """Words that stand in one caption only and are a letter away from one that stands often: antena
-    for antenna.
+def likely_typos(captions: Iterable[str]) -> dict[str, str]:
+    """Words that occur in one caption only and are one letter away from a frequent one, with that
+    one: antena, antenna.
 
-    Two words are a letter apart where leaving one letter out of either makes them equal, or
-    swapping two neighbours.
+    Two words are one letter apart if dropping one letter of either makes them equal, or swapping
+    two neighbors.
     """
-    counts = Counter(word for caption in captions for word in set(words_of(caption)))
-    often = {
-        word for word, count in counts.items() if count >= OFTEN and len(word) >= SHORTEST_SLIP
-    }
-    near: dict[str, set[str]] = defaultdict(set)
-    for word in often:
-        for form in {word, *_shortened(word)}:
-            near[form].add(word)
-    slips = {}
-    for word in (
-        word for word, count in counts.items() if count == 1 and len(word) >= SHORTEST_SLIP
-    ):
-        meant = {
-            other
-            for form in {word, *_shortened(word)}
-            for other in near.get(form, ())
-            if _is_slip(word, other)
-        }
-        if meant:
-            slips[word] = max(sorted(meant), key=counts.__getitem__)
-    return slips
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update({word for word in words_of(caption) if len(word) >= MIN_TYPO_LENGTH})
+    frequent_by_form: dict[str, set[str]] = defaultdict(set)
+    for word, count in counts.items():
+        if count >= MIN_FREQUENCY:
+            for form in _forms(word):
+                frequent_by_form[form].add(word)
+    typos = {}
+    for word, count in counts.items():
+        if count == 1:
+            similar: set[str] = set()
+            for form in _forms(word):
+                similar |= frequent_by_form.get(form, set())
+            candidates = sorted(other for other in similar if _is_typo(word, other))
+            if candidates:
+                typos[word] = max(candidates, key=counts.__getitem__)
+    return typos
 
 
-def _shortened(word: str) -> list[str]:
-    return [word[:place] + word[place + 1 :] for place in range(len(word))]
+def _forms(word: str) -> set[str]:
+    """The word, and the word without each of its letters."""
+    return {word, *(word[:i] + word[i + 1 :] for i in range(len(word)))}
 
 
-def _is_slip(word: str, other: str) -> bool:
-    """A letter more or less, or two that changed places; a plural is none, nor is one letter for
-    another (tower)."""
+def _is_typo(word: str, other: str) -> bool:
+    """Whether a letter is missing, added or swapped; a plural is no typo, nor is one letter in
+    place of another (tower, towel)."""
     if len(word) == len(other):
         return sorted(word) == sorted(other)
     return word.rstrip("s") != other.rstrip("s")

@@ -1,4 +1,4 @@
-"""What the dataset doctor finds, as data: pictures and findings."""
+"""What the dataset doctor finds, as data: images and findings."""
 
 from __future__ import annotations
 
@@ -8,32 +8,48 @@ from pathlib import Path
 
 
 @dataclass
-class Picture:
-    """One file and what was seen of it; path relative to the data folder, width and height in
-    pixels, upright."""
+class CheckedImage:
+    """One file and what was found out about it.
+
+    Args:
+        path: relative to the data folder, as Unicode (`relative_name`).
+        file: the real path.
+        caption: empty for an image that cannot be read.
+        caption_from_file: whether somebody wrote the caption; otherwise it was made from a name.
+        width: in pixels, upright; 0 for an image that cannot be read.
+        height: likewise.
+        sharpness: see image_stats.sharpness.
+        preview: a small JPEG.
+        kinds: of the findings that name the image.
+    """
 
     path: str
     file: Path
     caption: str = ""
-    found: bool = False  # whether the caption stood there or was made
+    caption_from_file: bool = False
     width: int = 0
     height: int = 0
     sharpness: float | None = None
     preview: bytes = b""
-    kinds: list[str] = field(default_factory=list)  # of the findings that name it
+    kinds: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to look at: what, in which files, what to do; details says more of some of the
-    files.
+    """Something to look at: what it is, in which files, and what to do.
 
-    wrong is False where it may well be meant. pairs are two of the files that belong together each,
-    with a word on how they differ.
+    Args:
+        kind: a short name.
+        is_wrong: False if it may be intended.
+        title: one line.
+        remedy: what the user can do.
+        files: paths of the images, relative to the data folder.
+        details: more about some of the files, and maybe about others.
+        pairs: two files that belong together and how they differ.
     """
 
     kind: str
-    wrong: bool
+    is_wrong: bool
     title: str
     remedy: str
     files: list[str]
@@ -41,7 +57,7 @@ class Finding:
     pairs: list[tuple[str, str, str]] = field(default_factory=list)
 
     def groups(self) -> list[list[str]]:
-        """The files in groups that belong together; each alone where there are no pairs."""
+        """The files in groups that belong together; without pairs, each alone."""
         group = {file: [file] for file in self.files}
         for one, other, _ in self.pairs:
             if group[one] is not group[other]:
@@ -51,17 +67,19 @@ class Finding:
         return list({id(members): members for members in group.values()}.values())
 
 
-def relative(file: Path, folder: Path) -> str:
-    """A path as the report names it: below the data folder, with forward slashes, as Unicode."""
+def relative_name(file: Path, folder: Path) -> str:
+    """A path as the report names it: relative to the data folder, with forward slashes, as
+    Unicode."""
     path = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def some(words: Sequence[str], most: int = 8) -> str:
-    """The first few of a list, with how many more there are."""
-    more = len(words) - most
-    return ", ".join(words[:most]) + (f" and {more} more" if more > 0 else "")
+def shorten(words: Sequence[str], limit: int = 8) -> str:
+    """The first words of a list, and how many more there are."""
+    shown = ", ".join(words[:limit])
+    return f"{shown} and {len(words) - limit} more" if len(words) > limit else shown
 
 
-def several(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
+def plural(count: int, noun: str) -> str:
+    """The count and the noun, in the plural unless the count is 1."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -334,7 +334,7 @@ def test_the_doctor_tells_of_metadata_lines(tmp_path):
     (finding,) = [finding for finding in report.findings if finding.kind == "metadata"]
     assert (
         "metadata.jsonl line 25: ../\\ud800.png leads out of the folder" in finding.title
-        and report.wrong
+        and report.is_wrong
     )
     write_report(tmp_path / "out", report)
 

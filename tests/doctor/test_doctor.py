@@ -26,12 +26,23 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import doctor as benchmark
 
 from megaman.data.dataset import MegaManDataset
-from megaman.doctor.caption_checks import estimated_tokens, likely_slips, terms, twice_in_one
-from megaman.doctor.checks import BLURRED, Report, examine, shape
+from megaman.doctor.caption_checks import (
+    duplicate_tags,
+    estimate_tokens,
+    likely_typos,
+    split_terms,
+)
+from megaman.doctor.checks import BLURRED, Report, examine, nearest_shape
 from megaman.doctor.duplicates import near_duplicates
 from megaman.doctor.findings import Finding
-from megaman.doctor.image_stats import SMALL, Appearance, appearance, appearances, sharpness
-from megaman.doctor.report import DATA, MARK, NAMES, PAGE, lines, write_report
+from megaman.doctor.image_stats import (
+    THUMBNAIL_SIDE,
+    ImageStats,
+    measure_image,
+    measure_images,
+    sharpness,
+)
+from megaman.doctor.report import DATA, MARK, NAMES, PAGE, summary, write_report
 from megaman.errors import UserError
 
 DEMO = ROOT / "demo" / "images"
@@ -146,9 +157,9 @@ def test_a_sharp_figure_before_a_soft_background_is_sharp():
 def test_a_large_picture_is_judged_at_the_training_size(tmp_path):
     write(tmp_path, "large.png", scene(2, 1024).filter(ImageFilter.GaussianBlur(6)))
     assert (
-        appearance(tmp_path / "large.png", 1024).sharpness
+        measure_image(tmp_path / "large.png", 1024).sharpness
         < BLURRED
-        < appearance(tmp_path / "large.png", 128).sharpness
+        < measure_image(tmp_path / "large.png", 128).sharpness
     )
 
 
@@ -204,7 +215,7 @@ def test_one_background_with_other_figures_is_no_duplicate(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 40])
 def test_equal_pictures_are_paired_however_many_and_flat(count):
-    pairs = near_duplicates(np.full((count, SMALL, SMALL, 3), 90, np.uint8))
+    pairs = near_duplicates(np.full((count, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), 90, np.uint8))
     assert all(
         pair.first < pair.second and not pair.mirrored and not pair.cropped for pair in pairs
     )
@@ -215,7 +226,9 @@ def test_equal_pictures_are_paired_however_many_and_flat(count):
 
 def test_plain_grounds_of_other_colours_are_no_duplicates():
     flat = np.array([[90, 90, 90], [90, 110, 90], [110, 90, 90], [255, 255, 255]], np.uint8)
-    assert near_duplicates(np.tile(flat[:, None, None], (1, SMALL, SMALL, 1))) == []
+    assert (
+        near_duplicates(np.tile(flat[:, None, None], (1, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 1))) == []
+    )
 
 
 # Pictures and sizes.
@@ -225,17 +238,20 @@ def test_processes_see_what_one_sees(folder):
     files = sorted(folder.glob("*.png"))
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     files.append(folder / "broken.jpg")
-    one, several = (list(appearances(files, 64, processes)) for processes in (1, 2))
+    one, several = (list(measure_images(files, 64, processes)) for processes in (1, 2))
     assert [look.problem for look in several] == [None] * 6 + [one[-1].problem]
     for a, b in zip(one[:-1], several[:-1], strict=True):
-        assert a._replace(small=None) == b._replace(small=None) and (a.small == b.small).all()
+        assert (
+            a._replace(thumbnail=None) == b._replace(thumbnail=None)
+            and (a.thumbnail == b.thumbnail).all()
+        )
 
 
 def test_a_jpeg_is_decoded_no_larger_than_needed(tmp_path):
     write(tmp_path, "a.jpg", scene(1, 2048), quality=90)
-    look = appearance(tmp_path / "a.jpg", 128)
+    look = measure_image(tmp_path / "a.jpg", 128)
     assert (look.width, look.height) == (2048, 2048)
-    assert isinstance(look, Appearance) and Image.open(io.BytesIO(look.preview)).size == (144, 144)
+    assert isinstance(look, ImageStats) and Image.open(io.BytesIO(look.preview)).size == (144, 144)
 
 
 def test_every_kind_of_bad_picture_is_named_once(folder):
@@ -251,7 +267,7 @@ def test_every_kind_of_bad_picture_is_named_once(folder):
     assert "damaged" in found["unreadable"].details["broken.png"]
     assert (found["tiny"].files, found["small"].files) == (["icon.png"], ["smaller.png"])
     assert (found["long"].files, found["blurred"].files) == (["banner.png"], ["soft.png"])
-    assert found["tiny"].wrong and not found["small"].wrong and not found["long"].wrong
+    assert found["tiny"].is_wrong and not found["small"].is_wrong and not found["long"].is_wrong
     for finding in found.values():
         assert finding.remedy and not finding.title.endswith(".")
 
@@ -267,7 +283,7 @@ def test_every_kind_of_bad_picture_is_named_once(folder):
     ],
 )
 def test_shapes_are_the_usual_ratios(size, name):
-    assert shape(*size) == name
+    assert nearest_shape(*size) == name
 
 
 def test_buckets_are_counted_and_far_from_square_is_then_no_matter(run_script, folder, tmp_path):
@@ -306,7 +322,7 @@ def test_a_repeated_picture_is_no_duplicate_of_itself(folder):
     dataset = MegaManDataset(folder, None, 64)
     dataset.examples += dataset.examples
     report = examine(dataset, 64)
-    assert len(report.pictures) == 6 and not report.wrong
+    assert len(report.images) == 6 and not report.is_wrong
 
 
 # Captions.
@@ -314,15 +330,15 @@ def test_a_repeated_picture_is_no_duplicate_of_itself(folder):
 
 def test_good_data_has_nothing_wrong(folder):
     report = look_at(folder)
-    assert not report.wrong and report.trigger == "volto"
+    assert not report.is_wrong and report.trigger == "volto"
     assert set(kinds(report)) <= {"in_every", "in_one"}
-    assert "nothing wrong" in lines(report)[-1]
+    assert "nothing wrong" in summary(report)[-1]
 
 
 def test_the_demo_has_few_findings_and_nothing_wrong():
     report = look_at(DEMO)
-    assert (report.wrong, set(kinds(report))) == (False, {"no_trigger", "in_one"})
-    assert len(lines(report)) < 12
+    assert (report.is_wrong, set(kinds(report))) == (False, {"no_trigger", "in_one"})
+    assert len(summary(report)) < 12
 
 
 def test_every_fault_of_a_caption_is_found(folder):
@@ -356,7 +372,7 @@ def test_one_caption_for_all_may_be_meant(folder):
     for path in folder.glob("*.txt"):
         path.write_text("photo of sks dog")
     found = kinds(look_at(folder))
-    assert not found["doubled_caption"].wrong and len(found["doubled_caption"].files) == 6
+    assert not found["doubled_caption"].is_wrong and len(found["doubled_caption"].files) == 6
 
 
 def test_a_forgotten_trigger_word_is_wrong_and_many_without_it_may_be_meant(folder):
@@ -364,11 +380,11 @@ def test_a_forgotten_trigger_word_is_wrong_and_many_without_it_may_be_meant(fold
         write(folder, f"hero_{number}.png", scene(number), f"volto, blue robot, pose {number}")
     (folder / "hero_2.txt").write_text("blue robot, jumping")
     assert kinds(look_at(folder))["no_trigger"].files == ["hero_2.png"]
-    assert kinds(look_at(folder))["no_trigger"].wrong
+    assert kinds(look_at(folder))["no_trigger"].is_wrong
     for number in range(6):
         (folder / f"hero_{number}.txt").write_text(f"red robot, pose {number}")
-    assert not kinds(look_at(folder))["no_trigger"].wrong
-    assert kinds(look_at(folder, trigger="Volto"))["no_trigger"].wrong
+    assert not kinds(look_at(folder))["no_trigger"].is_wrong
+    assert kinds(look_at(folder, trigger="Volto"))["no_trigger"].is_wrong
     assert len(kinds(look_at(folder, trigger="nemo"))["no_trigger"].files) == 20
 
 
@@ -383,14 +399,14 @@ def test_words_are_counted_where_captions_are_sentences():
         "a blue robot stands before the gates of a large city",
         "the blue robot runs over a hill in the rain",
     ]
-    term, found = terms(captions)
+    term, found = split_terms(captions)
     assert term == "words" and set(found[0]) & set(found[1]) == {"blue", "robot"}
-    assert terms(["volto, blue robot", "volto, red robot, snow"])[0] == "tags"
+    assert split_terms(["volto, blue robot", "volto, red robot, snow"])[0] == "tags"
 
 
-def test_likely_slips_are_letters_too_many_too_few_or_swapped():
+def test_likely_typos_are_letters_too_many_too_few_or_swapped():
     often = ["antenna, portrait, tower, robot"] * 5
-    assert likely_slips([*often, "antena, protrait", "robots, power, towel"]) == {
+    assert likely_typos([*often, "antena, protrait", "robots, power, towel"]) == {
         "antena": "antenna",
         "protrait": "portrait",
     }
@@ -398,9 +414,9 @@ def test_likely_slips_are_letters_too_many_too_few_or_swapped():
 
 @given(st.text(max_size=200))
 def test_any_caption_can_be_measured(text):
-    assert estimated_tokens(text) >= 0
-    twice_in_one(terms([text])[1][0])
-    likely_slips([text])
+    assert estimate_tokens(text) >= 0
+    duplicate_tags(split_terms([text])[1][0])
+    likely_typos([text])
 
 
 @pytest.mark.parametrize(
@@ -417,7 +433,7 @@ def test_any_caption_can_be_measured(text):
     ],
 )
 def test_estimates_are_near_clips_own_count(caption, tokens):
-    assert abs(estimated_tokens(caption) - tokens) <= 0.2 * tokens
+    assert abs(estimate_tokens(caption) - tokens) <= 0.2 * tokens
 
 
 # The report.
@@ -428,7 +444,7 @@ def test_the_console_page_stays_short_with_every_finding_there_is(folder):
     spoil_captions(folder)
     report = look_at(folder, 256)
     assert len(report.findings) >= 12
-    told = lines(report)
+    told = summary(report)
     assert len(told) <= 39 and max(map(len, told)) <= 128
 
 
@@ -492,7 +508,7 @@ def test_json_holds_it_all(nasty, tmp_path):
     assert [finding["kind"] for finding in data["findings"]] == [
         finding.kind for finding in report.findings
     ]
-    assert len(data["pictures"]) == len(report.pictures)
+    assert len(data["pictures"]) == len(report.images)
     by_path = {picture["path"]: picture for picture in data["pictures"]}
     for finding in data["findings"]:
         assert all(finding["kind"] in by_path[path]["findings"] for path in finding["files"])
@@ -561,7 +577,7 @@ def test_a_browser_shows_the_page_from_the_disk(the_browser, nasty, tmp_path, wi
     shown = visit.do(
         "[...document.querySelectorAll('.sheet .name')].map((name) => name.textContent)"
     )
-    assert sorted(shown) == sorted(picture.path for picture in report.pictures)
+    assert sorted(shown) == sorted(picture.path for picture in report.images)
     assert visit.do("[...document.querySelectorAll('.finding')].map((finding) => finding.id)") == [
         finding.kind for finding in report.findings
     ]
