@@ -223,7 +223,8 @@ def main(argv: list[str]) -> int:
     # Images, batch by batch, each written as it comes. The page is whole at any time.
     output_dir.mkdir(parents=True, exist_ok=True)
     passes = {
-        job.steps: denoise.count_passes(base.scheduler, plan.sampler, job.steps) for job in jobs
+        job.steps: denoise.count_passes(base.noise_scheduler, plan.sampler, job.steps)
+        for job in jobs
     }
     runs = 2 if config.comparison.compare else 1
     bar = tqdm(

@@ -511,7 +511,7 @@ def main(argv: list[str]) -> int:
 
     training = TrainingStep(
         prepared,
-        base.scheduler,
+        base.noise_scheduler,
         encoded,
         embed,
         accelerator.backward,
@@ -602,7 +602,7 @@ def main(argv: list[str]) -> int:
         notes = run_metadata.training_metadata(
             training_config,
             dataset.by_folder(),
-            base.scheduler.config.prediction_type,
+            base.noise_scheduler.config.prediction_type,
             samples / "00.png",
             time.time() - seconds,
             time.time(),

@@ -108,7 +108,7 @@ def drawer(base: Base) -> Drawer:
             images += denoise.draw_images(
                 base.unet,
                 base.vae,
-                denoise.make_sampler(base.scheduler),
+                denoise.make_sampler(base.noise_scheduler),
                 text,
                 states[""].expand_as(text),
                 seeds[part],

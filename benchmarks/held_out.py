@@ -87,9 +87,9 @@ def measure(lora_path: Path, held_out: Path) -> dict:
     means = torch.cat(list(moments)).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
     states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)
     texts = torch.stack([states[caption] for caption in dataset.captions])
-    without = [held_out_loss(base.unet, base.scheduler, means, texts, seed) for seed in SEEDS]
+    without = [held_out_loss(base.unet, base.noise_scheduler, means, texts, seed) for seed in SEEDS]
     lora_files.load_lora(lora_path, base.unet)
-    after = [held_out_loss(base.unet, base.scheduler, means, texts, seed) for seed in SEEDS]
+    after = [held_out_loss(base.unet, base.noise_scheduler, means, texts, seed) for seed in SEEDS]
     return {"lora": str(lora_path), "without": without, "with": after, "gain": gain(without, after)}
 
 

@@ -271,7 +271,7 @@ def test_a_file_in_place_of_a_folder(tmp_path, unet_shape, plain_lora):
     )
     other = tmp_path / "notes.txt"
     other.write_text("no LoRA")
-    assert "no .safetensors" in lora_refusal(other, unet_shape)
+    assert "not a .safetensors" in lora_refusal(other, unet_shape)
 
 
 def test_a_base_that_is_a_pickle_whatever_its_name(tmp_path):

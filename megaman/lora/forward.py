@@ -1,19 +1,18 @@
-"""PEFT's LoRA layers with a quicker forward and backward pass, and the same result but for the last
-bits.
+"""PEFT's LoRA layers with a faster forward and backward pass; results differ in the last bits.
 
-PEFT computes y = W x + scale * B (A x) one operation after the other, and autograd goes back the
-same way. The product with the scale and the sums each read and write a tensor as large as y or x,
-and in a small model every operation costs its dispatch as well. Here the matrix products add in
-place, and the scale is part of them.
+PEFT computes y = W x + scale * B (A x) one operation at a time, and so does autograd backward. The
+multiplication by the scale and the additions each read and write a tensor as large as y or x, and
+in a small model the dispatch of every operation costs time as well. Here the matrix products add in
+place and include the scale.
 
-Only what a training step needs computes like this: one plain adapter, of the base layer's dtype,
-without dropout and autocast. Everything else is PEFT's, sampling too: a validation image has the
-bits of the one generated later.
+This path is for training steps only: one plain adapter in the base layer's dtype, without dropout
+and autocast. In all other cases PEFT computes, in sampling too, so that a validation image has the
+same bits as one generated later.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
@@ -50,7 +49,7 @@ class _LinearWithLora(torch.autograd.Function):
         if merged:
             low = rows @ a.t()
         grad_low = grad @ b
-        grad_b = (low.t() @ grad).t()  # the other way round takes MKL twice as long
+        grad_b = (low.t() @ grad).t()  # grad.t() @ low takes MKL twice as long
         if ctx.scale != 1:
             grad_low *= ctx.scale
             grad_b *= ctx.scale
@@ -64,8 +63,8 @@ class _LinearWithLora(torch.autograd.Function):
 
 
 def _merging_pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether W + scale * B A takes less work than B (A x), and less than half the memory of x and
-    y together."""
+    """Whether W + scale * B A needs less work than B (A x), and less than half the memory of x and
+    y."""
     outputs, inputs = weight.shape
     return x.numel() // inputs * (inputs + outputs) > 2 * inputs * outputs
 
@@ -75,13 +74,8 @@ class FastLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
-        if (
-            args
-            or kwargs
-            or type(base) is not nn.Linear
-            or base.weight.requires_grad
-            or not _is_plain(self, x)
-        ):
+        is_frozen_linear = type(base) is nn.Linear and not base.weight.requires_grad
+        if args or kwargs or not is_frozen_linear or not _is_plain(self, x):
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
@@ -89,8 +83,7 @@ class FastLinear(Linear):
 
 
 class FastConv2d(Conv2d):
-    """PEFT's layer for nn.Conv2d. Python's own overhead would eat up what more than this could
-    save."""
+    """PEFT's layer for nn.Conv2d; Python's overhead would outweigh any further saving."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or type(self.base_layer) is not nn.Conv2d or not _is_plain(self, x):
@@ -101,8 +94,7 @@ class FastConv2d(Conv2d):
 
 
 def _is_plain(layer: LoraLayer, x: Tensor) -> bool:
-    """Whether a training step asks nothing of the layer but y = W x + scale * B (A x), in one
-    dtype."""
+    """Whether the layer computes y = W x + scale * B (A x) for training, all in one dtype."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False  # a compiler fuses PEFT's operations itself
     adapters = layer.active_adapters
@@ -111,7 +103,8 @@ def _is_plain(layer: LoraLayer, x: Tensor) -> bool:
     (adapter,) = adapters
     if adapter not in layer.lora_A or adapter in layer.lora_variant or layer.lora_bias[adapter]:
         return False
-    if layer.training and not isinstance(layer.lora_dropout[adapter], nn.Identity):
+    is_training = cast(nn.Module, layer).training
+    if is_training and not isinstance(layer.lora_dropout[adapter], nn.Identity):
         return False
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     same_dtype = x.dtype == layer.base_layer.weight.dtype == a.dtype == b.dtype
@@ -119,14 +112,14 @@ def _is_plain(layer: LoraLayer, x: Tensor) -> bool:
 
 
 def match_memory_format(model: nn.Module) -> None:
-    """Lay out every convolution's A in memory like the weight that it stands beside, so that no
-    step has to convert."""
-    for layer in model.modules():
-        if isinstance(layer, Conv2d) and _is_channels_last(layer.get_base_layer().weight):
+    """Give every convolution's A the memory format of its base layer, so that steps need not
+    convert."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Conv2d)]
+    for layer in layers:
+        if _is_channels_last(cast(Tensor, layer.get_base_layer().weight)):
             for convolution in layer.lora_A.values():
-                convolution.weight.data = convolution.weight.data.contiguous(
-                    memory_format=torch.channels_last
-                )
+                weight = cast(nn.Parameter, convolution.weight)
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _is_channels_last(weight: Tensor) -> bool:

@@ -1,5 +1,4 @@
-"""adapter_config.json: what a LoRA's folder says of itself, believed as far as its tensors bear it
-out."""
+"""adapter_config.json, trusted only as far as the LoRA's tensors confirm it."""
 
 from __future__ import annotations
 
@@ -15,18 +14,17 @@ from megaman.safe_loading import conversion, refuse_pickle
 
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-# All that is taken from the file. PEFT knows keys by which it would import and download what they
-# name.
+# The keys that are used. PEFT has others by which it would import and download what they name.
 KEYS = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
-HIGHEST_RANK, HIGHEST_ALPHA = 4096, 65536
-MOST_NAMES = 2000  # Stable Diffusion has some 300 layers that can have a LoRA
-# What PEFT reads as a regular expression has to be a module's name, so that none can run for ever.
+MAX_RANK, MAX_ALPHA = 4096, 65536
+MAX_NAMES = 2000  # Stable Diffusion has about 300 layers that can have a LoRA
+# PEFT reads these as regular expressions; only module names are allowed, which match fast.
 MODULE_NAME = re.compile(r"\^?[\w.\\]{1,200}\$?", flags=re.ASCII)
-ANOTHER = "Name another LoRA folder in --lora_path"
+REMEDY = "Name another LoRA folder in --lora_path"
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The file's content; raises UserError where the folder holds no LoRA."""
+    """The content of a folder's adapter_config.json; raises UserError if there is no LoRA."""
     if not folder.is_dir():
         raise UserError(
             f"There is no LoRA at {folder}",
@@ -39,23 +37,21 @@ def read(folder: Path) -> dict[str, Any]:
         )
     content = read_json(folder / PEFT_CONFIG)
     if not isinstance(content, dict):
-        raise UserError(f"{folder / PEFT_CONFIG} is damaged", ANOTHER)
+        raise UserError(f"{folder / PEFT_CONFIG} is damaged", REMEDY)
     return content
 
 
 def find(path: Path) -> Path:
-    """Where a LoRA's tensors are told of: a folder with adapter_config.json, or a .safetensors file
-    of another program.
+    """The LoRA at a path: a folder with adapter_config.json, or a .safetensors file.
 
-    A folder without that file stands for the only LoRA in it, or for the one that diffusers would
-    take. Raises UserError for a file of another kind, and where there are several LoRAs to choose
-    from.
+    In a folder without adapter_config.json it is diffusers' file, or the only file. Raises
+    UserError for a file of another kind, and for a folder with several LoRAs.
     """
     if path.is_file():
         refuse_pickle(path, conversion(path))
         if path.suffix.lower() != ".safetensors":
             raise UserError(
-                f"{path} is a file, but no .safetensors",
+                f"{path} is not a .safetensors file",
                 "Name a LoRA's file or folder in --lora_path",
             )
         return path
@@ -73,11 +69,10 @@ def find(path: Path) -> Path:
 
 
 def base_of(folder: Path) -> str | None:
-    """The base that the LoRA was trained on, where its folder says so; a file says nothing that
-    could be loaded.
+    """The name of the base that the LoRA was trained on, if its folder has one; None for a file.
 
-    Raises UserError where no LoRA is there, or where the base is neither here nor named like one on
-    the hub: the LoRA may be a stranger's.
+    Raises UserError if there is no LoRA, or if the base, which a stranger may have named, is
+    neither on this machine nor a name on the hub.
     """
     if find(folder).is_file():
         return None
@@ -87,15 +82,15 @@ def base_of(folder: Path) -> str | None:
     if not isinstance(name, str) or not is_base(name):
         short = repr(name) if len(repr(name)) < 200 else f"{repr(name)[:200]}..."
         raise UserError(
-            f"{folder / PEFT_CONFIG} names {short} as its base, which is nothing on this machine nor a name on the hub",
+            f"{folder / PEFT_CONFIG} names {short} as its base, "
+            "which is neither on this machine nor a name on the hub",
             "Name the base in --base_model",
         )
     return name
 
 
 def validate(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:
-    """What LoraConfig is to be told, given the ranks that the tensors have; raises UserError where
-    they disagree."""
+    """The arguments for LoraConfig; raises UserError if they do not match the tensors' ranks."""
     patterns = {name: content.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     values = {"peft_type": "LORA", "use_rslora": False, **content, **patterns}
 
@@ -109,15 +104,15 @@ def validate(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str
         "peft_type": schema.one_of("LORA"),
         "r": is_rank,
         "lora_alpha": _is_strength,
-        "target_modules": schema.list_of(_is_module, least=1, most=MOST_NAMES),
+        "target_modules": schema.list_of(_is_module, least=1, most=MAX_NAMES),
         "use_rslora": schema.instance(bool),
-        "rank_pattern": schema.mapping(is_known_rank, _is_module, MOST_NAMES),
-        "alpha_pattern": schema.mapping(_is_strength, _is_module, MOST_NAMES),
+        "rank_pattern": schema.mapping(is_known_rank, _is_module, MAX_NAMES),
+        "alpha_pattern": schema.mapping(_is_strength, _is_module, MAX_NAMES),
     }
-    if wrong := schema.first_invalid(values, checks):
+    if invalid := schema.first_invalid(values, checks):
         raise UserError(
-            f"{folder / PEFT_CONFIG}: {wrong} is not what a LoRA with these tensors can have",
-            ANOTHER,
+            f"{folder / PEFT_CONFIG}: {invalid} is not valid for a LoRA with these tensors",
+            REMEDY,
         )
     return {key: content[key] for key in KEYS if content.get(key)}
 
@@ -126,5 +121,5 @@ def _is_module(value: Any) -> bool:
     return isinstance(value, str) and MODULE_NAME.fullmatch(value) is not None
 
 
-_is_rank = schema.whole(1, HIGHEST_RANK)
-_is_strength = schema.number(0, HIGHEST_ALPHA, exclusive=True)
+_is_rank = schema.whole(1, MAX_RANK)
+_is_strength = schema.number(0, MAX_ALPHA, exclusive=True)

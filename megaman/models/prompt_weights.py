@@ -7,7 +7,7 @@ import re
 STEP = 1.1  # what a pair of brackets multiplies or divides by
 MAX_WEIGHT = 100.0  # beyond that the embeds would leave the range of fp16
 PIECES = re.compile(
-    r"""\\(?P<literal>[()\[\]\\]?)      # before other characters a backslash is dropped, as in A1111
+    r"""\\(?P<literal>[()\[\]\\]?)      # dropped before other characters, as in A1111
     | (?P<bracket>[()\[\]])
     | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
     | [^\\()\[\]:]+ | :""",

@@ -1,13 +1,11 @@
-"""Stable Diffusion 1.5 as one .safetensors file in the layout of its authors' code, as A1111 and
-ComfyUI take it.
+"""Stable Diffusion 1.x as one .safetensors file in its authors' layout, as used by A1111.
 
 model.diffusion_model.…                          UNet
 first_stage_model.…                              VAE
-cond_stage_model.transformer.text_model.…        text encoder; some programs leave text_model. out
-model_ema.…, betas and whatever else there is    not used, as A1111 and diffusers do not use it
+cond_stage_model.transformer.text_model.…        text encoder; some programs omit text_model.
+model_ema.…, betas and others                    not used, as in A1111 and diffusers
 
-Such a file says nothing of its configuration and has no vocabulary: both are in sd15/. Nothing is
-asked of the hub.
+Such a file has no configuration and no vocabulary: both are in sd15/. The hub is not used.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -23,179 +21,197 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from megaman.errors import UserError
 from megaman.files import read_json
 from megaman.models.configs import SD15
-from megaman.models.identify import KEY, RELATIVES, WIDTHS, foreign_base
-from megaman.models.weights import LazyModel, build, missing, shape_mismatch, tensor_index
+from megaman.models.identify import BY_WIDTH, KEY, OTHER_ADAPTERS, foreign_base
+from megaman.models.weights import (
+    BaseParts,
+    LazyModel,
+    build,
+    missing,
+    shape_mismatch,
+    tensor_index,
+)
 from megaman.safe_loading import check_safetensors
 
-UNET, VAE, TEXT_ENCODER = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.transformer.",
-)
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+TEXT_ENCODER = "cond_stage_model.transformer."
 PARTS = {UNET: "UNet", VAE: "VAE", TEXT_ENCODER: "text encoder"}
-MOST_TENSORS = (
-    2000  # of one part; the UNet has 686, and diffusers compares each name with each block
+MAX_TENSORS = (
+    2000  # of one part; the UNet has 686, and diffusers compares all names with all blocks
 )
-# Other files, by how a name in them begins.
-KINDS = {
+# Other files, by the prefix of a name in them.
+OTHER_KINDS = {
     "conditioner.": "SDXL",
     "cond_stage_model.model.": "Stable Diffusion 2.x",
     "control_model.": "a ControlNet",
 }
 FOLDER_PARTS = ("conv_in.", "down_blocks.", "encoder.down_blocks.", "text_model.", "embeddings.")
-ANOTHER = "Name a checkpoint of Stable Diffusion 1.x, or a folder in diffusers' layout"
+REMEDY = "Name a checkpoint of Stable Diffusion 1.x, or a folder in diffusers' layout"
 
 
-def find_parts(path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Tokenizer and scheduler, and text encoder, VAE and UNet to be loaded later: the VAE in
-    float32, the others in dtype.
+def find_parts(path: Path, dtype: torch.dtype) -> BaseParts:
+    """The parts of a base, whose models are loaded later: the VAE in float32, the others in dtype.
 
-    The file may be in fp32, fp16, bf16 or fp8. Raises UserError where its header lies, where it is
-    not Stable Diffusion 1.x, named as what it is, and where a tensor is missing or of another
-    shape.
+    The file may be in fp32, fp16, bf16 or fp8. Raises UserError if its header is false, if it is
+    not Stable Diffusion 1.x, naming what it is, and if a tensor is missing or has another shape.
     """
     check_safetensors(path)
     tensors, metadata = tensor_index(path)
     refuse_others(path, metadata, tensors)
-    unet, vae, text, scheduler = (
+    unet, vae, text, schedule = (
         read_json(SD15 / f"{part}.json") for part in ("unet", "vae", "text_encoder", "scheduler")
     )
-    keys = {
-        tensor.data_ptr(): key for key, tensor in tensors.items()
-    }  # conversion keeps the place, not the name
+    if metadata.get("modelspec.prediction_type") == "v":
+        schedule["prediction_type"] = "v_prediction"
+    file = _File(path, tensors)
+    return BaseParts(
+        tokenizer=tokenizer(),
+        noise_scheduler=cast(DDPMScheduler, DDPMScheduler.from_config(schedule)),
+        unet=file.part(
+            "unet",
+            build(UNet2DConditionModel, unet),
+            convert_ldm_unet_checkpoint(file.tensors_of(UNET), unet),
+            dtype,
+        ),
+        vae=file.part(
+            "vae",
+            build(AutoencoderKL, vae),
+            convert_ldm_vae_checkpoint(file.tensors_of(VAE), vae),
+            torch.float32,
+        ),
+        text_encoder=file.part(
+            "text_encoder",
+            build(CLIPTextModel, CLIPTextConfig(**text)),
+            _convert_text_encoder(file.tensors_of(TEXT_ENCODER)),
+            dtype,
+        ),
+    )
+
+
+def _convert_text_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(TEXT_ENCODER).removeprefix("text_model."): tensor
+        for key, tensor in tensors.items()
+    }
+
+
+class _File:
+    """A checkpoint whose tensors are mapped, not read."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]):
+        self._path, self._tensors = path, tensors
+        # diffusers' conversion renames tensors and keeps their addresses.
+        self._keys = {tensor.data_ptr(): key for key, tensor in tensors.items()}
+
+    def tensors_of(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of one part, by their full names, as diffusers' conversion takes them."""
+        tensors = {key: tensor for key, tensor in self._tensors.items() if key.startswith(prefix)}
+        if not tensors:  # some files have no VAE
+            raise UserError(
+                f"{self._path} is incomplete: it has no {PARTS[prefix]} ({prefix}*)", REMEDY
+            )
+        if len(tensors) > MAX_TENSORS:
+            raise UserError(
+                f"{self._path} is no Stable Diffusion 1.x: {len(tensors)} tensors {prefix}*", REMEDY
+            )
+        return tensors
 
     def part(
-        label: str, model: nn.Module, state: Mapping[str, torch.Tensor | None], dtype: torch.dtype
+        self,
+        name: str,
+        model: nn.Module,
+        converted: Mapping[str, Tensor | None],
+        dtype: torch.dtype,
     ) -> LazyModel:
-        found = {
-            name: keys[state[name].data_ptr()]
-            for name in model.state_dict()
-            if state.get(name) is not None
-        }
-        _refuse_misfits(
-            path, model, {name: _shaped(state[name], tensors[key]) for name, key in found.items()}
-        )
-        return LazyModel(
-            path, label, model, {name: (path, key) for name, key in found.items()}, dtype, [path]
-        )
+        """One of the models, given its tensors under diffusers' names."""
+        sources, found = {}, {}
+        for tensor_name in model.state_dict():
+            tensor = converted.get(tensor_name)
+            if tensor is not None:
+                key = self._keys[tensor.data_ptr()]
+                original = self._tensors[key]
+                sources[tensor_name] = (self._path, key)
+                # The conversion may have cut something off, which the shape has to show.
+                is_whole = tensor.numel() == original.numel()
+                found[tensor_name] = tensor if is_whole else original
+        self._check(model, found)
+        return LazyModel(self._path, name, model, sources, dtype, [self._path])
 
-    told = (
-        {"prediction_type": "v_prediction"}
-        if metadata.get("modelspec.prediction_type") == "v"
-        else {}
-    )
-    state = convert_ldm_unet_checkpoint(_part(path, tensors, UNET), unet)
-    parts = {"unet": part("unet", build(UNet2DConditionModel, unet), state, dtype)}
-    state = convert_ldm_vae_checkpoint(_part(path, tensors, VAE), vae)
-    parts["vae"] = part("vae", build(AutoencoderKL, vae), state, torch.float32)
-    words = _part(path, tensors, TEXT_ENCODER).items()
-    state = {
-        key.removeprefix(TEXT_ENCODER).removeprefix("text_model."): tensor for key, tensor in words
-    }
-    parts["text_encoder"] = part(
-        "text_encoder", build(CLIPTextModel, CLIPTextConfig(**text)), state, dtype
-    )
-    return {
-        "tokenizer": tokenizer(),
-        "scheduler": DDPMScheduler.from_config(scheduler, **told),
-        **parts,
-    }
-
-
-def _part(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of one part, by their whole names, as diffusers' conversion takes them."""
-    part = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    if not part:  # some were stored without their VAE
-        raise UserError(f"{path} is not complete: it has no {PARTS[prefix]} ({prefix}*)", ANOTHER)
-    if len(part) > MOST_TENSORS:
-        raise UserError(
-            f"{path} is no Stable Diffusion 1.x: {len(part)} tensors {prefix}*", ANOTHER
-        )
-    return part
-
-
-def _shaped(converted: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """A tensor as it was converted, unless the conversion cut something off."""
-    return converted if converted.numel() == original.numel() else original
-
-
-def _refuse_misfits(path: Path, model: nn.Module, found: Mapping[str, torch.Tensor]) -> None:
-    if words := shape_mismatch(model, found):
-        raise UserError(
-            f"{path} is no Stable Diffusion 1.x: {type(model).__name__}'s {words}", ANOTHER
-        )
-    if name := missing(model, found):
-        raise UserError(f"{path} is not complete: {type(model).__name__} lacks {name}", ANOTHER)
+    def _check(self, model: nn.Module, found: Mapping[str, Tensor]) -> None:
+        kind = type(model).__name__
+        if mismatch := shape_mismatch(model, found):
+            raise UserError(f"{self._path} is no Stable Diffusion 1.x: {kind}'s {mismatch}", REMEDY)
+        if name := missing(model, found):
+            raise UserError(f"{self._path} is incomplete: {kind} lacks {name}", REMEDY)
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's, from its merges alone: OpenAI's rule makes the vocabulary of 49,408 words out of
-    them."""
+    """CLIP's tokenizer; its vocabulary of 49,408 words follows from its merges by OpenAI's rule."""
     lines = gzip.decompress((SD15 / "merges.txt.gz").read_bytes()).decode("utf-8").splitlines()
     merges = [tuple(line.split()) for line in lines]
-    shown = [
-        *range(33, 127),
-        *range(161, 173),
-        *range(174, 256),
-    ]  # bytes that show; the other 68 get marks beyond them
-    marks = list(map(chr, [*shown, *range(256, 512 - len(shown))]))
+    # Printable bytes stand for themselves, the other 68 for the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]
     words = [
-        *marks,
-        *(f"{mark}</w>" for mark in marks),
-        *map("".join, merges),
+        *characters,
+        *(f"{character}</w>" for character in characters),
+        *("".join(merge) for merge in merges),
         "<|startoftext|>",
         "<|endoftext|>",
     ]
-    return CLIPTokenizer(
-        {word: number for number, word in enumerate(words)}, merges, model_max_length=77
-    )
+    vocabulary = {word: token for token, word in enumerate(words)}
+    return CLIPTokenizer(vocabulary, cast(Any, merges), model_max_length=77)
 
 
-def refuse_others(
-    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Raise UserError where a file is something else than a Stable Diffusion 1.x checkpoint, named
-    as what it is."""
-    whole = any(key.startswith(UNET) for key in tensors)
-    kind = foreign_base(metadata, tensors) or next(
-        filter(None, map(_kind_of, tensors, tensors.values())), None
-    )
-    if not whole and any(
-        KEY.fullmatch(key) or any(part in key for part in RELATIVES) for key in tensors
-    ):
+def refuse_others(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError, naming what it is, if a file is not a Stable Diffusion 1.x checkpoint."""
+    has_unet = any(key.startswith(UNET) for key in tensors)
+    kinds = (_kind_of(key, tensor) for key, tensor in tensors.items())
+    kind = foreign_base(metadata, tensors) or next(filter(None, kinds), None)
+    if not has_unet and any(_is_of_an_adapter(key) for key in tensors):
+        of_kind = f" for {kind}" if kind else ""
         raise UserError(
-            f"{path} is a LoRA{f' for {kind}' if kind else ''}, no base",
-            "Name it in --lora_path, and here its base",
+            f"{path} is a LoRA{of_kind}, no base", "Name it in --lora_path, and here its base"
         )
     if kind:
-        raise UserError(f"{path} is {kind}, not Stable Diffusion 1.x", ANOTHER)
-    if whole:
-        first = tensors.get(f"{UNET}input_blocks.0.0.weight")
-        if first is not None and first.shape[:1] == (320,) and first.shape[1:2] not in ((4,), ()):
-            raise UserError(
-                f"{path} is for inpainting or editing ({first.shape[1]} input channels)", ANOTHER
-            )
+        raise UserError(f"{path} is {kind}, not Stable Diffusion 1.x", REMEDY)
+    if has_unet:
+        _refuse_inpainting(path, tensors)
     elif any(key.startswith(FOLDER_PARTS) for key in tensors):
         raise UserError(
             f"{path} is one part of a base in diffusers' layout",
             "Name the folder with model_index.json",
         )
     elif any(key.startswith((VAE, "encoder.", "decoder.")) for key in tensors):
-        raise UserError(f"{path} is a VAE alone, no base", ANOTHER)
+        raise UserError(f"{path} is a VAE alone, no base", REMEDY)
     else:
         holds = f"holds {min(tensors)[:200]!r}" if tensors else "is empty"
-        raise UserError(f"{path} is no Stable Diffusion 1.x: it {holds}", ANOTHER)
+        raise UserError(f"{path} is no Stable Diffusion 1.x: it {holds}", REMEDY)
 
 
-def _kind_of(key: str, tensor: torch.Tensor) -> str | None:
-    """Another model, by one of its names or by the width of the text states that it reads."""
-    width = tensor.shape[1] if key.endswith("attn2.to_k.weight") and tensor.ndim == 2 else None
-    return WIDTHS.get(width) or next(
-        (kind for start, kind in KINDS.items() if key.startswith(start)), None
-    )
+def _is_of_an_adapter(key: str) -> bool:
+    return KEY.fullmatch(key) is not None or any(part in key for part in OTHER_ADAPTERS)
+
+
+def _refuse_inpainting(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    first = tensors.get(f"{UNET}input_blocks.0.0.weight")
+    if first is None or first.shape[:1] != (320,):
+        return
+    if first.ndim > 1 and first.shape[1] != 4:
+        raise UserError(
+            f"{path} is for inpainting or editing ({first.shape[1]} input channels)", REMEDY
+        )
+
+
+def _kind_of(key: str, tensor: Tensor) -> str | None:
+    """Another model than Stable Diffusion 1.x, by a tensor's name or by the width of the
+    prompt_embeds that it reads."""
+    if key.endswith("attn2.to_k.weight") and tensor.ndim == 2 and tensor.shape[1] in BY_WIDTH:
+        return BY_WIDTH[tensor.shape[1]]
+    return next((kind for prefix, kind in OTHER_KINDS.items() if key.startswith(prefix)), None)

@@ -211,7 +211,7 @@ class Drawer:
         size = job.height // self.base.vae_scale_factor, job.width // self.base.vae_scale_factor
         latents = denoise.draw_latents(
             self._on_device(self.base.unet),
-            denoise.make_sampler(self.base.scheduler, self.sampler),
+            denoise.make_sampler(self.base.noise_scheduler, self.sampler),
             text,
             negative,
             [each.seed for each in part],

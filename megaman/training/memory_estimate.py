@@ -26,7 +26,7 @@ from megaman import runtime
 from megaman.errors import UserError, summarize_error
 from megaman.lora import adapter
 from megaman.models.base import ODD_CONFIGURATION
-from megaman.models.configs import WAYS_ON
+from megaman.models.configs import BASE_REMEDY
 from megaman.training import loss as diffusion
 from megaman.training.compute import checkpoint_gradients, keep_activations
 
@@ -156,7 +156,7 @@ class Plan:
                     )
         except ODD_CONFIGURATION as error:
             raise UserError(
-                f"The base's configuration is odd ({summarize_error(error)})", WAYS_ON
+                f"The base's configuration is odd ({summarize_error(error)})", BASE_REMEDY
             ) from None
         self.width = self.unet.config.block_out_channels[0]
         self.in_training = [self.unet, self.text_encoder] if trains_text_encoder else [self.unet]

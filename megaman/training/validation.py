@@ -115,7 +115,7 @@ class Validation:
                 images += denoise.draw_images(
                     self.base.unet,
                     self.base.vae,
-                    denoise.make_sampler(self.base.scheduler),
+                    denoise.make_sampler(self.base.noise_scheduler),
                     text,
                     empty,
                     seeds,

@@ -71,7 +71,7 @@ def test_it_draws_what_the_pipeline_draws(side_by_side, sampler):
     text, negative = pipe.encode_prompt(
         device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, **prompts
     )
-    pipe.scheduler = denoise.make_sampler(base.scheduler, sampler)
+    pipe.scheduler = denoise.make_sampler(base.noise_scheduler, sampler)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     settings = {
         "height": 32,
@@ -85,7 +85,7 @@ def test_it_draws_what_the_pipeline_draws(side_by_side, sampler):
     drawn = denoise.draw_images(
         base.unet,
         base.vae,
-        denoise.make_sampler(base.scheduler, sampler),
+        denoise.make_sampler(base.noise_scheduler, sampler),
         text,
         negative,
         [3, 4],
@@ -95,7 +95,7 @@ def test_it_draws_what_the_pipeline_draws(side_by_side, sampler):
         5.0,
         on_step=lambda: passes.append(1),
     )
-    assert len(passes) == denoise.count_passes(base.scheduler, sampler, 5) >= 5
+    assert len(passes) == denoise.count_passes(base.noise_scheduler, sampler, 5) >= 5
     for image, want in zip(drawn, wanted, strict=True):
         assert np.abs(np.asarray(image) / 255 - want).max() < 1 / 255
 
@@ -109,7 +109,7 @@ def test_the_samplers_differ(side_by_side):
         sampler.name: denoise.draw_images(
             base.unet,
             base.vae,
-            denoise.make_sampler(base.scheduler, sampler),
+            denoise.make_sampler(base.noise_scheduler, sampler),
             text,
             negative,
             [3],

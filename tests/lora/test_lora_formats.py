@@ -272,20 +272,23 @@ def test_a_lora_of_another_model_is_refused_by_its_name(base_folder, tmp_path, n
         loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
 
 
-RELATIVES = {
+OTHER_ADAPTERS = {
     "LoHa": {"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)},
     "LoKr": {"lora_unet_conv_in.lokr_w1": torch.ones(2, 2)},
     "DoRA": {**pair("lora_unet_conv_in"), "lora_unet_conv_in.dora_scale": torch.ones(4, 1)},
     "no LoRA": {"model.diffusion_model.out.2.weight": torch.ones(4)},
     "another base": pair("lora_unet_no_such_layer"),
-    "strength": {**pair("lora_unet_conv_in"), "lora_unet_conv_in.alpha": torch.tensor(-1.0)},
+    "not a valid alpha": {
+        **pair("lora_unet_conv_in"),
+        "lora_unet_conv_in.alpha": torch.tensor(-1.0),
+    },
     "holds no tensor": {},
 }
 
 
-@pytest.mark.parametrize("name", RELATIVES)
+@pytest.mark.parametrize("name", OTHER_ADAPTERS)
 def test_what_is_no_plain_lora_is_refused(base_folder, tmp_path, name):
-    save_file(RELATIVES[name], tmp_path / "style.safetensors")
+    save_file(OTHER_ADAPTERS[name], tmp_path / "style.safetensors")
     with pytest.raises(UserError, match=name):
         loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
 
@@ -358,7 +361,5 @@ def test_a_told_alpha_that_the_tensors_do_not_bear_out_is_refused(base_folder, t
         tmp_path / "s.safetensors",
         {"lora_adapter_metadata": json.dumps(told)},
     )
-    with pytest.raises(
-        UserError, match="lora_alpha is not what a LoRA with these tensors can have"
-    ):
+    with pytest.raises(UserError, match="lora_alpha is not valid for a LoRA with these tensors"):
         loaded(base_folder, (tmp_path / "s.safetensors", 1.0))

@@ -298,7 +298,7 @@ def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_fo
         adapter.set_scales([base.text_encoder], {0: float(with_text)})
         said = encode_captions(base.text_encoder, base.tokenizer, ["volto, robot", ""])
         text, empty = (said[words][None] for words in ("volto, robot", ""))
-        sampler = denoise.make_sampler(base.scheduler)
+        sampler = denoise.make_sampler(base.noise_scheduler)
         return denoise.draw_images(
             base.unet,
             base.vae,

@@ -56,7 +56,7 @@ def test_the_parts_of_the_demo_base(base, base_folder):
         assert part.dtype == torch.float32 and not part.training
         assert not any(parameter.requires_grad for parameter in part.parameters())
     assert base.unet.config.cross_attention_dim == base.text_encoder.config.hidden_size
-    assert base.scheduler.config.prediction_type == "epsilon"
+    assert base.noise_scheduler.config.prediction_type == "epsilon"
     ids = base.tokenizer("a robot", padding="max_length", return_tensors="pt").input_ids
     assert base.text_encoder(ids)[0].shape == (
         1,
@@ -217,7 +217,7 @@ def test_weights_cut_short(own_copy, name, length):
 def test_an_incomplete_base_says_what_is_missing(own_copy, name):
     path = own_copy / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert f"not complete: {name} is missing" in refusal(own_copy)
+    assert f"incomplete: {name} is missing" in refusal(own_copy)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,8 @@ def test_models_that_would_train_wrong(own_copy):
     assert "predicts sample" in refusal(own_copy)
     changed(own_copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     assert (
-        load_base(str(own_copy), torch.float32).scheduler.config.prediction_type == "v_prediction"
+        load_base(str(own_copy), torch.float32).noise_scheduler.config.prediction_type
+        == "v_prediction"
     )
     changed(own_copy / "unet" / "config.json", in_channels=9)
     assert "cannot be loaded" in refusal(own_copy), "weights for four channels"

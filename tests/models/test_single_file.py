@@ -243,7 +243,7 @@ def say(base: Base) -> list[torch.Tensor]:
 
 def configurations(base: Base) -> list[dict]:
     """The parts' configurations without notes on where they come from."""
-    configs = [dict(part.config) for part in (base.unet, base.vae, base.scheduler)] + [
+    configs = [dict(part.config) for part in (base.unet, base.vae, base.noise_scheduler)] + [
         base.text_encoder.config.to_dict()
     ]
     foreign = {
@@ -461,7 +461,10 @@ def test_a_header_that_tells_of_velocities(small):
         ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
     ):
         small.write(metadata=told)
-        assert load_base(str(small.file), torch.float32).scheduler.config.prediction_type == wanted
+        assert (
+            load_base(str(small.file), torch.float32).noise_scheduler.config.prediction_type
+            == wanted
+        )
 
 
 def test_nothing_is_asked_of_the_network(small, monkeypatch):
@@ -617,7 +620,7 @@ OTHERS = {
         f"{UNET}input_blocks.0.0.weight": torch.tensor(1.0)},
     "is no Stable Diffusion 1.x: UNet2DConditionModel's conv_in.weight is 320x4x3x3 of whole numbers": {
         f"{UNET}input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3, dtype=torch.int8)},
-    "is not complete: UNet2DConditionModel lacks conv_in.weight": {f"{UNET}input_blocks.0.0.bias": zeros(320)},
+    "is incomplete: UNet2DConditionModel lacks conv_in.weight": {f"{UNET}input_blocks.0.0.bias": zeros(320)},
 }  # fmt: skip
 
 
@@ -653,7 +656,7 @@ def test_a_part_of_the_embedded_base_is_no_base(base_folder):
 )
 def test_a_missing_tensor_and_one_of_another_shape(small, key):
     small.write(without=[key])
-    assert "is not complete: " in refusal(small.file)
+    assert "is incomplete: " in refusal(small.file)
     small.write(more={key: original(small.numbers)[key][:-1].clone()})
     assert re.search(
         r"is no Stable Diffusion 1\.x: \w+'s \S+ is \d+(x\d+)* instead of \d+(x\d+)*\. ",
@@ -674,8 +677,8 @@ def test_a_missing_part(small, start):
     small.write(without=[key for key in original(small.numbers) if key.startswith(start)])
     said = {
         UNET: "is a VAE alone",
-        VAE: "not complete: it has no VAE",
-        TEXT: "not complete: it has no text encoder",
+        VAE: "incomplete: it has no VAE",
+        TEXT: "incomplete: it has no text encoder",
     }
     assert said[start] in refusal(small.file)
 

@@ -721,7 +721,7 @@ def test_validation_and_generation_draw_the_same(generate, base_folder, lora_pat
         encode_captions(base.text_encoder, base.tokenizer, [prompt])[prompt][None]
         for prompt in ("a blue robot", DEFAULT_NEGATIVE_PROMPT)
     )
-    sampler = denoise.make_sampler(base.scheduler)
+    sampler = denoise.make_sampler(base.noise_scheduler)
     (image,) = denoise.draw_images(
         base.unet, base.vae, sampler, text, negative, [5], 64, 64, 3, 6.0
     )

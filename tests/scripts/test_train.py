@@ -146,7 +146,7 @@ def test_step_0_is_the_base_itself(finished, base_folder):
     base = load_base(str(base_folder), torch.float32)
     states = encode_captions(base.text_encoder, base.tokenizer, ["robot", ""])
     text, empty = (states[prompt].expand(2, -1, -1) for prompt in ("robot", ""))
-    sampler = denoise.make_sampler(base.scheduler)
+    sampler = denoise.make_sampler(base.noise_scheduler)
     drawn = denoise.draw_images(
         base.unet,
         base.vae,

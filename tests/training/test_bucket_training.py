@@ -248,7 +248,7 @@ def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tm
             latents = latents * base.vae.config.scaling_factor
             noise = torch.randn(latents.shape, generator=generator)
             timestep = torch.randint(0, 1000, (1,), generator=generator)
-            signal = base.scheduler.alphas_cumprod[timestep]
+            signal = base.noise_scheduler.alphas_cumprod[timestep]
             words = base.tokenizer(
                 dataset.captions[index], padding="max_length", truncation=True, return_tensors="pt"
             )
@@ -257,7 +257,7 @@ def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tm
             predicted = base.unet(noisy, timestep, encoder_hidden_states=states).sample
             wanted = (
                 noise
-                if base.scheduler.config.prediction_type == "epsilon"
+                if base.noise_scheduler.config.prediction_type == "epsilon"
                 else (signal.sqrt() * noise - (1 - signal).sqrt() * latents)
             )
             errors.append((predicted - wanted).pow(2).mean())

@@ -175,17 +175,17 @@ def loss_by_hand(encoded, say) -> float:
             )
             noise = diffusion.draw_noise(latents.shape, 0.0, generator)
             timesteps = diffusion.draw_timesteps(
-                1, base.scheduler.config.num_train_timesteps, generator
+                1, base.noise_scheduler.config.num_train_timesteps, generator
             )
             caption = say(dataset.captions[index], row)
             states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, [caption])[
                 caption
             ][None]
-            noisy = base.scheduler.add_noise(latents, noise, timesteps)
+            noisy = base.noise_scheduler.add_noise(latents, noise, timesteps)
             noise_pred = base.unet(noisy, timesteps, encoder_hidden_states=states).sample
             parts.append(
                 diffusion.loss(
-                    noise_pred, diffusion.target(base.scheduler, latents, noise, timesteps)
+                    noise_pred, diffusion.target(base.noise_scheduler, latents, noise, timesteps)
                 )
             )
     return float(torch.stack(parts).mean())

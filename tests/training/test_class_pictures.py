@@ -69,11 +69,11 @@ def loss_by_hand(base, folder, numbers, seed: int) -> float:
         words = base.tokenizer(
             dataset.captions[index], padding="max_length", truncation=True, return_tensors="pt"
         )
-        noisy = base.scheduler.add_noise(latents, noise, timestep)
+        noisy = base.noise_scheduler.add_noise(latents, noise, timestep)
         states = base.text_encoder(words.input_ids)[0]
         predicted = base.unet(noisy, timestep, encoder_hidden_states=states).sample
-        velocity = base.scheduler.config.prediction_type == "v_prediction"
-        wanted = base.scheduler.get_velocity(latents, noise, timestep) if velocity else noise
+        velocity = base.noise_scheduler.config.prediction_type == "v_prediction"
+        wanted = base.noise_scheduler.get_velocity(latents, noise, timestep) if velocity else noise
         errors.append((predicted - wanted).pow(2).mean())
     return float(torch.stack(errors).mean())
 
