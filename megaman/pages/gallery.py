@@ -1,5 +1,4 @@
-"""The page of results: images.json for programs and index.html for people, beside the images they
-name."""
+"""The gallery next to generated images: images.json for programs and index.html for people."""
 
 from __future__ import annotations
 
@@ -9,7 +8,9 @@ import re
 import secrets
 import shlex
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from megaman.pages.html import href, render
 
 IMAGES, PAGE = "images.json", "index.html"
 THUMBNAILS = "thumbnails"
+MAX_RUN = 60  # sections in a group: full rows with 1 to 6 side by side
+TINY = 256  # pixels of width below which images are enlarged
 
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """One image and all that is needed to make it again; width and height in pixels."""
+    """One image and all settings that generate it again; width and height in pixels."""
 
     file: str  # relative to the gallery's folder
     prompt: str
@@ -32,11 +35,9 @@ class GalleryImage:
     seed: int
     width: int
     height: int
-    settings: dict[str, str | int | float]  # shown in this order and under these names
+    settings: dict[str, str | int | float]  # shown in this order with these names
     base_file: str | None = None  # the same seed without the LoRA
-    loras: list[str] = field(
-        default_factory=list
-    )  # as the command line names them, the strength behind a colon
+    loras: list[str] = field(default_factory=list)  # NAME:STRENGTH as for --lora_path
 
 
 _is_text, _is_int = schema.instance(str), schema.instance(int)
@@ -58,15 +59,14 @@ def _is_id(value: Any) -> bool:
 
 
 def read_images(folder: Path) -> list[GalleryImage]:
-    """The images that folder/images.json names, none where it is missing; UserError where it is
-    broken."""
+    """The images in folder/images.json, if there is one; raises UserError if it is damaged."""
     path = folder / IMAGES
-    return [_image(path, number, record) for number, record in enumerate(_read(path)[1], start=1)]
+    _, records = _read(path)
+    return [_image(path, number, record) for number, record in enumerate(records, start=1)]
 
 
 def _read(path: Path) -> tuple[str, list[Any]]:
-    """The gallery's id and its records; a new id where there is none yet: the first galleries were
-    bare lists."""
+    """The gallery's id and records; for the first galleries, bare lists, the id is new."""
     content = read_json(path) if path.exists() else []
     if isinstance(content, list):
         content = {"gallery": secrets.token_hex(8), "images": content}
@@ -83,11 +83,12 @@ def _read(path: Path) -> tuple[str, list[Any]]:
 
 
 def _image(path: Path, number: int, record: Any) -> GalleryImage:
+    """The image of an entry, counted from 1; raises UserError if the entry is not valid."""
     if not isinstance(record, dict):
         raise _broken(path, f"entry {number} is not an object")
     try:
         image = GalleryImage(**record)
-    except TypeError:  # a field too many or too few
+    except TypeError:  # an unknown or a missing field
         names = ", ".join(field.name for field in fields(GalleryImage))
         raise _broken(path, f"entry {number} does not have the fields {names}") from None
     if name := schema.first_invalid(vars(image), CHECKS):
@@ -101,14 +102,14 @@ def _broken(path: Path, reason: str) -> UserError:
 
 
 def thumbnail_of(file: str) -> str:
-    """Where the small copy of an image lies, relative to the gallery's folder, if there is one."""
+    """The path of an image's smaller copy, which need not exist, relative to the gallery."""
     return f"{THUMBNAILS}/{file}.webp"
 
 
 def write_gallery(folder: Path, images: list[GalleryImage], title: str) -> Path:
-    """Write images.json and index.html into folder, each in one step; returns the page's path.
+    """Write images.json and index.html into folder, each atomically; returns the page's path.
 
-    The gallery keeps the id that its images.json has: under it a browser keeps the favourites.
+    The gallery keeps its id, under which a browser stores the favorites.
     """
     gallery, _ = _read(folder / IMAGES)
     write_json(folder / IMAGES, {"gallery": gallery, "images": [asdict(image) for image in images]})
@@ -119,12 +120,10 @@ def write_gallery(folder: Path, images: list[GalleryImage], title: str) -> Path:
 def _page(folder: Path, images: list[GalleryImage], title: str, gallery: str) -> str:
     labels = variant_labels(images)
     prompts = list(dict.fromkeys(image.prompt for image in images))
-    places = {prompt: place for place, prompt in enumerate(prompts)}
-    sections = [Section(prompt) for prompt in prompts]
-    for number, image in enumerate(images):
-        sections[places[image.prompt]].add(image.seed, labels[number], number)
-    shown = [
-        _shown(image, label, places[image.prompt])
+    prompt_indices = {prompt: index for index, prompt in enumerate(prompts)}
+    sections = _sections(images, labels)
+    items = [
+        _item(image, label, prompt_indices[image.prompt])
         for image, label in zip(images, labels, strict=True)
     ]
 
@@ -139,108 +138,108 @@ def _page(folder: Path, images: list[GalleryImage], title: str, gallery: str) ->
         labels=labels,
         sections=sections,
         runs=_runs(sections),
-        common=_common(shown),
+        common=_common_settings(items),
         compared=any(image.base_file for image in images),
-        tiny=all(image.width < 256 for image in images),
-        data={"gallery": gallery, "prompts": prompts, "images": shown, "longest": LONGEST},
+        tiny=all(image.width < TINY for image in images),
+        data={"gallery": gallery, "prompts": prompts, "images": items, "longest": MAX_RUN},
     )
 
 
 class Section:
-    """The images of one prompt, by their numbers: in a row, or in a table where one seed was drawn
-    several ways."""
+    """The images of one prompt, by index: a row, or a table if a seed has several variants."""
 
-    def __init__(self, prompt: str):
+    def __init__(self, prompt: str, entries: Sequence[tuple[int, int, str]]):
+        """entries are the index, seed and label of each image."""
         self.prompt = prompt
-        self.numbers: list[int] = []
+        self.numbers = [index for index, _, _ in entries]
         self._cells: dict[int, dict[str, list[int]]] = {}  # by seed and label
-
-    def add(self, seed: int, label: str, number: int) -> None:
-        self.numbers.append(number)
-        self._cells.setdefault(seed, {}).setdefault(label, []).append(number)
+        for index, seed, label in entries:
+            self._cells.setdefault(seed, {}).setdefault(label, []).append(index)
 
     @property
     def columns(self) -> list[str]:
-        """The labels in the order of drawing; none where nothing is compared."""
-        if all(len(row) == 1 for row in self._cells.values()):
+        """The labels in the order of the images; none if nothing is compared."""
+        rows = self._cells.values()
+        if all(len(row) == 1 for row in rows):
             return []
-        return list(dict.fromkeys(label for row in self._cells.values() for label in row))
+        return list(dict.fromkeys(chain.from_iterable(rows)))
 
     @property
     def rows(self) -> list[tuple[int, list[list[int]]]]:
-        """The seeds in the order of drawing, each with its images under each column."""
+        """The seeds in the order of the images, each with its images in each column."""
         return [
             (seed, [row.get(label, []) for label in self.columns])
             for seed, row in self._cells.items()
         ]
 
 
-LONGEST = 60  # sections; full rows with 1 to 6 side by side
+def _sections(images: list[GalleryImage], labels: list[str]) -> list[Section]:
+    entries: dict[str, list[tuple[int, int, str]]] = {}
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        entries.setdefault(image.prompt, []).append((index, image.seed, label))
+    return [Section(prompt, own) for prompt, own in entries.items()]
 
 
 def _runs(sections: list[Section]) -> list[list[Section]]:
-    """The sections in their order: those of one image and others apart, at most LONGEST
-    together."""
+    """The sections in order, at most MAX_RUN in a group, and those with a single image apart."""
     runs: list[list[Section]] = []
-    for section in sections:
-        single = len(section.numbers) == 1
-        if not runs or len(runs[-1]) == LONGEST or single != (len(runs[-1][0].numbers) == 1):
-            runs.append([])
-        runs[-1].append(section)
+    for _, group in groupby(sections, key=lambda section: len(section.numbers) == 1):
+        members = list(group)
+        runs += [members[start : start + MAX_RUN] for start in range(0, len(members), MAX_RUN)]
     return runs
 
 
 def variant_labels(images: list[GalleryImage]) -> list[str]:
-    """What tells each image from another of its prompt and seed: the LoRA's name and strength, as
-    far as they vary."""
+    """A label that distinguishes each image from others of its prompt and seed, "" if none can.
+
+    It is the LoRA's name and strength, as far as they vary.
+    """
     loras = [str(image.settings.get("LoRA", "")) for image in images]
     strengths = [str(image.settings.get("strength", "1")) for image in images]
     names = {lora: re.split(r"[/\\]", lora.rstrip("/\\"))[-1] for lora in loras}
-    if len(set(names.values())) < len(names):  # two folders of one name
+    if len(set(names.values())) < len(names):  # two folders of the same name
         names = {lora: lora for lora in loras}
     labels = []
     for lora, strength in zip(loras, strengths, strict=True):
         parts = [names[lora]] if len(names) > 1 else []
-        parts += [f"strength {strength}"] if len(set(strengths)) > 1 else []
+        if len(set(strengths)) > 1:
+            parts.append(f"strength {strength}")
         labels.append(", ".join(parts))
     return labels
 
 
-def _shown(image: GalleryImage, label: str, prompt: int) -> dict[str, Any]:
-    """What the page's script knows of an image; numbers as text, since a browser would round a long
-    seed."""
+def _item(image: GalleryImage, label: str, prompt_index: int) -> dict[str, Any]:
+    """An image for the page's script; the seed is text, since a browser would round a long one."""
     return {
         "name": image.file,
         "file": href(image.file),
         "base": image.base_file and href(image.base_file),
-        "prompt": prompt,
+        "prompt": prompt_index,
         "seed": str(image.seed),
         "label": label,
         "size": [image.width, image.height],
-        "small": image.width < 256,
+        "small": image.width < TINY,
         "settings": _settings(image),
         "command": command(image),
     }
 
 
 def _settings(image: GalleryImage) -> dict[str, str]:
-    """What a person reads under an image, the seed left out: it stands beside it."""
-    settings = {
-        "size": f"{image.width}x{image.height}",
-        **{name: str(value) for name, value in image.settings.items()},
-    }
+    """The settings shown for an image, except the seed, which is next to it anyway."""
+    settings = {"size": f"{image.width}x{image.height}"}
+    settings |= {name: str(value) for name, value in image.settings.items()}
     if image.negative_prompt:
         settings["negative prompt"] = image.negative_prompt
     return settings
 
 
-def _common(shown: list[dict[str, Any]]) -> dict[str, str]:
-    """The settings that every image shares, in the first one's order."""
-    first = shown[0]["settings"] if shown else {}
+def _common_settings(items: list[dict[str, Any]]) -> dict[str, str]:
+    """The settings that all images share, in the order of the first."""
+    first = items[0]["settings"] if items else {}
     return {
         name: value
         for name, value in first.items()
-        if all(each["settings"].get(name) == value for each in shown)
+        if all(item["settings"].get(name) == value for item in items)
     }
 
 
@@ -254,37 +253,42 @@ FLAGS = {
 }
 
 
-def command(image: GalleryImage) -> str | None:
-    """The line that draws the image again, for the shell of this system: sh, or PowerShell on
-    Windows.
+CONTROL_CHARACTERS = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories
 
-    None where a text holds a control character: what a shell makes of one that is pasted is
-    anybody's guess.
+
+def command(image: GalleryImage) -> str | None:
+    """The command that generates the image again, for sh, or for PowerShell on Windows.
+
+    None if a text has a control character: shells differ in what they make of a pasted one.
     """
+    flags = {FLAGS[name]: image.settings[name] for name in FLAGS if name in image.settings}
     values = {
         "--prompts": image.prompt,
         "--negative_prompt": image.negative_prompt,
         "--seed": image.seed,
         "--height": image.height,
         "--width": image.width,
-        **{flag: image.settings[name] for name, flag in FLAGS.items() if name in image.settings},
+        **flags,
     }
-    loras = image.loras or [image.settings[name] for name in ["LoRA"] if name in image.settings]
-    texts = list(map(str, [*values.values(), *loras]))
-    if any(
-        unicodedata.category(mark) in ("Cc", "Cs", "Zl", "Zp") for text in texts for mark in text
-    ):
+    loras: list[Any] = list(image.loras)
+    if not loras and "LoRA" in image.settings:
+        loras = [image.settings["LoRA"]]
+    if any(_has_control_character(str(text)) for text in (*values.values(), *loras)):
         return None
     words = [f"{flag}={_quoted(str(value))}" for flag, value in values.items()]
     if len(loras) == 1:
         words.append(f"--lora_path={_quoted(str(loras[0]))}")
     elif loras:
-        words[:0] = ["--lora_path", *(_quoted(str(lora)) for lora in loras)]
+        words = ["--lora_path", *(_quoted(str(lora)) for lora in loras), *words]
     return " ".join(["python generate_megaman.py", *words])
 
 
+def _has_control_character(text: str) -> bool:
+    return any(unicodedata.category(character) in CONTROL_CHARACTERS for character in text)
+
+
 def _quoted(text: str) -> str:
-    """A word for sh, or for PowerShell, which takes curly marks for straight ones."""
+    """A word for sh, or for PowerShell, which takes curly quotation marks for straight ones."""
     if os.name == "nt":
         return "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'"
     return shlex.quote(text)

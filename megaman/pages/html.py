@@ -1,5 +1,4 @@
-"""What the pages share: a template filled in so that text stays text, and a policy that allows its
-own blocks alone."""
+"""Rendering of the pages: all text is escaped, and only the template's own style and script run."""
 
 from __future__ import annotations
 
@@ -14,13 +13,12 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 
 TEMPLATES = Path(__file__).parent / "templates"
-# colours and basics; it takes the place of a comment of that name in a template's style
+# Colors and basics, in place of a comment of that name in a template's style.
 SHARED_STYLE = "page.css"
 
 
 def render(template: str, filters: dict[str, Callable[..., Any]], **content: Any) -> str:
-    """A template of this package as a page; everything in content is escaped, and policy is there
-    for its head."""
+    """Fill in a template of this package; content is escaped, and policy is added for the head."""
     source = (TEMPLATES / template).read_text(encoding="utf-8")
     shared = (TEMPLATES / SHARED_STYLE).read_text(encoding="utf-8")
     source = source.replace(f"/* {SHARED_STYLE} */\n", shared)
@@ -32,23 +30,21 @@ def render(template: str, filters: dict[str, Callable[..., Any]], **content: Any
 
 
 def href(file: str) -> str:
-    """A file name is always a path below the page: "./" keeps "//host/x" from meaning anything
-    else."""
+    """The link to a file below the page; "./" keeps "//host/x" from naming another machine."""
     return "./" + quote(file)
 
 
 def content_security_policy(source: str) -> str:
-    """The policy of a template: its own style and script by the hash of their text, pictures from
-    the disk.
+    """The policy of a template: its own style and script by their hashes, and images on the disk.
 
-    The hash is taken from the template and not from the finished page, so that markup which got in
-    through a prompt could never be allowed by its own hash. The blocks therefore hold no jinja.
-    Without a script none may run.
+    The hashes are those of the template, not of the rendered page: markup from a prompt could
+    otherwise be allowed by its own hash. The style and script therefore contain no jinja. Without a
+    script none may run.
     """
     style, script = (_hash(source, tag) for tag in ("style", "script"))
     return (
-        f"default-src 'none'; img-src 'self' file: data:; style-src '{style}'; script-src '{script}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src 'self' file: data:; style-src '{style}'; "
+        f"script-src '{script}'; base-uri 'none'; form-action 'none'"
     )
 
 

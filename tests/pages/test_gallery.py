@@ -714,7 +714,7 @@ def test_prompts_of_different_length_have_their_images_at_one_height(visit):
 
 
 @needs_browser
-def test_favourites_survive_and_are_exported(visit, tmp_path, the_browser):
+def test_favorites_survive_and_are_exported(visit, tmp_path, the_browser):
     page = visit(ROBOTS)
     page.click("[data-number='1'] .star")
     page.click("[data-number='3'] img")

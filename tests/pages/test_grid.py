@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megaman.pages.grid import GAP, LONGEST_SIDE, MARGIN, save_grid
+from megaman.pages.grid import GAP, MARGIN, MAX_SIDE, save_grid
 
 
 def picture(folder, size):
@@ -40,7 +40,7 @@ def test_a_long_comparison_stays_within_bounds(tmp_path):
     save_grid(
         tmp_path / "grid.png", ["a"], [(str(i), [picture(tmp_path, (64, 64))]) for i in range(200)]
     )
-    assert max(Image.open(tmp_path / "grid.png").size) <= LONGEST_SIDE
+    assert max(Image.open(tmp_path / "grid.png").size) <= MAX_SIDE
 
 
 @settings(max_examples=30, deadline=None)
