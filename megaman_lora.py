@@ -141,10 +141,12 @@ def main(argv: list[str]) -> int:
     from torch.utils.tensorboard import SummaryWriter
 
     from megaman import runtime
-    from megaman.data import buckets, latents
+    from megaman.data import buckets
     from megaman.data.batches import class_seed
+    from megaman.data.encoding import drop_damaged, encode_dataset
     from megaman.data.latent_cache import LatentCache, prune, vae_folder
-    from megaman.data.latents import EncodingConfig, OnlineLatents, VaeEncoder, drop_damaged
+    from megaman.data.latents import OnlineLatents
+    from megaman.data.vae_encoder import EncodingConfig, VaeEncoder, identify_vae
     from megaman.lora import adapter
     from megaman.lora import files as lora_files
     from megaman.models.base import load_base
@@ -274,9 +276,9 @@ def main(argv: list[str]) -> int:
             for each in datasets:
                 drop_damaged(each, workers, partial(bar, desc="looking", total=len(each)))
         else:
-            vae_id = latents.identify_vae(base, file_index)
+            vae_id = identify_vae(base, file_index)
             sources = [
-                latents.encode_dataset(
+                encode_dataset(
                     lambda: base.vae,
                     each,
                     encoding,

@@ -65,10 +65,11 @@ def shuffle_captions(source: Path, target: Path) -> None:
 def measure(lora_path: Path, held_out: Path) -> dict:
     import torch
 
-    from megaman.data import latents
     from megaman.data.dataset import MegaManDataset
+    from megaman.data.encoding import encode_dataset
     from megaman.data.file_index import FileIndex
     from megaman.data.latent_cache import LatentCache
+    from megaman.data.vae_encoder import EncodingConfig
     from megaman.lora import files as lora_files
     from megaman.lora import peft_config
     from megaman.models import text_encoding
@@ -77,10 +78,10 @@ def measure(lora_path: Path, held_out: Path) -> dict:
 
     base = load_base(peft_config.base_of(lora_path), torch.float32)
     dataset = MegaManDataset(held_out, None, base.native_size)
-    moments = latents.encode_dataset(
+    moments = encode_dataset(
         lambda: base.vae,
         dataset,
-        latents.EncodingConfig(),
+        EncodingConfig(),
         FileIndex(None),
         LatentCache(None),
     )

@@ -24,6 +24,7 @@ LIGHT_PACKAGES = {"config", "pages", "doctor"}
 LIGHT_MODULES = {
     "data.images",
     "data.captions",
+    "data.metadata_files",
     "data.folders",
     "data.buckets",
     "data.file_index",

@@ -48,6 +48,7 @@ NO_TORCH = [
     "data.problems",
     "data.images",
     "data.captions",
+    "data.metadata_files",
     "data.folders",
     "data.dataset",
 ]  # not until it is needed

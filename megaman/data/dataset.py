@@ -20,13 +20,13 @@ from megaman.data.images import (
     crop_boxes,
     image_size,
     open_image,
+    to_tensor,
 )
 from megaman.errors import UserError
 from megaman.files import digest_of, stamp_of
 
 if TYPE_CHECKING:  # torch is imported when an item is read: counting a folder must not wait for it
     import torch
-    from PIL import Image
     from transformers import CLIPTokenizer
 
 DEFAULT_CONFIG = FolderConfig()
@@ -300,12 +300,3 @@ def _read_info(image: Path, file_index: FileIndex | None) -> ImageInfo:
         digest, width, height = fact.split()
         return ImageInfo(int(width), int(height), stamp.size, bytes.fromhex(digest))
     return ImageInfo(*image_size(image), stamp.size)
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """An RGB image as float32 [3, H, W] in -1 ... 1."""
-    import numpy as np
-    import torch
-
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1

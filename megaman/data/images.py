@@ -9,9 +9,12 @@ import stat
 import struct
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:  # torch is imported when an image becomes a tensor: counting must not wait for it
+    import torch
 
 # Whatever a file's name says, no other formats, such as EPS, are tried.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP")
@@ -80,14 +83,7 @@ def find_images(folder: Path) -> tuple[list[Path], dict[Path, str]]:
         folders[:] = [name for name in visible if name not in linked]  # os.walk visits these next
         for name in linked:
             skipped[place / name] = "a link to a folder, which is not followed"
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if suffix in SUFFIXES:
-                images.append(place / name)
-            elif suffix in OTHER_SUFFIXES:
-                skipped[place / name] = f"{suffix} is not read: save it as PNG or JPG"
+        _sort_files(place, names, images, skipped)
 
     prefix_length = len(folder.as_posix()) if folder.parts else 0
 
@@ -95,6 +91,20 @@ def find_images(folder: Path) -> tuple[list[Path], dict[Path, str]]:
         return natural_key(path.as_posix()[prefix_length:])
 
     return sorted(images, key=order), {path: skipped[path] for path in sorted(skipped, key=order)}
+
+
+def _sort_files(
+    folder: Path, names: list[str], images: list[Path], skipped: dict[Path, str]
+) -> None:
+    """Add the files with these names to the images or to what is skipped; others are ignored."""
+    for name in names:
+        suffix = os.path.splitext(name)[1].lower()
+        if name.startswith("."):
+            continue
+        if suffix in SUFFIXES:
+            images.append(folder / name)
+        elif suffix in OTHER_SUFFIXES:
+            skipped[folder / name] = f"{suffix} is not read: save it as PNG or JPG"
 
 
 def _is_linked(folder: Path) -> bool:
@@ -165,7 +175,7 @@ def open_image(path: Path, min_side: int | None = None) -> Image.Image:
         warnings.simplefilter("ignore", UserWarning)
         try:
             if min_side:
-                image.draft(None, (min_side, min_side))  # pyright: ignore[reportArgumentType]
+                image.draft(None, (min_side, min_side))
             return _flatten(ImageOps.exif_transpose(image))
         except DAMAGE as error:
             raise BadImageError(_reason(error)) from None
@@ -223,8 +233,9 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """A float image as grayscale of 8 bits, scaled if it has more."""
-    _, brightest = image.getextrema()
-    scale = 1 / 257 if brightest > 255 else 1  # pyright: ignore[reportOperatorIssue]
+    extrema: Any = image.getextrema()
+    _, brightest = extrema
+    scale = 1 / 257 if brightest > 255 else 1
     # In mode F, Pillow accepts no other form of function than this one.
     return image.point(lambda value: value * scale + 0).convert("L")
 
@@ -258,3 +269,12 @@ def crop_and_resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Imag
     shrinks = box[2] - box[0] >= size[0] and box[3] - box[1] >= size[1]
     resample = Image.Resampling.BOX if shrinks else Image.Resampling.LANCZOS
     return image.resize(size, resample, box=box)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as float32 [3, H, W] in -1 ... 1."""
+    import numpy as np
+    import torch
+
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1

@@ -7,60 +7,22 @@ Latents here are the parameters of the VAE's posterior, mean and log variance, f
 
 from __future__ import annotations
 
-import hashlib
-import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from megaman.data.file_index import FileIndex
 from megaman.data.images import BadImageError
 from megaman.data.latent_cache import LatentCache, Location
-from megaman.errors import UserError, summarize_error
-from megaman.files import stamp_of
-from megaman.models.base import vae_identity, vae_scale_factor
-from megaman.runtime import retry_on_oom
+from megaman.data.vae_encoder import EncodingConfig, VaeEncoder
+from megaman.errors import UserError
+from megaman.models.base import vae_scale_factor
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
-    from megaman.data.buckets import Size
-    from megaman.data.dataset import Crop, MegaManDataset
-    from megaman.models.base import Base
-
-# Pixels in one batch of the VAE: more are not faster, but need more memory. A GPU wants larger
-# batches than a CPU.
-MAX_PIXELS_CUDA = 4 * 512 * 512
-MAX_PIXELS_OTHERS = 512 * 512
-MAX_BATCH_SIZE = 64
-MAX_SHARDS = 4096  # per run: each stays mapped, and a system allows some ten thousand mappings
-VERSION = 1  # of decoding and scaling: another version gives other latents
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class EncodingConfig:
-    """Which crops of an image are encoded, and how.
-
-    Args:
-        num_crops: random crops per image, for cached latents.
-        flip: whether every crop is also mirrored.
-        seed: the crops depend on it.
-        num_workers: processes or threads that decode images, next to the main one.
-    """
-
-    num_crops: int = 1
-    flip: bool = False
-    seed: int = 0
-    num_workers: int = 0
+    from megaman.data.dataset import MegaManDataset
 
 
 class LatentSource(Protocol):
@@ -180,222 +142,6 @@ class CachedLatents:
     def _crop(self, index: int, crop_index: int) -> torch.Tensor:
         i = self._starts[index] + crop_index
         return self._cache.read(Location(self._shards[i], self._offsets[i], self._shapes[i]))
-
-
-class VaeEncoder:
-    """Encodes images of one size in batches: smaller ones, and then in tiles, if memory is
-    short."""
-
-    def __init__(self, vae: AutoencoderKL):
-        self.vae = vae
-        is_cuda = vae.device.type == "cuda"
-        self._max_pixels = MAX_PIXELS_CUDA if is_cuda else MAX_PIXELS_OTHERS
-
-    def batch_size(self, size: Size) -> int:
-        """How many images of this size in pixels are encoded together."""
-        return min(MAX_BATCH_SIZE, max(1, self._max_pixels // (size[0] * size[1])))
-
-    @torch.no_grad()
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Latents, float32 [B, 8, h, w] on the VAE's device, of images [B, 3, H, W].
-
-        Raises UserError if even a single tile does not fit into memory.
-        """
-        return retry_on_oom(partial(self._encode, pixel_values), self._reduce_memory)
-
-    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        height, width = pixel_values.shape[2:]
-        parts = pixel_values.split(self.batch_size((width, height)))
-        parts = [part.to(self.vae.device, self.vae.dtype, non_blocking=True) for part in parts]
-        return torch.cat([self.vae.encode(part).latent_dist.parameters.float() for part in parts])
-
-    def _reduce_memory(self) -> None:
-        if self._max_pixels > 1:
-            self._max_pixels = 1
-        elif not self.vae.use_tiling:
-            self.vae.enable_tiling()
-        else:
-            raise UserError(
-                "The VAE needs more memory than there is",
-                "Lower --resolution, or close other programs",
-            )
-
-
-def identify_vae(base: Base, file_index: FileIndex) -> str:
-    """The identity of the base's VAE: from the file index, or else computed, for which the VAE is
-    loaded."""
-    files = [(path, stamp_of(path)) for path in base.vae_files()]
-    known = {file_index.get(path, stamp) for path, stamp in files}
-    if len(known) == 1 and (identity := known.pop()):
-        return identity
-    identity = vae_identity(base.vae)
-    file_index.update((path, stamp, identity) for path, stamp in files)
-    return identity
-
-
-@dataclass(frozen=True)
-class _MissingCrops:
-    """The crops of an image that are not in the cache, by key."""
-
-    index: int
-    crops: dict[str, Crop]
-
-
-def encode_dataset(
-    load_vae: Callable[[], AutoencoderKL],
-    dataset: MegaManDataset,
-    config: EncodingConfig,
-    file_index: FileIndex,
-    cache: LatentCache,
-    progress: Callable[[Iterable[Item]], Iterable[Item]] = iter,
-) -> CachedLatents:
-    """Encode all crops of all images that are missing from the cache.
-
-    Images that cannot be decoded are dropped from the dataset with the reason. load_vae is called
-    only if something is missing. Every batch is stored at once, so a stop loses one at most.
-
-    Workers may be spawned: the dataset is pickled for them. More workers than cores would only slow
-    each other down.
-    """
-    keys, missing = _find_missing(dataset, config, file_index, cache)
-    reasons: dict[int, str] = {}
-    if missing:
-        reasons = _encode_missing(VaeEncoder(load_vae()), dataset, missing, cache, config, progress)
-    # A copy of a damaged image was not decoded, but its latents are missing all the same.
-    bad = {
-        index
-        for index, image_keys in enumerate(keys)
-        if not all(key in cache for key in image_keys)
-    }
-    any_reason = next(iter(reasons.values()), "")
-    dataset.drop(
-        {dataset.examples[index].image: reasons.get(index, any_reason) for index in sorted(bad)}
-    )
-    keys = [image_keys for index, image_keys in enumerate(keys) if index not in bad]
-    new_keys = {key for one in missing if one.index not in bad for key in one.crops}
-    return CachedLatents(cache, keys, len(new_keys))
-
-
-def _find_missing(
-    dataset: MegaManDataset, config: EncodingConfig, file_index: FileIndex, cache: LatentCache
-) -> tuple[list[list[str]], list[_MissingCrops]]:
-    """The keys of every image's crops, and the crops that are not in the cache, each once."""
-    keys: list[list[str]] = []
-    missing: list[_MissingCrops] = []
-    missing_keys: set[str] = set()
-    for index, digest in enumerate(dataset.hash_files(file_index)):
-        crops = {
-            _key(digest, crop): crop
-            for crop in dataset.get_crops(index, config.num_crops, config.flip, config.seed)
-        }
-        keys.append(list(crops))
-        new = {
-            key: crop for key, crop in crops.items() if key not in cache and key not in missing_keys
-        }
-        if new:
-            missing_keys |= new.keys()
-            missing.append(_MissingCrops(index, new))
-    return keys, missing
-
-
-def _encode_missing(
-    encoder: VaeEncoder,
-    dataset: MegaManDataset,
-    missing: Sequence[_MissingCrops],
-    cache: LatentCache,
-    config: EncodingConfig,
-    progress: Callable[[Iterable[Item]], Iterable[Item]],
-) -> dict[int, str]:
-    """Encode these crops into the cache, in batches of one size; returns why images could not be
-    decoded, by index."""
-    num_workers = min(config.num_workers, _usable_cores())
-    loader = DataLoader(_CropReader(dataset, missing), batch_size=None, num_workers=num_workers)
-    # A run makes at most MAX_SHARDS shards.
-    min_batch = -(-sum(len(one.crops) for one in missing) // MAX_SHARDS)
-    reasons: dict[int, str] = {}
-    pending: dict[Size, dict[str, torch.Tensor]] = {}
-    for one, loaded in zip(missing, progress(_from_workers(loader)), strict=True):
-        if isinstance(loaded, str):
-            reasons[one.index] = loaded
-            continue
-        for (key, crop), pixel_values in zip(one.crops.items(), loaded, strict=True):
-            batch = pending.setdefault(crop.size, {})
-            batch[key] = pixel_values
-            if len(batch) >= max(min_batch, encoder.batch_size(crop.size)):
-                _store(encoder, pending.pop(crop.size), cache)
-    for batch in pending.values():
-        _store(encoder, batch, cache)
-    return reasons
-
-
-def _store(encoder: VaeEncoder, batch: dict[str, torch.Tensor], cache: LatentCache) -> None:
-    """Encode crops of one size into the cache as one shard."""
-    latents = encoder.encode(torch.stack(list(batch.values()))).cpu()
-    cache.add(dict(zip(batch, latents, strict=True)))
-
-
-class _CropReader(Dataset):
-    """Loads the missing crops of each image; for a damaged image, the reason in place of an
-    exception."""
-
-    def __init__(self, dataset: MegaManDataset, missing: Sequence[_MissingCrops]):
-        self._dataset = dataset
-        self._requests = [(one.index, list(one.crops.values())) for one in missing]
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __getitem__(self, i: int) -> list[torch.Tensor] | str:
-        try:
-            return self._dataset.load_crops(*self._requests[i])
-        except BadImageError as error:
-            return str(error)
-
-
-def _from_workers(loader: DataLoader) -> Iterator[list[torch.Tensor] | str]:
-    """The loader's items; a worker that was killed, for example for lack of memory, raises
-    UserError."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"A worker that decodes pictures died ({summarize_error(error)})",
-            "Use fewer of them, or none: --dataloader_num_workers 0",
-        ) from None
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _key(digest: bytes, crop: Crop) -> str:
-    """What the latents of a crop depend on besides the VAE: the image's bytes and the crop."""
-    text = f"{VERSION} {digest.hex()} {crop.box} {crop.size} {crop.mirrored}"
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def drop_damaged(
-    dataset: MegaManDataset,
-    num_threads: int,
-    progress: Callable[[Iterable[Item]], Iterable[Item]] = iter,
-) -> None:
-    """Decode every image once and drop the damaged ones, which would stop the run later."""
-
-    def find_damage(index: int) -> str | None:
-        try:
-            dataset.load_crops(index, dataset.get_crops(index, 1, False, 0))
-        except BadImageError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        damage = list(progress(pool.map(find_damage, range(len(dataset)))))
-    pairs = zip(dataset.examples, damage, strict=True)
-    dataset.drop({example.image: reason for example, reason in pairs if reason})
 
 
 class OnlineLatents:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,7 @@ def _collect(datasets: Sequence[MegaManDataset]) -> dict[str, list[dict[str, str
         own = [example.caption_warning for example in dataset.examples]
         warnings += [warning for warning in own if warning]
         warnings += dataset.metadata_warnings
-    examples = [example for dataset in datasets for example in dataset.examples]
+    examples = list(chain.from_iterable(dataset.examples for dataset in datasets))
     made = [example for example in examples if not example.caption_from_file]
     long = [example for example in examples if example.truncated]
     distinct = dict.fromkeys(warnings)  # two images may share a caption file

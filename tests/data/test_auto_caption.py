@@ -22,7 +22,12 @@ from transformers import (
     BlipProcessor,
 )
 
-from megaman.data.captioner import caption_missing, load_captioner, without_file, write_captions
+from megaman.data.captioner import (
+    caption_missing,
+    load_captioner,
+    without_caption_file,
+    write_captions,
+)
 from megaman.data.dataset import MegaManDataset
 from megaman.data.folders import FolderConfig
 from megaman.errors import UserError
@@ -160,7 +165,7 @@ def test_the_file_has_the_extension_that_is_read(blip, bare):
 
 
 def test_a_file_that_comes_while_it_works_stays_too(blip, bare):
-    pictures = without_file(sorted(bare.rglob("*.png")))
+    pictures = without_caption_file(sorted(bare.rglob("*.png")))
 
     def somebody_writes(paths):
         for path in paths:
@@ -183,17 +188,17 @@ def test_a_second_run_loads_no_model(blip, bare, caplog):
 
 def test_a_stopped_captioning_goes_on_where_it_was(blip, bare):
     captioner = load_captioner(str(blip))
-    captioner.at_once = 2
+    captioner.batch_size = 2
 
     def stopped(paths):
         yield from paths[:3]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_captions(captioner, without_file(sorted(bare.rglob("*.png"))), stopped)
+        write_captions(captioner, without_caption_file(sorted(bare.rglob("*.png"))), stopped)
     first = texts(bare)
     assert set(first) == {"0", "1"}
-    left = without_file(sorted(bare.rglob("*.png")))
+    left = without_caption_file(sorted(bare.rglob("*.png")))
     assert [path.stem for path in left] == ["2", "3", "4"]
     assert write_captions(captioner, left) == 3
     assert {name: texts(bare)[name] for name in first} == first and len(texts(bare)) == 5
@@ -211,7 +216,11 @@ def test_too_little_memory_halves_the_batch(blip, bare, monkeypatch):
     pixels = torch.stack(
         [captioner.pixel_values(Image.open(path)) for path in sorted(bare.rglob("*.png"))]
     )
-    wanted, real, sizes = captioner.describe(pixels), BlipForConditionalGeneration.generate, []
+    wanted, real, sizes = (
+        captioner.generate_captions(pixels),
+        BlipForConditionalGeneration.generate,
+        [],
+    )
 
     def small_card(self, pixel_values, **settings):
         sizes.append(len(pixel_values))
@@ -221,11 +230,11 @@ def test_too_little_memory_halves_the_batch(blip, bare, monkeypatch):
 
     monkeypatch.setattr(BlipForConditionalGeneration, "generate", small_card)
     most = 2
-    assert captioner.describe(pixels) == wanted
-    assert (captioner.at_once, sizes) == (2, [5, 5, 4, 2, 2, 1])
+    assert captioner.generate_captions(pixels) == wanted
+    assert (captioner.batch_size, sizes) == (2, [5, 5, 4, 2, 2, 1])
     most = 0
     with pytest.raises(UserError, match="more memory than there is"):
-        captioner.describe(pixels)
+        captioner.generate_captions(pixels)
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other rights")
@@ -347,8 +356,8 @@ def test_the_vocabulary_alone_is_enough(own_blip, bare):
     )
     assert torch.equal(pixels[0], after.pixel_values(Image.open(bare / "0.png")))
     strip = re.compile(r" ?\[DEC\]")  # no special token where nothing says so
-    assert [strip.sub("", text) for text in after.describe(pixels)] == [
-        strip.sub("", text) for text in before.describe(pixels)
+    assert [strip.sub("", text) for text in after.generate_captions(pixels)] == [
+        strip.sub("", text) for text in before.generate_captions(pixels)
     ]
 
 

@@ -16,8 +16,8 @@ from transformers import CLIPTokenizer
 
 from megaman.data.buckets import make_buckets
 from megaman.data.captions import COMMON_ENDING
-from megaman.data.dataset import MegaManDataset, to_tensor
-from megaman.data.images import BadImageError
+from megaman.data.dataset import MegaManDataset
+from megaman.data.images import BadImageError, to_tensor
 from megaman.errors import UserError
 
 THE_CONTRACTS = "from megaman_lora import MegaManDataset; ds = MegaManDataset('./megaman_images', None); print(len(ds))"

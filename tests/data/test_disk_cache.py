@@ -219,7 +219,7 @@ def test_a_kill_while_encoding_loses_one_batch_at_most(forked, pictures, tmp_pat
         Image.new("RGB", (256, 256), (number * 9, 80, 120)).save(
             pictures / f"megaman_{number:02d}.png"
         )
-    one_by_one = {"megaman.data.latents.MAX_PIXELS_OTHERS": 256 * 256}
+    one_by_one = {"megaman.data.vae_encoder.MAX_PIXELS_OTHERS": 256 * 256}
     words = command(pictures, "--resolution", 256, "--center_crop", "--output_dir")
     process = forked.start([*words, "out"], tmp_path, one_by_one)
     deadline = time.monotonic() + 200

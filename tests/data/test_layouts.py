@@ -17,18 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megaman.config.train import parse_train_config
-from megaman.data import folders
+from megaman.data import metadata_files
 from megaman.data.captions import caption_from_name
 from megaman.data.dataset import MegaManDataset
-from megaman.data.folders import (
-    MAX_WARNINGS,
-    FolderConfig,
-    Row,
-    inner_path,
-    parse_csv,
-    parse_jsonl,
-    read_metadata,
-)
+from megaman.data.folders import MAX_WARNINGS, FolderConfig
+from megaman.data.metadata_files import Row, inner_path, parse_csv, parse_jsonl, read_metadata
 from megaman.data.problems import write_problems
 from megaman.doctor.checks import examine
 from megaman.doctor.report import write_report
@@ -381,7 +374,7 @@ def test_pipes_and_giants_are_not_opened(tmp_path):
     place(tmp_path, suffix=".txt")
     os.mkfifo(tmp_path / "metadata.csv")
     with open(tmp_path / "metadata.jsonl", "wb") as file:
-        file.truncate(folders.MAX_FILE_SIZE + 1)
+        file.truncate(metadata_files.MAX_FILE_SIZE + 1)
     dataset = MegaManDataset(tmp_path, None)
     warnings = [text for _, text in dataset.metadata_warnings]
     assert len(dataset) == 24 and all("cannot be read" in text for text in warnings)
@@ -498,7 +491,7 @@ def test_a_quotation_mark_too_few_costs_only_its_line():
     st.binary(max_size=200) | st.text('file_name,text"\n;{}[]:a\0', max_size=120).map(str.encode)
 )
 def test_any_bytes_are_read(tmp_path_factory, content):
-    for name in folders.NAMES:
+    for name in metadata_files.NAMES:
         path = tmp_path_factory.getbasetemp() / name
         path.write_bytes(b"file_name,text\n" * name.endswith("csv") + content)
         found = read_metadata(path)
@@ -531,7 +524,7 @@ def test_hostile_files_end(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content.encode("cp1252"))
     found = read_metadata(path)
-    assert len(found.warnings) <= folders.MAX_BAD_LINES + 2
+    assert len(found.warnings) <= metadata_files.MAX_BAD_LINES + 2
 
 
 def test_names_that_are_no_unicode_and_names_of_controls(tmp_path):

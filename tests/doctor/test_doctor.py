@@ -26,15 +26,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import doctor as benchmark
 
 from megaman.data.dataset import MegaManDataset
-from megaman.doctor.caption_checks import (
-    duplicate_tags,
-    estimate_tokens,
-    likely_typos,
-    split_terms,
-)
-from megaman.doctor.checks import BLURRED, Report, examine, nearest_shape
+from megaman.doctor.caption_checks import estimate_tokens
+from megaman.doctor.checks import Report, examine
 from megaman.doctor.duplicates import near_duplicates
 from megaman.doctor.findings import Finding
+from megaman.doctor.image_checks import BLURRED, nearest_shape
 from megaman.doctor.image_stats import (
     THUMBNAIL_SIDE,
     ImageStats,
@@ -43,6 +39,7 @@ from megaman.doctor.image_stats import (
     sharpness,
 )
 from megaman.doctor.report import DATA, MARK, NAMES, PAGE, summary, write_report
+from megaman.doctor.term_checks import duplicate_tags, likely_typos, split_terms
 from megaman.errors import UserError
 
 DEMO = ROOT / "demo" / "images"
@@ -492,13 +489,11 @@ def test_names_and_captions_are_text_and_never_markup(nasty, tmp_path):
 
 
 def test_every_kind_has_a_short_name():
-    sources = [
-        (ROOT / "megaman" / f"{name}.py").read_text(encoding="utf-8")
-        for name in ("doctor/checks", "doctor/caption_checks")
-    ]
-    assert {
-        kind for source in sources for kind in re.findall(r'Finding\(\s*"(\w+)"', source)
-    } == set(NAMES)
+    kinds = set()
+    for name in ("image_checks", "caption_checks", "term_checks"):
+        source = (ROOT / "megaman" / "doctor" / f"{name}.py").read_text(encoding="utf-8")
+        kinds.update(re.findall(r'Finding\(\s*"(\w+)"', source))
+    assert kinds == set(NAMES)
 
 
 def test_json_holds_it_all(nasty, tmp_path):

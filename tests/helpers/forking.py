@@ -25,6 +25,7 @@ LIBRARIES = [
     "torch.utils.tensorboard",
     "megaman.models.base",
     "megaman.data.latents",
+    "megaman.data.encoding",
     "megaman.sampling.denoise",
 ]
 LIBRARIES += [

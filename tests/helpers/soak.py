@@ -42,6 +42,7 @@ for library in (
     "torch.utils.tensorboard",
     "megaman.models.base",
     "megaman.data.latents",
+    "megaman.data.encoding",
     "megaman.sampling.denoise",
 ):
     importlib.import_module(

@@ -20,10 +20,11 @@ from megaman.config.train import parse_train_config
 from megaman.data import batches
 from megaman.data.captions import CaptionAugmentation, add_affixes, contains
 from megaman.data.dataset import MegaManDataset
+from megaman.data.encoding import encode_dataset
 from megaman.data.file_index import FileIndex
 from megaman.data.latent_cache import LatentCache
-from megaman.data.latents import EncodingConfig, encode_dataset
 from megaman.data.problems import MAX_TRUNCATED, write_problems
+from megaman.data.vae_encoder import EncodingConfig
 from megaman.errors import UserError
 from megaman.models import text_encoding
 from megaman.models.base import load_base
