@@ -10,12 +10,14 @@ import pytest
 from sources import MODULES, ROOT, SCRIPTS, at_import, imports, ours, tree
 
 STANDARD_ONLY = [
+    "version",
     "errors",
     "files",
     "schema",
     "threads",
     "safe_loading",
     "config.samplers",
+    "config.values",
     "config.cli",
     "config.train",
     "config.generate",

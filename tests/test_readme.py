@@ -28,7 +28,7 @@ SCRIPTS = {
     "megaman_lora.py": (train_parser, parse_train_config),
     "generate_megaman.py": (generate_parser, parse_generate_config),
 }
-HELP = ("help", argparse.SUPPRESS)  # what --help and --help_all are called
+HELP = ("help", "version", argparse.SUPPRESS)  # --help, --version and --help_all
 INSTALL = (
     "python -m venv .venv && . .venv/bin/activate && pip install -r requirements_megaman_lora.txt"
 )

@@ -1,5 +1,7 @@
-"""generate_megaman.py's command line: flags and defaults. Contradictions fail here, before a heavy
-import."""
+"""generate_megaman.py's command line: flags and defaults.
+
+Contradictions are refused here, before a heavy import.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +10,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaman.config import samplers
-from megaman.config.cli import (
+from megaman.config.cli import Parser, fill, flag, settings_of
+from megaman.config.train import DEMO
+from megaman.config.values import (
     GUIDANCE,
     SEED,
     STEPS,
-    Parser,
-    fill,
-    flag,
     folder,
     lora,
     name,
     number,
     sampler,
-    settings_of,
     side,
     strengths,
     text,
 )
-from megaman.config.train import DEMO
 
 DEFAULT_NEGATIVE_PROMPT = "blurry, low quality, distorted, deformed, ugly, bad anatomy"
 DEMO_GENERATION: dict[str, Any] = {
     "lora_path": ["./megaman_demo_output/lora_weights"],
     "output_dir": "./generated_demo",
     "prompts_file": str(DEMO / "prompts.txt"),
-    "negative_prompt": "",  # the small base never saw the words of the usual one
+    "negative_prompt": "",  # the small base was not trained on the words of the default
     "guidance_scale": 5.0,
     "num_inference_steps": 20,
     "compare": "base",
 }
-MAY_DIFFER = {
-    "from_image",
-    "output_dir",
-    "device",
-    "lora_path",
-    "base_model",
-}  # what an image's record need not settle
+# The flags that may be given with --from_image.
+WITH_FROM_IMAGE = {"from_image", "output_dir", "device", "lora_path", "base_model"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class ModelConfig:
     )
     lora_path: tuple[str, ...] = flag(
         ["./megaman_lora_output/lora_weights"],
-        "LoRAs, folders or .safetensors files, each with a strength behind a colon if not 1",
+        "LoRAs, folders or .safetensors files, each with a strength after a colon if not 1",
         lora,
         nargs="+",
         metavar="NAME[:STRENGTH]",
@@ -129,7 +123,7 @@ class SamplingConfig:
         metavar="NAME",
     )
     clip_skip: int = flag(
-        1, "2 takes the text states one layer earlier, as A1111", number(int, 1, 64)
+        1, "2 takes the text encoder's output one layer earlier, as A1111", number(int, 1, 64)
     )
 
 
@@ -190,7 +184,7 @@ class AgainConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """All settings of a generation, by concern; nobody changes them after parsing."""
+    """All settings of a generation, by group."""
 
     model: ModelConfig
     output: OutputConfig
@@ -202,7 +196,7 @@ class GenerateConfig:
     explicit: frozenset[str]  # flags that were typed
 
     def settings(self) -> dict[str, Any]:
-        """The value of every flag, as JSON would hold it."""
+        """The value of every flag, as JSON holds it."""
         return settings_of(self)
 
 
@@ -211,7 +205,7 @@ def generate_parser() -> Parser:
     return Parser(
         GenerateConfig,
         prog="generate_megaman.py",
-        description="Generate images with a trained LoRA and put them on a page.",
+        description="Generate images with a trained LoRA and show them in a gallery.",
         examples=[
             "python generate_megaman.py --demo",
             "python generate_megaman.py --lora_path ./megaman_lora_output/lora_weights",
@@ -221,35 +215,34 @@ def generate_parser() -> Parser:
 
 
 def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
-    """Parse generate_megaman.py's command line: plain defaults, then --demo's, then the typed
-    flags.
+    """The config of a command line: the plain defaults, then --demo's, then the typed flags.
 
-    All mistakes are reported together, with exit code 2.
+    All errors are reported together, with exit code 2.
     """
     parser = generate_parser()
-    typed, mistakes = parser.read(argv)
+    typed, errors = parser.read(argv)
     demo = DEMO_GENERATION if typed.get("demo") else {}
     if "prompts" in typed:
         demo = {**demo, "prompts_file": None}
     if {"lora_scales", "checkpoints"} & set(typed):
         demo = {**demo, "compare": None}
     config = fill(GenerateConfig, {**parser.defaults(), **demo, **typed}, explicit=typed)
-    if mistakes := [*mistakes, *contradictions(config)]:
-        parser.refuse(mistakes)
+    if errors := [*errors, *contradictions(config)]:
+        parser.refuse(errors)
     return config
 
 
 def contradictions(config: GenerateConfig) -> Iterator[str]:
-    """What cannot be meant together."""
+    """A line for each pair of flags that exclude each other."""
     comparison = config.comparison
     if config.prompts.prompts and config.prompts.prompts_file:
-        yield "--prompts and --prompts_file contradict each other: leave one out"
+        yield "--prompts and --prompts_file contradict each other: use only one"
     if comparison.compare and (comparison.lora_scales or comparison.checkpoints):
         yield "--compare base is for one LoRA at one strength: write --lora_scales 0,1 instead"
     if comparison.lora_scale is not None and comparison.lora_scales:
-        yield "--lora_scale and --lora_scales contradict each other: leave one out"
+        yield "--lora_scale and --lora_scales contradict each other: use only one"
     if config.again.from_image:
-        for flag_name in sorted(config.explicit - MAY_DIFFER):
-            yield f"--{flag_name} and --from_image contradict each other: leave one out"
+        for flag_name in sorted(config.explicit - WITH_FROM_IMAGE):
+            yield f"--{flag_name} and --from_image contradict each other: use only one"
     if comparison.checkpoints and "lora_path" in config.explicit:
-        yield "--checkpoints and --lora_path contradict each other: leave one out"
+        yield "--checkpoints and --lora_path contradict each other: use only one"

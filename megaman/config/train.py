@@ -10,20 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megaman.config.cli import (
-    SEED,
-    Parser,
-    extension,
-    fill,
-    flag,
-    flags_of,
-    folder,
-    name,
-    number,
-    settings_of,
-    side,
-    text,
-)
+from megaman.config.cli import Parser, fill, flag, flags_of, settings_of
+from megaman.config.values import SEED, extension, folder, name, number, side, text
 from megaman.files import path_within
 from megaman.hub import DEFAULT_BASE
 
@@ -516,13 +504,13 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
     if config.run.plan and config.run.check_data:
         yield "--plan and --check_data are two questions: ask one at a time"
     if config.output.resume_from_checkpoint and config.output.overwrite_output:
-        yield "--resume_from_checkpoint and --overwrite_output contradict each other: leave one out"
+        yield "--resume_from_checkpoint and --overwrite_output contradict each other: use only one"
     yield from _rate_contradictions(config)
     yield from _crop_contradictions(config)
     yield from _bucket_contradictions(config.buckets, config.data.resolution)
     if config.validation.num_validation_images == 0:
         for flag_name in sorted({"validation_steps", "validation_prompt"} & config.explicit):
-            yield f"--{flag_name} and --num_validation_images 0 contradict each other: leave one out"
+            yield f"--{flag_name} and --num_validation_images 0 contradict each other: use only one"
     if "prior_loss_weight" in config.explicit and not config.data.class_data_dir:
         yield "--prior_loss_weight has no effect without --class_data_dir: add that, or leave this out"
     yield from _folder_contradictions(config)
@@ -557,10 +545,10 @@ def _crop_contradictions(config: TrainConfig) -> Iterator[str]:
         and config.data.crop_variants > 1
         and "crop_variants" in config.explicit
     ):
-        yield "--center_crop and --crop_variants contradict each other: leave one out"
+        yield "--center_crop and --crop_variants contradict each other: use only one"
     for flag_name in ("cache_dir", "cache_limit", "crop_variants"):
         if config.cache.no_cache and flag_name in config.explicit:
-            yield f"--no_cache and --{flag_name} contradict each other: leave one out"
+            yield f"--no_cache and --{flag_name} contradict each other: use only one"
 
 
 def _bucket_contradictions(config: BucketConfig, resolution: int) -> Iterator[str]:

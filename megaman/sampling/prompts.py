@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaman.config.cli import GUIDANCE, SEED, STEPS, Mistake, side, text
+from megaman.config.values import GUIDANCE, SEED, STEPS, InvalidValueError, side, text
 from megaman.errors import UserError
 
 BUILT_IN = Path(__file__).resolve().parent.parent.parent / "prompts.txt"
@@ -117,7 +117,7 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
             continue
         try:
             prompt, unused = _parse(line)
-        except Mistake as mistake:
+        except InvalidValueError as mistake:
             remarks.append(f"line {number}: {str(mistake)[:300]}; the line is left out")
         else:
             prompts.append(prompt)
@@ -145,16 +145,16 @@ def _parse(line: str) -> tuple[Prompt, list[str]]:
             unused.append(f"--{name}")
             continue
         if name not in OPTIONS:
-            raise Mistake(_unknown(name))
+            raise InvalidValueError(_unknown(name))
         if value is None:
-            raise Mistake(f"--{name} has no value")
+            raise InvalidValueError(f"--{name} has no value")
         field, kind = OPTIONS[name]
         try:
             fields[field] = kind(value)
-        except Mistake as mistake:
-            raise Mistake(f"--{name} {mistake}") from None
+        except InvalidValueError as mistake:
+            raise InvalidValueError(f"--{name} {mistake}") from None
     if not fields.get("text"):
-        raise Mistake("there is no prompt in it")
+        raise InvalidValueError("there is no prompt in it")
     return Prompt(**fields), unused
 
 
@@ -166,7 +166,7 @@ def _kohya_options(line: str) -> Iterator[tuple[str, str | None]]:
     for part in parts:
         name, _, value = part.partition(" ")
         if name.lower() == "prompt":
-            raise Mistake("--prompt stands behind a text: begin the line with it")
+            raise InvalidValueError("--prompt stands behind a text: begin the line with it")
         yield name.lower(), value or None
 
 
@@ -177,7 +177,9 @@ def _a1111_options(line: str) -> Iterator[tuple[str, str | None]]:
         words = shlex.split(line)
     except ValueError:
         remedy = 'put the text in "...", with \\" for a quote in it'
-        raise Mistake(f"a quote is not closed, or a \\ stands at the end: {remedy}") from None
+        raise InvalidValueError(
+            f"a quote is not closed, or a \\ stands at the end: {remedy}"
+        ) from None
     parts: list[list[str]] = []
     for word in words:
         if OPTION.match(word):

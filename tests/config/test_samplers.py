@@ -41,10 +41,10 @@ def test_the_usual_names(word, name):
 
 
 def test_each_name_means_one_sampler_and_each_class_exists():
-    names = [word for each in SAMPLERS for word in (each.name, *each.others)]
+    names = [word for each in SAMPLERS for word in (each.name, *each.aliases)]
     assert len(names) == len(set(names))
     for each in SAMPLERS:
-        words = {each.name, each.title, *each.others, each.name.upper()}
+        words = {each.name, each.title, *each.aliases, each.name.upper()}
         assert all(find(word) is each for word in words)
         assert hasattr(diffusers, each.scheduler)
 

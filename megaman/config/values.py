@@ -1,0 +1,139 @@
+"""Parsers of single values, on the command line and in a prompts file.
+
+Each takes the text and returns the value, or raises InvalidValueError with a reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from megaman.config import samplers
+from megaman.files import refused_by_windows, split_strength
+
+WINDOWS = os.name == "nt"
+MAX_STRENGTH = 10  # far beyond the strength at which a LoRA yields noise
+IMAGE_EXTENSION = re.compile(r"(.*\.)?(jpe?g|png|bmp|webp|gif|tiff?|avif|hei[cf])")
+
+
+class InvalidValueError(Exception):
+    """A value that cannot be used; the text is the reason."""
+
+
+def quote(text: str) -> str:
+    """A word as an error message quotes it, at most 60 characters."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def number(
+    kind: Callable[[str], Any], low: float, high: float, exclusive: bool = False
+) -> Callable[[str], Any]:
+    """A parser of an int or float from low to high, low itself excluded if exclusive; never NaN."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            expected = "a whole number" if kind is int else "a number"
+            raise InvalidValueError(f"{quote(text)} is not {expected}") from None
+        above = low < value if exclusive else low <= value
+        if not above or not value <= high:
+            limits = f"{'above' if exclusive else 'at least'} {low}, at most {high}"
+            raise InvalidValueError(f"{quote(text)} is out of range: it must be {limits}")
+        return value
+
+    return parse
+
+
+def choice(*words: str) -> Callable[[str], str]:
+    """A parser of one of some words, which suggests the nearest for a mistyped one."""
+
+    def parse(text: str) -> str:
+        if text in words:
+            return text
+        suggestion = _suggestion(text, list(words))
+        raise InvalidValueError(f"{quote(text)} is none of {', '.join(words)}{suggestion}")
+
+    return parse
+
+
+def _suggestion(text: str, words: list[str]) -> str:
+    near = difflib.get_close_matches(text[:100].lower(), words, n=1)
+    return f", did you mean {near[0]}" if near else ""
+
+
+def sampler(value: str) -> str:
+    """The name of a sampler, given any of its names."""
+    if found := samplers.find(value):
+        return found.name
+    names = [entry.name for entry in samplers.SAMPLERS]
+    all_names = [name for entry in samplers.SAMPLERS for name in entry.all_names]
+    suggestion = _suggestion(value, all_names)
+    raise InvalidValueError(f"{quote(value)} is none of {', '.join(names)}{suggestion}")
+
+
+def text(value: str) -> str:
+    """A prompt; bytes that are not UTF-8 arrive as lone surrogates, which no file can hold."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidValueError("the text is not valid UTF-8: save or type it again") from None
+    return value
+
+
+def name(value: str) -> str:
+    """A name that is not empty: an empty path would mean the current folder."""
+    if not value.strip():
+        raise InvalidValueError("the name is empty")
+    if "\0" in value:
+        raise InvalidValueError("no name can hold a NUL")
+    return text(value)
+
+
+def lora(value: str) -> str:
+    """NAME or NAME:STRENGTH, as one word."""
+    path, strength = split_strength(value)
+    if abs(strength) > MAX_STRENGTH:
+        limits = f"-{MAX_STRENGTH} to {MAX_STRENGTH}"
+        raise InvalidValueError(f"a strength of {strength:g} is out of range: {limits}")
+    name(path)
+    return text(value)
+
+
+def folder(value: str) -> str:
+    """A folder that is created if it is missing; on Windows, one whose name is allowed there."""
+    if WINDOWS and (part := refused_by_windows(name(value))):
+        raise InvalidValueError(
+            f"Windows takes no folder of the name {quote(part)}: choose another"
+        )
+    return name(value)
+
+
+def extension(value: str) -> str:
+    """The extension of caption files, with or without the dot."""
+    is_extension = re.fullmatch(r"\.?\w[\w.-]{0,30}", value, re.ASCII)
+    if not is_extension or IMAGE_EXTENSION.fullmatch(value.lower()):
+        raise InvalidValueError(f"{quote(value)} is no extension such as .txt")
+    return f".{value.removeprefix('.')}"
+
+
+def strengths(value: str) -> list[float]:
+    """Strengths of a LoRA, separated by commas and without repeats, in the order given."""
+    return list(dict.fromkeys(number(float, -10, 10)(part) for part in value.split(",")))
+
+
+def side(value: str) -> int:
+    """A side of an image in pixels, a multiple of 8."""
+    pixels = number(int, 8, 8192)(value)
+    if pixels % 8:
+        near = max(8, round(pixels / 8) * 8)
+        raise InvalidValueError(f"{value} is not a multiple of 8: take {near}")
+    return pixels
+
+
+SEED = number(int, 0, 2**63 - 1)
+STEPS = number(int, 1, 999)
+GUIDANCE = number(float, 0, 100)

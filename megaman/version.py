@@ -1,0 +1,3 @@
+"""The version, for --version and pyproject.toml."""
+
+VERSION = "1.0.0"
