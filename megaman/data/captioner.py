@@ -21,7 +21,7 @@ from megaman.data.captions import tidy
 from megaman.data.images import BadImageError, open_image
 from megaman.errors import UserError, summarize_error
 from megaman.files import read_json, write_text
-from megaman.models.base import ODD_CONFIGURATION
+from megaman.models.base import CONFIGURATION_ERRORS
 from megaman.runtime import choose_device, release_memory, retry_on_oom
 from megaman.safe_loading import check_model_folder, refuse_pickle
 
@@ -110,7 +110,7 @@ def load_captioner(name: str) -> Captioner:
         tokenizer = BertTokenizer.from_pretrained(folder)
         # The processor that does not need torchvision.
         image_processor = BlipImageProcessorPil.from_pretrained(folder)
-    except (SafetensorError, OSError, *ODD_CONFIGURATION) as error:
+    except (SafetensorError, OSError, *CONFIGURATION_ERRORS) as error:
         reason = summarize_error(error)
         raise UserError(f"--auto_caption {name} cannot be loaded ({reason})", REMEDY) from None
     return Captioner(model.to(device).eval(), tokenizer, image_processor)

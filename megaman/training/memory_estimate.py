@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from megaman import runtime
 from megaman.errors import UserError, summarize_error
 from megaman.lora import adapter
-from megaman.models.base import ODD_CONFIGURATION
+from megaman.models.base import CONFIGURATION_ERRORS
 from megaman.models.configs import BASE_REMEDY
 from megaman.training import loss as diffusion
 from megaman.training.compute import checkpoint_gradients, keep_activations
@@ -154,7 +154,7 @@ class Plan:
                     trained += add_lora(
                         self.text_encoder, target_modules=adapter.TEXT_ENCODER_TARGETS
                     )
-        except ODD_CONFIGURATION as error:
+        except CONFIGURATION_ERRORS as error:
             raise UserError(
                 f"The base's configuration is odd ({summarize_error(error)})", BASE_REMEDY
             ) from None
