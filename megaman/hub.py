@@ -11,7 +11,9 @@ from megaman.errors import UserError, summarize_error
 from megaman.files import is_network
 
 HUB_TIMEOUT = 20  # seconds until the hub has to answer
-PROJECT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+# The folder with demo/ and prompts.txt: the repository, or their copy in an installed package.
+PROJECT = PACKAGE / "assets" if (PACKAGE / "assets").is_dir() else PACKAGE.parent
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", flags=re.ASCII)
 # Removed from the hub by its owner in 2024; the same weights are under the second name.
 ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}

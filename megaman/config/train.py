@@ -13,7 +13,7 @@ from typing import Any
 from megaman.config.cli import Parser, fill, flag, flags_of, settings_of
 from megaman.config.values import SEED, extension, folder, name, number, side, text
 from megaman.files import path_within
-from megaman.hub import DEFAULT_BASE
+from megaman.hub import DEFAULT_BASE, PROJECT
 
 DEFAULT_PROMPT = "mega man, blue robot, helmet, game character, high quality"
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -29,7 +29,7 @@ SCHEDULERS = [
 REPLACED = r"((checkpoint|samples)-\d+|lora_weights)(?![^/\\])"
 POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 
-DEMO = Path(__file__).resolve().parent.parent.parent / "demo"
+DEMO = PROJECT / "demo"
 
 PRESETS: dict[str, dict[str, Any]] = {
     "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},

@@ -13,8 +13,9 @@ from typing import Any
 
 from megaman.config.values import GUIDANCE, SEED, STEPS, InvalidValueError, side, text
 from megaman.errors import UserError
+from megaman.hub import PROJECT
 
-BUILT_IN = Path(__file__).resolve().parent.parent.parent / "prompts.txt"
+BUILT_IN = PROJECT / "prompts.txt"
 LARGEST = 4_000_000  # bytes: tens of thousands of prompts, more than anybody draws at once
 
 
