@@ -413,5 +413,10 @@ def resume_command(argv: list[str]) -> list[str]:
     return [*(word for word in argv if word != "--resume"), "--resume"]
 
 
+def command() -> int:
+    """Run main as a command."""
+    return run_script(main, sys.argv[1:], saves_memory="a smaller --height and --width")
+
+
 if __name__ == "__main__":
-    sys.exit(run_script(main, sys.argv[1:], saves_memory="a smaller --height and --width"))
+    sys.exit(command())

@@ -695,6 +695,11 @@ def anywhere(accelerator, here: bool) -> bool:
     )
 
 
+def command() -> int:
+    """Run main as a command."""
+    remedy = "--gradient_checkpointing, a smaller --train_batch_size or a smaller --resolution"
+    return run_script(main, sys.argv[1:], saves_memory=remedy)
+
+
 if __name__ == "__main__":
-    less = "--gradient_checkpointing, a smaller --train_batch_size or a smaller --resolution"
-    sys.exit(run_script(main, sys.argv[1:], saves_memory=less))
+    sys.exit(command())
