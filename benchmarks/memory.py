@@ -31,22 +31,22 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     from diffusers import UNet2DConditionModel
 
     from megaman import runtime
-    from megaman.config.train import DEFAULT_TARGETS
+    from megaman.config.train import DEFAULT_TARGETS, MemoryRequest
     from megaman.hub import DEFAULT_BASE
     from megaman.lora import adapter
     from megaman.models.configs import read_configs, unet_width
     from megaman.runtime import choose_device, place
-    from megaman.training import compute, memory_estimate
     from megaman.training import loss as diffusion
+    from megaman.training.compute import checkpoint_gradients
+    from megaman.training.memory_estimate import MemoryEstimate
 
     torch.manual_seed(0)
     configs, _ = read_configs(DEFAULT_BASE)
     placement = place(mixed_precision, choose_device(), unet_width(DEFAULT_BASE))
     device, dtype = placement.device, placement.dtype
-    card = device.type != "cpu"
-    planned = memory_estimate.Plan(
-        configs, dtype, card, size=size, rank=RANK, targets=DEFAULT_TARGETS
-    ).training(1, checkpointing)
+    request = MemoryRequest(size, RANK, tuple(DEFAULT_TARGETS))
+    estimate = MemoryEstimate(configs, request, dtype, on_gpu=device.type != "cpu")
+    planned = estimate.training_peak(1, checkpointing)
     runtime.keep_freed_memory()
     before = psutil.Process().memory_info().rss
 
@@ -57,7 +57,7 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
         parameter.data.uniform_(-0.02, 0.02)
     trainable = adapter.inject(unet, RANK, RANK, DEFAULT_TARGETS)
     if checkpointing:
-        compute.checkpoint_gradients([unet])
+        checkpoint_gradients([unet])
     optimizer = torch.optim.AdamW(trainable, fused=True)
     cells = size // 8
     for _ in range(2):

@@ -184,7 +184,7 @@ def train_here(base_folder) -> Callable:
         ]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(cwd)
-            patch.setattr(validation, "STEPS", SAMPLING_STEPS)
+            patch.setattr(validation, "NUM_INFERENCE_STEPS", SAMPLING_STEPS)
             assert megaman_lora.main([str(word) for word in words]) == 0
             return load_file(Path(output_dir) / "lora_weights" / "adapter_model.safetensors")
 

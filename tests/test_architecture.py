@@ -31,11 +31,11 @@ LIGHT_MODULES = {
     "data.dataset",
     "data.problems",
 }
-# The only modules that may import these. The scripts hold what training.run will hold.
+# The only modules that may import these.
 HOMES = {
     "argparse": {"config.cli"},
-    "tensorboard": {"training.tensorboard", "megaman_lora"},
-    "accelerate": {"training.run", "megaman_lora"},
+    "tensorboard": {"training.tensorboard"},
+    "accelerate": {"training.run"},
 }
 IMPORTS = {name: ours(imports(tree(name))) for name in MODULES}
 

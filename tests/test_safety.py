@@ -26,6 +26,7 @@ from megaman.lora import adapter, peft_config
 from megaman.lora import files as lora_files
 from megaman.models.base import load_base
 from megaman.training import checkpoint, output
+from megaman.training.adapters import Adapters
 
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "megaman").rglob("*.py")])
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(0, 4), "c": torch.tensor(1.5)}
@@ -513,25 +514,24 @@ def test_any_configuration_is_refused_in_one_line_or_harmless(
 
 @pytest.fixture
 def saved(base_folder, tmp_path):
-    """A checkpoint after one step, with the UNet and the optimizer that it came from."""
+    """A checkpoint after one step, with the adapters and the optimizer that it came from."""
     unet = fresh(base_folder)
     trainable = adapter.inject(unet, 2, 4, ["to_q"])
     optimizer = torch.optim.AdamW(trainable)
     sum(parameter.square().sum() for parameter in trainable).backward()
     optimizer.step()
     state = checkpoint.TrainState(1, 0, "logs/x", 1.0, {})
-    return (
-        checkpoint.save(tmp_path, unet, optimizer, None, state, "some/base", None),
-        unet,
-        optimizer,
-    )
+    adapters = Adapters("some/base", unet, trainable)
+    folder = tmp_path / "checkpoint-1"
+    checkpoint.save(folder, adapters, optimizer, state)
+    return folder, adapters, optimizer
 
 
 @pytest.mark.parametrize("file", [lora_files.PEFT_WEIGHTS, checkpoint.OPTIMIZER])
 @pytest.mark.parametrize("how", ["pickle", "named so", "lying", "NaN", "shape", "missing"])
 def test_a_checkpoint_from_a_stranger_is_refused_in_one_line(saved, file, how):
-    folder, unet, optimizer = saved
-    checkpoint.restore(folder, unet, optimizer, None)
+    folder, adapters, optimizer = saved
+    checkpoint.restore(folder, adapters, optimizer)
     path = folder / file
     match how:
         case "pickle":
@@ -551,7 +551,7 @@ def test_a_checkpoint_from_a_stranger_is_refused_in_one_line(saved, file, how):
         case "missing":
             path.unlink()
     with pytest.raises(UserError) as error:
-        checkpoint.restore(folder, unet, optimizer, None)
+        checkpoint.restore(folder, adapters, optimizer)
     line = one_line(error)
     assert str(folder) in line or how == "shape"
     assert ("pickle" in line) == (how in ("pickle", "named so"))

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megaman.config.cli import Parser, fill, flag, flags_of, settings_of
+from megaman.config.cli import Parser, fill, flag, flags_of, resume_command, settings_of
 from megaman.config.values import SEED, extension, folder, name, number, side, text
 from megaman.files import path_within
 from megaman.hub import DEFAULT_BASE, PROJECT
@@ -397,6 +398,24 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
+class MemoryRequest:
+    """What the memory of a run depends on, in addition to its base and its precision.
+
+    resolution is the side of the images in pixels. The text encoder stays in memory if it encodes
+    captions at every step, the VAE if it encodes images at every step.
+    """
+
+    resolution: int
+    lora_rank: int
+    target_modules: tuple[str, ...]
+    lora_dropout: float = 0.0
+    encodes_text: bool = False
+    trains_text_encoder: bool = False
+    encodes_images: bool = False
+    num_validation_images: int = 4
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """All settings of a training run, by concern; nobody changes them after parsing."""
 
@@ -413,6 +432,11 @@ class TrainConfig:
     validation: ValidationConfig
     output: OutputConfig
     explicit: frozenset[str]  # flags that were typed
+    argv: tuple[str, ...] = field(default=(), compare=False)
+
+    def resume_command(self) -> str:
+        """The command line that resumes a run of this config."""
+        return f"python megaman_lora.py {shlex.join(resume_command(list(self.argv)))}"
 
     def settings(self) -> dict[str, Any]:
         """The value of every flag, as training_config.json holds it."""
@@ -429,20 +453,18 @@ class TrainConfig:
             if flags[name].metadata["flag"].resume
         }
 
-    def memory_request(self) -> dict[str, Any]:
-        """What the memory of a run depends on, under the names of memory_estimate.Plan, and the
-        base's name."""
-        return {
-            "name": self.base.pretrained_model_name,
-            "size": self.data.resolution,
-            "rank": self.lora.lora_rank,
-            "targets": list(self.lora.target_modules),
-            "dropout": self.lora.lora_dropout,
-            "reads": self.captions.varies_tags,
-            "trains_text_encoder": self.lora.train_text_encoder,
-            "encodes": self.cache.no_cache,
-            "images": self.validation.num_validation_images,
-        }
+    def memory_request(self) -> MemoryRequest:
+        """What the memory of this run depends on."""
+        return MemoryRequest(
+            resolution=self.data.resolution,
+            lora_rank=self.lora.lora_rank,
+            target_modules=self.lora.target_modules,
+            lora_dropout=self.lora.lora_dropout,
+            encodes_text=self.captions.varies_tags or self.lora.train_text_encoder,
+            trains_text_encoder=self.lora.train_text_encoder,
+            encodes_images=self.cache.no_cache,
+            num_validation_images=self.validation.num_validation_images,
+        )
 
 
 def train_parser() -> Parser:
@@ -473,12 +495,12 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
         "crop_variants" in typed and "center_crop" not in typed
     ):  # the demo's own center would leave it without effect
         demo = {**demo, "center_crop": False}
-    preset = PRESETS.get(typed.get("preset"), {})
+    preset = PRESETS.get(typed.get("preset", ""), {})
     values = {**parser.defaults(), **demo, **preset, **typed}
     config = fill(TrainConfig, {**values, **derived(values)}, explicit=typed)
     if mistakes := [*mistakes, *contradictions(config)]:
         parser.refuse(mistakes)
-    return config
+    return replace(config, argv=tuple(argv))
 
 
 def derived(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -521,7 +543,7 @@ def _rate_contradictions(config: TrainConfig) -> Iterator[str]:
     if "text_encoder_lr" in config.explicit and not config.lora.train_text_encoder:
         yield "--text_encoder_lr has no effect without --train_text_encoder: add that, or leave this out"
     rates = {"learning_rate": optimizer.learning_rate}
-    if "text_encoder_lr" in config.explicit:
+    if "text_encoder_lr" in config.explicit and optimizer.text_encoder_lr is not None:
         rates["text_encoder_lr"] = optimizer.text_encoder_lr
     for flag_name, rate in rates.items():
         if optimizer.lr_scheduler == "polynomial" and rate <= POLYNOMIAL_END:

@@ -1,13 +1,14 @@
-"""checkpoint-N/: all that a resumed run needs, tensors as safetensors and the rest as JSON. It is a
-LoRA folder too.
+"""checkpoint-N/: everything that a resumed run needs, tensors as safetensors and the rest as JSON.
+It is a LoRA folder, too.
 
-Order, crops, noise and timesteps hang on the run's seed and the pictures' numbers (batches.py), so
-that no random state has to be kept.
+Order, crops, noise and timesteps depend on the run's seed and the sample indices (batches.py), so
+no random state has to be saved.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +17,33 @@ import torch
 from megaman import schema
 from megaman.data.captions import CaptionAugmentation
 from megaman.errors import UserError
-from megaman.files import read_json, remove_folder, replacing_folder, write_json
+from megaman.files import read_json, replacing_folder, write_json
 from megaman.lora import adapter as lora
 from megaman.lora import files as lora_files
-from megaman.training.output import STATE, find_all, step_of
+from megaman.training.output import STATE
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from megaman.training.adapters import Adapters
 
 OPTIMIZER = "optimizer.safetensors"
+# The settings of checkpoints from before these existed.
+EARLIER_SETTINGS: dict[str, Any] = {
+    "train_text_encoder": False,
+    "enable_bucket": False,
+    "no_cache": False,
+    "class data": "none",
+    **CaptionAugmentation()._asdict(),
+}
 
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds in addition to tensors: optimizer steps done, the run's seed,
-    TensorBoard folder, seconds spent, the settings that a resumed run has to share, those of
-    compute.py, which it may (None in earlier checkpoints), and the loss scale's state if there is
-    one."""
+    """What a checkpoint holds in addition to tensors.
+
+    step counts optimizer steps, elapsed seconds. settings has what a resumed run has to share;
+    choices how it was computed (compute.to_record), which a resumed run may share (None in early
+    checkpoints); scaler the state of fp16's loss scaler.
+    """
 
     step: int
     seed: int
@@ -45,64 +55,40 @@ class TrainState:
 
 
 def save(
-    output_dir: Path,
-    unet: UNet2DConditionModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    state: TrainState,
-    base_name: str,
-    limit: int | None,
-    text_encoder: CLIPTextModel | None = None,
-) -> Path:
-    """Write output_dir/checkpoint-<step> in one step and then delete the oldest ones over the
-    limit.
-
-    text_encoder is given where it is trained too.
-    """
-    folder = output_dir / f"checkpoint-{state.step}"
+    folder: Path, adapters: Adapters, optimizer: torch.optim.Optimizer, state: TrainState
+) -> None:
+    """Write a checkpoint; the folder appears complete or not at all."""
     with replacing_folder(folder) as aside:
-        lora_files.write_peft(aside, lora_files.models_by_part(unet, text_encoder), base_name)
+        models = lora_files.models_by_part(adapters.unet, adapters.text_encoder)
+        lora_files.write_peft(aside, models, adapters.base_name)
         lora_files.write_tensors(
-            aside / OPTIMIZER, _optimizer_tensors(_parameters(unet, text_encoder), optimizer)
+            aside / OPTIMIZER, _optimizer_tensors(_parameters(adapters), optimizer)
         )
-        whole_state = replace(state, scaler=scaler.state_dict() if scaler else None)
-        write_json(aside / STATE, asdict(whole_state))
-    prune(output_dir, state.step, limit)
-    return folder
+        write_json(aside / STATE, asdict(state))
 
 
-def prune(output_dir: Path, step: int, limit: int | None) -> None:
-    """Delete the oldest checkpoints up to this step over the limit. Later ones, of a run that was
-    taken up again from before them, are not this run's to delete."""
-    if limit:
-        for old in [path for path in find_all(output_dir) if step_of(path) <= step][:-limit]:
-            remove_folder(old)
-
-
-def _parameters(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None
-) -> dict[str, torch.nn.Parameter]:
-    """The trainable parameters under the names that they have in the optimizer's file."""
-    others = lora.parameters(text_encoder) if text_encoder else {}
-    return lora.parameters(unet) | {
-        f"{lora_files.TEXT_ENCODER}.{name}": value for name, value in others.items()
-    }
+def _parameters(adapters: Adapters) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters under their names in the optimizer's file."""
+    parameters = lora.parameters(adapters.unet)
+    if adapters.text_encoder is not None:
+        for name, parameter in lora.parameters(adapters.text_encoder).items():
+            parameters[f"{lora_files.TEXT_ENCODER}.{name}"] = parameter
+    return parameters
 
 
 def _optimizer_tensors(
-    parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """AdamW's averages and step counts under the parameters' names."""
-    return {
-        f"{name}:{key}": value.detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """AdamW's moments and step counts under the parameters' names."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}:{key}"] = value.detach().cpu().contiguous()
+    return tensors
 
 
 def read_train_state(folder: Path) -> TrainState:
-    """What the checkpoint says of its run; raises UserError if it does not say it all, or something
-    else."""
+    """The state in a checkpoint; raises UserError if it is incomplete or invalid."""
     content = read_json(folder / STATE)
     if not _is_train_state(content):
         raise UserError(f"{folder / STATE} is damaged", "Resume from an earlier checkpoint")
@@ -127,67 +113,55 @@ _is_train_state = schema.record(
 )
 
 
-def restore(
-    folder: Path,
-    unet: UNet2DConditionModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    text_encoder: CLIPTextModel | None = None,
-) -> None:
-    """Put the checkpoint's adapters, optimizer state and loss scale into those of this run."""
-    places = {folder: unet} | (
-        {folder / lora_files.TEXT_ENCODER: text_encoder} if text_encoder else {}
-    )
+def restore(folder: Path, adapters: Adapters, optimizer: torch.optim.Optimizer) -> None:
+    """Load the checkpoint's tensors into the adapters and the optimizer.
+
+    Raises UserError if a file is missing or damaged, or does not fit.
+    """
+    folders: dict[Path, torch.nn.Module] = {folder: adapters.unet}
+    if adapters.text_encoder is not None:
+        folders[folder / lora_files.TEXT_ENCODER] = adapters.text_encoder
     try:
-        adapters = [lora_files.read_tensors(place / lora_files.PEFT_WEIGHTS) for place in places]
-        moments = lora_files.read_tensors(folder / OPTIMIZER)
+        states = [lora_files.read_tensors(path / lora_files.PEFT_WEIGHTS) for path in folders]
+        saved = lora_files.read_tensors(folder / OPTIMIZER)
     except (OSError, UserError) as error:
         raise UserError(
             f"{folder} is damaged ({error})", "Resume from an earlier checkpoint"
         ) from None
-    for model, adapter in zip(places.values(), adapters, strict=True):
-        lora_files.restore(model, adapter)
-    for name, parameter in _parameters(unet, text_encoder).items():
-        keys = [key for key in moments if key.startswith(f"{name}:")]
-        if any(moments[key].shape not in (parameter.shape, ()) for key in keys):
+    for model, state in zip(folders.values(), states, strict=True):
+        lora_files.restore(model, state)
+    for name, parameter in _parameters(adapters).items():
+        values = {
+            key.split(":")[1]: value for key, value in saved.items() if key.startswith(f"{name}:")
+        }
+        if any(value.shape not in (parameter.shape, ()) for value in values.values()):
             raise UserError(
                 f"{folder / OPTIMIZER} does not fit its adapter",
                 "Resume from an earlier checkpoint",
             )
-        fused = optimizer.defaults["fused"]
+        is_fused = optimizer.defaults["fused"]
         optimizer.state[parameter] = {
-            key.split(":")[1]: _beside(parameter, moments[key], fused) for key in keys
+            key: _copy_for(parameter, value, is_fused) for key, value in values.items()
         }
-    saved_scaler = read_train_state(folder).scaler
-    if scaler and saved_scaler:
-        scaler.load_state_dict(saved_scaler)
 
 
-def _beside(parameter: torch.nn.Parameter, moment: torch.Tensor, fused: bool) -> torch.Tensor:
-    """A copy of what AdamW keeps for the parameter, since what is read stays tied to a file that
+def _copy_for(parameter: torch.nn.Parameter, value: torch.Tensor, is_fused: bool) -> torch.Tensor:
+    """A copy of one of AdamW's tensors for the parameter: what is read stays mapped to a file that
     may be deleted.
 
-    The averages lie in memory like the parameter: the fused AdamW goes through both by address,
-    whatever their strides. The step count is on the CPU unless AdamW is fused.
+    Moments get the parameter's strides: the fused AdamW goes through both by address. The step
+    count is on the CPU unless AdamW is fused.
     """
-    if moment.ndim:
-        return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
-    return moment.to(parameter.device if fused else torch.device("cpu"), copy=True)
+    if value.ndim:
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    return value.to(parameter.device if is_fused else torch.device("cpu"), copy=True)
 
 
-def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Settings in which a checkpoint and this run disagree, as words."""
-    # What earlier checkpoints do not tell.
-    earlier = {
-        "train_text_encoder": False,
-        "enable_bucket": False,
-        "no_cache": False,
-        "class data": "none",
-        **CaptionAugmentation()._asdict(),
-    }
-    saved = {**earlier, **saved}
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The settings in which a checkpoint and this run differ, in words."""
+    saved = {**EARLIER_SETTINGS, **saved}
     return [
-        f"{key} was {saved[key]} and is now {wanted[key]}"
-        for key in wanted
-        if key in saved and saved[key] != wanted[key]
+        f"{key} was {saved[key]} and is now {current[key]}"
+        for key in current
+        if key in saved and saved[key] != current[key]
     ]

@@ -1,15 +1,14 @@
 """How a run computes its steps: by a rule, or as the checkpoint says that it resumes from.
-Checkpoints note it.
 
-And what to do when memory was not enough: make room step by step, and keep the mathematics of the
-run as it was.
+These settings change the speed, the memory and the last bits of a step, never its mathematics. A
+checkpoint stores them, so that a resumed run gives the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers.utils import is_xformers_available
@@ -21,10 +20,10 @@ from megaman.threads import MAX_THREADS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel
 
 XFORMERS = "enable_xformers_memory_efficient_attention"  # diffusers' flag
-# The flags that decide each choice. The VAE's tiles follow from the memory alone.
+# Each setting as a checkpoint stores it, with the flags that decide it. The VAE's tile size
+# follows from the memory alone.
 FLAGS = {
     "dtype": ("mixed_precision",),
     "memory_format": ("memory_format",),
@@ -34,242 +33,318 @@ FLAGS = {
     "vae_tile": (),
     "split": ("train_batch_size", "gradient_accumulation_steps"),
 }
-ASKED = [flag for flags in FLAGS.values() for flag in flags]
-WORDS = {str(dtype).removeprefix("torch."): word for word, dtype in DTYPES.items()}
+REQUESTS = [flag for flags in FLAGS.values() for flag in flags]
+PRECISIONS = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+INDENT = " " * 11  # of lines below the one about the device
 
 
-@dataclass
-class Split:
-    """How the pictures of one optimizer step are computed: count micro-batches of size pictures a
-    process."""
+@dataclass(frozen=True)
+class MicroBatching:
+    """How a process computes its images of an optimizer step: accumulation_steps micro-batches of
+    size images."""
 
     size: int
-    count: int
+    accumulation_steps: int
 
-    def shrink(self) -> bool:
-        """Halve the micro-batch (or take its largest part) and accumulate the more; False where it
-        is one picture."""
+    def smaller(self) -> MicroBatching | None:
+        """The same images in micro-batches of at most half the size; None if the size is 1."""
         if self.size == 1:
-            return False
-        smaller = next(part for part in range(self.size // 2, 0, -1) if self.size % part == 0)
-        self.size, self.count = smaller, self.count * (self.size // smaller)
-        return True
+            return None
+        size = next(half for half in range(self.size // 2, 0, -1) if self.size % half == 0)
+        return MicroBatching(size, self.accumulation_steps * (self.size // size))
 
 
-def checkpoint_gradients(models: Sequence[UNet2DConditionModel | CLIPTextModel]) -> None:
-    """Have the models in training compute their activations anew in the backward pass instead of
-    keeping them (Chen et al. 2016, arXiv 1604.06174); diffusers and transformers call it
-    differently."""
-    for model in models:
+@dataclass(frozen=True)
+class TrainingCompute(Placement):
+    """Everything that shapes the computation of a step but not its mathematics.
+
+    attention is sdpa or xformers; vae_tile the side in pixels of the VAE's tiles for sample images,
+    0 for none; requested the values of the flags in REQUESTS; threads torch's CPU threads.
+    """
+
+    attention: str
+    compile: bool
+    gradient_checkpointing: bool
+    vae_tile: int
+    micro_batching: MicroBatching
+    requested: Mapping[str, Any]
+    threads: int
+
+
+def to_record(compute: TrainingCompute) -> dict[str, Any]:
+    """The settings as JSON, for checkpoints and training_config.json."""
+    batching = compute.micro_batching
+    return {
+        "device": compute.device.type,
+        "dtype": dtype_name(compute.dtype),
+        "memory_format": compute.memory_format,
+        "attention": compute.attention,
+        "compile": compute.compile,
+        "gradient_checkpointing": compute.gradient_checkpointing,
+        "vae_tile": compute.vae_tile,
+        "split": {"size": batching.size, "count": batching.accumulation_steps},
+        "asked": dict(compute.requested),
+        "threads": compute.threads,
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def choose_compute(
+    requested: Mapping[str, Any],
+    explicit: Collection[str],
+    device: torch.device,
+    width: int,
+    saved: Any,
+) -> tuple[TrainingCompute, list[str]]:
+    """The settings of a run, and lines to print about them.
+
+    A setting that a checkpoint stored on the same kind of device stays, unless a typed flag asks
+    for something else than it did then.
+
+    Args:
+        requested: the values of the flags in REQUESTS.
+        explicit: the names of the flags that were typed.
+        width: channels of the UNet's first block.
+        saved: what the checkpoint stored, of whatever type; None for a new run.
+
+    Raises:
+        UserError: xformers is requested on an NVIDIA GPU and not installed.
+    """
+    rule = _by_rule(requested, device, width)
+    checkpoint, notes = _usable(saved, device.type)
+    chosen = rule
+    if checkpoint is not None:
+        kept = _kept_settings(checkpoint, requested, explicit, device.type)
+        chosen = _keep(rule, checkpoint, kept, width)
+        notes += _differences(chosen, rule)
+    if requested[XFORMERS] and device.type != "cuda":
+        notes.append(f"{INDENT}xformers needs an NVIDIA GPU: torch's own attention (sdpa) is used")
+    if requested["compile"] and device.type != "cuda":
+        notes.append(
+            f"{INDENT}--compile is for NVIDIA GPUs: on {device.type} it costs more than it saves"
+        )
+    return chosen, notes
+
+
+def _by_rule(requested: Mapping[str, Any], device: torch.device, width: int) -> TrainingCompute:
+    """The settings of a new run."""
+    placement = place(requested["mixed_precision"], device, width, requested["memory_format"])
+    on_cuda = device.type == "cuda"
+    xformers = requested[XFORMERS] and on_cuda
+    if xformers and not is_xformers_available():
+        raise UserError(
+            f"--{XFORMERS}: xformers is not installed",
+            "pip install xformers, or leave the flag out",
+        )
+    return TrainingCompute(
+        **_fields(placement),
+        attention="xformers" if xformers else "sdpa",
+        compile=requested["compile"] and on_cuda,
+        gradient_checkpointing=requested["gradient_checkpointing"],
+        vae_tile=0,
+        micro_batching=MicroBatching(
+            requested["train_batch_size"], requested["gradient_accumulation_steps"]
+        ),
+        requested=dict(requested),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _fields(placement: Placement) -> dict[str, Any]:
+    return {
+        "device": placement.device,
+        "dtype": placement.dtype,
+        "mixed_precision": placement.mixed_precision,
+        "why": placement.why,
+        "channels_last": placement.channels_last,
+    }
+
+
+def _usable(saved: Any, device: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """What a checkpoint stored, None if it is of no use on this kind of device, and lines about
+    that."""
+    if saved is None:  # a new run, or a checkpoint of the first versions
+        return None, []
+    if isinstance(saved, dict):
+        saved = {"threads": torch.get_num_threads(), **saved}  # early versions did not store it
+    if not _is_record(saved):
+        return None, [f"{INDENT}the checkpoint's compute settings are damaged: chosen anew"]
+    if saved["device"] != device:
+        return None, [
+            f"{INDENT}the checkpoint was computed on {saved['device']}: chosen anew for {device}"
+        ]
+    return saved, []
+
+
+def _kept_settings(
+    checkpoint: dict[str, Any],
+    requested: Mapping[str, Any],
+    explicit: Collection[str],
+    device: str,
+) -> list[str]:
+    """The names of the checkpoint's settings that stay."""
+
+    def same_request(flag: str) -> bool:
+        return flag not in explicit or requested[flag] == checkpoint["asked"].get(flag)
+
+    return [
+        name
+        for name, flags in FLAGS.items()
+        if all(map(same_request, flags)) and _is_possible(name, checkpoint, requested, device)
+    ]
+
+
+def _is_possible(
+    name: str, checkpoint: dict[str, Any], requested: Mapping[str, Any], device: str
+) -> bool:
+    """Whether a setting of the checkpoint can be used in this run."""
+    value = checkpoint[name]
+    if name == "attention":
+        return value == "sdpa" or (device == "cuda" and is_xformers_available())
+    if name == "compile":
+        return not value or device == "cuda"
+    if name == "split":
+        images = requested["train_batch_size"] * requested["gradient_accumulation_steps"]
+        return value["size"] * value["count"] == images
+    return True
+
+
+def _keep(
+    rule: TrainingCompute, checkpoint: dict[str, Any], kept: Collection[str], width: int
+) -> TrainingCompute:
+    """The settings of a new run with these of the checkpoint in their place."""
+    settings = {**to_record(rule), **{name: checkpoint[name] for name in kept}}
+    requested = dict(rule.requested)
+    for name in kept:
+        requested |= {flag: checkpoint["asked"].get(flag) for flag in FLAGS[name]}
+    rule_dtype = dtype_name(rule.dtype)
+    precision = PRECISIONS[settings["dtype"]]
+    if settings["dtype"] == rule_dtype:
+        precision = rule.requested["mixed_precision"]
+    # Another device of the same kind may not have the checkpoint's precision.
+    placement = place(precision, rule.device, width, settings["memory_format"])
+    if placement.dtype != rule.dtype:
+        reason = f"{dtype_name(placement.dtype)} as in the checkpoint"
+        placement = replace(placement, why=reason)
+    return replace(
+        rule,
+        **_fields(placement),
+        attention=settings["attention"],
+        compile=settings["compile"],
+        gradient_checkpointing=settings["gradient_checkpointing"],
+        vae_tile=settings["vae_tile"],
+        micro_batching=MicroBatching(settings["split"]["size"], settings["split"]["count"]),
+        requested=requested,
+    )
+
+
+def _differences(chosen: TrainingCompute, rule: TrainingCompute) -> list[str]:
+    """A line about the settings in which a resumed run differs from a new one."""
+    ours, theirs = to_record(chosen), to_record(rule)
+    pairs = [
+        f"{name} {_show(ours[name])} instead of {_show(theirs[name])}"
+        for name in FLAGS
+        if ours[name] != theirs[name]
+    ]
+    return [f"{INDENT}as in the checkpoint: {', '.join(pairs)}"] if pairs else []
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['size']} x {value['count']}"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def prepare_unet(unet: UNet2DConditionModel, compute: TrainingCompute) -> None:
+    """Have the UNet use the attention and compile its blocks as set, before a LoRA is injected.
+
+    Raises UserError if xformers does not work here.
+    """
+    if compute.attention == "xformers":
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except Exception as error:  # its kernels are of another build or for other GPUs
+            reason = summarize_error(error)
+            remedy = f"Leave --{XFORMERS} out: torch's own attention is as frugal"
+            raise UserError(f"xformers cannot be used here ({reason})", remedy) from None
+    if compute.compile:
+        # In place: parameters keep their names, and blocks of one kind share what is compiled.
+        unet.compile_repeated_blocks()
+
+
+def checkpoint_gradients(models: Sequence[torch.nn.Module]) -> None:
+    """Have models recompute their activations in the backward pass instead of keeping them (Chen et
+    al. 2016, arXiv 1604.06174).
+
+    diffusers and transformers have different names for it.
+    """
+    for model in cast("Sequence[Any]", models):
         if hasattr(model, "activation_checkpointing_enable"):
             model.activation_checkpointing_enable({"use_reentrant": False})
         else:
             model.enable_gradient_checkpointing()
 
 
-def keep_activations(model: UNet2DConditionModel | CLIPTextModel) -> None:
+def keep_activations(model: torch.nn.Module) -> None:
     """The opposite of checkpoint_gradients, for one model."""
+    checkpointed = cast(Any, model)
     if hasattr(model, "activation_checkpointing_disable"):
-        model.activation_checkpointing_disable()
+        checkpointed.activation_checkpointing_disable()
     else:
-        model.disable_gradient_checkpointing()
+        checkpointed.disable_gradient_checkpointing()
 
 
-def make_room(
-    models: Sequence[UNet2DConditionModel | CLIPTextModel], split: Split, size: int
-) -> str:
-    """Take the next measure against too little memory in training and return it in words.
+def reduce_memory(
+    compute: TrainingCompute, models: Sequence[torch.nn.Module], resolution: int
+) -> tuple[TrainingCompute, str]:
+    """The settings after the next measure against too little memory, and the measure in words.
 
-    First gradient checkpointing, then smaller micro-batches of which more are accumulated: neither
-    changes what a step computes. Raises UserError where both are used up; models are those in
-    training, the UNet first; size is the pictures' side in pixels.
-    """
-    if not models[0].is_gradient_checkpointing:
-        checkpoint_gradients(models)
-        return "gradient checkpointing is on from here"
-    if split.shrink():
-        return f"from here {split.count} micro-batches of {split.size} make a step, with the same effective batch"
-    smaller = max(size * 3 // 4 // 8 * 8, 8)
-    raise UserError(
-        f"Even one picture of {size} px at a time with gradient checkpointing is too much for this memory",
-        f"--resolution {smaller} needs about {smaller**2 / size**2:.0%} of it; or close other programs",
-    )
-
-
-@dataclass
-class Choices:
-    """What shapes the computation of a step and not its mathematics.
-
-    device is the kind (cuda, mps, cpu), dtype the frozen base's, attention sdpa or xformers,
-    vae_tile the side in pixels of the VAE's tiles while it draws (0: none), split how a step's
-    pictures are computed, asked the values of the flags behind all that, threads the number of CPU
-    threads of torch (see threads.py).
-    """
-
-    device: str
-    dtype: str
-    memory_format: str
-    attention: str
-    compile: bool
-    gradient_checkpointing: bool
-    vae_tile: int
-    split: Split
-    asked: dict[str, Any]
-    threads: int
-
-    def apply(self, unet: UNet2DConditionModel) -> None:
-        """Have the UNet compute as chosen, but for gradient checkpointing; raises UserError where
-        xformers cannot."""
-        if self.attention == "xformers":
-            try:
-                unet.enable_xformers_memory_efficient_attention()
-            except (
-                Exception
-            ) as error:  # its kernels are of another build, or this card is none of theirs
-                remedy = f"Leave --{XFORMERS} out: torch's own attention is as frugal"
-                raise UserError(
-                    f"xformers cannot be used here ({summarize_error(error)})", remedy
-                ) from None
-        # in place: the parameters keep their names, and blocks of one kind share what is compiled
-        if self.compile:
-            unet.compile_repeated_blocks()
-
-    def record(self, unet: UNet2DConditionModel) -> dict[str, Any]:
-        """The choices as JSON, as they are by now: where memory ran out, checkpointing and split
-        have changed."""
-        return asdict(self) | {"gradient_checkpointing": unet.is_gradient_checkpointing}
-
-
-def choose(
-    asked: Mapping[str, Any], given: Collection[str], device: torch.device, width: int, saved: Any
-) -> tuple[Choices, Placement, list[str]]:
-    """The choices of a run, where it computes, and what to say of them.
-
-    What a checkpoint noted on the same kind of device is taken over, unless a flag given says
-    something else than then.
+    Gradient checkpointing first, then smaller micro-batches: neither changes what a step computes.
 
     Args:
-        asked: the values of the flags in ASKED.
-        given: the names of the flags on the command line.
-        width: channels of the UNet's first block.
-        saved: what the checkpoint noted, if anything.
+        models: those in training.
+        resolution: side of the images in pixels.
 
-    Raises UserError where xformers is asked for on a card and not installed.
+    Raises:
+        UserError: both measures are used up.
     """
-    earlier, remarks = _earlier(saved, device.type)
-    rule = _by_rule(asked, device, width)
-    stays = [
-        name
-        for name, flags in FLAGS.items()
-        if earlier
-        and all(flag not in given or asked[flag] == earlier.asked.get(flag) for flag in flags)
-        and _still_possible(name, earlier, rule)
-    ]
-    told = {flag: earlier.asked.get(flag) for name in stays for flag in FLAGS[name]}
-    chosen = replace(
-        rule, asked=rule.asked | told, **{name: getattr(earlier, name) for name in stays}
-    )
-
-    word = asked["mixed_precision"] if chosen.dtype == rule.dtype else WORDS[chosen.dtype]
-    placement = place(word, device, width, chosen.memory_format)
-    chosen.dtype = str(placement.dtype).removeprefix(
-        "torch."
-    )  # this card may not have the other one's
-    if chosen.dtype != rule.dtype:
-        placement = replace(placement, why=f"{chosen.dtype} as in the checkpoint")
-    if different := [name for name in FLAGS if getattr(chosen, name) != getattr(rule, name)]:
-        pairs = [
-            f"{name} {_in_words(chosen, name)} instead of {_in_words(rule, name)}"
-            for name in different
-        ]
-        remarks.append(f"           as in the checkpoint: {', '.join(pairs)}")
-    if asked[XFORMERS] and device.type != "cuda":
-        remarks.append(
-            "           xformers needs an NVIDIA card: torch's own attention (sdpa) is used"
+    if not compute.gradient_checkpointing:
+        checkpoint_gradients(models)
+        return replace(compute, gradient_checkpointing=True), (
+            "gradient checkpointing is on from here"
         )
-    if asked["compile"] and device.type != "cuda":
-        remarks.append(
-            f"           --compile is for NVIDIA cards: on {device.type} it would cost more than it saves"
+    if batching := compute.micro_batching.smaller():
+        return replace(compute, micro_batching=batching), (
+            f"from here {batching.accumulation_steps} micro-batches of {batching.size} make a "
+            "step, with the same effective batch size"
         )
-    return chosen, placement, remarks
-
-
-def _by_rule(asked: Mapping[str, Any], device: torch.device, width: int) -> Choices:
-    """What a new run would choose."""
-    placement, card = (
-        place(asked["mixed_precision"], device, width, asked["memory_format"]),
-        device.type == "cuda",
+    smaller = max(resolution * 3 // 4 // 8 * 8, 8)
+    share = smaller**2 / resolution**2
+    raise UserError(
+        f"Even one image of {resolution} px at a time with gradient checkpointing is too much for "
+        "this memory",
+        f"--resolution {smaller} needs about {share:.0%} of it; or close other programs",
     )
-    if asked[XFORMERS] and card and not is_xformers_available():
-        raise UserError(
-            f"--{XFORMERS}: xformers is not installed",
-            "pip install xformers, or leave the flag out",
-        )
-    return Choices(
-        device.type,
-        str(placement.dtype).removeprefix("torch."),
-        placement.memory_format,
-        "xformers" if asked[XFORMERS] and card else "sdpa",
-        asked["compile"] and card,
-        asked["gradient_checkpointing"],
-        0,
-        Split(asked["train_batch_size"], asked["gradient_accumulation_steps"]),
-        {**asked},
-        torch.get_num_threads(),
-    )
-
-
-def _still_possible(name: str, earlier: Choices, rule: Choices) -> bool:
-    if name == "attention":
-        return earlier.attention == "sdpa" or (rule.device == "cuda" and is_xformers_available())
-    if name == "compile":
-        return not earlier.compile or rule.device == "cuda"
-    return (
-        name != "split"
-        or earlier.split.size * earlier.split.count == rule.split.size * rule.split.count
-    )
-
-
-def _earlier(saved: Any, device: str) -> tuple[Choices | None, list[str]]:
-    """What a checkpoint noted, None where it is nothing for this device, and what to say of
-    that."""
-    if saved is None:  # a new run, or a checkpoint from before there were choices
-        return None, []
-    if isinstance(saved, dict):
-        saved = {"threads": torch.get_num_threads(), **saved}  # earlier checkpoints do not say
-    if not _is_choices(saved):
-        return None, [
-            "           what the checkpoint says of how it computed is damaged: chosen anew"
-        ]
-    if saved["device"] != device:
-        return None, [
-            f"           the checkpoint was computed on {saved['device']}: chosen anew for {device}"
-        ]
-    return Choices(
-        **{field.name: saved[field.name] for field in fields(Choices)}
-        | {"split": Split(**saved["split"])}
-    ), []
-
-
-def _in_words(choices: Choices, name: str) -> str:
-    value = getattr(choices, name)
-    if isinstance(value, Split):
-        return f"{value.size} x {value.count}"
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 _is_on_or_off = schema.one_of(True, False)
-_is_part = schema.whole(1, 2**28)
-_is_choices = schema.record(
+_is_count = schema.whole(1, 2**28)
+_is_record = schema.record(
     {
         "device": schema.one_of("cuda", "mps", "cpu"),
-        "dtype": schema.one_of(*WORDS),
+        "dtype": schema.one_of(*PRECISIONS),
         "memory_format": schema.one_of("contiguous", "channels_last"),
         "attention": schema.one_of("sdpa", "xformers"),
         "compile": _is_on_or_off,
         "gradient_checkpointing": _is_on_or_off,
         "vae_tile": schema.whole(0, 8192),
-        "split": schema.record({"size": _is_part, "count": _is_part}, exact=True),
+        "split": schema.record({"size": _is_count, "count": _is_count}, exact=True),
         "asked": schema.mapping(schema.instance(bool, int, str, type(None))),
         "threads": schema.whole(1, MAX_THREADS),
     }

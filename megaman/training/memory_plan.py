@@ -1,201 +1,228 @@
-"""How training fits into the memory at hand: what is chosen before step 1, or refused in a line;
---plan's table."""
+"""How training fits into the available memory: what is chosen before step 1, or refused with what
+would fit; the table of --plan."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
 from megaman import runtime
+from megaman.config.train import ComputeConfig, MemoryRequest
 from megaman.errors import UserError, summarize_error
 from megaman.models.configs import read_configs, resolve_name
-from megaman.runtime import DTYPES, Placement, choose_device, place
-from megaman.training import compute
-from megaman.training.memory_estimate import GB, Plan, gigabytes
+from megaman.runtime import DTYPES, choose_device, place
+from megaman.training.compute import INDENT, MicroBatching, TrainingCompute
+from megaman.training.memory_estimate import GB, MemoryEstimate, gigabytes
 
-BATCHES = (1, 2, 4)  # of the table
+BATCH_SIZES = (1, 2, 4)  # of the table
 
-
-@dataclass
-class Fit:
-    """What a run does so that it fits: the side of the VAE's tiles while it draws, 0 for none;
-    gradient checkpointing; and what to say of it."""
-
-    checkpointing: bool
-    tile: int = 0
-    lines: Sequence[str] = ()
-
-    def tile_vae(self, vae: AutoencoderKL) -> None:
-        """Have the VAE work in tiles where that was chosen. After encoding: the pictures' latents
-        stay as they are."""
-        if self.tile:
-            vae.enable_tiling()
-            vae.tile_latent_min_size = (
-                self.tile * vae.tile_latent_min_size // vae.tile_sample_min_size
-            )
-            vae.tile_sample_min_size = self.tile
+log = logging.getLogger(__name__)
 
 
-def fit(
-    plan: Plan, split: compute.Split, checkpointing: bool, limit: float, can_shrink: bool
-) -> Fit:
-    """Make a run fit into limit bytes without changing what it computes.
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run does to fit into memory, and lines to print about it; vae_tile is the side in
+    pixels of the VAE's tiles for sample images, 0 for none."""
 
-    VAE tiling for sample images first, then gradient checkpointing, then smaller micro-batches of
-    which more are accumulated (split is changed; only with can_shrink). Sample images that do not
-    fit all the same are no reason against the run: Validation leaves them out. Raises UserError
-    where training does not fit, with what would.
+    gradient_checkpointing: bool
+    micro_batching: MicroBatching
+    vae_tile: int = 0
+    lines: tuple[str, ...] = ()
+
+
+def fit_to_memory(
+    compute: TrainingCompute,
+    request: MemoryRequest,
+    base_name: str,
+    limit: float,
+    can_shrink: bool,
+) -> MemoryPlan:
+    """Plan a run that fits into limit bytes (see plan_memory) and log what it needs.
+
+    Nothing is estimated for an infinite limit, since that takes seconds. A failed estimate is
+    logged and does not stop the run. Raises UserError if the run does not fit.
     """
-    usable, before, done = limit * runtime.USABLE, split.size, []
-    if tiled := plan.drawing(False) > max(usable, plan.drawing(True)):
-        done.append("VAE tiling for sample images")
-    if not checkpointing and plan.training(split.size, False) > usable:
+    unchanged = MemoryPlan(compute.gradient_checkpointing, compute.micro_batching)
+    if limit == math.inf:
+        return unchanged
+    try:
+        configs, remark = read_configs(base_name)
+        estimate = MemoryEstimate(configs, request, compute.dtype, compute.device.type != "cpu")
+        estimate.training_peak(compute.micro_batching.size, compute.gradient_checkpointing)
+        estimate.validation_peak(False)
+    except Exception as error:  # whatever it is, loading the base gives the better message
+        log.info("memory     cannot be estimated (%s)", summarize_error(error))
+        return unchanged
+    plan = plan_memory(
+        estimate, compute.micro_batching, compute.gradient_checkpointing, limit, can_shrink
+    )
+    for line in plan.lines:
+        log.info(line)
+    if remark:
+        log.info(INDENT + remark)
+    return plan
+
+
+def plan_memory(
+    estimate: MemoryEstimate,
+    batching: MicroBatching,
+    checkpointing: bool,
+    limit: float,
+    can_shrink: bool,
+) -> MemoryPlan:
+    """Fit a run into limit bytes without changing what it computes.
+
+    VAE tiling for sample images comes first, then gradient checkpointing, then (only with
+    can_shrink) smaller micro-batches. Sample images that still do not fit do not stop the run:
+    Validation skips them. Raises UserError if training does not fit, with what would.
+    """
+    usable = limit * runtime.USABLE
+    original, measures = batching, []
+    tiled = estimate.validation_peak(False) > max(usable, estimate.validation_peak(True))
+    if tiled:
+        measures.append("VAE tiling for sample images")
+    if not checkpointing and estimate.training_peak(batching.size, False) > usable:
         checkpointing = True
-        done.append("gradient checkpointing")
-    while can_shrink and plan.training(split.size, checkpointing) > usable and split.shrink():
-        pass
-    if split.size < before:
-        done.append(
-            f"{split.count} micro-batches of {split.size} a step, with the same effective batch"
+        measures.append("gradient checkpointing")
+    if can_shrink:
+        batching = _shrink(estimate, batching, checkpointing, usable)
+    if batching != original:
+        measures.append(
+            f"{batching.accumulation_steps} micro-batches of {batching.size} a step, with the same "
+            "effective batch size"
         )
-    needed = plan.training(split.size, checkpointing)
+    needed = estimate.training_peak(batching.size, checkpointing)
     if needed > limit:
-        raise _refusal(plan, split.size, needed, limit)
-    lines = [
-        f"memory     needs about {gigabytes(max(needed, plan.drawing(tiled)))} GB of {gigabytes(limit)} GB "
-        f"({plan.in_words(split.size, checkpointing, tiled)})"
-    ]
-    if done:
-        lines.append(f"           so that it fits: {', '.join(done)}")
-    if plan.drawing(tiled) > limit:
-        lines.append("           sample images will probably not fit; they are left out then")
-    return Fit(checkpointing, plan.tile * tiled, lines)
+        raise _refusal(estimate, batching.size, needed, limit)
+    peak = max(needed, estimate.validation_peak(tiled))
+    parts = estimate.summary(batching.size, checkpointing, tiled)
+    lines = [f"memory     needs about {gigabytes(peak)} GB of {gigabytes(limit)} GB ({parts})"]
+    if measures:
+        lines.append(f"{INDENT}so that it fits: {', '.join(measures)}")
+    if estimate.validation_peak(tiled) > limit:
+        lines.append(f"{INDENT}sample images will probably not fit and are skipped then")
+    vae_tile = estimate.vae_tile if tiled else 0
+    return MemoryPlan(checkpointing, batching, vae_tile, tuple(lines))
 
 
-def _refusal(plan: Plan, batch: int, needed: int, limit: float) -> UserError:
-    pictures = "one picture" if batch == 1 else f"{batch} pictures"
+def _shrink(
+    estimate: MemoryEstimate, batching: MicroBatching, checkpointing: bool, usable: float
+) -> MicroBatching:
+    """The largest micro-batches that fit, or those of one image."""
+    while estimate.training_peak(batching.size, checkpointing) > usable:
+        smaller = batching.smaller()
+        if smaller is None:
+            break
+        batching = smaller
+    return batching
+
+
+def _refusal(estimate: MemoryEstimate, batch_size: int, needed: int, limit: float) -> UserError:
+    """The error for a run that does not fit: names a batch size or a resolution that would."""
+    images = "one image" if batch_size == 1 else f"{batch_size} images"
     message = (
-        f"Training on {pictures} of {plan.size} px at a time needs about {needed / GB:.2f} GB "
-        f"even with gradient checkpointing, and there are {limit / GB:.2f} GB"
+        f"Training on {images} of {estimate.resolution} px at a time needs about "
+        f"{needed / GB:.2f} GB even with gradient checkpointing, and there are {limit / GB:.2f} GB"
     )
-    bounds = (limit * runtime.USABLE, limit)  # with something to spare, or else just so
-    fewer = [
-        count
-        for bound in bounds
-        for count in range(batch - 1, 0, -1)
-        if plan.training(count, True) <= bound
-    ]
-    if fewer:
-        return UserError(message, f"--train_batch_size {fewer[0]} would fit")
-    step = 64 if plan.size > 64 else plan.factor
-    sizes = range(plan.size // step * step, 0, -step)
-    smaller = [size for bound in bounds for size in sizes if plan.training(1, True, size) <= bound]
-    if smaller:
-        return UserError(
-            message,
-            f"--resolution {smaller[0]} would fit{' with --train_batch_size 1' * (batch > 1)}",
-        )
-    half = (
-        "--mixed_precision fp16 takes half of that; or close"
-        if plan.dtype == torch.float32
-        else "Close"
-    )
-    return UserError(
-        f"{message}; the weights alone take {gigabytes(plan.weights)}", f"{half} other programs"
-    )
+    if fewer := _largest_fitting(
+        range(batch_size - 1, 0, -1), lambda count: estimate.training_peak(count, True), limit
+    ):
+        return UserError(message, f"--train_batch_size {fewer} would fit")
+    step = 64 if estimate.resolution > 64 else estimate.vae_scale_factor
+    if smaller := _largest_fitting(
+        range(estimate.resolution // step * step, 0, -step),
+        lambda side: estimate.training_peak(1, True, side),
+        limit,
+    ):
+        more = " with --train_batch_size 1" if batch_size > 1 else ""
+        return UserError(message, f"--resolution {smaller} would fit{more}")
+    remedy = "Close other programs"
+    if estimate.dtype == torch.float32:
+        remedy = "--mixed_precision fp16 takes half of that; or close other programs"
+    return UserError(f"{message}; the weights alone take {gigabytes(estimate.weights)}", remedy)
+
+
+def _largest_fitting(
+    candidates: Iterable[int], needed: Callable[[int], int], limit: float
+) -> int | None:
+    """The first candidate that fits with memory to spare, or else the first that just fits."""
+    sizes = {candidate: needed(candidate) for candidate in candidates}
+    for bound in (limit * runtime.USABLE, limit):
+        for candidate, size in sizes.items():
+            if size <= bound:
+                return candidate
+    return None
+
+
+def enable_vae_tiling(vae: AutoencoderKL, tile: int) -> None:
+    """Have the VAE work in tiles of this side in pixels; 0 changes nothing.
+
+    Only for sample images: the latents of the training images are encoded without.
+    """
+    if tile:
+        vae.enable_tiling()
+        vae.tile_latent_min_size = tile * vae.tile_latent_min_size // vae.tile_sample_min_size
+        vae.tile_sample_min_size = tile
 
 
 def memory_limit(device: torch.device, vram_limit: float | None) -> float:
-    """Bytes that a run may take on the device: what is free on a card, or vram_limit GB where that
-    is less; infinite where nobody asks, on a CPU and on mps, which share the memory with everything
-    else.
+    """Bytes that a run may use on the device: what is free on a GPU, or vram_limit GB if that is
+    less.
 
-    On CUDA torch is held to vram_limit, too; the CUDA context comes on top. On a CPU the limit
-    serves the plan alone.
+    Infinite without vram_limit on a CPU and on mps, which share their memory with everything else.
+    On CUDA torch itself is held to vram_limit, too; the CUDA context comes on top. On a CPU the
+    limit only serves the plan.
     """
-    asked = math.inf if vram_limit is None else int(vram_limit * GB)
+    requested = math.inf if vram_limit is None else int(vram_limit * GB)
     if device.type != "cuda":
-        return asked
+        return requested
     free, total = torch.cuda.mem_get_info(device)
     if vram_limit is not None:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, asked / total), device)
-    return min(asked, free)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, requested / total), device)
+    return min(requested, free)
 
 
-def settle(
-    placement: Placement,
-    limit: float,
-    split: compute.Split,
-    checkpointing: bool,
-    can_shrink: bool,
-    say: Callable[[str], None],
-    *,
-    name: str,
-    **shape: Any,
-) -> Fit:
-    """Plan a run on the base of this name, make it fit into limit bytes (see fit), and say so;
-    shape is Plan's.
-
-    Nothing is planned where limit is infinite, since a plan takes seconds. A plan that cannot be
-    made is said and is no reason against the run; one that does not fit is: raises UserError.
-    """
-    if limit == math.inf:
-        return Fit(checkpointing)
-    try:
-        configs, remark = read_configs(name)
-        plan = Plan(configs, placement.dtype, placement.device.type != "cpu", **shape)
-        plan.training(split.size, checkpointing), plan.drawing(False)
-    except Exception as error:  # whatever it is, loading the base tells it better
-        say(f"memory     cannot be told beforehand ({summarize_error(error)})")
-        return Fit(checkpointing)
-    found = fit(plan, split, checkpointing, limit, can_shrink)
-    for line in [*found.lines, *([f"           {remark}"] if remark else [])]:
-        say(line)
-    return found
-
-
-def table(mixed_precision: str, vram_limit: float | None, *, name: str, **shape: Any) -> list[str]:
-    """What runs on the base of this name would need on a card, as lines; shape is Plan's."""
-    configs, remark = read_configs(name)
-    plan = Plan(configs, DTYPES[mixed_precision], True, **shape)
+def memory_table(config: ComputeConfig, request: MemoryRequest, base_name: str) -> list[str]:
+    """What runs on this base would need on a GPU, as the lines of --plan."""
+    configs, remark = read_configs(base_name)
+    precision = config.mixed_precision
+    estimate = MemoryEstimate(configs, request, DTYPES[precision], on_gpu=True)
     device = choose_device()
-    limit = memory_limit(device, vram_limit)
-
-    def cell(size: int) -> str:
-        answers = {"fits": size <= limit * runtime.USABLE, "tight": size <= limit, "no": True}
-        answer = (
-            "" if limit == math.inf else next(answer for answer, true in answers.items() if true)
-        )
-        return f"{gigabytes(size)} GB {answer}".rstrip()
-
-    lines = [f"base       {resolve_name(name)}", *([f"           {remark}"] if remark else [])]
-    lines += [
-        f"plan       {plan.size} px, {mixed_precision.replace('no', 'float32')}, rank {shape['rank']}: "
-        f"{plan.in_words(1, False, False)} GB"
-    ]
+    limit = memory_limit(device, config.vram_limit)
+    lines = [f"base       {resolve_name(base_name)}"]
+    if remark:
+        lines.append(INDENT + remark)
+    lines.append(
+        f"plan       {request.resolution} px, {precision.replace('no', 'float32')}, rank "
+        f"{request.lora_rank}: {estimate.summary(1, False, False)} GB"
+    )
     if limit < math.inf:
         lines.append(f"limit      {gigabytes(limit)} GB")
-    lines += ["", f"{'pictures at once':18}{'plain':>16}{'--gradient_checkpointing':>28}"]
-    for batch in BATCHES:
-        lines.append(
-            f"{batch:<18}{cell(plan.training(batch, False)):>16}{cell(plan.training(batch, True)):>28}"
-        )
-    if plan.images:
-        lines += [
-            "",
-            f"sample images  {cell(plan.drawing(False))}, with VAE tiling {cell(plan.drawing(True))}",
-        ]
-    lines += [
-        "",
-        "GB are 2**30 bytes. Tensors are counted; CUDA's context and workspaces come on top.",
-    ]
+    lines += ["", f"{'images at once':18}{'plain':>16}{'--gradient_checkpointing':>28}"]
+    for size in BATCH_SIZES:
+        plain = _cell(estimate.training_peak(size, False), limit)
+        checkpointing = _cell(estimate.training_peak(size, True), limit)
+        lines.append(f"{size:<18}{plain:>16}{checkpointing:>28}")
+    if request.num_validation_images:
+        plain = _cell(estimate.validation_peak(False), limit)
+        tiled = _cell(estimate.validation_peak(True), limit)
+        lines += ["", f"sample images  {plain}, with VAE tiling {tiled}"]
+    lines += ["", "A GB is 2**30 bytes. Tensors are counted; CUDA needs a few hundred MB on top."]
     if device.type != "cuda":
-        lines.append(
-            f"For an NVIDIA card. On this machine: {place(mixed_precision, device, plan.width).why}."
-        )
+        reason = place(precision, device, estimate.width).why
+        lines.append(f"For an NVIDIA GPU. On this machine: {reason}.")
     return lines
+
+
+def _cell(size: int, limit: float) -> str:
+    """A number of the table, and whether it is within the limit if there is one."""
+    if limit == math.inf:
+        return f"{gigabytes(size)} GB"
+    if size <= limit * runtime.USABLE:
+        return f"{gigabytes(size)} GB fits"
+    return f"{gigabytes(size)} GB {'tight' if size <= limit else 'no'}"

@@ -1,29 +1,169 @@
-"""How many steps a run has, and the learning rate at each: pure functions."""
+"""How many steps a run has, the learning rate at each, and AdamW, which skips steps whose gradients
+are not finite."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.optimization import get_scheduler
 
+from megaman.errors import UserError
+
+if TYPE_CHECKING:
+    from megaman.config.train import OptimizerConfig
+    from megaman.data.batches import Batches
+    from megaman.training.adapters import Adapters
+    from megaman.training.run import Run
+
+LearningRate = Callable[[int], float]  # as a function of the steps done
+PATIENCE = 10  # skipped steps in a row; a loss scale that is still being adapted takes fewer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The length of a run in optimizer steps and in epochs, and its warm-up in steps."""
+
+    total_steps: int
+    warmup_steps: int
+    epochs: float
+
+
+def make_schedule(
+    batches: Batches, config: OptimizerConfig, explicit: Collection[str], run: Run
+) -> Schedule:
+    """The schedule of a run; raises UserError if the checkpoint is beyond its last step.
+
+    explicit has the names of the flags that were typed.
+    """
+    total = total_steps(
+        batches.epoch_length, batches.step_length, config.num_train_epochs, config.max_train_steps
+    )
+    if run.state.step > total:
+        raise UserError(
+            f"{run.output.checkpoint} is at step {run.state.step}, beyond the {total} of this run",
+            "Raise --max_train_steps",
+        )
+    is_explicit = "lr_warmup_steps" in explicit
+    if is_explicit and config.lr_warmup_steps and config.lr_scheduler == "constant":
+        log.info("--lr_scheduler constant has no warm-up: take constant_with_warmup for one")
+    warmup = warmup_steps(config.lr_scheduler, config.lr_warmup_steps, is_explicit, total)
+    return Schedule(total, warmup, epochs=total * batches.step_length / batches.epoch_length)
+
 
 def total_steps(count: int, effective_batch: int, epochs: int, max_train_steps: int | None) -> int:
-    """Optimizer steps of a run: max_train_steps where it is given, else what the epochs come to."""
+    """Optimizer steps of a run: max_train_steps if given, else what the epochs amount to."""
     return max_train_steps or math.ceil(epochs * count / effective_batch)
 
 
-def warmup_steps(name: str, asked: int, given: bool, total: int) -> int:
-    """The warm-up in steps: none for constant; where it was not given, the default is cut to a
-    tenth of the run."""
-    if name == "constant":
+def warmup_steps(scheduler: str, requested: int, is_explicit: bool, total: int) -> int:
+    """The warm-up in steps: none for constant; a default is cut to a tenth of the run."""
+    if scheduler == "constant":
         return 0
-    return asked if given else min(asked, total // 10)
+    return requested if is_explicit else min(requested, total // 10)
 
 
-def rate_at(name: str, peak: float, warmup: int, total: int) -> Callable[[int], float]:
-    """The learning rate as a function of the steps done, by diffusers' schedule of that name."""
-    stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    schedule = get_scheduler(name, stand_in, num_warmup_steps=warmup, num_training_steps=total)
+def learning_rate(scheduler: str, peak: float, warmup: int, total: int) -> LearningRate:
+    """The learning rate after a number of steps, by diffusers' scheduler of that name."""
+    dummy = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    schedule: Any = get_scheduler(
+        scheduler, dummy, num_warmup_steps=warmup, num_training_steps=total
+    )
     return lambda step: peak * schedule.lr_lambdas[0](step)
+
+
+class Optimizer:
+    """AdamW over the LoRAs' parameters, with a learning rate of its own for each model.
+
+    Args:
+        prepared: the AdamW as accelerate prepared it.
+        learning_rates: one for each of its parameter groups.
+        scaler: the loss scaler of fp16.
+    """
+
+    def __init__(
+        self,
+        prepared: Any,
+        learning_rates: Sequence[LearningRate],
+        scaler: torch.amp.GradScaler | None,
+    ):
+        self._prepared, self.learning_rates, self._scaler = prepared, learning_rates, scaler
+        self.adamw: torch.optim.AdamW = prepared.optimizer
+
+    def set_lr(self, step: int) -> None:
+        """Set the learning rates of step 1, 2, ..."""
+        for group, rate in zip(self._prepared.param_groups, self.learning_rates, strict=True):
+            group["lr"] = rate(step - 1)
+
+    def step_if_finite(self, gradient_norm: torch.Tensor) -> torch.Tensor:
+        """Take a step unless the gradients' norm is not finite, free the gradients, and return
+        whether it is finite (0-d).
+
+        A loss scaler decides for itself. Without one, torch's fused AdamW reads the same flag that
+        a scaler sets, on the device, so that nothing has to wait for the answer.
+        """
+        finite = torch.isfinite(gradient_norm)
+        if self._scaler is None and self.adamw.defaults["fused"]:
+            self.adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self._prepared.step()
+        elif self._scaler is not None or finite:
+            self._prepared.step()
+        self._prepared.zero_grad()
+        return finite
+
+
+def make_optimizer(
+    adapters: Adapters, config: OptimizerConfig, schedule: Schedule, run: Run
+) -> Optimizer:
+    """An optimizer for the adapters."""
+    groups: list[dict[str, Any]] = [
+        {"params": adapters.unet_parameters, "lr": config.learning_rate}
+    ]
+    if adapters.text_encoder is not None:
+        groups.append({"params": adapters.text_encoder_parameters, "lr": config.text_encoder_lr})
+    adamw = torch.optim.AdamW(
+        groups,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        fused=run.device.type != "mps",
+    )
+    rates = [
+        learning_rate(config.lr_scheduler, group["lr"], schedule.warmup_steps, schedule.total_steps)
+        for group in groups
+    ]
+    return Optimizer(run.prepare(adamw), rates, run.scaler)
+
+
+class SkippedSteps:
+    """Counts the steps that were skipped because their gradients were not finite."""
+
+    def __init__(self) -> None:
+        self.total = self._in_a_row = 0
+
+    def add(self, finite: Sequence[bool], last_step: int) -> list[int]:
+        """Count the steps up to last_step by whether each was finite; returns those that were not.
+
+        Raises UserError after PATIENCE of them in a row.
+        """
+        skipped = []
+        for step, is_finite in enumerate(finite, start=last_step - len(finite) + 1):
+            self._in_a_row = 0 if is_finite else self._in_a_row + 1
+            if not is_finite:
+                self.total += 1
+                skipped.append(step)
+            if self._in_a_row == PATIENCE:
+                raise UserError(
+                    f"The gradients were not finite in {PATIENCE} steps in a row, up to step "
+                    f"{step}",
+                    "Likely causes: --learning_rate too high, --lora_alpha too high for "
+                    "--lora_rank, or fp16 (try --mixed_precision bf16 or no). The last checkpoint "
+                    "is good",
+                )
+        return skipped

@@ -1,5 +1,5 @@
-"""The output folder of a training run: what stands there, which checkpoint to go on from, what may
-be replaced."""
+"""The output folder of a training run: what it holds, which checkpoint to resume from, what may be
+replaced. Read before torch is loaded."""
 
 from __future__ import annotations
 
@@ -7,49 +7,121 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megaman.errors import UserError, summarize_error
-from megaman.files import ASIDE, is_inside, read_json, restore_former, safe_name
+from megaman.files import ASIDE, is_inside, read_json, remove_folder, restore_former, safe_name
 from megaman.threads import MAX_THREADS
 
-OURS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"
-STATE = "training_state.json"  # written into a checkpoint last: a folder without it is none
+if TYPE_CHECKING:
+    from megaman.config.train import OutputConfig
+
+# The files and folders that a run writes and may replace.
+OUTPUTS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"
+STATE = "training_state.json"  # written last: a folder without it is not a checkpoint
 
 
-def open_output(
+@dataclass(frozen=True)
+class OutputFolder:
+    """A run's folder, the checkpoint that it resumes from, and the outputs of an earlier run that
+    are deleted once this one can begin. The newest checkpoints_total_limit checkpoints are kept,
+    or all of them if it is None."""
+
+    path: Path
+    checkpoint: Path | None
+    previous_outputs: tuple[Path, ...]
+    checkpoints_total_limit: int | None = None
+
+    @classmethod
+    def open(cls, config: OutputConfig) -> OutputFolder:
+        """Make or inspect the folder (see `inspect`)."""
+        path = Path(config.output_dir)
+        checkpoint, previous_outputs = inspect(
+            path, config.resume_from_checkpoint, config.overwrite_output
+        )
+        return cls(path, checkpoint, tuple(previous_outputs), config.checkpoints_total_limit)
+
+    @property
+    def lora_weights(self) -> Path:
+        """The folder of the finished LoRA."""
+        return self.path / "lora_weights"
+
+    def checkpoint_folder(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.path / f"checkpoint-{step}"
+
+    def samples_folder(self, step: int) -> Path:
+        """The folder of a step's sample images."""
+        return self.path / f"samples-{step}"
+
+    def later_checkpoints(self, step: int) -> list[Path]:
+        """The checkpoints after this step, oldest first."""
+        return [path for path in find_all(self.path) if step_of(path) > step]
+
+    def resumes_in_place(self) -> bool:
+        """Whether the run resumes from a checkpoint in this folder."""
+        return self.checkpoint is not None and _is_in(self.checkpoint, self.path)
+
+    def prune_checkpoints(self, step: int) -> None:
+        """Delete the oldest checkpoints up to this step over the limit.
+
+        Later ones are kept: they are left from before the run was resumed from an earlier step.
+        """
+        limit = self.checkpoints_total_limit
+        if limit:
+            for old in [path for path in find_all(self.path) if step_of(path) <= step][:-limit]:
+                remove_folder(old)
+
+    def delete_previous_outputs(self) -> None:
+        """Delete what an earlier run left."""
+        for path in self.previous_outputs:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def inspect(
     output_dir: Path, resume: str | None, overwrite: bool
 ) -> tuple[Path | None, list[Path]]:
-    """The checkpoint to go on from, or None; and what an earlier run left that is to go once this
-    one can begin.
+    """The checkpoint to resume from, and the outputs of an earlier run that are to be deleted.
 
-    Raises UserError where that was not asked for: nobody's LoRA is overwritten unmeant.
+    Makes the folder if it is missing. Raises UserError if it holds an earlier run and no flag says
+    what to do with that: no LoRA is overwritten by accident.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     if resume:
         tidy(output_dir)
     checkpoint = find(resume, output_dir) if resume else None
-    leftovers = [path for path in output_dir.iterdir() if re.fullmatch(OURS, path.name)]
-    continues = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-    barely_begun = resume == "latest" and not (output_dir / "lora_weights").exists()
-    if continues or (barely_begun and not checkpoint):
+    outputs = [path for path in output_dir.iterdir() if re.fullmatch(OUTPUTS, path.name)]
+    resumes_in_place = checkpoint is not None and _is_in(checkpoint, output_dir)
+    is_unfinished = resume == "latest" and not (output_dir / "lora_weights").exists()
+    if resumes_in_place or (is_unfinished and checkpoint is None):
         return checkpoint, []
-    if leftovers and not overwrite:
-        ways = "Go on with --resume_from_checkpoint latest, name another --output_dir, or add --overwrite_output"
-        raise UserError(
-            f"--output_dir {output_dir} holds an earlier run",
-            "Name another --output_dir" if resume else ways,
-        )
+    if outputs and not overwrite:
+        remedy = "Name another --output_dir"
+        if not resume:
+            remedy = (
+                "Resume with --resume_from_checkpoint latest, name another --output_dir, or add "
+                "--overwrite_output"
+            )
+        raise UserError(f"--output_dir {output_dir} holds an earlier run", remedy)
     tidy(output_dir)
-    return checkpoint, [path for path in leftovers if path.exists()]
+    return checkpoint, [path for path in outputs if path.exists()]
+
+
+def _is_in(checkpoint: Path, folder: Path) -> bool:
+    return checkpoint.resolve().parent == folder.resolve()
 
 
 def tidy(output_dir: Path) -> None:
-    """Clear away what a run that was killed while it saved left unfinished, and put back what it
-    had moved aside."""
+    """Delete the unfinished files and folders of a run that was killed while it saved, and put back
+    what it had moved aside."""
     for path in sorted(output_dir.glob(f"*{ASIDE}")):
-        if re.fullmatch(rf"({OURS})\.\d+(\.former)?{ASIDE}", path.name):
+        if re.fullmatch(rf"({OUTPUTS})\.\d+(\.former)?{ASIDE}", path.name):
             restore_former(path)
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -57,33 +129,11 @@ def tidy(output_dir: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def remove(leftovers: Iterable[Path]) -> None:
-    """Delete what open_output found of an earlier run."""
-    for path in leftovers:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def find_all(output_dir: Path) -> list[Path]:
     """The finished checkpoints in a folder, oldest first."""
-    found = [
-        path
-        for path in output_dir.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", path.name)
-    ]
-    return sorted((path for path in found if (path / STATE).is_file()), key=step_of)
-
-
-def saved_threads(checkpoint: Path | None) -> int | None:
-    """The number of CPU threads noted in a checkpoint, 0 if it has none; None without a checkpoint.
-
-    The rest of the file is checked by checkpoint.read_train_state.
-    """
-    if checkpoint is None:
-        return None
-    content = read_json(checkpoint / STATE)
-    choices = content.get("choices") if isinstance(content, dict) else None
-    threads = choices.get("threads") if isinstance(choices, dict) else None
-    return threads if type(threads) is int and 0 < threads <= MAX_THREADS else 0
+    paths = output_dir.glob("checkpoint-*")
+    named = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted([path for path in named if (path / STATE).is_file()], key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -91,60 +141,64 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def find(wanted: str, output_dir: Path) -> Path | None:
-    """The folder that --resume_from_checkpoint means; None under "latest" where there is none yet.
+def find(name: str, output_dir: Path) -> Path | None:
+    """The folder that --resume_from_checkpoint means; None for "latest" if there is none yet.
 
-    Raises UserError where a named folder is no checkpoint.
+    Raises UserError if a named folder is not a checkpoint.
     """
-    if wanted == "latest":
+    if name == "latest":
         return next(reversed(find_all(output_dir)), None)
-    for folder in (output_dir / wanted, Path(wanted)):
+    for folder in (output_dir / name, Path(name)):
         if (folder / STATE).is_file():
             return folder
     known = ", ".join(path.name for path in find_all(output_dir)) or "none"
     raise UserError(
-        f"--resume_from_checkpoint {wanted} is no checkpoint", f"In {output_dir} there is: {known}"
+        f"--resume_from_checkpoint {name} is no checkpoint", f"In {output_dir} there is: {known}"
     )
 
 
-def log_dir_of(saved: str | None, logging_dir: str, output_dir: Path) -> Path:
-    """TensorBoard's folder: the resumed run's, or a folder of its own, so that two runs never share
-    a curve.
+def saved_threads(checkpoint: Path | None) -> int | None:
+    """The number of CPU threads stored in a checkpoint, 0 if it has none; None without a
+    checkpoint.
 
-    A stranger's checkpoint could name any folder: saved counts only where it lies under
-    logging_dir.
+    checkpoint.read_train_state validates the rest of the file once torch is loaded.
+    """
+    if checkpoint is None:
+        return None
+    content = read_json(checkpoint / STATE)
+    compute = content.get("choices") if isinstance(content, dict) else None
+    threads = compute.get("threads") if isinstance(compute, dict) else None
+    return threads if type(threads) is int and 0 < threads <= MAX_THREADS else 0
+
+
+def choose_log_dir(saved: str | None, logging_dir: str, output_dir: Path) -> Path:
+    """TensorBoard's folder: the resumed run's, or a new one, so that two runs never share a curve.
+
+    A downloaded checkpoint could name any folder: saved only counts if it is below logging_dir.
     """
     if saved and is_inside(saved, logging_dir):
         return Path(saved)
-    return _new_log_dir(Path(logging_dir), safe_name(output_dir.resolve().name))
+    name = f"{safe_name(output_dir.resolve().name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = [Path(logging_dir) / name]
+    candidates += [Path(logging_dir) / f"{name}-{number}" for number in range(2, 100)]
+    return next(path for path in candidates if not path.exists())
 
 
-def _new_log_dir(logging_dir: Path, name: str) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    taken = [
-        logging_dir / f"{name}-{stamp}{suffix}"
-        for suffix in ["", *(f"-{i}" for i in range(2, 100))]
-    ]
-    return next(path for path in taken if not path.exists())
+def save_somewhere(preferred: Path, save: Callable[[Path], object]) -> tuple[Path, str]:
+    """Save the finished LoRA in the preferred folder or, if that is not possible, in another place.
 
-
-def save_somewhere(wanted: Path, save: Callable[[Path], object]) -> tuple[Path, str]:
-    """Save the finished LoRA in the wanted folder or, where that cannot be written, in the next
-    best place.
-
-    Returns the folder, and why it is another one ("" where it is not). Raises UserError where no
-    place takes it.
+    Returns the folder and the reason if it is another one. Raises UserError if nothing works.
     """
-    rescued = f"megaman_lora_rescued_{time.strftime('%Y%m%d-%H%M%S')}"
-    others = [parent / rescued for parent in (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))]
+    rescue = f"megaman_lora_rescued_{time.strftime('%Y%m%d-%H%M%S')}"
+    others = [parent / rescue for parent in (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))]
     reason = ""
-    for folder in (wanted, *others):
+    for folder in (preferred, *others):
         try:
             save(folder)
             return folder, reason
         except (OSError, UserError) as error:
             reason = reason or summarize_error(error)
     raise UserError(
-        f"The LoRA can be saved neither in {wanted} nor elsewhere ({reason})",
+        f"The LoRA can be saved neither in {preferred} nor elsewhere ({reason})",
         "Free some space and add --resume_from_checkpoint latest",
     )

@@ -1,19 +1,25 @@
-"""TensorBoard, in such a way that a full disk or a folder that cannot be written never takes the
-training with it."""
+"""TensorBoard, written so that a full disk or a read-only folder never stops the training."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megaman.errors import summarize_error
 
-MOST_PENDING = 20_000  # events kept while nothing can be written: a long stretch, a few megabytes
+MAX_PENDING = 20_000  # events kept while nothing can be written: many steps, a few megabytes
+LR_TAGS = ("learning_rate", "text_encoder_learning_rate")
+
+log = logging.getLogger(__name__)
 
 
 class Event(NamedTuple):
-    kind: str  # the SummaryWriter's method: add_scalar, add_image, add_text
+    """A call of one of SummaryWriter's methods: add_scalar, add_image, add_text."""
+
+    kind: str
     tag: str
     value: Any
     step: int
@@ -21,88 +27,91 @@ class Event(NamedTuple):
 
 
 class TrainingLog:
-    """Events are kept until flush() has written them; what could not be written is tried again at
-    the next flush.
+    """Keeps events until flush() has written them; what could not be written is tried again at the
+    next flush.
 
-    open_writer makes a SummaryWriter for a purge_step. purge_step is the first step that a resumed
-    run writes again: TensorBoard then forgets what stood there before. tell is called with one line
-    when writing begins to fail, and when it works again.
+    Args:
+        open_writer: makes a SummaryWriter for a purge_step.
+        purge_step: the first step that a resumed run writes again: TensorBoard then drops what an
+            earlier run wrote from there on. None for a new run.
     """
 
-    def __init__(
-        self,
-        open_writer: Callable[[int | None], Any],
-        purge_step: int | None,
-        tell: Callable[[str], None],
-    ):
-        self._open_writer, self._tell = open_writer, tell
-        self._purge_step = purge_step
+    def __init__(self, open_writer: Callable[[int | None], Any], purge_step: int | None):
+        self._open_writer, self._purge_step = open_writer, purge_step
         self._pending: list[Event] = []
         self._writer = None
-        self._failing = False
+        self._is_failing = False
         _silence_writer_threads()
 
     def add(self, kind: str, tag: str, value: Any, step: int, **options: Any) -> None:
         """Keep an event for the next flush."""
         self._pending.append(Event(kind, tag, value, step, options))
-        del self._pending[:-MOST_PENDING]
+        del self._pending[:-MAX_PENDING]
 
     def add_steps(
-        self, last: int, losses: Sequence[float], rates: Sequence[Callable[[int], float]]
+        self,
+        last: int,
+        losses: Sequence[float],
+        learning_rates: Sequence[Callable[[int], float]],
     ) -> None:
-        """Keep the losses of the steps up to last, and their rates: the UNet's, and the text
-        encoder's where it is trained, as functions of the steps done before."""
+        """Keep the losses of the steps up to last, and their learning rates: the UNet's and, if it
+        is trained, the text encoder's, as functions of the steps done before."""
         for step, loss in enumerate(losses, start=last - len(losses) + 1):
             self.add("add_scalar", "train/loss", loss, step)
-            for tag, rate in zip(
-                ["learning_rate", "text_encoder_learning_rate"], rates, strict=False
-            ):
-                self.add("add_scalar", f"train/{tag}", rate(step - 1), step)
+            for tag, lr in zip(LR_TAGS, learning_rates, strict=False):
+                self.add("add_scalar", f"train/{tag}", lr(step - 1), step)
 
     def add_images(self, tag: str, pixels: Iterable[Any], step: int) -> None:
         """Write images, as arrays [H, W, 3], under tag/00, tag/01 and so on."""
-        for j, image in enumerate(pixels):
-            self.add("add_image", f"{tag}/{j:02d}", image, step, dataformats="HWC")
+        for i, image in enumerate(pixels):
+            self.add("add_image", f"{tag}/{i:02d}", image, step, dataformats="HWC")
         self.flush()
 
     def flush(self) -> None:
-        """Write what is kept to the disk, or say why that cannot be done now."""
+        """Write all pending events to the disk, or log why that is not possible now."""
         if not self._pending:
             return
         try:
             if self._writer is None:
                 self._writer = self._open_writer(self._purge_step)
             for event in self._pending:
-                getattr(self._writer, event.kind)(
-                    event.tag, event.value, event.step, **event.options
-                )
+                write = getattr(self._writer, event.kind)
+                write(event.tag, event.value, event.step, **event.options)
             self._writer.flush()
         except (OSError, RuntimeError) as error:
             self._fail(error)
             return
-        if self._failing:
-            self._tell("TensorBoard's curves are written again")
-        self._failing, self._pending = False, []
+        if self._is_failing:
+            log.info("TensorBoard's curves are written again")
+        self._is_failing, self._pending = False, []
 
     def _fail(self, error: Exception) -> None:
-        if not self._failing:
-            self._tell(
-                f"TensorBoard's curves cannot be written ({summarize_error(error)}); training goes on"
-            )
-        self._failing, self._writer = True, None
-        # Part of the events may stand in the broken file; the next file takes their place.
+        if not self._is_failing:
+            reason = summarize_error(error)
+            log.info("TensorBoard's curves cannot be written (%s); training continues", reason)
+        self._is_failing, self._writer = True, None
+        # The broken file may hold some of the events; the next file replaces them.
         scalars = [event.step for event in self._pending if event.kind == "add_scalar"]
         if scalars:
             self._purge_step = min(scalars)
 
     def close(self) -> None:
+        """Flush and close the file."""
         self.flush()
         if self._writer is not None:
             self._writer.close()
 
 
+def open_training_log(folder: Path, purge_step: int | None) -> TrainingLog:
+    """A TrainingLog that writes into this folder once there is something to write."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TrainingLog(lambda step: SummaryWriter(str(folder), "", step), purge_step)
+
+
 def _silence_writer_threads() -> None:
-    """TensorBoard's own thread dies in silence: its error reaches flush() all the same."""
+    """Keep TensorBoard's own thread from printing a traceback: its error reaches flush() all the
+    same."""
     usual = threading.excepthook
 
     def silent_for_writers(failure: threading.ExceptHookArgs) -> None:

@@ -1,16 +1,16 @@
-"""Sample images while training: the same prompt with the same seeds, drawn with the model in hand,
-in samples-N/.
-
-And the denoising loss on pictures that were never trained on, at fixed noise and timesteps.
-"""
+"""Sample images during training: the same prompt with the same seeds, generated with the LoRA as it
+is, in samples-N/. Also the denoising loss on images that were not trained on."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -18,148 +18,202 @@ from megaman import runtime
 from megaman.errors import UserError, summarize_error
 from megaman.files import replacing_folder
 from megaman.models.text_encoding import encode_captions
-from megaman.runtime import default_batch_size
+from megaman.models.typed import add_noise, predict_noise, scheduler_config
 from megaman.sampling import denoise
 from megaman.training import loss as diffusion
+from megaman.training.memory_plan import enable_vae_tiling
 from megaman.training.signals import StoppedError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import DDPMScheduler
+    from torch import nn
 
+    from megaman.config.train import TrainConfig
     from megaman.models.base import Base
+    from megaman.models.text_encoding import CaptionEmbeddings
+    from megaman.training.run import Run
 
-STEPS, GUIDANCE = 25, 7.5  # generate_megaman.py's defaults
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 25, 7.5  # generate_megaman.py's defaults
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """What sample images to generate, one per seed, with sides of resolution pixels.
+
+    vae_tile is the side in pixels of the VAE's tiles, 0 for none; keeps_vae tells whether the run
+    needs the VAE between two validations.
+    """
+
+    prompt: str
+    seeds: Sequence[int]
+    resolution: int
+    vae_tile: int = 0
+    keeps_vae: bool = False
 
 
 class Validation:
-    """Draws the prompt with each of the seeds, size pixels a side, on the device that the UNet is
-    on.
+    """Generates sample images on the UNet's device.
 
-    prompt_embeds holds the states [positions, width] of the prompt and of "", or is None where the
-    text encoder is in training and has to be asked each time; tile_vae sets the VAE's tiles, where
-    it draws in tiles; keeps_vae tells whether the run needs it on between; autocast makes the
-    context in which the models compute; say takes a line; on_step is called after each sampling
-    step and may raise StoppedError.
+    Args:
+        prompt_embeds: [positions, width] of the prompt and of ""; None if the text encoder is in
+            training and has to encode them each time.
+        autocast: makes the context in which the models compute.
+        on_step: called after each sampling step; may raise StoppedError.
     """
 
     def __init__(
         self,
         base: Base,
         prompt_embeds: Mapping[str, torch.Tensor] | None,
-        prompt: str,
-        seeds: Sequence[int],
-        size: int,
-        tile_vae: Callable[[AutoencoderKL], None],
-        keeps_vae: bool,
+        settings: ValidationSettings,
         autocast: Callable[[], AbstractContextManager],
-        say: Callable[[str], None],
         on_step: Callable[[], None],
     ):
-        self.base, self.prompt_embeds, self.prompt, self.seeds, self.size = (
-            base,
-            prompt_embeds,
-            prompt,
-            seeds,
-            size,
-        )
-        self.tile_vae, self.keeps_vae = tile_vae, keeps_vae
-        self.autocast, self.say, self.on_step = autocast, say, on_step
-        self.at_once = default_batch_size(size, size)
+        self._base, self._prompt_embeds, self._settings = base, prompt_embeds, settings
+        self._autocast, self._on_step = autocast, on_step
+        self._batch_size = runtime.default_batch_size(settings.resolution, settings.resolution)
 
-    def draw(self, step: int, folder: Path) -> list[Image.Image]:
-        """Draw after this step and write folder/00.png and so on; whatever fails here is said, and
-        nothing is raised.
+    def generate(self, step: int, folder: Path) -> list[Image.Image]:
+        """Generate after this step and write folder/00.png and so on.
 
-        Returns the images, those too that could not be written; none where there are no seeds.
+        Whatever fails is logged, nothing is raised. Returns the images, even if they could not be
+        written.
         """
         images: list[Image.Image] = []
-        if not self.seeds:
+        if not self._settings.seeds:
             return images
-        unet = self.base.unet
-        in_training = [unet] if self.prompt_embeds else [unet, self.base.text_encoder]
+        models = self._models_in_training()
         try:
-            self.tile_vae(self.base.vae)
-            for model in in_training:
+            enable_vae_tiling(self._base.vae, self._settings.vae_tile)
+            for model in models:
                 model.eval()
-            images = runtime.retry_on_oom(self._draw_all, self._one_at_a_time)
+            images = runtime.retry_on_oom(self._generate_all, self._reduce_memory)
             with replacing_folder(folder) as aside:
-                for j, image in enumerate(images):
-                    image.save(aside / f"{j:02d}.png")
+                for i, image in enumerate(images):
+                    image.save(aside / f"{i:02d}.png")
             if not all(image.getbbox() for image in images):
-                self.say(
-                    f"step {step}: a sample image is black all over; if more are, try --mixed_precision bf16 or no"
+                log.info(
+                    "step %d: a sample image is completely black; if more are, try "
+                    "--mixed_precision bf16 or no",
+                    step,
                 )
         except StoppedError:
             pass
         except Exception as error:
-            self.say(f"step {step}: no sample images ({summarize_error(error)}); training goes on")
+            reason = summarize_error(error)
+            log.info("step %d: no sample images (%s); training continues", step, reason)
         finally:
-            for model in in_training:
+            for model in models:
                 model.train()
-            if self.keeps_vae:
-                self.base.vae.disable_tiling()
-            else:
-                self.base.release("vae")
+            self._release_vae()
         return images
 
-    def _draw_all(self) -> list[Image.Image]:
-        words, images = [self.prompt, ""], []
-        with self.autocast():
-            states = self.prompt_embeds or encode_captions(
-                self.base.text_encoder, self.base.tokenizer, words
+    def _models_in_training(self) -> list[nn.Module]:
+        if self._prompt_embeds is None:
+            return [self._base.unet, self._base.text_encoder]
+        return [self._base.unet]
+
+    def _generate_all(self) -> list[Image.Image]:
+        seeds, images = self._settings.seeds, []
+        with self._autocast():
+            prompt_embeds = self._embed_prompt()
+        for start in range(0, len(seeds), self._batch_size):
+            images += self._generate_batch(seeds[start : start + self._batch_size], prompt_embeds)
+        return images
+
+    def _embed_prompt(self) -> Mapping[str, torch.Tensor]:
+        if self._prompt_embeds is not None:
+            return self._prompt_embeds
+        texts = [self._settings.prompt, ""]
+        return encode_captions(self._base.text_encoder, self._base.tokenizer, texts)
+
+    def _generate_batch(
+        self, seeds: Sequence[int], prompt_embeds: Mapping[str, torch.Tensor]
+    ) -> list[Image.Image]:
+        positive = prompt_embeds[self._settings.prompt].expand(len(seeds), -1, -1)
+        negative = prompt_embeds[""].expand(len(seeds), -1, -1)
+        with self._autocast():
+            return denoise.draw_images(
+                self._base.unet,
+                self._base.vae,
+                denoise.make_sampler(self._base.noise_scheduler),
+                positive,
+                negative,
+                seeds,
+                self._settings.resolution,
+                self._settings.resolution,
+                NUM_INFERENCE_STEPS,
+                GUIDANCE_SCALE,
+                self._on_step,
             )
-        for first in range(0, len(self.seeds), self.at_once):
-            seeds = self.seeds[first : first + self.at_once]
-            text, empty = (states[text].expand(len(seeds), -1, -1) for text in words)
-            with self.autocast():
-                images += denoise.draw_images(
-                    self.base.unet,
-                    self.base.vae,
-                    denoise.make_sampler(self.base.noise_scheduler),
-                    text,
-                    empty,
-                    seeds,
-                    self.size,
-                    self.size,
-                    STEPS,
-                    GUIDANCE,
-                    self.on_step,
-                )
-        return images
 
-    def _one_at_a_time(self) -> None:
-        if self.at_once == 1:
+    def _reduce_memory(self) -> None:
+        if self._batch_size == 1:
             raise UserError("one at a time they need more memory than there is")
-        self.at_once = 1
+        self._batch_size = 1
+
+    def _release_vae(self) -> None:
+        if self._settings.keeps_vae:
+            self._base.vae.disable_tiling()
+        else:
+            self._base.release("vae")
+
+
+def make_validation(
+    base: Base, captions: CaptionEmbeddings, config: TrainConfig, run: Run
+) -> Callable[[int], None]:
+    """A function that generates the sample images of a step, in the main process, and shows them in
+    TensorBoard."""
+    settings = ValidationSettings(
+        config.validation.validation_prompt,
+        [run.state.seed + i for i in range(config.validation.num_validation_images)],
+        config.data.resolution,
+        run.compute.vae_tile,
+        keeps_vae=config.cache.no_cache,
+    )
+    validation = Validation(
+        base, captions.prompt_embeds, settings, run.autocast, run.stop_signal.raise_if_received
+    )
+
+    def validate(step: int) -> None:
+        if run.is_main_process:
+            images = validation.generate(step, run.output.samples_folder(step))
+            run.log.add_images("validation", map(np.asarray, images), step)
+
+    return validate
 
 
 @torch.no_grad()
 def held_out_loss(
-    unet: UNet2DConditionModel,
-    scheduler: DDPMScheduler,
+    unet: nn.Module,
+    noise_scheduler: DDPMScheduler,
     latents: torch.Tensor,
     prompt_embeds: torch.Tensor,
     seed: int,
-    draws: int = 8,
+    num_samples: int = 8,
 ) -> float:
-    """Mean loss over draws timesteps a picture, spread evenly over the schedule, with noise from
-    the seed.
+    """Mean loss over num_samples timesteps per image, spread evenly over the schedule, with noise
+    from the seed.
 
-    latents is [N, 4, h, w], scaled; prompt_embeds [N, positions, width]. The same seed asks the same
-    questions, so two models can be compared.
+    latents is [N, 4, h, w], scaled; prompt_embeds [N, positions, width]. The same seed gives the
+    same noise and timesteps, so two models can be compared.
     """
     generator = torch.Generator().manual_seed(seed)
-    steps = scheduler.config.num_train_timesteps
+    device, dtype = cast(Any, unet).device, cast(Any, unet).dtype
+    num_train_timesteps = scheduler_config(noise_scheduler).num_train_timesteps
     losses = []
-    for draw in range(draws):
-        place = (draw + torch.rand(len(latents), generator=generator)) / draws
-        timesteps = (place * steps).long().clamp(max=steps - 1)
+    for i in range(num_samples):
+        position = (i + torch.rand(len(latents), generator=generator)) / num_samples
+        timesteps = (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
         noise = torch.randn(latents.shape, generator=generator)
-        noisy = scheduler.add_noise(latents, noise, timesteps).to(unet.device, unet.dtype)
-        states = prompt_embeds.to(unet.device, unet.dtype)
-        noise_pred = unet(noisy, timesteps.to(unet.device), encoder_hidden_states=states).sample
-        wanted = diffusion.target(scheduler, latents, noise, timesteps).to(unet.device)
-        losses.append(diffusion.loss(noise_pred, wanted))
+        noisy = add_noise(noise_scheduler, latents, noise, timesteps).to(device, dtype)
+        noise_pred = predict_noise(
+            unet, noisy, timesteps.to(device), prompt_embeds.to(device, dtype)
+        )
+        target = diffusion.target(noise_scheduler, latents, noise, timesteps).to(device)
+        losses.append(diffusion.loss(noise_pred, target))
     return float(torch.stack(losses).mean())
 
 

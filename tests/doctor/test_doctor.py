@@ -547,14 +547,14 @@ def test_a_folder_of_nothing_but_bad_files_is_reported(run_script, tmp_path):
 
 def test_strict_without_pictures_is_no_success(run_script, tmp_path):
     done = run_script(["megaman_lora.py", "--check_data", "--strict"], tmp_path)
-    assert done.returncode == 1 and "no pictures yet" in done.stdout
+    assert done.returncode == 1 and "no images yet" in done.stdout
 
 
 def test_a_report_does_not_stand_in_the_way_of_a_training(folder, tmp_path):
-    from megaman.training.output import open_output
+    from megaman.training.output import inspect
 
     write_report(tmp_path / "out", look_at(folder))
-    assert open_output(tmp_path / "out", None, False) == (None, [])
+    assert inspect(tmp_path / "out", None, False) == (None, [])
 
 
 # In a real browser, from the disk.

@@ -64,7 +64,7 @@ class Forks:
         """Start one of the root's scripts: start(["megaman_lora.py", "--demo"], cwd), or
         start(["-c", code], cwd).
 
-        In the fork alone patches are set, as {"megaman.training.validation.STEPS": 3}, and hub
+        In the fork alone patches are set, as {"megaman.training.validation.NUM_INFERENCE_STEPS": 3}, and hub
         holds environment variables with which huggingface_hub is loaded anew; None removes one.
         """
         script, *words = map(str, args)

@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampling_steps", type=int, default=25, help="of each sample image")
     options = parser.parse_args()
-    validation.STEPS = options.sampling_steps
+    validation.NUM_INFERENCE_STEPS = options.sampling_steps
     with tempfile.TemporaryDirectory() as folder:
         print(soak(Path(folder), options.kills, options.steps, options.save_steps, options.seed))
 

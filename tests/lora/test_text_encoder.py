@@ -239,7 +239,7 @@ def test_a_run_trains_both_and_says_so(train_here, tmp_path, capsys):
         2,
     )
     said = capsys.readouterr().out
-    assert "linear rate up to 0.001 and 0.0005 (text encoder), 2 warm-up" in said
+    assert "linear learning rate up to 0.001 and 0.0005 (text encoder), 2 warm-up" in said
     assert "12 of them in the text encoder" in said
     weights = tmp_path / "out" / "lora_weights"
     moved = [tensor for key, tensor in text_state(weights).items() if "lora_B" in key]

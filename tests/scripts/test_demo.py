@@ -115,7 +115,9 @@ def test_the_script_draws_the_committed_pictures(run_script, tmp_path):
 def test_the_demo_runs_as_the_readme_says(forked, tmp_path):
     """The README's two commands, cut short; both scripts find each other's files without a flag."""
     words = ["megaman_lora.py", "--demo", "--max_train_steps", 2, "--num_validation_images", 1]
-    done = forked.run(words, tmp_path, {"megaman.training.validation.STEPS": SAMPLING_STEPS})
+    done = forked.run(
+        words, tmp_path, {"megaman.training.validation.NUM_INFERENCE_STEPS": SAMPLING_STEPS}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("next: python generate_megaman.py --demo")
     done = forked.run(["generate_megaman.py", "--demo", "--num_inference_steps", 2], tmp_path)

@@ -120,9 +120,9 @@ def test_dropout_resumes_bit_for_bit_too(train, tmp_path):
         )
 
 
-def test_nothing_to_resume_starts_afresh_and_says_so(train):
+def test_nothing_to_resume_starts_from_scratch_and_says_so(train):
     train("new", "--max_train_steps", 1, "--resume_from_checkpoint", "latest")
-    assert "no checkpoint yet: starting afresh" in train.said
+    assert "no checkpoint yet: starting from scratch" in train.said
 
 
 def test_a_finished_run_can_be_lengthened(train, tmp_path):

@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 FEW_STEPS = f"""
 import sys
 from megaman.training import validation
-validation.STEPS = {SAMPLING_STEPS}
+validation.NUM_INFERENCE_STEPS = {SAMPLING_STEPS}
 import megaman_lora
 from megaman.errors import run_script
 sys.exit(run_script(megaman_lora.main, sys.argv[1:]))
@@ -93,7 +93,7 @@ def test_it_says_what_will_happen(finished):
     said = finished[0].stdout
     assert "pictures   5 in" in said
     assert re.search(r"captions +3 from \.txt files, 2 made from file names", said)
-    assert re.search(r"steps +6 of 4 pictures \(2 x 2 accumulated x 1 process\), 4\.8 epochs", said)
+    assert re.search(r"steps +6 of 4 images \(2 x 2 accumulated x 1 process\), 4\.8 epochs", said)
     assert re.search(r"rank 4, alpha 16, [\d,]+ trainable parameters", said)
     assert (
         "fp16 needs an NVIDIA card" in said and "so cpu uses float32; channels_last; sdpa" in said
@@ -110,7 +110,7 @@ def test_the_output_is_ours_alone(finished):
     assert re.search(r"training: 100%.*loss=\d\.\d+, lr=", finished[0].stderr)
     for line in finished[0].stdout.splitlines():
         assert re.match(
-            r"(loading|left out|pictures|captions|encoded|steps|LoRA|device|done|next| +there is an NVIDIA card"
+            r"(loading|skipped|pictures|captions|encoded|steps|LoRA|device|done|next| +there is an NVIDIA card"
             r"| +1 of 6| +not mirrored)\b",
             line,
         ), line
@@ -332,7 +332,7 @@ def test_epochs_give_the_steps(train_here, train, data, tmp_path, capsys):
     train_here(
         tmp_path, "epochs", "--data_dir", data, "--num_train_epochs", 1, "--train_batch_size", 2
     )
-    assert "steps      3 of 2 pictures" in capsys.readouterr().out
+    assert "steps      3 of 2 images" in capsys.readouterr().out
 
 
 def test_without_a_seed_one_is_drawn_and_noted(data, base_folder, forked, tmp_path):
@@ -382,7 +382,7 @@ def test_no_data_yet(run_script, tmp_path):
     for _ in range(2):
         done = run_script(["megaman_lora.py"], tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "There are no pictures yet" in done.stdout
+        assert "There are no images yet" in done.stdout
         guide = (tmp_path / "megaman_images" / "README.md").read_text(encoding="utf-8")
         assert "megaman_01.txt" in guide
         assert "請把圖片" in guide

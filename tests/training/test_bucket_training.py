@@ -72,7 +72,7 @@ def test_what_is_said_and_noted(data, train_here, tmp_path, capsys):
     train_here(tmp_path, "out", "--data_dir", data, *FLAGS, *flags)
     said = capsys.readouterr().out
     assert "buckets    64x64: 4, 40x96: 3, 96x40: 1; 3 batches an epoch" in said
-    assert "steps      8 of up to 8 pictures (4 x 2 accumulated x 1 process), 5.3 epochs" in said
+    assert "steps      8 of up to 8 images (4 x 2 accumulated x 1 process), 5.3 epochs" in said
     config = json.loads((tmp_path / "out" / "training_config.json").read_text(encoding="utf-8"))
     assert config["buckets"] == {
         "min_bucket_reso": 32,

@@ -171,11 +171,11 @@ def loss_by_hand(encoded, say) -> float:
                 batches.generator_for(0, row),
             )
             torch.randint(1, (1,), generator=generator)  # which crop
-            latents = diffusion.draw_latents(
+            latents = diffusion.sample_posterior(
                 moments[index][:1], base.vae.config.scaling_factor, generator
             )
-            noise = diffusion.draw_noise(latents.shape, 0.0, generator)
-            timesteps = diffusion.draw_timesteps(
+            noise = diffusion.sample_noise(latents.shape, 0.0, generator)
+            timesteps = diffusion.sample_timesteps(
                 1, base.noise_scheduler.config.num_train_timesteps, generator
             )
             caption = say(dataset.captions[index], row)

@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megaman.errors import UserError
-from megaman.training.compute import ASKED, XFORMERS, choose
+from megaman.training.compute import (
+    REQUESTS,
+    XFORMERS,
+    MicroBatching,
+    choose_compute,
+    prepare_unet,
+    to_record,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # what is chosen for a card needs none
 FLAGS = {
@@ -44,31 +51,29 @@ NOTED = {
 def chosen(saved=None, device=CPU, **flags):
     """What is chosen, as JSON but for checkpointing, and what is said; the flags are given beside
     the defaults."""
-    choices, placement, remarks = choose({**FLAGS, **flags}, set(flags), device, 64, saved)
-    assert choices.memory_format == placement.memory_format
-    assert f"torch.{choices.dtype}" == str(placement.dtype)
-    return choices, "\n".join(remarks)
+    settings, notes = choose_compute({**FLAGS, **flags}, set(flags), device, 64, saved)
+    return settings, "\n".join(notes)
 
 
 def test_a_new_run_says_nothing_more():
     choices, said = chosen()
-    assert set(FLAGS) == set(ASKED) and choices.asked == FLAGS
+    assert set(FLAGS) == set(REQUESTS) and choices.requested == FLAGS
     assert (choices.dtype, choices.memory_format, choices.attention) == (
-        "float32",
+        torch.float32,
         "channels_last",
         "sdpa",
     )
-    assert (choices.split.size, choices.split.count, choices.vae_tile, said) == (4, 1, 0, "")
+    assert (choices.micro_batching, choices.vae_tile, said) == (MicroBatching(4, 1), 0, "")
 
 
 def test_what_a_checkpoint_noted_is_taken_over_and_said():
     choices, said = chosen(NOTED)
     assert (choices.dtype, choices.memory_format, choices.gradient_checkpointing) == (
-        "bfloat16",
+        torch.bfloat16,
         "contiguous",
         True,
     )
-    assert (choices.split.size, choices.split.count, choices.vae_tile) == (2, 2, 32)
+    assert (choices.micro_batching, choices.vae_tile) == (MicroBatching(2, 2), 32)
     for words in (
         "dtype bfloat16 instead of float32",
         "memory_format contiguous instead of channels_last",
@@ -96,26 +101,27 @@ def test_what_a_checkpoint_noted_is_taken_over_and_said():
 )
 def test_a_flag_that_says_something_else_wins(flags, name, value):
     choices, said = chosen(NOTED, **flags)
-    found = getattr(choices, name)
-    assert value == (f"{found.size} x {found.count}" if name == "split" else found)
+    found = to_record(choices)[name]
+    assert value == (f"{found['size']} x {found['count']}" if name == "split" else found)
     assert choices.gradient_checkpointing and "gradient_checkpointing on" in said  # the rest stays
 
 
 def test_what_was_asked_is_remembered_as_long_as_it_holds():
     """no, then nothing, then fp16: the third run is not held to what the first one said."""
     first, _ = chosen(mixed_precision="no")
-    noted = json.loads(json.dumps(NOTED | {"dtype": first.dtype, "asked": first.asked}))
-    second, _ = choose({**FLAGS, "mixed_precision": "bf16"}, set(), CPU, 64, noted)[::2]
-    assert second.dtype == "float32" and second.asked["mixed_precision"] == "no"
-    noted["asked"] = second.asked
+    noted = json.loads(json.dumps(NOTED | {"dtype": "float32", "asked": first.requested}))
+    assert first.dtype == torch.float32
+    second, _ = choose_compute({**FLAGS, "mixed_precision": "bf16"}, set(), CPU, 64, noted)
+    assert second.dtype == torch.float32 and second.requested["mixed_precision"] == "no"
+    noted["asked"] = second.requested
     third, _ = chosen(noted, mixed_precision="bf16")
-    assert third.dtype == "bfloat16" and third.asked["mixed_precision"] == "bf16"
+    assert third.dtype == torch.bfloat16 and third.requested["mixed_precision"] == "bf16"
 
 
 def test_another_kind_of_device_chooses_anew():
     choices, said = chosen(NOTED, CUDA, mixed_precision="fp16", compile=True)
-    assert (choices.dtype, choices.split.size, choices.compile, choices.vae_tile) == (
-        "float16",
+    assert (choices.dtype, choices.micro_batching.size, choices.compile, choices.vae_tile) == (
+        torch.float16,
         4,
         True,
         0,
@@ -127,7 +133,7 @@ def test_another_kind_of_device_chooses_anew():
 def test_what_only_a_card_has_is_said_elsewhere():
     choices, said = chosen(**{XFORMERS: True}, compile=True)
     assert choices.attention == "sdpa" and not choices.compile
-    assert "xformers needs an NVIDIA card" in said and "--compile is for NVIDIA cards" in said
+    assert "xformers needs an NVIDIA GPU" in said and "--compile is for NVIDIA GPUs" in said
     tampered = {**NOTED, "attention": "xformers", "compile": True}
     assert chosen(tampered)[0].attention == "sdpa" and not chosen(tampered)[0].compile
 
@@ -152,8 +158,8 @@ def test_compiled_blocks_keep_the_names_of_their_parameters(base_folder):
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet")
     names = list(unet.state_dict())
     choices, _ = chosen(device=CUDA, compile=True)
-    choices.apply(unet)
-    assert list(unet.state_dict()) == names and choices.record(unet)["compile"]
+    prepare_unet(unet, choices)
+    assert list(unet.state_dict()) == names and to_record(choices)["compile"]
     assert any(module._compiled_call_impl for module in unet.modules())
 
 
@@ -181,7 +187,7 @@ def test_an_odd_note_is_said_and_chosen_anew(saved):
 json_value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: (
-        st.lists(inner) | st.dictionaries(st.sampled_from(["size", "count", *ASKED]), inner)
+        st.lists(inner) | st.dictionaries(st.sampled_from(["size", "count", *REQUESTS]), inner)
     ),
     max_leaves=4,
 )
@@ -193,7 +199,7 @@ json_value = st.recursive(
 )
 def test_no_note_can_stop_a_run(changed, device):
     choices, _ = chosen({**NOTED, **changed}, device)
-    assert choices.split.size * choices.split.count == 4
+    assert choices.micro_batching.size * choices.micro_batching.accumulation_steps == 4
 
 
 # Whole runs.

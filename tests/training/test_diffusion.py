@@ -32,7 +32,7 @@ def moments(mean: float, logvar: float, shape=(4, 4, 64, 64)) -> torch.Tensor:
 
 
 def test_latents_have_the_mean_and_variance_of_the_moments():
-    latents = diffusion.draw_latents(moments(3.0, math.log(4.0)), 0.18215, seeded())
+    latents = diffusion.sample_posterior(moments(3.0, math.log(4.0)), 0.18215, seeded())
     assert latents.shape == (4, 4, 64, 64) and latents.dtype == torch.float32
     assert latents.mean().item() == pytest.approx(3 * 0.18215, abs=0.01)
     assert latents.std().item() == pytest.approx(2 * 0.18215, rel=0.02)
@@ -41,20 +41,24 @@ def test_latents_have_the_mean_and_variance_of_the_moments():
 def test_latents_are_those_of_diffusers_own_distribution():
     some = torch.randn(2, 8, 16, 16, generator=seeded(1))
     wanted = DiagonalGaussianDistribution(some).sample(seeded(2)) * 0.18215
-    assert torch.equal(diffusion.draw_latents(some, 0.18215, seeded(2)), wanted)
-    assert not torch.equal(diffusion.draw_latents(some, 0.18215, seeded(3)), wanted)
+    assert torch.equal(diffusion.sample_posterior(some, 0.18215, seeded(2)), wanted)
+    assert not torch.equal(diffusion.sample_posterior(some, 0.18215, seeded(3)), wanted)
 
 
 def test_latents_of_a_certain_vae_are_its_mean_and_wild_ones_stay_finite():
     assert torch.allclose(
-        diffusion.draw_latents(moments(2.0, -1000.0), 0.5, seeded()), torch.tensor(1.0), atol=1e-4
+        diffusion.sample_posterior(moments(2.0, -1000.0), 0.5, seeded()),
+        torch.tensor(1.0),
+        atol=1e-4,
     )
-    assert diffusion.draw_latents(moments(2.0, 1000.0), 0.5, seeded()).isfinite().all()
-    assert diffusion.draw_latents(moments(2.0, 0.0).half(), 0.5, seeded()).dtype == torch.float32
+    assert diffusion.sample_posterior(moments(2.0, 1000.0), 0.5, seeded()).isfinite().all()
+    assert (
+        diffusion.sample_posterior(moments(2.0, 0.0).half(), 0.5, seeded()).dtype == torch.float32
+    )
 
 
 def test_noise_is_normal():
-    noise = diffusion.draw_noise(torch.Size((8, 4, 64, 64)), 0.0, seeded())
+    noise = diffusion.sample_noise(torch.Size((8, 4, 64, 64)), 0.0, seeded())
     assert noise.mean().item() == pytest.approx(
         0, abs=0.01
     ) and noise.std().item() == pytest.approx(1, abs=0.01)
@@ -63,7 +67,7 @@ def test_noise_is_normal():
 
 def test_an_offset_is_constant_over_each_channel_and_as_strong_as_asked():
     shape = torch.Size((500, 4, 4, 4))
-    plain, offset = (diffusion.draw_noise(shape, strength, seeded()) for strength in (0.0, 0.1))
+    plain, offset = (diffusion.sample_noise(shape, strength, seeded()) for strength in (0.0, 0.1))
     added = (offset - plain).flatten(2)
     assert (added.amax(dim=2) - added.amin(dim=2)).max() < 1e-5, "one number a channel and picture"
     assert added[..., 0].std().item() == pytest.approx(0.1, rel=0.1)
@@ -72,11 +76,11 @@ def test_an_offset_is_constant_over_each_channel_and_as_strong_as_asked():
 
 
 def test_timesteps_are_uniform_over_all_of_them():
-    timesteps = diffusion.draw_timesteps(20_000, 1000, seeded())
+    timesteps = diffusion.sample_timesteps(20_000, 1000, seeded())
     assert timesteps.shape == (20_000,) and timesteps.dtype == torch.int64
     assert (timesteps.min(), timesteps.max()) == (0, 999)
     assert torch.histc(timesteps.float(), 10).min() > 1800
-    assert torch.equal(diffusion.draw_timesteps(5, 1000, seeded()), timesteps[:5])
+    assert torch.equal(diffusion.sample_timesteps(5, 1000, seeded()), timesteps[:5])
 
 
 def test_the_target_is_the_noise():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -23,8 +24,9 @@ from megaman.lora import adapter
 from megaman.lora import files as lora_files
 from megaman.models.base import load_base
 from megaman.training import checkpoint, output
+from megaman.training.adapters import Adapters
 from megaman.training.checkpoint import OPTIMIZER, read_train_state
-from megaman.training.step import PATIENCE, SkippedSteps
+from megaman.training.optimizer import PATIENCE, SkippedSteps
 from megaman.training.tensorboard import TrainingLog
 
 FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, *FEW_TARGETS]
@@ -78,14 +80,19 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 def adapted(base_folder):
     """The base's UNet and text encoder with a LoRA in each, and an optimizer that took a step."""
     base = load_base(str(base_folder), torch.float32)
-    trainable = adapter.inject(base.unet, 2, 4, ["to_q"]) + adapter.inject(
-        base.text_encoder, 2, 4, ["q_proj"]
+    adapters = Adapters(
+        "base",
+        base.unet,
+        adapter.inject(base.unet, 2, 4, ["to_q"]),
+        base.text_encoder,
+        adapter.inject(base.text_encoder, 2, 4, ["q_proj"]),
     )
+    trainable = adapters.parameters
     optimizer = torch.optim.AdamW(trainable, fused=True)
     for parameter in trainable:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    return base.unet, base.text_encoder, optimizer
+    return adapters, optimizer
 
 
 @pytest.mark.slow
@@ -93,14 +100,16 @@ def test_every_call_of_a_save_fails_once(adapted, tmp_path):
     """The second checkpoint over the limit of one, and lora_weights/ over an earlier one: each
     write, flush and rename fails once; the earlier state still loads, there is no half file, and
     the same save works afterwards."""
-    unet, text_encoder, optimizer = adapted
+    adapters, optimizer = adapted
     out = tmp_path / "out"
-    models = {"unet": unet, "text_encoder": text_encoder}
+    folder = output.OutputFolder(out, None, (), checkpoints_total_limit=1)
+    models = {"unet": adapters.unet, "text_encoder": adapters.text_encoder}
 
     def save(step: int) -> None:
         state = checkpoint.TrainState(step, 0, "logs", 1.0, {})
-        checkpoint.save(out, unet, optimizer, None, state, "base", 1, text_encoder)
-        lora_files.save_lora(out / "lora_weights", models, "base", {"ss_steps": str(step)})
+        checkpoint.save(folder.checkpoint_folder(step), adapters, optimizer, state)
+        folder.prune_checkpoints(step)
+        lora_files.save_lora(folder.lora_weights, models, "base", {"ss_steps": str(step)})
 
     save(1)
     shutil.copytree(out, tmp_path / "earlier")
@@ -222,10 +231,10 @@ def test_a_full_file_system_loses_nothing(forked, tmp_path):
         done = forked.run(
             ["megaman_lora.py", *words],
             tmp_path,
-            {"megaman.training.validation.STEPS": SAMPLING_STEPS},
+            {"megaman.training.validation.NUM_INFERENCE_STEPS": SAMPLING_STEPS},
         )
         assert "Traceback" not in done.stderr
-        assert "no checkpoint (" in done.stdout and "training goes on" in done.stdout
+        assert "no checkpoint (" in done.stdout and "training continues" in done.stdout
         assert done.returncode == 1
         (rescued,) = tmp_path.glob("megaman_lora_rescued_*")
         assert rescued.name in done.stdout
@@ -284,25 +293,26 @@ def test_a_worker_that_dies_ends_in_a_line(train_here, tmp_path, monkeypatch):
 # TensorBoard
 
 
-def test_curves_that_cannot_be_written_are_written_later(tmp_path):
+def test_curves_that_cannot_be_written_are_written_later(tmp_path, caplog):
     from torch.utils.tensorboard import SummaryWriter
 
-    said, broken = [], True
+    caplog.set_level(logging.INFO)
+    broken = True
 
     def open_writer(purge_step):
         if broken:
             raise FULL
         return SummaryWriter(str(tmp_path), purge_step=purge_step)
 
-    log = TrainingLog(open_writer, None, said.append)
+    log = TrainingLog(open_writer, None)
     for step in range(1, 4):
         log.add("add_scalar", "train/loss", step / 2, step)
         log.flush()
-    assert len(said) == 1 and "No space left" in said[0]
+    assert len(caplog.messages) == 1 and "No space left" in caplog.messages[0]
     broken = False
     log.add("add_scalar", "train/loss", 2.0, 4)
     log.close()
-    assert len(said) == 2
+    assert len(caplog.messages) == 2
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in events] == [
         (1, 0.5),
@@ -312,16 +322,17 @@ def test_curves_that_cannot_be_written_are_written_later(tmp_path):
     ]
 
 
-def test_a_writer_that_breaks_midway_leaves_no_gap_and_no_double(tmp_path, capfd):
+def test_a_writer_that_breaks_midway_leaves_no_gap_and_no_double(tmp_path, capfd, caplog):
     from torch.utils.tensorboard import SummaryWriter
 
-    writers, said = [], []
+    caplog.set_level(logging.INFO)
+    writers = []
 
     def open_writer(purge_step):
         writers.append(SummaryWriter(str(tmp_path), purge_step=purge_step))
         return writers[-1]
 
-    log = TrainingLog(open_writer, None, said.append)
+    log = TrainingLog(open_writer, None)
     for step in range(1, 7):
         log.add("add_scalar", "train/loss", float(step), step)
         if step == 3:  # the file's own thread meets a full disk
@@ -329,13 +340,13 @@ def test_a_writer_that_breaks_midway_leaves_no_gap_and_no_double(tmp_path, capfd
             writer.write = lambda data: (_ for _ in ()).throw(FULL)
         log.flush()
     log.close()
-    assert len(writers) == 2 and len(said) == 2
+    assert len(writers) == 2 and len(caplog.messages) == 2
     assert "Traceback" not in capfd.readouterr().err
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_logging_dir_that_cannot_be_made_is_named_and_training_goes_on(
+def test_a_logging_dir_that_cannot_be_made_is_named_and_training_continues(
     train_here, tmp_path, capsys
 ):
     (tmp_path / "logs-out").write_text("a file where the folder should be", encoding="utf-8")
@@ -411,13 +422,11 @@ def test_a_rate_that_is_far_too_high_ends_in_that_line(train_here, tmp_path):
 def test_good_steps_in_between_start_the_count_again():
     skipped = SkippedSteps()
     for step in range(1, 60):
-        assert skipped.note([step % PATIENCE == 0], step) == (
-            [] if step % PATIENCE == 0 else [step]
-        )
+        assert skipped.add([step % PATIENCE == 0], step) == ([] if step % PATIENCE == 0 else [step])
     assert skipped.total == 54
 
 
-def test_images_that_are_not_numbers_are_reported_and_training_goes_on(
+def test_images_that_are_not_numbers_are_reported_and_training_continues(
     train_here, tmp_path, monkeypatch, capsys
 ):
     spoil(monkeypatch, {1})
@@ -427,7 +436,7 @@ def test_images_that_are_not_numbers_are_reported_and_training_goes_on(
     assert {path.name for path in (tmp_path / "out").glob("samples-*")} == {"samples-2"}
 
 
-def test_validation_that_fails_is_reported_and_training_goes_on(
+def test_validation_that_fails_is_reported_and_training_continues(
     train_here, tmp_path, monkeypatch, capsys
 ):
     from megaman.sampling import denoise

@@ -137,7 +137,7 @@ def test_a_resumed_run_may_split_its_batch_otherwise(train_here, whole, tmp_path
 
 def test_when_nothing_is_left_a_line_says_what_would_fit(train_here, tmp_path, monkeypatch):
     fail_on(monkeypatch, UNet2DConditionModel, "forward", set(range(1, 100)))
-    with pytest.raises(UserError, match=r"Even one picture of 64 px .*--resolution 48"):
+    with pytest.raises(UserError, match=r"Even one image of 64 px .*--resolution 48"):
         train_here(tmp_path, "out", *FIXED)
 
 
@@ -192,11 +192,12 @@ def test_an_encoding_that_never_fits_ends_in_a_line(train_here, tmp_path, monkey
 
 @given(st.integers(1, 64), st.integers(1, 8))
 def test_shrinking_keeps_the_effective_batch(size, count):
-    split = compute.Split(size, count)
-    while split.shrink():
-        assert split.size * split.count == size * count
-        assert split.size <= size // 2
-    assert split.size == 1
+    batching = compute.MicroBatching(size, count)
+    while smaller := batching.smaller():
+        assert smaller.size * smaller.accumulation_steps == size * count
+        assert smaller.size <= batching.size // 2
+        batching = smaller
+    assert batching.size == 1
 
 
 @pytest.mark.parametrize(

@@ -11,43 +11,53 @@ import torch
 from conftest import FEW_TARGETS, ROOT, learned_alike
 
 from megaman import runtime
-from megaman.config.train import DEFAULT_TARGETS, DEMO_TRAINING
+from megaman.config.train import DEFAULT_TARGETS, DEMO_TRAINING, MemoryRequest
 from megaman.errors import UserError
 from megaman.hub import DEFAULT_BASE
 from megaman.models.configs import read_configs
-from megaman.training import compute, memory_estimate
-from megaman.training.memory_estimate import GB, RESIDENT, Plan
-from megaman.training.memory_plan import Fit, fit
+from megaman.training.compute import MicroBatching
+from megaman.training.fake_models import FakeModels, tensor_bytes
+from megaman.training.memory_estimate import GB, RESIDENT, MemoryEstimate
+from megaman.training.memory_plan import enable_vae_tiling, plan_memory
 
 DEMO_BASE = str(ROOT / "demo" / "base")
-SHAPE = {"rank": 8, "targets": DEFAULT_TARGETS}
+
+
+def request(resolution: int, **more) -> MemoryRequest:
+    targets = {"target_modules": tuple(DEFAULT_TARGETS), **more}
+    return MemoryRequest(resolution=resolution, lora_rank=8, **targets)
+
+
+def estimate(base: str, resolution: int, dtype=torch.float32, on_gpu=True, **more):
+    configs, _ = read_configs(base)
+    return MemoryEstimate(configs, request(resolution, **more), dtype, on_gpu)
 
 
 @pytest.fixture(scope="module")
-def sd15() -> Plan:
+def sd15() -> MemoryEstimate:
     """Stable Diffusion 1.5 in fp16 at 512 px on a card."""
-    return Plan(read_configs(DEFAULT_BASE)[0], torch.float16, True, size=512, **SHAPE)
+    return estimate(DEFAULT_BASE, 512, torch.float16)
 
 
 @pytest.fixture(scope="module")
-def small() -> Plan:
+def small() -> MemoryEstimate:
     """The demo's base in float32 at 128 px on a card: large enough that activations outweigh the
     rest."""
-    return Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, **SHAPE)
+    return estimate(DEMO_BASE, 128, num_validation_images=1)
 
 
 @pytest.fixture(scope="module")
-def larger() -> Plan:
-    return Plan(read_configs(DEMO_BASE)[0], torch.float32, True, size=192, **SHAPE)
+def larger() -> MemoryEstimate:
+    return estimate(DEMO_BASE, 192)
 
 
 @pytest.mark.slow
 def test_stable_diffusion_fits_where_it_is_known_to_fit(sd15):
     assert 1.6 * GB < sd15.weights < 1.7 * GB, "860 million numbers of two bytes, and the LoRA"
-    assert 2.5 * GB < sd15.training(1, False) <= 3.0 * GB
-    assert 1.7 * GB < sd15.training(1, True) <= 2.0 * GB
-    assert 4.0 * GB < sd15.training(1, False, 768) <= 4.6 * GB
-    assert sd15.drawing(True) < sd15.drawing(False) <= 3.0 * GB
+    assert 2.5 * GB < sd15.training_peak(1, False) <= 3.0 * GB
+    assert 1.7 * GB < sd15.training_peak(1, True) <= 2.0 * GB
+    assert 4.0 * GB < sd15.training_peak(1, False, 768) <= 4.6 * GB
+    assert sd15.validation_peak(True) < sd15.validation_peak(False) <= 3.0 * GB
 
 
 def test_checkpointing_keeps_a_quarter_of_the_activations(sd15):
@@ -64,7 +74,7 @@ def test_proportion_is_what_a_trace_gives(small, larger, checkpointing):
 
 
 def test_on_a_cpu_activations_take_more_and_nothing_else_does(small):
-    cpu = Plan(read_configs(DEMO_BASE)[0], torch.float32, False, size=128, images=1, **SHAPE)
+    cpu = estimate(DEMO_BASE, 128, on_gpu=False, num_validation_images=1)
     assert cpu.activations(2, False) == pytest.approx(
         RESIDENT * small.activations(2, False), rel=1e-6
     )
@@ -77,50 +87,41 @@ def test_on_a_cpu_activations_take_more_and_nothing_else_does(small):
 
 @pytest.mark.slow
 def test_a_vae_that_encodes_at_every_step_stays(small):
-    fresh = Plan(
-        read_configs(DEMO_BASE)[0], torch.float32, True, size=128, images=1, encodes=True, **SHAPE
-    )
-    assert (
-        fresh.weights - small.weights
-        == memory_estimate.parameter_bytes(small.vae)
-        == small.comes_back
-    )
-    assert fresh.comes_back == 0 and fresh.drawing(False) == small.drawing(False)
-    assert fresh.training(1, True) >= small.training(1, True) + memory_estimate.parameter_bytes(
-        small.vae
-    )
+    fresh = estimate(DEMO_BASE, 128, num_validation_images=1, encodes_images=True)
+    assert fresh.weights - small.weights == tensor_bytes(small.vae) == small.reloaded_vae
+    assert fresh.reloaded_vae == 0 and fresh.validation_peak(False) == small.validation_peak(False)
+    assert fresh.training_peak(1, True) >= small.training_peak(1, True) + tensor_bytes(small.vae)
 
 
 @pytest.mark.slow
 def test_a_text_encoder_in_training_and_wider_targets_cost_more(small):
-    configs, _ = read_configs(DEMO_BASE)
-    both = Plan(configs, torch.float32, True, size=128, trains_text_encoder=True, **SHAPE)
-    wide = Plan(
-        configs, torch.float32, True, size=128, rank=8, targets=DEMO_TRAINING["target_modules"]
-    )
+    both = estimate(DEMO_BASE, 128, trains_text_encoder=True)
+    wide = estimate(DEMO_BASE, 128, target_modules=tuple(DEMO_TRAINING["target_modules"]))
     for more in (both, wide):
         assert more.gradients > small.gradients
-        assert more.training(1, False) > small.training(1, False)
-    assert both.weights - small.weights > memory_estimate.parameter_bytes(small.text_encoder), (
-        "and its LoRA"
-    )
+        assert more.training_peak(1, False) > small.training_peak(1, False)
+    assert both.weights - small.weights > tensor_bytes(small.text_encoder), "and its LoRA"
 
 
 def test_each_measure_is_taken_where_it_is_needed_and_in_its_order(sd15):
     """From a card with room for everything down to one on which nothing fits."""
     found = []
     for tenths in range(100, 0, -1):
-        limit, split = tenths / 10 * GB, compute.Split(4, 2)
+        limit = tenths / 10 * GB
         try:
-            chosen = fit(sd15, split, False, limit, can_shrink=True)
+            chosen = plan_memory(sd15, MicroBatching(4, 2), False, limit, can_shrink=True)
         except UserError:
             break
-        assert split.size * split.count == 8, "the effective batch stays"
-        needed = max(sd15.training(split.size, chosen.checkpointing), sd15.drawing(chosen.tile > 0))
-        assert needed <= limit * runtime.USABLE or (
-            chosen.checkpointing and chosen.tile and split.size == 1
+        split = chosen.micro_batching
+        assert split.size * split.accumulation_steps == 8, "the effective batch stays"
+        needed = max(
+            sd15.training_peak(split.size, chosen.gradient_checkpointing),
+            sd15.validation_peak(chosen.vae_tile > 0),
         )
-        found.append((chosen.checkpointing, chosen.tile, split.size))
+        assert needed <= limit * runtime.USABLE or (
+            chosen.gradient_checkpointing and chosen.vae_tile and split.size == 1
+        )
+        found.append((chosen.gradient_checkpointing, chosen.vae_tile, split.size))
     steps = list(dict.fromkeys(found))
     assert steps == [(False, 0, 4), (True, 0, 4), (True, 0, 2), (True, 256, 2), (True, 256, 1)]
     assert (
@@ -130,9 +131,13 @@ def test_each_measure_is_taken_where_it_is_needed_and_in_its_order(sd15):
 
 
 def test_what_fits_is_left_alone_and_said(small):
-    limit = int(small.training(1, False) / runtime.USABLE * 2)
-    chosen = fit(small, split := compute.Split(1, 1), False, limit, True)
-    assert (chosen.checkpointing, chosen.tile, split.size) == (False, 0, 1)
+    limit = int(small.training_peak(1, False) / runtime.USABLE * 2)
+    chosen = plan_memory(small, MicroBatching(1, 1), False, limit, True)
+    assert (chosen.gradient_checkpointing, chosen.vae_tile, chosen.micro_batching.size) == (
+        False,
+        0,
+        1,
+    )
     (line,) = chosen.lines
     assert line.startswith("memory     needs about ")
     assert all(
@@ -142,22 +147,24 @@ def test_what_fits_is_left_alone_and_said(small):
 
 
 def test_several_processes_keep_their_micro_batches(small):
-    split = compute.Split(4, 1)
-    chosen = fit(small, split, False, int(small.training(4, True) * 1.02), can_shrink=False)
-    assert (chosen.checkpointing, split.size) == (True, 4)
-    with pytest.raises(UserError, match=r"4 pictures of 128 px .* --train_batch_size \d would fit"):
-        fit(small, split, False, int(small.training(4, True) * 0.98), can_shrink=False)
+    batching = MicroBatching(4, 1)
+    limit = int(small.training_peak(4, True) * 1.02)
+    chosen = plan_memory(small, batching, False, limit, can_shrink=False)
+    assert (chosen.gradient_checkpointing, chosen.micro_batching.size) == (True, 4)
+    with pytest.raises(UserError, match=r"4 images of 128 px .* --train_batch_size \d would fit"):
+        limit = int(small.training_peak(4, True) * 0.98)
+        plan_memory(small, batching, False, limit, can_shrink=False)
 
 
 def test_a_refusal_names_what_would_fit(sd15):
     with pytest.raises(UserError) as refused:
-        fit(sd15, compute.Split(1, 1), False, int(1.9 * GB), True)
+        plan_memory(sd15, MicroBatching(1, 1), False, int(1.9 * GB), True)
     size = int(str(refused.value).partition("--resolution ")[2].split()[0])
     assert size < 512
-    assert sd15.training(1, True, size) <= 1.9 * GB < sd15.training(1, True)
+    assert sd15.training_peak(1, True, size) <= 1.9 * GB < sd15.training_peak(1, True)
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match=r"the weights alone take 1\.6"):
-        fit(sd15, compute.Split(1, 1), False, GB, True)
+        plan_memory(sd15, MicroBatching(1, 1), False, GB, True)
 
 
 def test_the_vae_draws_in_the_tiles_that_were_planned(small):
@@ -166,18 +173,18 @@ def test_the_vae_draws_in_the_tiles_that_were_planned(small):
 
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(read_configs(DEMO_BASE)[0]["vae"]).requires_grad_(False)
-    Fit(False, small.tile).tile_vae(vae)
-    hollow = memory_estimate.Hollow(vae)
-    measured = hollow.peak(lambda: vae.decode(torch.empty(1, vae.config.latent_channels, 32, 32)))
-    assert measured == pytest.approx(small.decoding(True) - small.comes_back, rel=0.25)
-    assert measured < small.decoding(False) - small.comes_back
+    enable_vae_tiling(vae, small.vae_tile)
+    fake = FakeModels(vae)
+    measured = fake.peak(lambda: vae.decode(torch.empty(1, vae.config.latent_channels, 32, 32)))
+    assert measured == pytest.approx(small.decoding(True) - small.reloaded_vae, rel=0.25)
+    assert measured < small.decoding(False) - small.reloaded_vae
 
 
 def test_nothing_is_computed():
     """A peak of many terabytes, from models of no size at all."""
-    hollow = memory_estimate.Hollow()
-    assert hollow.peak(lambda: torch.empty(2**40) + torch.empty(2**40)) == 3 * 4 * 2**40
-    assert hollow.peak(lambda: [torch.empty(2**40).sum() for _ in range(9)]) == 4 * 2**40 + 9 * 4, (
+    fake = FakeModels()
+    assert fake.peak(lambda: torch.empty(2**40) + torch.empty(2**40)) == 3 * 4 * 2**40
+    assert fake.peak(lambda: [torch.empty(2**40).sum() for _ in range(9)]) == 4 * 2**40 + 9 * 4, (
         "one after another"
     )
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megaman.config.train import POLYNOMIAL_END, SCHEDULERS
 from megaman.data.batches import epoch_order, generator_for, position_at, seed_dropout
-from megaman.training.optimizer import rate_at, total_steps
+from megaman.training.optimizer import learning_rate, total_steps
 
 SEED = st.integers(0, 2**63 - 1)
 
@@ -105,7 +105,7 @@ SHARES = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_start_peak_and_end_of_every_schedule(name):
-    rate = rate_at(name, PEAK, WARMUP, TOTAL)
+    rate = learning_rate(name, PEAK, WARMUP, TOTAL)
     steps = [0, WARMUP // 2, WARMUP, (WARMUP + TOTAL) // 2, TOTAL]
     assert [rate(step) for step in steps] == pytest.approx(
         [share * PEAK for share in SHARES[name]], abs=1e-12
@@ -116,7 +116,7 @@ def test_start_peak_and_end_of_every_schedule(name):
 def test_it_is_diffusers_own_schedule_step_by_step(name):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=WARMUP, num_training_steps=TOTAL)
-    rate = rate_at(name, PEAK, WARMUP, TOTAL)
+    rate = learning_rate(name, PEAK, WARMUP, TOTAL)
     for step in range(TOTAL):
         assert rate(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-15)
         optimizer.step()
@@ -125,7 +125,7 @@ def test_it_is_diffusers_own_schedule_step_by_step(name):
 
 @given(st.sampled_from(SCHEDULERS), st.floats(1.1e-7, 1), st.integers(0, 50), st.integers(1, 100))
 def test_no_rate_leaves_its_bounds(name, peak, warmup, total):
-    rate = rate_at(name, peak, warmup, total)
+    rate = learning_rate(name, peak, warmup, total)
     rates = [rate(step) for step in range(total)]
     assert all(0 <= value <= peak * (1 + 1e-9) for value in rates)
     rising = rates[: warmup + 1]

@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGHUP while training: the step is finished, a checkpoint saved, the way on
-said."""
+"""Ctrl-C, SIGTERM and SIGHUP while training: the step is finished, a checkpoint saved, the command to resume
+printed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def wait_for(condition, process, seconds=300):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
 )
-def test_the_first_signal_saves_and_says_how_to_go_on(forked, tmp_path, number, code):
+def test_the_first_signal_saves_and_says_how_to_resume(forked, tmp_path, number, code):
     process = forked.start(["megaman_lora.py", *FLAGS.split(), "--save_steps", "3"], tmp_path)
     wait_for(lambda: find_all(tmp_path / "out"), process)
     process.send_signal(number)
@@ -51,7 +51,7 @@ def test_the_first_signal_saves_and_says_how_to_go_on(forked, tmp_path, number, 
     assert not list((tmp_path / "out").glob("*.aside"))
     assert not (tmp_path / "out" / "lora_weights").exists()
 
-    command = re.search(r"to go on: python megaman_lora.py (.+)", said)[1]
+    command = re.search(r"to resume: python megaman_lora.py (.+)", said)[1]
     words = ["megaman_lora.py", *shlex.split(command), "--max_train_steps", str(step + 1)]
     done = forked.run(words, tmp_path)
     assert done.returncode == 0, done.stderr

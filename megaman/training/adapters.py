@@ -1,0 +1,79 @@
+"""The models in training, each with its LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from megaman.lora import adapter
+from megaman.training.compute import TrainingCompute, checkpoint_gradients, prepare_unet
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from megaman.config.train import LoraConfig
+    from megaman.models.base import Base
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """A base's UNet with a LoRA, and its text encoder if that has one too; the LoRAs' parameters
+    are float32."""
+
+    base_name: str
+    unet: UNet2DConditionModel
+    unet_parameters: Sequence[nn.Parameter]
+    text_encoder: CLIPTextModel | None = None
+    text_encoder_parameters: Sequence[nn.Parameter] = field(default=())
+    has_dropout: bool = False
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Those in training, the UNet first."""
+        return [self.unet] if self.text_encoder is None else [self.unet, self.text_encoder]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that are trained, the UNet's first."""
+        return [*self.unet_parameters, *self.text_encoder_parameters]
+
+    def zero_grad(self) -> None:
+        """Free the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def inject_lora(base: Base, config: LoraConfig, compute: TrainingCompute, seed: int) -> Adapters:
+    """Inject the LoRAs, whose random halves depend on the seed alone, and have the models compute
+    as set."""
+    torch.manual_seed(seed)
+    inject = partial(
+        adapter.inject,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        dropout=config.lora_dropout,
+    )
+    prepare_unet(base.unet, compute)
+    unet_parameters = inject(base.unet, target_modules=config.target_modules)
+    text_encoder = base.text_encoder if config.train_text_encoder else None
+    text_encoder_parameters: list[nn.Parameter] = []
+    if text_encoder is not None:
+        text_encoder_parameters = inject(text_encoder, target_modules=adapter.TEXT_ENCODER_TARGETS)
+    adapters = Adapters(
+        base.name,
+        base.unet,
+        unet_parameters,
+        text_encoder,
+        text_encoder_parameters,
+        has_dropout=config.lora_dropout > 0,
+    )
+    if compute.gradient_checkpointing:
+        checkpoint_gradients(adapters.models)
+    return adapters

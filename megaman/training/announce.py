@@ -1,0 +1,138 @@
+"""What a run says and records about itself before the first step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from megaman.data import buckets
+from megaman.files import write_json
+from megaman.runtime import device_lines, package_versions
+from megaman.training.compute import INDENT, dtype_name, to_record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from megaman.config.train import TrainConfig
+    from megaman.models.base import Base
+    from megaman.training.adapters import Adapters
+    from megaman.training.optimizer import Schedule
+    from megaman.training.run import Run
+    from megaman.training.training_set import TrainingSet
+
+log = logging.getLogger(__name__)
+
+
+def announce(
+    config: TrainConfig,
+    run: Run,
+    base: Base,
+    training_sets: Sequence[TrainingSet],
+    adapters: Adapters,
+    schedule: Schedule,
+) -> None:
+    """Log what will happen."""
+    lines = [
+        *_data_lines(config, base, training_sets),
+        _step_line(config, run, adapters, schedule),
+        _lora_line(config, adapters),
+        *device_lines(
+            run.compute,
+            run.compute.attention,
+            f"{config.data.resolution} px",
+            f"seed {run.state.seed}",
+        ),
+        *run.notes,
+        *_resume_lines(config, run),
+    ]
+    for line in lines:
+        log.info(line)
+
+
+def _data_lines(
+    config: TrainConfig, base: Base, training_sets: Sequence[TrainingSet]
+) -> Iterator[str]:
+    first = training_sets[0]
+    yield from first.dataset.summary(first.latents.total_crops, config.data.random_flip)
+    yield from first.latents.summary()
+    for other in training_sets[1:]:
+        folder, weight = config.data.class_data_dir, config.loss.prior_loss_weight
+        yield f"class      {len(other.dataset)} in {folder}, loss times {weight:g}"
+    if config.buckets.enable_bucket:
+        summary = buckets.summary(first.image_sizes(base.vae_scale_factor))
+        yield f"buckets    {summary}; {first.batches.epoch_length} batches an epoch"
+
+
+def _step_line(config: TrainConfig, run: Run, adapters: Adapters, schedule: Schedule) -> str:
+    optimizer, world_size = config.optimizer, run.world_size
+    batch_size, accumulation = optimizer.train_batch_size, optimizer.gradient_accumulation_steps
+    up_to = "up to " if config.buckets.enable_bucket else ""
+    images = f"{up_to}{batch_size * accumulation * world_size} images"
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    lr = f"{optimizer.lr_scheduler} learning rate up to {optimizer.learning_rate:g}"
+    if adapters.text_encoder is not None:
+        lr += f" and {optimizer.text_encoder_lr:g} (text encoder)"
+    return (
+        f"steps      {schedule.total_steps} of {images} ({batch_size} x {accumulation} accumulated "
+        f"x {processes}), {schedule.epochs:.1f} epochs, {lr}, {schedule.warmup_steps} warm-up"
+    )
+
+
+def _lora_line(config: TrainConfig, adapters: Adapters) -> str:
+    parameters = adapters.parameters
+    count = sum(parameter.numel() for parameter in parameters)
+    rslora = " (rsLoRA)" if config.lora.use_rslora else ""
+    line = (
+        f"LoRA       rank {config.lora.lora_rank}, alpha {config.lora.lora_alpha:g}{rslora}, "
+        f"{count:,} trainable parameters in {len(parameters) // 2} layers"
+    )
+    if adapters.text_encoder is not None:
+        line += f", {len(adapters.text_encoder_parameters) // 2} of them in the text encoder"
+    return line
+
+
+def _resume_lines(config: TrainConfig, run: Run) -> Iterator[str]:
+    if not config.output.resume_from_checkpoint:
+        return
+    if run.output.checkpoint is None:
+        yield "resuming   no checkpoint yet: starting from scratch"
+        return
+    yield f"resuming   {run.output.checkpoint}, step {run.state.step}"
+    for later in run.output.later_checkpoints(run.state.step):
+        yield f"{INDENT}{later} is later and stays until this run reaches its step"
+
+
+def write_training_config(
+    config: TrainConfig,
+    run: Run,
+    base: Base,
+    training_sets: Sequence[TrainingSet],
+    schedule: Schedule,
+) -> dict[str, Any]:
+    """Replace the outputs of an earlier run by training_config.json, in the main process, and show
+    it in TensorBoard; returns its content."""
+    dataset = training_sets[0].dataset
+    sizes = training_sets[0].image_sizes(base.vae_scale_factor)
+    content = {
+        "settings": config.settings() | {"seed": run.state.seed},
+        "base": base.name,
+        "total_steps": schedule.total_steps,
+        "warmup_steps": schedule.warmup_steps,
+        "epochs": schedule.epochs,
+        "buckets": buckets.record(dataset.buckets, sizes) if dataset.buckets else None,
+        "device": str(run.device),
+        "dtype": dtype_name(run.compute.dtype),
+        "versions": package_versions(),
+        "class_pictures": sum(len(other.dataset) for other in training_sets[1:]),
+        "python": sys.version.split()[0],
+        "log_dir": run.state.log_dir,
+        "choices": to_record(run.compute),
+    }
+    if run.is_main_process:
+        run.output.delete_previous_outputs()
+        write_json(run.output.path / "training_config.json", content)
+        text = f"```json\n{json.dumps(content, indent=2)}\n```"
+        run.log.add("add_text", "settings", text, run.state.step)
+    return content

@@ -1,0 +1,84 @@
+"""The end of a run: lora_weights/ with its metadata and its model card, and the next command."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaman.lora import files as lora_files
+from megaman.models.typed import scheduler_config
+from megaman.training import model_card, run_metadata
+from megaman.training.output import save_somewhere
+
+if TYPE_CHECKING:
+    from megaman.config.train import TrainConfig
+    from megaman.data.dataset import MegaManDataset
+    from megaman.models.base import Base
+    from megaman.training.adapters import Adapters
+    from megaman.training.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def export_lora(
+    config: TrainConfig,
+    run: Run,
+    base: Base,
+    adapters: Adapters,
+    dataset: MegaManDataset,
+    training_config: Mapping[str, Any],
+) -> int:
+    """Save the finished LoRA, in the main process, and end the run.
+
+    Returns the exit code: 1 if the LoRA had to be saved in another place than lora_weights/.
+    Raises UserError if it can be saved nowhere.
+    """
+    run.wait_for_everyone()
+    reason = ""
+    if run.is_main_process:
+        seconds = run.elapsed
+        samples = run.output.samples_folder(training_config["total_steps"])
+        metadata = run_metadata.training_metadata(
+            training_config,
+            dataset.by_folder(),
+            scheduler_config(base.noise_scheduler).prediction_type,
+            samples / "00.png",
+            time.time() - seconds,
+            time.time(),
+        )
+        card = model_card.write_card(
+            training_config, dataset.captions, dataset.num_written_captions, samples
+        )
+        run.log.close()
+        save = partial(
+            lora_files.save_lora,
+            models=lora_files.models_by_part(adapters.unet, adapters.text_encoder),
+            base_name=adapters.base_name,
+            metadata=metadata,
+            precision=config.output.save_precision,
+            extra_files=card,
+        )
+        folder, reason = save_somewhere(run.output.lora_weights, save)
+        if reason:
+            preferred = run.output.lora_weights
+            log.info(
+                "%s cannot be written (%s): the LoRA is in %s instead", preferred, reason, folder
+            )
+        log.info("done in %d min %.0f s: %s", seconds // 60, seconds % 60, folder)
+        log.info("next: python generate_megaman.py %s", _next_flags(config, run, folder))
+    run.close()
+    return 1 if reason else 0
+
+
+def _next_flags(config: TrainConfig, run: Run, folder: Path) -> str:
+    """The flags with which generate_megaman.py finds the LoRA."""
+    flags = ["--demo"] if config.run.demo else []
+    has_other_folder = "output_dir" in config.explicit or folder != run.output.lora_weights
+    if not config.run.demo or has_other_folder:
+        flags += ["--lora_path", folder.as_posix()]
+    return shlex.join(flags)

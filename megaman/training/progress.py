@@ -1,0 +1,118 @@
+"""Where the loop stands: its steps, what is due after each, and the losses on their way to the
+log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from megaman import runtime
+from megaman.training.optimizer import SkippedSteps
+
+if TYPE_CHECKING:
+    from megaman.training.optimizer import Optimizer, Schedule
+    from megaman.training.run import Run
+
+LOG_STEPS = 10  # steps between two looks at the loss: each look waits for the device
+
+log = logging.getLogger(__name__)
+
+
+class Due(NamedTuple):
+    """What is to be done after a step, in this order."""
+
+    log: bool
+    save: bool
+    stop: bool
+    validate: bool
+
+
+def validates_at_start(run: Run, schedule: Schedule, validation_steps: int) -> bool:
+    """Whether sample images are due before the first step: of the base itself, or those that a run
+    was killed before."""
+    start = run.state.step
+    is_due = start % validation_steps == 0 or start == schedule.total_steps
+    return start == 0 or (is_due and not run.output.samples_folder(start).exists())
+
+
+class Progress:
+    """Follows the steps of a run from where it starts or resumes.
+
+    save_steps and validation_steps are the steps between checkpoints and between sample images.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        schedule: Schedule,
+        optimizer: Optimizer,
+        save_steps: int,
+        validation_steps: int,
+    ):
+        self._run, self._learning_rates = run, optimizer.learning_rates
+        self._first, self._last = run.state.step + 1, schedule.total_steps
+        self._save_steps, self._validation_steps = save_steps, validation_steps
+        self._losses: list[torch.Tensor] = []
+        self._finite: list[torch.Tensor] = []
+        self._skipped = SkippedSteps()
+        self._bar = run.progress_bar(
+            total=self._last, initial=run.state.step, desc="training", unit="step"
+        )
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, counted from 1."""
+        yield from range(self._first, self._last + 1)
+        self._bar.close()
+
+    def record(self, step: int, loss: torch.Tensor, is_finite: torch.Tensor) -> None:
+        """Note the loss of a step and whether its gradients were finite (0-d)."""
+        self._losses.append(loss)
+        self._finite.append(is_finite)
+        self._bar.update()
+        if step == self._first and self._run.device.type == "cpu":
+            runtime.use_huge_pages()  # now that the memory of a step is allocated
+
+    def due(self, step: int) -> Due:
+        """What is due after this step; every process has to ask, as they stop together.
+
+        After the last step everything is; a stop comes with a checkpoint, and a checkpoint is
+        never ahead of the log.
+        """
+        is_last = step == self._last
+        is_stopping = self._run.any_process(self._run.stop_signal.received is not None)
+        save = step % self._save_steps == 0 or is_last or is_stopping
+        return Due(
+            log=step % LOG_STEPS == 0 or save,
+            save=save,
+            stop=is_stopping and not is_last,
+            validate=step % self._validation_steps == 0 or is_last,
+        )
+
+    def flush(self, step: int) -> None:
+        """Log the losses up to this step; raises UserError after too many skipped steps."""
+        losses = self._run.mean(torch.stack(self._losses)).tolist()
+        if skipped := self._skipped.add(torch.stack(self._finite).tolist(), step):
+            log.info(
+                "gradients that were not finite: step %s skipped, %d so far",
+                ", ".join(map(str, skipped)),
+                self._skipped.total,
+            )
+        self._losses, self._finite = [], []
+        lr = self._learning_rates[0](step - 1)
+        self._bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", lr=f"{lr:.2e}")
+        self._run.log.add_steps(step, losses, self._learning_rates)
+        if self._run.is_main_process:
+            self._run.log.flush()
+
+    def stop(self, step: int, is_saved: bool, resume_command: str) -> int:
+        """Close bar and log after a signal to stop, and say how to resume; returns the exit
+        code."""
+        self._bar.close()
+        self._run.log.close()
+        folder = f": {self._run.output.checkpoint_folder(step)}" if is_saved else ""
+        log.info("stopped after step %d%s", step, folder)
+        log.info("to resume: %s", resume_command)
+        return self._run.stop_signal.exit_code

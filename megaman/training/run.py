@@ -1,0 +1,293 @@
+"""A training run: what outlives every phase of it, from the first line to the last."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch import nn
+from tqdm import tqdm
+
+from megaman import runtime
+from megaman.errors import UserError, summarize_error
+from megaman.models.configs import resolve_name, unet_width
+from megaman.training import checkpoint as checkpoints
+from megaman.training.checkpoint import TrainState
+from megaman.training.compute import INDENT, REQUESTS, choose_compute, reduce_memory, to_record
+from megaman.training.memory_plan import fit_to_memory, memory_limit
+from megaman.training.output import choose_log_dir
+from megaman.training.signals import StopSignal
+from megaman.training.tensorboard import TrainingLog, open_training_log
+
+if TYPE_CHECKING:
+    from megaman.config.train import TrainConfig
+    from megaman.threads import ThreadPolicy
+    from megaman.training.adapters import Adapters
+    from megaman.training.compute import TrainingCompute
+    from megaman.training.datasets import Datasets
+    from megaman.training.output import OutputFolder
+
+Prepared = TypeVar("Prepared")
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """The processes of a run, how they compute, its state, its folder, its log and its stop signal.
+
+    state changes with every checkpoint, compute when memory runs out; the rest stays. notes are
+    lines to print about how the run computes.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        compute: TrainingCompute,
+        state: TrainState,
+        output: OutputFolder,
+        training_log: TrainingLog,
+        notes: Sequence[str],
+    ):
+        self._accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.is_main_process: bool = accelerator.is_main_process
+        self.compute, self.state, self.output = compute, state, output
+        self.log, self.notes = training_log, notes
+        self.stop_signal = StopSignal()
+        self._elapsed_before, self._started = state.elapsed, time.monotonic()
+
+    @classmethod
+    def open(
+        cls, config: TrainConfig, datasets: Datasets, output: OutputFolder, policy: ThreadPolicy
+    ) -> Run:
+        """Start the processes, complete the captions, and take over what a checkpoint says.
+
+        Raises UserError if the checkpoint belongs to a run with other settings.
+        """
+        saved = checkpoints.read_train_state(output.checkpoint) if output.checkpoint else None
+        runtime.set_threads(policy)
+        settings = config.settings()
+        compute, notes = choose_compute(
+            {flag: settings[flag] for flag in REQUESTS},
+            config.explicit,
+            runtime.choose_device(),
+            unet_width(config.base.pretrained_model_name),
+            saved.choices if saved else None,
+        )
+        if policy.remark:
+            notes.append(f"{INDENT}{policy.remark}")
+        runtime.keep_freed_memory()
+        accelerator = _start_processes(compute)
+        _complete_captions(config, datasets, accelerator)
+        state = _make_state(config, datasets, saved, accelerator.num_processes)
+        if different := checkpoints.differences(saved.settings, state.settings) if saved else []:
+            raise UserError(
+                f"{output.checkpoint} is of another run: {'; '.join(different)}",
+                "Give the same settings to resume",
+            )
+        training_log = open_training_log(
+            Path(str(state.log_dir)), state.step + 1 if saved else None
+        )
+        return cls(accelerator, compute, state, output, training_log, notes)
+
+    def fit_to_memory(self, config: TrainConfig) -> None:
+        """Take the measures that the run needs to fit into memory; raises UserError if none
+        suffices."""
+        limit = memory_limit(self.device, config.compute.vram_limit)
+        plan = fit_to_memory(
+            self.compute,
+            config.memory_request(),
+            config.base.pretrained_model_name,
+            min(gather_object([limit])),  # the same in every process
+            can_shrink=self.world_size == 1,
+        )
+        self.compute = replace(
+            self.compute,
+            gradient_checkpointing=plan.gradient_checkpointing,
+            micro_batching=plan.micro_batching,
+            vae_tile=plan.vae_tile or self.compute.vae_tile,
+        )
+
+    def reduce_memory(self, models: Sequence[nn.Module], resolution: int) -> str:
+        """Take the next measure after memory ran out; returns it in words (compute.reduce_memory)."""
+        self.compute, measure = reduce_memory(self.compute, models, resolution)
+        return measure
+
+    def restore(self, adapters: Adapters, optimizer: torch.optim.Optimizer) -> None:
+        """Load the tensors of the checkpoint, if the run resumes from one."""
+        if self.output.checkpoint is None:
+            return
+        checkpoints.restore(self.output.checkpoint, adapters, optimizer)
+        if self.scaler and self.state.scaler:
+            self.scaler.load_state_dict(self.state.scaler)
+        if self.is_main_process and self.output.resumes_in_place():
+            self.output.prune_checkpoints(self.state.step)
+
+    def save_checkpoint(
+        self, step: int, adapters: Adapters, optimizer: torch.optim.Optimizer
+    ) -> bool:
+        """Save the whole state in the main process.
+
+        If the disk is full or gone, that is logged and False is returned; the next save tries
+        again.
+        """
+        if not self.is_main_process:
+            return True
+        self.state = replace(
+            self.state,
+            step=step,
+            elapsed=self.elapsed,
+            choices=to_record(self.compute),
+            scaler=self.scaler.state_dict() if self.scaler else None,
+        )
+        folder = self.output.checkpoint_folder(step)
+        try:
+            checkpoints.save(folder, adapters, optimizer, self.state)
+            self.output.prune_checkpoints(step)
+        except (OSError, UserError) as error:
+            log.info(
+                "step %d: no checkpoint (%s); training continues, the next save tries again",
+                step,
+                summarize_error(error),
+            )
+            return False
+        return True
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Within this the clock runs, and a first signal to stop is only noted."""
+        self._started = time.monotonic()
+        with self.stop_signal:
+            yield
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those before the checkpoint included."""
+        return self._elapsed_before + time.monotonic() - self._started
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of fp16."""
+        return self._accelerator.scaler
+
+    def prepare(self, model_or_optimizer: Prepared) -> Prepared:
+        """Have a model compute in the run's precision and exchange its gradients between the
+        processes; have an optimizer use the loss scaler."""
+        return self._accelerator.prepare(model_or_optimizer)
+
+    def autocast(self) -> AbstractContextManager:
+        """A context in which models compute in the run's precision."""
+        return self._accelerator.autocast()
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager:
+        """A context in which the processes do not exchange the model's gradients."""
+        return self._accelerator.no_sync(model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add up the gradients of a loss (0-d), scaled in fp16."""
+        self._accelerator.backward(loss)
+
+    def clip_gradients(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+        """Clip the gradients and return their norm before (0-d)."""
+        return cast(torch.Tensor, self._accelerator.clip_grad_norm_(parameters, max_norm))
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the processes."""
+        return cast(torch.Tensor, self._accelerator.reduce(values, reduction="mean"))
+
+    def any_process(self, condition: bool) -> bool:
+        """Whether it is true in any of the processes."""
+        if self.world_size == 1:
+            return condition
+        value = torch.tensor(float(condition), device=self.device)
+        return bool(self._accelerator.reduce(value, reduction="sum"))
+
+    def main_process_first(self) -> AbstractContextManager:
+        """A context that the others enter when this machine's main process has left it."""
+        return self._accelerator.local_main_process_first()
+
+    def progress_bar(self, iterable: Any = None, **options: Any) -> tqdm:
+        """A tqdm bar, visible in the main process only."""
+        return tqdm(iterable, **options, disable=not self.is_main_process)
+
+    def wait_for_everyone(self) -> None:
+        """Wait until all processes are here."""
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End the processes' group."""
+        self._accelerator.end_training()
+        if self.world_size > 1:
+            # Gloo's thread needs the GIL to free the last barrier's tensor. Without this pause this
+            # thread may free the process group first, which joins that thread while holding the
+            # GIL: a deadlock.
+            time.sleep(0.5)
+
+
+def _start_processes(compute: TrainingCompute) -> Accelerator:
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns about old kernels
+    # One process writes captions while the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    return Accelerator(
+        mixed_precision=compute.mixed_precision,
+        cpu=compute.device.type == "cpu",
+        kwargs_handlers=[patience],
+    )
+
+
+def _complete_captions(config: TrainConfig, datasets: Datasets, accelerator: Accelerator) -> None:
+    """Write the missing captions in one process, read them in all, and add the affixes."""
+    if config.captions.auto_caption:
+        if accelerator.is_main_process:
+            bar = partial(tqdm, desc="captioning", unit="image")
+            datasets.write_captions(config.captions.auto_caption, bar)
+        accelerator.wait_for_everyone()
+        datasets.reload()
+    datasets.add_affixes(config.captions)
+
+
+def _make_state(
+    config: TrainConfig, datasets: Datasets, saved: TrainState | None, world_size: int
+) -> TrainState:
+    """The state at the start: a resumed run keeps its step, seed, time and TensorBoard folder."""
+    seed = config.run.seed
+    if seed is None:
+        seed = saved.seed if saved else secrets.randbelow(2**31)
+    (seed,) = broadcast_object_list([seed])  # every process has generated its own
+    log_dir = choose_log_dir(
+        saved.log_dir if saved else None, config.output.logging_dir, Path(config.output.output_dir)
+    )
+    settings = _shared_settings(config, datasets, seed, world_size)
+    if saved is None:
+        return TrainState(0, seed, str(log_dir), 0.0, settings)
+    return replace(saved, seed=seed, log_dir=str(log_dir), settings=settings)
+
+
+def _shared_settings(
+    config: TrainConfig, datasets: Datasets, seed: int, world_size: int
+) -> dict[str, Any]:
+    """What a resumed run has to share; a checkpoint stores it."""
+    images = config.optimizer.train_batch_size * world_size
+    class_images = datasets.class_images
+    return {
+        "pretrained_model_name": resolve_name(config.base.pretrained_model_name),
+        "seed": seed,
+        "data": datasets.images.fingerprint(),
+        "class data": "none" if class_images is None else class_images.fingerprint(),
+        **config.resume_settings(),
+        "pictures a step": images * config.optimizer.gradient_accumulation_steps,
+        "pictures of one bucket": images if config.buckets.enable_bucket else None,
+    }
