@@ -1,12 +1,11 @@
-"""How good is a base, and what did a LoRA do to it? Colours, backgrounds, kinds, the hero,
-memorising.
+"""The quality of a base, and of a LoRA on it: colors, backgrounds, kinds, the hero, memorization.
 
-    python benchmarks/base_quality.py --work_dir demo/.work                            the base alone
-    python benchmarks/base_quality.py --work_dir demo/.work --lora_path megaman_demo_output/lora_weights
+    python benchmarks/base_quality.py --work_dir demo/.work                        # the base alone
+    python benchmarks/base_quality.py --work_dir demo/.work --lora_path LORA
 
---work_dir is where demo/make_base.py keeps the art's packages (they are fetched where they are
-missing). The judges are a rule for colours and small classifiers trained here on the art; each is
-first tried on art it has not seen, and that figure stands beside its verdict. Prints a table for
+--work_dir is where demo/make_base.py keeps the art's packages, which are downloaded if they are
+missing. The judges are a rule for colors and small classifiers trained here on the art; each is
+first tested on unseen art, and its accuracy is printed next to its verdict. Prints a table for
 people and a last JSON line for programs.
 """
 
@@ -18,10 +17,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-
 import numpy as np
+import paths
 import torch
 import torch.nn.functional as F
 from art import fetch, make_pictures
@@ -33,9 +30,10 @@ from megaman.errors import run_script
 from megaman.lora import files as lora_files
 from megaman.models import text_encoding
 from megaman.models.base import Base, load_base
+from megaman.models.typed import decode_latents, encode_pixels
 from megaman.sampling import denoise
 
-ROBOT_COLOURS = [
+ROBOT_COLORS = [
     "blue",
     "brown",
     "green",
@@ -65,14 +63,14 @@ HERO_POSES = [
 OTHER_PROMPTS = ["a blue robot, {} background", "pixel art, {} robot, standing, white background"]
 STEPS, GUIDANCE, AT_ONCE = 20, 5.0, 32
 
-Drawer = Callable[[Sequence[str], Sequence[int]], np.ndarray]
+Generate = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base_model", default="demo/base")
     parser.add_argument("--lora_path", type=Path)
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "demo" / ".work")
+    parser.add_argument("--work_dir", type=Path, default=paths.ROOT / "demo" / ".work")
     parser.add_argument("--pictures", type=int, default=6000, help="art that the judges learn from")
     options = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -84,7 +82,7 @@ def main(argv: list[str]) -> int:
     results: dict[str, float] = {}
     results["VAE PSNR on unseen art, dB"] = vae_psnr(base.vae, pictures[-512:])
     results["VAE PSNR on the heroes, dB"] = vae_psnr(base.vae, heroes())
-    judge_colours(results, drawer(base), pictures, captions, kinds)
+    judge_colors(results, drawer(base), pictures, captions, kinds)
     judge_kinds(results, base, drawer(base), pictures, kinds)
     judge_memory(results, drawer(base), options.work_dir)
     if options.lora_path:
@@ -96,8 +94,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def drawer(base: Base) -> Drawer:
-    """A function that draws prompts with seeds: uint8 [N, 64, 64, 3]."""
+def drawer(base: Base) -> Generate:
+    """A function that generates images of prompts with seeds: uint8 [N, 64, 64, 3]."""
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, [*prompts, ""])
@@ -124,28 +122,28 @@ def drawer(base: Base) -> Drawer:
 
 @torch.no_grad()
 def through_vae(base: Base, pictures: np.ndarray) -> torch.Tensor:
-    """Encoded and decoded, in -1 ... 1: so that a judge does not learn to tell the VAE's traces."""
+    """Encoded and decoded, in -1 to 1, so that a judge does not learn the VAE's artifacts."""
     parts = [to_tensor(part) for part in np.array_split(pictures, max(len(pictures) // 64, 1))]
     return torch.cat(
         [
-            base.vae.decode(base.vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1)
+            decode_latents(base.vae, encode_pixels(base.vae, part).mode()).clamp(-1, 1)
             for part in parts
         ]
     )
 
 
 def heroes() -> np.ndarray:
-    """The hero's pictures, trained and held out, at 64 px."""
-    files = sorted((ROOT / "demo").glob("images/volto_*.png")) + sorted(
-        (ROOT / "demo" / "held_out").glob("*.png")
+    """The hero's images, trained and held out, at 64 px."""
+    files = sorted((paths.ROOT / "demo").glob("images/volto_*.png")) + sorted(
+        (paths.ROOT / "demo" / "held_out").glob("*.png")
     )
     return np.stack(
         [np.asarray(Image.open(file).resize((64, 64), Image.Resampling.BOX)) for file in files]
     )
 
 
-def colour_names(pixels: np.ndarray) -> np.ndarray:
-    """A colour word for each pixel, uint8 [N, 3] in, by hue, saturation and value."""
+def color_names(pixels: np.ndarray) -> np.ndarray:
+    """A color name for each pixel, uint8 [N, 3], by hue, saturation and value."""
     import colorsys
 
     hsv = np.array([colorsys.rgb_to_hsv(*(pixel / 255)) for pixel in pixels]).reshape(-1, 3)
@@ -165,49 +163,43 @@ def colour_names(pixels: np.ndarray) -> np.ndarray:
     return np.where(value < 0.2, "black", names)
 
 
-def commonest(names: np.ndarray) -> str:
+def most_common(names: np.ndarray) -> str:
     words, counts = np.unique(names, return_counts=True)
     return str(words[counts.argmax()]) if len(words) else ""
 
 
-def figure_colour(picture: np.ndarray) -> str:
-    """The commonest colour word of what differs from the background; dark outlines do not count."""
+def figure_color(picture: np.ndarray) -> str:
+    """The most common color that differs from the background; dark outlines do not count."""
     background = np.median(
         np.concatenate([picture[:6, :6].reshape(-1, 3), picture[:6, -6:].reshape(-1, 3)]), axis=0
     )
     differs = np.abs(picture.astype(int) - background).max(axis=-1) > 36
-    names = colour_names(picture[differs])
-    return commonest(names[(names != "black") & (names != "navy")])
+    names = color_names(picture[differs])
+    return most_common(names[(names != "black") & (names != "navy")])
 
 
-def background_colour(picture: np.ndarray) -> str:
-    return commonest(
-        colour_names(np.concatenate([picture[:8].reshape(-1, 3), picture[8:20, :5].reshape(-1, 3)]))
+def background_color(picture: np.ndarray) -> str:
+    return most_common(
+        color_names(np.concatenate([picture[:8].reshape(-1, 3), picture[8:20, :5].reshape(-1, 3)]))
     )
 
 
-def colour_share(draw: Drawer, seeds: int) -> float:
-    """Share of robots, each of the ten colours with each seed, that are drawn in the colour
-    named."""
+def color_share(draw: Generate, seeds: int) -> float:
+    """Share of robots, in ten colors with each seed, that have the color in the prompt."""
     prompts = [
-        f"{article(colour)} robot, teal background"
-        for colour in ROBOT_COLOURS
-        for _ in range(seeds)
+        f"{article(color)} robot, teal background" for color in ROBOT_COLORS for _ in range(seeds)
     ]
-    drawn = draw(prompts, list(range(seeds)) * len(ROBOT_COLOURS))
+    drawn = draw(prompts, list(range(seeds)) * len(ROBOT_COLORS))
     return float(
         np.mean(
-            [
-                figure_colour(p) == prompt.split()[1]
-                for p, prompt in zip(drawn, prompts, strict=True)
-            ]
+            [figure_color(p) == prompt.split()[1] for p, prompt in zip(drawn, prompts, strict=True)]
         )
     )
 
 
-def judge_colours(
+def judge_colors(
     results: dict[str, float],
-    draw: Drawer,
+    draw: Generate,
     pictures: np.ndarray,
     captions: list[str],
     kinds: list[str],
@@ -217,28 +209,28 @@ def judge_colours(
         for i, kind in enumerate(kinds)
         if kind == "robot" and captions[i].endswith("teal background")
     ]
-    own = [figure_colour(pictures[i]) == captions[i].split()[1] for i in plain]
-    results["colour rule on real robots"] = float(np.mean(own))
-    results["named colour, 10 colours x 16 seeds"] = colour_share(draw, seeds=16)
+    own = [figure_color(pictures[i]) == captions[i].split()[1] for i in plain]
+    results["color rule on real robots"] = float(np.mean(own))
+    results["named color, 10 colors x 16 seeds"] = color_share(draw, seeds=16)
 
     named = [
         i
         for i, caption in enumerate(captions)
         if background_of(caption) in PLAIN and kinds[i] == "robot"
     ]
-    own = [background_colour(pictures[i]) == background_of(captions[i]) for i in named]
+    own = [background_color(pictures[i]) == background_of(captions[i]) for i in named]
     results["background rule on real robots"] = float(np.mean(own))
     prompts = [f"a gray robot, {name} background" for name in PLAIN for _ in range(16)]
     drawn = draw(prompts, list(range(16)) * len(PLAIN))
     hits = [
-        background_colour(p) == background_of(prompt)
+        background_color(p) == background_of(prompt)
         for p, prompt in zip(drawn, prompts, strict=True)
     ]
-    results["named background, 13 colours x 16 seeds"] = float(np.mean(hits))
+    results["named background, 13 colors x 16 seeds"] = float(np.mean(hits))
 
 
-def article(colour: str) -> str:
-    return f"an {colour}" if colour[0] in "aeiou" else f"a {colour}"
+def article(color: str) -> str:
+    return f"an {color}" if color[0] in "aeiou" else f"a {color}"
 
 
 def background_of(caption: str) -> str:
@@ -248,7 +240,7 @@ def background_of(caption: str) -> str:
 def train_judge(
     pictures: torch.Tensor, labels: torch.Tensor, classes: int, epochs: int = 6
 ) -> torch.nn.Module:
-    """A small convolutional classifier; pictures [N, 3, 64, 64]."""
+    """A small convolutional classifier of images [N, 3, 64, 64]."""
 
     def block(inside: int, outside: int) -> torch.nn.Sequential:
         layers = [
@@ -286,7 +278,7 @@ def verdicts(judge: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def judge_kinds(
-    results: dict[str, float], base: Base, draw: Drawer, pictures: np.ndarray, kinds: list[str]
+    results: dict[str, float], base: Base, draw: Generate, pictures: np.ndarray, kinds: list[str]
 ) -> None:
     chosen = [i for i, kind in enumerate(kinds) if kind in KINDS]
     images = through_vae(base, pictures[chosen])
@@ -297,9 +289,9 @@ def judge_kinds(
         (verdicts(judge, images[:held]) == labels[:held]).float().mean()
     )
     prompts = [
-        KIND_PROMPTS[kind].format(colour)
+        KIND_PROMPTS[kind].format(color)
         for kind in KINDS
-        for colour in ROBOT_COLOURS[:8]
+        for color in ROBOT_COLORS[:8]
         for _ in range(4)
     ]
     wanted = torch.arange(len(KINDS)).repeat_interleave(32)
@@ -314,7 +306,7 @@ def judge_kinds(
     )
 
 
-def judge_memory(results: dict[str, float], draw: Drawer, work_dir: Path) -> None:
+def judge_memory(results: dict[str, float], draw: Generate, work_dir: Path) -> None:
     """Share of 64 samples nearer to a training picture than the 5th percentile of held-out pictures
     are."""
     if not (work_dir / "pictures.npy").is_file():
@@ -334,7 +326,7 @@ def judge_memory(results: dict[str, float], draw: Drawer, work_dir: Path) -> Non
 
 
 def nearest(pictures: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Mean squared difference to the nearest training picture, at a quarter of the size."""
+    """Mean squared difference to the nearest training image, at a quarter of the size."""
     small = F.avg_pool2d(to_tensor(pictures), 4).flatten(1)
     best = torch.full((len(small),), torch.inf)
     for start in range(0, len(training), 2048):
@@ -343,8 +335,8 @@ def nearest(pictures: np.ndarray, training: np.ndarray) -> np.ndarray:
     return (best**2 / small.shape[1]).numpy()
 
 
-def judge_hero(results: dict[str, float], base: Base, draw: Drawer, pictures: np.ndarray) -> None:
-    """Does the trigger word give the hero, and only it? The judge: hero against all the rest."""
+def judge_hero(results: dict[str, float], base: Base, draw: Generate, pictures: np.ndarray) -> None:
+    """Whether the trigger word, and only it, gives the hero, by a judge of hero against the rest."""
     hero = through_vae(base, heroes())
     rest = through_vae(base, pictures[:3000])
     images = torch.cat([hero[:-6].repeat(20, 1, 1, 1), rest[500:]])
@@ -357,13 +349,13 @@ def judge_hero(results: dict[str, float], base: Base, draw: Drawer, pictures: np
     results["hero with its trigger word, 64"] = float(
         (verdicts(judge, to_tensor(draw(prompts, range(64)))) == 1).float().mean()
     )
-    names = [colour for colour in ROBOT_COLOURS if colour not in ("gray", "white")]
+    names = [color for color in ROBOT_COLORS if color not in ("gray", "white")]
     without = [
         OTHER_PROMPTS[i % 2].format(names[i % 8] if i % 2 else grounds[i % 13]) for i in range(64)
     ]
     drawn = draw(without, range(64))
     results["hero without it, 64"] = float((verdicts(judge, to_tensor(drawn)) == 1).float().mean())
-    results["named colour without the trigger, with the LoRA"] = colour_share(draw, seeds=8)
+    results["named color without the trigger, with the LoRA"] = color_share(draw, seeds=8)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Steps a second alone and next to busy processes, with the project's thread policy and without it.
+"""Steps per second alone and next to busy processes, with and without the thread policy.
 
     python benchmarks/contention.py --work_dir ../contention
-    python benchmarks/contention.py --work_dir ../contention --case demo --settings OMP_WAIT_POLICY=PASSIVE
+    python benchmarks/contention.py --work_dir ../contention --settings OMP_WAIT_POLICY=PASSIVE
 
-A busy process is `while True: pass`. Every run is a process of its own; the settings take turns,
-and with each setting the numbers of busy processes, so that a machine that changes its speed
-changes it for all. A figure is the share of the speed without the policy alone, that of the same
-round. `policy` is what megaman/threads.py chooses, `none` is torch's and OpenMP's own behavior;
-more settings are environment variables, which win over the policy.
+A busy process is `while True: pass`. Every run is a process of its own, and the settings take turns
+within a round, so that a change in the machine's speed affects all of them. Speeds are relative to
+that without the policy and without busy processes in the same round. `policy` is the choice of
+megaman/threads.py, `none` the behavior of torch and OpenMP; more settings are environment
+variables, which win over the policy.
 
 The last line is JSON.
 """
@@ -38,7 +38,7 @@ FEW_STEPS = {"demo": 6, "sd15": 4}  # without the policy next to busy processes
 
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """So many processes that never wait."""
+    """Run count processes that never wait."""
     processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
     try:
         yield
@@ -49,8 +49,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def settings_of(words: list[str]) -> dict[str, dict[str, str]]:
-    """Environment variables by the setting's name; words are those of --settings:
-    NAME=VALUE[,NAME=VALUE]."""
+    """Environment variables by setting; words are those of --settings: NAME=VALUE[,NAME=VALUE]."""
     import torch
 
     without = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "GOMP_SPINCOUNT": str(SPIN_COUNT)}
@@ -93,7 +92,7 @@ def train_words(case: str, steps: int, work_dir: Path) -> list[object]:
 
 
 def steps_a_second(case: str, environment: dict[str, str], steps: int, work_dir: Path) -> float:
-    """The speed of one run after its first step; for generation, sampler steps of all batches."""
+    """The speed of a run after its first step; for generation, sampling steps of all batches."""
     folder = work_dir / f"run-{case}"
     if case == "generate":
         shutil.rmtree(folder / "images", ignore_errors=True)
@@ -114,8 +113,7 @@ def steps_a_second(case: str, environment: dict[str, str], steps: int, work_dir:
 def measure(
     case: str, settings: dict[str, dict[str, str]], busy: list[int], rounds: int, work_dir: Path
 ) -> dict[str, list[float]]:
-    """Steps a second by "setting, busy", a figure a round; what is slow without the policy is
-    measured once."""
+    """Steps per second by "setting, busy", for each round; slow settings are measured once."""
     speeds: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds):
         for count in busy:
@@ -135,8 +133,7 @@ def measure(
 
 
 def shares(speeds: dict[str, list[float]]) -> dict[str, float | None]:
-    """Medians over the rounds of the speed as a share of that without the policy alone in the same
-    round."""
+    """The median over the rounds of each speed relative to "none, 0" in the same round."""
     alone = speeds["none, 0"]
     return {
         name: significant(median(value / alone[i] for i, value in enumerate(values)))
@@ -145,7 +142,7 @@ def shares(speeds: dict[str, list[float]]) -> dict[str, float | None]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument(
         "--case",

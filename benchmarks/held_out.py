@@ -1,10 +1,10 @@
-"""What a LoRA gained on pictures it never saw, and what one trained on shuffled captions gained:
-learned or not?
+"""How much a LoRA lowers the loss on images it was not trained on: has it learned anything?
 
     python benchmarks/held_out.py --lora_path megaman_demo_output/lora_weights
-    python benchmarks/held_out.py --make_shuffled shuffled_images      the demo's pictures with captions shuffled
+    python benchmarks/held_out.py --make_shuffled shuffled_images   # the control
 
-Prints a table for people and a last JSON line for programs.
+The control is a LoRA trained on the demo's images with shuffled captions. Prints a table for people
+and a last JSON line for programs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import paths
 
 from megaman.errors import UserError, run_script
 
@@ -25,33 +24,32 @@ SEEDS = (0, 1, 2)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lora_path", type=Path, nargs="+", default=[])
-    parser.add_argument("--held_out", type=Path, default=ROOT / "demo" / "held_out")
+    parser.add_argument("--held_out", type=Path, default=paths.ROOT / "demo" / "held_out")
     parser.add_argument(
-        "--make_shuffled", type=Path, metavar="FOLDER", help="write the control's pictures here"
+        "--make_shuffled", type=Path, metavar="FOLDER", help="write the control's images here"
     )
     options = parser.parse_args(argv)
     if options.make_shuffled:
-        shuffle_captions(ROOT / "demo" / "images", options.make_shuffled)
+        shuffle_captions(paths.ROOT / "demo" / "images", options.make_shuffled)
     rows = [measure(path, options.held_out) for path in options.lora_path]
     for row in rows:
         print(f"{row['lora']}")
         for seed, before, after, share in zip(
             SEEDS, row["without"], row["with"], row["gain"], strict=True
         ):
-            print(
-                f"  seed {seed}: loss {before:.4f} without, {after:.4f} with the LoRA: {share:.1%} lower"
-            )
+            change = f"{before:.4f} without, {after:.4f} with the LoRA"
+            print(f"  seed {seed}: loss {change}: {share:.1%} lower")
     if rows:
         print(json.dumps(rows))
     return 0
 
 
 def shuffle_captions(source: Path, target: Path) -> None:
-    """A copy of the pictures in which no caption stands beside its own picture."""
+    """Copy images such that none has its own caption."""
     if target.exists():
-        raise UserError(f"--make_shuffled {target} exists already", "Name a new folder")
+        raise UserError(f"--make_shuffled {target} already exists", "Name a new folder")
     pictures = sorted(source.glob("*.png"))
     order = list(range(len(pictures)))
     random.Random(0).shuffle(order)
@@ -76,7 +74,10 @@ def measure(lora_path: Path, held_out: Path) -> dict:
     from megaman.models.base import load_base
     from megaman.training.validation import gain, held_out_loss
 
-    base = load_base(peft_config.base_of(lora_path), torch.float32)
+    base_name = peft_config.base_of(lora_path)
+    if base_name is None:
+        raise UserError(f"--lora_path {lora_path} names no base", "Name a lora_weights folder")
+    base = load_base(base_name, torch.float32)
     dataset = MegaManDataset(held_out, None, base.native_size)
     moments = encode_dataset(
         lambda: base.vae,
@@ -85,7 +86,7 @@ def measure(lora_path: Path, held_out: Path) -> dict:
         FileIndex(None),
         LatentCache(None),
     )
-    means = torch.cat(list(moments)).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
+    means = torch.cat(list(moments)).chunk(2, dim=1)[0] * base.scaling_factor
     states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)
     texts = torch.stack([states[caption] for caption in dataset.captions])
     without = [held_out_loss(base.unet, base.noise_scheduler, means, texts, seed) for seed in SEEDS]

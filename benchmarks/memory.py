@@ -1,12 +1,11 @@
-"""The memory plan beside a real training step of Stable Diffusion 1.5's exact configuration, with
-random weights.
+"""The memory estimate against a training step of Stable Diffusion 1.5 with random weights.
 
-    python benchmarks/memory.py                                    256 px in float32, with and without checkpointing
-    python benchmarks/memory.py --resolution 512 --mixed_precision fp16        on an NVIDIA card
+    python benchmarks/memory.py
+    python benchmarks/memory.py --resolution 512 --mixed_precision fp16        # on an NVIDIA GPU
 
-Two steps of one picture, each case in a process of its own. Measured is what resident memory rises
-by, from before the model is made to the peak; on CUDA the peak of the allocated memory. Prints a
-table and a last JSON line for programs.
+Two steps of one image, with and without gradient checkpointing, each in a process of its own.
+Measured is the increase of resident memory from before the model is made to the peak, or on CUDA
+the peak of the allocated memory. Prints a table and a last JSON line for programs.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ import json
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import paths  # noqa: F401  # the package's modules become importable
 
 RANK = 8
 
@@ -84,11 +82,11 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     parser.add_argument(
-        "--case", choices=["plain", "checkpointing"], help="only this one, and in this process"
+        "--case", choices=["plain", "checkpointing"], help="measure only this one, in this process"
     )
     options = parser.parse_args()
     if options.case:
@@ -101,35 +99,20 @@ def main() -> None:
         )
         return
     results = {}
+    shared = ["--resolution", str(options.resolution)]
+    shared += ["--mixed_precision", options.mixed_precision]
     for case in ("plain", "checkpointing"):
-        command = [
-            sys.executable,
-            __file__,
-            "--case",
-            case,
-            "--resolution",
-            str(options.resolution),
-        ]
-        command += ["--mixed_precision", options.mixed_precision]
+        command = [sys.executable, __file__, "--case", case, *shared]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, encoding="utf-8")
-        results[case] = {
-            key: round(value, 3) for key, value in json.loads(done.stdout.splitlines()[-1]).items()
-        }
+        figures = json.loads(done.stdout.splitlines()[-1])
+        results[case] = {name: round(value, 3) for name, value in figures.items()}
+        planned, measured, ratio = results[case].values()
         print(
-            "{:14} planned {planned_gb:.2f} GB   measured {measured_gb:.2f} GB   ratio {ratio:.2f}".format(
-                case, **results[case]
-            ),
+            f"{case:14} planned {planned:.2f} GB   measured {measured:.2f} GB   ratio {ratio:.2f}",
             flush=True,
         )
-    print(
-        json.dumps(
-            {
-                "resolution": options.resolution,
-                "mixed_precision": options.mixed_precision,
-                **results,
-            }
-        )
-    )
+    settings = {"resolution": options.resolution, "mixed_precision": options.mixed_precision}
+    print(json.dumps({**settings, **results}))
 
 
 if __name__ == "__main__":

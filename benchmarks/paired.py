@@ -1,15 +1,13 @@
-"""Run megaman_lora.py as it is, with bare steps of the same UNet between its own; a last JSON line
-has the seconds.
+"""Runs megaman_lora.py with bare steps of its UNet in between; part of step_time.py.
 
     python benchmarks/paired.py 5 megaman_lora.py --demo --max_train_steps 215
 
-After the first 5 steps and after every ten that follow, ten bare steps (bare.py's, on what the UNet
-was given last) are done. In one process both meet the same memory and the same moment of the
-machine, which from one process to the next can differ by more than what the loop costs. A part of
-step_time.py, which runs it.
+After the first 5 steps and after every ten that follow, ten steps of bare.py are computed on the
+last inputs of the UNet. In one process, both have the same memory and the same state of the
+machine, which can differ between processes by more than the loop costs. The last line is JSON:
 
-- `ours_s`: seconds a step of each ten of the loop, of which one writes the log
-- `bare_s`: the same of the bare ones before, between and after them, one more than of ours
+- `ours_s`: seconds per step of each ten steps of the loop, one of which writes the log
+- `bare_s`: the same for the bare steps before, between and after them, one more than ours
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import runpy
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import bare
 import torch
@@ -29,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Pairs:
-    """Takes turns with the training from the update of the bar that follows the warm-up."""
+    """Alternates bare steps with training, from the end of the warm-up."""
 
     def __init__(self, warmup: int):
         self.warmup = warmup
@@ -37,37 +36,42 @@ class Pairs:
         self.bare_s: list[float] = []
         self._left = 0.0  # when the loop was last given its turn
         self._forward = UNet2DConditionModel.forward
+        self._last: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
 
     def install(self) -> None:
-        """Have the bar's updates, the UNet and the optimizer lead here."""
+        """Hook into the progress bar, the UNet and the optimizer."""
 
-        def noting(unet, *inputs, **named):
-            self._last = unet, inputs, named
-            return self._forward(unet, *inputs, **named)
-
-        def known(optimizer, *_):
+        def record_optimizer(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             self._optimizer = optimizer
 
-        self._noting = UNet2DConditionModel.forward = noting
+        self._record_inputs()
         after_updates(TRAINING_BAR, lambda bar: self.after(bar.n))
-        register_optimizer_step_post_hook(known)
+        register_optimizer_step_post_hook(record_optimizer)
+
+    def _record_inputs(self) -> None:
+        def forward(unet: UNet2DConditionModel, *inputs: Any, **keywords: Any) -> Any:
+            self._last = unet, inputs, keywords
+            return self._forward(unet, *inputs, **keywords)
+
+        cast(Any, UNet2DConditionModel).forward = forward
 
     def after(self, step: int) -> None:
-        """The loop ended this step."""
+        """Run bare steps after this step of the loop, if it is their turn."""
         if step < self.warmup or (step - self.warmup) % LOGS_EVERY:
             return
         ended = now()
         if self.bare_s:
             self.ours_s.append((ended - self._left) / LOGS_EVERY)
-        UNet2DConditionModel.forward = self._forward
+        cast(Any, UNet2DConditionModel).forward = self._forward
         self.bare_s.append(self.bare_steps())
-        UNet2DConditionModel.forward = self._noting
+        self._record_inputs()
         self._left = now()
 
     def bare_steps(self) -> float:
-        """Seconds a bare step, by the loop's own optimizer; its gradients are none at this
-        moment."""
-        unet, inputs, named = self._last
+        """Seconds per bare step, with the loop's own optimizer, which has no gradients now."""
+        assert self._last is not None and self._optimizer is not None
+        unet, inputs, keywords = self._last
         sample = inputs[0]
         trainable = [
             parameter for group in self._optimizer.param_groups for parameter in group["params"]
@@ -77,7 +81,7 @@ class Pairs:
         began = now()
         for _ in range(LOGS_EVERY):
             bare.step(
-                partial(unet, *inputs, **named),
+                partial(unet, *inputs, **keywords),
                 noise,
                 sample.dtype,
                 self._optimizer,

@@ -1,8 +1,7 @@
-"""What the measurements share: a program as a process of its own, what it says of itself, medians,
-the machine.
+"""Shared by the measurements: programs as processes of their own, medians, the machine.
 
-Only the standard library is imported here: on Linux a process counts the memory of the one that
-started it as its own peak, so that one has to be small.
+Only the standard library is imported here: on Linux a process counts the memory of its parent as
+its own peak, so the parent has to be small.
 """
 
 from __future__ import annotations
@@ -23,15 +22,14 @@ BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 TRAIN, DRAW = ROOT / "megaman_lora.py", ROOT / "generate_megaman.py"
 TRAINING_BAR = "training"  # the description of megaman_lora.py's bar, which is updated once a step
-LOGS_EVERY = 10  # steps, in megaman_lora.py: the mean of so many in a row holds one log
-# What makes torch and oneDNN take a processor for one without AVX512 and bf16.
+LOGS_EVERY = 10  # steps, in megaman_lora.py; the mean of as many in a row includes one log
+# Variables that make torch and oneDNN ignore AVX512 and bf16.
 LESSER = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, "native": {}}
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as Linux calls them
 
 
 def stamped(bar: str, program: Path, *words: object, python: str = sys.executable) -> list[str]:
-    """The command that runs a program under stamped.py, which notes every update of the bar of that
-    description."""
+    """The command that runs a program under stamped.py, which records each update of a progress bar."""
     return [python, str(BENCHMARKS / "stamped.py"), bar, str(program), *map(str, words)]
 
 
@@ -41,13 +39,11 @@ def run(
     cpu: str = "native",
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run a command to its end. What its last line of JSON says, if there is one, with "seconds"
-    from the command to its end and "began", the moment of the command by time.perf_counter, whose
-    clock is the whole system's.
+    """Run a command offline and return its last JSON line with "seconds" and "began".
 
-    It runs offline, as on the processor named by cpu (LESSER), with the variables of environment
-    added. Its messages go to cwd/log.txt. If it fails, the end of them is shown and this program
-    ends too.
+    began is the start by time.perf_counter, whose clock is shared by all processes. cpu is a key of
+    LESSER; environment has more variables. stderr goes to cwd/log.txt. If the command fails, the
+    end of it is shown and this program exits.
     """
     env = {
         **os.environ,
@@ -83,31 +79,30 @@ def last_json(text: str) -> dict[str, Any] | None:
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and mean, to four significant digits."""
-    low, middle, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
-    )
-    found = {
-        "median": middle,
-        "quartile_1": low,
-        "quartile_3": high,
-        "mean": statistics.fmean(values),
+    quartiles = [values[0]] * 3
+    if len(values) > 1:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return {
+        "median": significant(quartiles[1]),
+        "quartile_1": significant(quartiles[0]),
+        "quartile_3": significant(quartiles[2]),
+        "mean": significant(statistics.fmean(values)),
     }
-    return {name: significant(value) for name, value in found.items()}
 
 
-def significant(value: float | None) -> float | None:
+def significant(value: float) -> float:
     """The value to four significant digits."""
-    return None if value is None else float(f"{value:.4g}")
+    return float(f"{value:.4g}")
 
 
 def median_of(results: Sequence[dict[str, Any]], name: str) -> float | None:
-    """The median of one figure of several runs; None where they lack it."""
+    """The median of one value over several runs; None if no run has it."""
     values = [result[name] for result in results if result.get(name) is not None]
     return significant(statistics.median(values)) if values else None
 
 
 def machine(cpu: str = "native") -> dict[str, Any]:
-    """What a figure hangs on: processor, instructions, cores, threads, torch."""
+    """What a result depends on: processor, instructions, cores, threads, torch."""
     name, flags = platform.processor() or platform.machine(), set()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,10 +1,10 @@
-"""Base folders with random weights, and pictures that a program drew: something to measure with.
+"""Bases with random weights, and synthetic images, to measure with.
 
-    python benchmarks/random_bases.py sd15 /tmp/sd15         Stable Diffusion 1.5's exact configuration, about 4 GB
-    python benchmarks/random_bases.py mid /tmp/mid           a middle size, made for 128 px, about 0.2 GB
+    python benchmarks/random_bases.py sd15 /tmp/sd15       # Stable Diffusion 1.5's shape, 4 GB
+    python benchmarks/random_bases.py mid /tmp/mid         # a medium size for 128 px, 0.2 GB
 
 The weights are float32 safetensors, as the published ones are. The tokenizer is the embedded
-base's, since CLIP's own vocabulary comes with the real model only. What such a base draws is noise.
+base's, since CLIP's vocabulary comes with the real model only. Such a base generates noise.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo" / "base"
 
-# Configurations by shape: UNet, VAE, text encoder. Whatever is not said here is as in Stable
-# Diffusion 1.5.
+# Configurations of UNet, VAE and text encoder; all other values are those of Stable Diffusion 1.5.
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "sd15": (
         {"sample_size": 64, "cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280)},
@@ -36,7 +35,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
-COLOURS = {
+COLORS = {
     "red": (200, 40, 40),
     "orange": (230, 130, 30),
     "yellow": (235, 215, 60),
@@ -49,14 +48,13 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 FIGURES = ("disc", "square", "triangle")
-CAPTIONS = len(COLOURS) ** 2 * len(FIGURES)  # distinct ones
+CAPTIONS = len(COLORS) ** 2 * len(FIGURES)  # distinct ones
 
 
 def make_base(shape: str, folder: Path) -> Path:
-    """A base in diffusers' layout with random weights in that shape, from a fixed seed; one that is
-    there is kept.
+    """Write a base of a shape with random weights from a fixed seed, unless the folder exists.
 
-    Returns the folder. It appears whole or not at all.
+    Returns the folder, which never exists half-written.
     """
     if folder.is_dir():
         return folder
@@ -72,8 +70,8 @@ def make_base(shape: str, folder: Path) -> Path:
     model.save_pretrained(part / "unet", max_shard_size="20GB")
     del model
     AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=cast(Any, ("DownEncoderBlock2D",) * 4),
+        up_block_types=cast(Any, ("UpDecoderBlock2D",) * 4),
         layers_per_block=2,
         **vae,
     ).save_pretrained(part / "vae")
@@ -92,19 +90,18 @@ def make_base(shape: str, folder: Path) -> Path:
 
 
 def picture(number: int, side: int):
-    """A figure on a shaded, grainy ground, so that a PNG of it is as large and as slow to read as a
-    photograph's."""
+    """A figure on a shaded, grainy background: as a PNG as large and as slow to read as a photo."""
     import numpy as np
     from PIL import Image, ImageDraw
 
-    colour, ground, figure = _words(number)
+    color, ground, figure = _words(number)
     rng = np.random.default_rng(number)
     shade = np.linspace(0.6, 1.1, side, dtype=np.float32)[:, None, None]
     image = Image.fromarray(
-        (np.broadcast_to(shade, (side, side, 1)) * COLOURS[ground]).clip(0, 255).astype(np.uint8)
+        (np.broadcast_to(shade, (side, side, 1)) * COLORS[ground]).clip(0, 255).astype(np.uint8)
     )
     x, y, radius = rng.uniform((0.35, 0.35, 0.15), (0.65, 0.65, 0.3)) * side
-    box, fill = (x - radius, y - radius, x + radius, y + radius), COLOURS[colour]
+    box, fill = (x - radius, y - radius, x + radius, y + radius), COLORS[color]
     draw = ImageDraw.Draw(image)
     if figure == "disc":
         draw.ellipse(box, fill)
@@ -115,15 +112,17 @@ def picture(number: int, side: int):
 
 
 def caption(number: int) -> str:
-    """What is to be seen in the picture with that number; CAPTIONS different ones."""
-    colour, ground, figure = _words(number)
-    return f"a {colour} {figure} on a {ground} ground"
+    """A description of the image with this number; there are CAPTIONS different ones."""
+    color, ground, figure = _words(number)
+    return f"a {color} {figure} on a {ground} ground"
 
 
 def make_pictures(folder: Path, count: int, side: int = 512, captions: str = "txt") -> Path:
-    """So many PNGs with captions as text files beside them ("txt") or in metadata.jsonl ("jsonl"),
-    as the peer wants them; a folder that is there is kept. Returns the folder. It appears whole or
-    not at all."""
+    """Write count PNGs with captions in text files ("txt") or in metadata.jsonl ("jsonl"), unless
+    the folder exists.
+
+    Returns the folder, which never exists half-written.
+    """
     if folder.is_dir():
         return folder
     part = folder.with_name(f"{folder.name}.part")
@@ -142,21 +141,21 @@ def make_pictures(folder: Path, count: int, side: int = 512, captions: str = "tx
 
 
 def write_metadata(folder: Path, captions: dict[str, str]) -> None:
-    """metadata.jsonl as for Hugging Face's imagefolder: captions by the file's name."""
+    """Write metadata.jsonl as for Hugging Face's imagefolder, from captions by file name."""
     rows = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def _words(number: int) -> tuple[str, str, str]:
-    """Colour, ground and figure of the picture with that number."""
-    names = list(COLOURS)
-    rest, colour = divmod(number, len(names))
+    """Color, background and figure of the image with this number."""
+    names = list(COLORS)
+    rest, color = divmod(number, len(names))
     rest, figure = divmod(rest, len(FIGURES))
-    return names[colour], names[(rest + colour + 1) % len(names)], FIGURES[figure]
+    return names[color], names[(rest + color + 1) % len(names)], FIGURES[figure]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()

@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
+import paths
 import torch
 from diffusers import StableDiffusionPipeline
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from megaman import runtime
 from megaman.config import samplers
@@ -64,7 +61,7 @@ def pipeline(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int,
     """A function that calls diffusers' pipeline for each prompt, the LoRA as an adapter beside the
     weights."""
     placement = place("fp16", choose_device(), unet_width(base_name))
-    folder = base_name if Path(base_name).is_dir() else ROOT / base_name
+    folder = base_name if Path(base_name).is_dir() else paths.ROOT / base_name
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=placement.dtype).to(
         placement.device
     )
@@ -94,9 +91,9 @@ def seconds(draw) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lora_path", type=Path, default=Path("megaman_demo_output/lora_weights"))
-    parser.add_argument("--prompts_file", type=Path, default=ROOT / "prompts.txt")
+    parser.add_argument("--prompts_file", type=Path, default=paths.ROOT / "prompts.txt")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--side", type=int, help="pixels (default: the base's own size)")
     parser.add_argument("--rounds", type=int, default=5)

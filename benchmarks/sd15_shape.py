@@ -1,12 +1,10 @@
-"""Both scripts on a model of Stable Diffusion 1.5's exact shape with random weights: do they run,
-how long, how much?
+"""Time and memory of both scripts on Stable Diffusion 1.5's exact shape with random weights.
 
     python benchmarks/sd15_shape.py --work_dir /tmp/sd15
 
-Two training steps and one image at 256 px by default. Prints each process's seconds and peak
-resident memory, and a last JSON line for programs. The weights are random, so the image shows
-noise; the tokenizer is the embedded base's, since CLIP's own vocabulary comes with the real model
-only.
+Two training steps and one image at 256 px by default. Prints the seconds and the peak resident
+memory of each process, and a last JSON line for programs. The weights are random, so the image is
+noise; the tokenizer is the embedded base's, since CLIP's vocabulary comes with the real model only.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from processes import BENCHMARKS, DRAW, ROOT, TRAIN, TRAINING_BAR, run, stamped
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--work_dir", type=Path, required=True, help="a new folder; about 4 GB are written to it"
     )

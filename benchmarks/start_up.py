@@ -1,12 +1,11 @@
-"""Seconds that a person waits: for --help, for the first training step, for the end of a short run,
-for an image.
+"""Seconds until --help, the first training step, the end of a short run, and the first image.
 
     python benchmarks/start_up.py --work_dir /tmp/start_up --rounds 5
 
-Both scripts as they are, on the demo. `cold` begins with an empty cache of encoded pictures, `warm`
-with the one that the cold run left; the files themselves are in the system's own cache in either.
-The first step is the end of it, sample images before it included, as the demo draws them. Prints
-every round and the medians; the last line is JSON.
+Both scripts on the demo. `cold` starts with an empty latent cache, `warm` with that of the cold
+run; the files are in the system's cache in both. The time of the first step is that of its end,
+including the sample images that the demo generates before it. Prints every round and the medians;
+the last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ GOALS = {"help_s": 1.0, "warm_first_step_s": 12.0}  # seconds, on two cores
 
 
 def train(work_dir: Path, steps: int, cpu: str) -> dict[str, float]:
-    """Seconds from the command of a demo run to its first step and to its end."""
+    """Seconds from the start of a demo run to the end of its first step and of the run."""
     words = [
         "--demo",
         "--max_train_steps",
@@ -41,7 +40,7 @@ def train(work_dir: Path, steps: int, cpu: str) -> dict[str, float]:
 
 
 def draw(work_dir: Path, cpu: str) -> dict[str, float]:
-    """Seconds from the command to the first image in the folder and to the end, for the demo's
+    """Seconds from the start to the first image in the folder and to the end, for the demo's
     prompts."""
     out = work_dir / "images"
     shutil.rmtree(out, ignore_errors=True)
@@ -81,7 +80,7 @@ def one_round(work_dir: Path, steps: int, cpu: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="the runs go here")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of the short run")
@@ -89,13 +88,12 @@ def main() -> None:
         "--cpu",
         choices=LESSER,
         default="native",
-        help="a lesser processor for the libraries to see",
+        help="pretend to be a lesser processor",
     )
     options = parser.parse_args()
     work_dir = options.work_dir.resolve()
-    one_round(
-        work_dir, 1, options.cpu
-    )  # first imports compile, first reads come from the disk: not counted
+    # Not counted: first imports compile bytecode, and first reads come from the disk.
+    one_round(work_dir, 1, options.cpu)
     rounds = []
     for number in range(options.rounds):
         rounds.append(one_round(work_dir, options.steps, options.cpu))

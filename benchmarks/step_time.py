@@ -1,17 +1,16 @@
-"""Seconds a training step and peak memory: ours, the UNet's step alone, and diffusers' own example,
-side by side.
+"""Time per step and peak memory of megaman_lora.py, the bare UNet step, and diffusers' example.
 
-    python benchmarks/step_time.py --work_dir /tmp/step_time                    ours and the bare step
+    python benchmarks/step_time.py --work_dir /tmp/step_time
     python benchmarks/step_time.py --work_dir /tmp/step_time --case sd15 --rounds 3 \\
         --peer ../peer --peer_python ../peer/.venv/bin/python --peer_precision no bf16
 
-The same base, pictures, batch, rank, targets and rate on all sides; each run is a process of its
-own, and the sides take turns. Ours is megaman_lora.py as it is, with its log and its cache; bare
-computes in the precision and memory format that ours chose, and once more between the steps of one
-process of ours (paired.py); the peer is train_text_to_image_lora.py of the folder given, in its own
-environment. The first steps of every run are left out. Peak memory is that of the whole process,
-loading included, and for ours the larger one of a first run, which encodes the pictures, and a
-later one. --cpu avx2 stands for a processor without bf16.
+All sides have the same base, images, batch size, rank, target modules and learning rate; each run
+is a process of its own, and the sides take turns. `ours` is megaman_lora.py with its log and its
+cache. `bare` computes with the dtype and memory format that ours chose, and once more between the
+steps of one process of ours (paired.py). `peer` is train_text_to_image_lora.py in the given folder,
+in its own environment. The first steps of every run are not counted. Peak memory is that of the
+whole process, including loading; for ours it is the larger one of a first run, which encodes the
+images, and a later run. --cpu avx2 stands for a processor without bf16.
 
 docs/performance.md says more. The last line is JSON.
 """
@@ -43,19 +42,16 @@ from processes import (
 )
 from random_bases import make_pictures, write_metadata
 
-RANK, RATE = 8, 1e-4
+RANK, LEARNING_RATE = 8, 1e-4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # those of the peer
 PICTURES = 16
-PEER_PROGRAMS = (
-    "run.py",
-    "train_text_to_image_lora.py",
-)  # the first one that is there; both stand for the example
+# The first one that exists is run; run.py starts the example if it needs preparation.
+PEER_PROGRAMS = ("run.py", "train_text_to_image_lora.py")
 PEER_BAR = "Steps"  # the description of its bar
 
 
 class Case(NamedTuple):
-    """A base and how it is trained; batches holds those that are measured, steps are those that
-    count."""
+    """A base and its training; each of the batch sizes is measured, over steps after the warm-up."""
 
     resolution: int
     batches: tuple[int, ...]
@@ -71,8 +67,7 @@ CASES = {
 
 
 def base_of(case: str, work_dir: Path) -> Path:
-    """The case's base, made where it is not there yet, in a process of its own so that this one
-    stays small."""
+    """The case's base, made if need be by another process so that this one stays small."""
     if case == "demo":
         return ROOT / "demo" / "base"
     folder = work_dir / f"base-{case}"
@@ -82,7 +77,7 @@ def base_of(case: str, work_dir: Path) -> Path:
 
 
 def pictures_of(case: str, work_dir: Path) -> Path:
-    """The case's pictures with a metadata.jsonl: the demo's own, or drawn ones of 512 px."""
+    """The case's images with metadata.jsonl: the demo's, or synthetic ones of 512 px."""
     folder = work_dir / ("pictures-demo" if case == "demo" else "pictures-512")
     if case != "demo":
         return make_pictures(folder, PICTURES, captions="jsonl")
@@ -97,8 +92,7 @@ def pictures_of(case: str, work_dir: Path) -> Path:
 
 
 class Runs:
-    """The sides of one case at one batch, each as a function that runs it once in a folder of its
-    own."""
+    """The sides of one case at one batch size; each runs once in a folder of its own."""
 
     def __init__(self, case: str, batch: int, options: argparse.Namespace):
         self.case, self.batch, self.options = CASES[case], batch, options
@@ -110,7 +104,7 @@ class Runs:
         )
         self.warmup = self.case.warmup if options.warmup is None else options.warmup
         self.total = self.warmup + (options.steps or self.case.steps)
-        self.chosen: dict[str, Any] = {}  # how our run said that it computes
+        self.chosen: dict[str, Any] = {}  # the compute settings of our last run
         self.sides = {"ours": self.ours, "bare": self.bare}
         for precision in options.peer_precision if options.peer else []:
             self.sides["peer" if precision == "no" else f"peer {precision}"] = (
@@ -118,10 +112,10 @@ class Runs:
             )
 
     def once(self, side: str) -> dict[str, Any]:
-        """Run a side; its result without the steps that do not count."""
+        """Run a side once; the result has only the steps that count."""
         result = self.sides[side]()
         if len(result["step_s"]) != self.total - 1:
-            sys.exit(f"{side}: {len(result['step_s']) + 1} steps noted instead of {self.total}")
+            sys.exit(f"{side}: {len(result['step_s']) + 1} steps recorded instead of {self.total}")
         return counted(result, self.warmup)
 
     def our_words(self, folder: Path) -> list[object]:
@@ -143,7 +137,7 @@ class Runs:
             "--max_train_steps",
             self.total,
             "--learning_rate",
-            RATE,
+            LEARNING_RATE,
             "--lora_rank",
             RANK,
             "--lora_alpha",
@@ -175,8 +169,7 @@ class Runs:
         return result
 
     def paired(self) -> list[float]:
-        """Every ten steps of ours as a share of the bare steps before and after them, in one
-        process."""
+        """Ratios of every ten steps of ours to the bare steps around them, in one process."""
         folder = self.work_dir / "ours"
         words = [self.warmup, TRAIN, *self.our_words(folder)]
         found = run(
@@ -201,7 +194,7 @@ class Runs:
             "--rank",
             RANK,
             "--learning_rate",
-            RATE,
+            LEARNING_RATE,
             "--targets",
             *TARGETS,
             "--device",
@@ -223,7 +216,7 @@ class Runs:
             path for name in PEER_PROGRAMS if (path := self.options.peer.resolve() / name).is_file()
         )
         words = [
-            *["--"] * (program.name == "run.py"),
+            *(["--"] if program.name == "run.py" else []),
             "--pretrained_model_name_or_path",
             self.base,
             "--train_data_dir",
@@ -242,7 +235,7 @@ class Runs:
             "--max_train_steps",
             self.total,
             "--learning_rate",
-            RATE,
+            LEARNING_RATE,
             "--rank",
             RANK,
             "--seed",
@@ -260,8 +253,7 @@ class Runs:
 
 
 def counted(result: dict[str, Any], warmup: int) -> dict[str, Any]:
-    """The result without the times of the first steps; that of the very first has no beginning and
-    is never there."""
+    """The result without the warm-up; the first step has no time, since its start is unknown."""
     return {
         **result,
         **{name: result[name][max(0, warmup - 1) :] for name in ("step_s", "step_cpu_s")},
@@ -269,57 +261,70 @@ def counted(result: dict[str, Any], warmup: int) -> dict[str, Any]:
 
 
 def measure(case: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """All the rounds of one case at one batch: a line for each run, then medians and ratios."""
+    """All rounds of one case at one batch size: a line for each run, then medians and ratios."""
     runs = Runs(case, batch, options)
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in runs.sides}
     pairs: list[float] = []
-    for number in range(options.rounds):
+    for number in range(1, options.rounds + 1):
         for side in runs.sides:
             result = runs.once(side)
             results[side].append(result)
-            step, cpu = summary(result["step_s"]), summary(result["step_cpu_s"])
-            print(
-                f"{case} batch {batch}  round {number + 1}  {side:9} {step['median']:8.4f} s a step  CPU "
-                f"{cpu['median']:8.4f} s  peak {result['peak_mb']:7.0f} MB  whole run {result['seconds']:6.1f} s",
-                flush=True,
-            )
-        pairs += runs.paired() if runs.total - runs.warmup >= LOGS_EVERY else []
-    found = {side: together(each) for side, each in results.items()}
-    ratios = {
-        f"ours / {side}": ratio(found["ours"], found[side]) for side in found if side != "ours"
-    }
-    print(f"{case} batch {batch}: ours chose {', '.join(runs.chosen.values())}")
-    for side, each in found.items():
-        print(
-            f"  {side:9} {each['step_s']['median']:8.4f} s ({each['step_s']['quartile_1']:.4f} to "
-            f"{each['step_s']['quartile_3']:.4f}), with the log {each['logged_s']['median']:.4f}  CPU "
-            f"{each['step_cpu_s']['median']:8.4f} s  peak {each['peak_mb']:7.0f} MB"
-        )
-    for name, each in ratios.items():
-        words = [f"{figure} {value:.3f}" for figure, value in each.items()]
-        print(f"  {name:18} {', '.join(words)}", flush=True)
+            report_run(f"{case} batch {batch}  round {number}  {side:9}", result)
+        if runs.total - runs.warmup >= LOGS_EVERY:
+            pairs += runs.paired()
+    sides = {side: together(rounds) for side, rounds in results.items()}
+    ratios = {f"ours / {side}": ratio(sides["ours"], sides[side]) for side in sides}
+    del ratios["ours / ours"]
     paired = summary(pairs) if pairs else None
-    if paired:
-        print(
-            f"  ours / bare, by turns in one process: {paired['median']:.3f} ({paired['quartile_1']:.3f} to "
-            f"{paired['quartile_3']:.3f})",
-            flush=True,
-        )
+    print(f"{case} batch {batch}: ours chose {', '.join(runs.chosen.values())}")
+    report(sides, ratios, paired)
     return {
         "case": case,
         "batch": batch,
         "resolution": runs.case.resolution,
         "steps": runs.total - runs.warmup,
         "chosen": runs.chosen,
-        "sides": found,
+        "sides": sides,
         "ratios": ratios,
         "paired": paired,
     }
 
 
+def report_run(label: str, result: dict[str, Any]) -> None:
+    step, cpu = (summary(result[name])["median"] for name in ("step_s", "step_cpu_s"))
+    print(
+        f"{label} {step:8.4f} s per step  CPU {cpu:8.4f} s  peak {result['peak_mb']:7.0f} MB  "
+        f"whole run {result['seconds']:6.1f} s",
+        flush=True,
+    )
+
+
+def report(
+    sides: dict[str, dict[str, Any]],
+    ratios: dict[str, dict[str, float]],
+    paired: dict[str, float] | None,
+) -> None:
+    for side, result in sides.items():
+        step, cpu = result["step_s"], result["step_cpu_s"]["median"]
+        print(
+            f"  {side:9} {step['median']:8.4f} s ({quartiles(step, '.4f')}), with the log "
+            f"{result['logged_s']['median']:.4f}  CPU {cpu:8.4f} s  "
+            f"peak {result['peak_mb']:7.0f} MB"
+        )
+    for name, values in ratios.items():
+        words = [f"{figure} {value:.3f}" for figure, value in values.items()]
+        print(f"  {name:18} {', '.join(words)}", flush=True)
+    if paired:
+        median = f"{paired['median']:.3f} ({quartiles(paired, '.3f')})"
+        print(f"  ours / bare, by turns in one process: {median}", flush=True)
+
+
+def quartiles(values: dict[str, float], digits: str) -> str:
+    return f"{values['quartile_1']:{digits}} to {values['quartile_3']:{digits}}"
+
+
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """A side's rounds as one: all the steps together, also as means of some in a row; the highest
-    of the peaks."""
+    """A side's rounds as one: all steps, the means of steps in a row, and the highest peaks."""
     steps = {
         name: summary([value for each in results for value in each[name]])
         for name in ("step_s", "step_cpu_s")
@@ -341,15 +346,15 @@ def together(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def in_a_row(values: list[float]) -> list[float]:
-    """The means of LOGS_EVERY steps each, so that one holds the cost of one log; of all where they
-    are fewer."""
+    """The means of LOGS_EVERY steps in a row, each of which includes one log; of all if they are
+    fewer."""
     count = max(1, len(values) // LOGS_EVERY)
     size = min(len(values), LOGS_EVERY)
     return [fmean(values[part * size : (part + 1) * size]) for part in range(count)]
 
 
 def ratio(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """The medians of ours as shares of another side's, and the peaks."""
+    """The ratios of our medians and peaks to another side's."""
     figures = {
         "time": "step_s",
         "time with the log": "logged_s",
@@ -368,17 +373,17 @@ def ratio(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     return {**shares, **peaks}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add(
         "--work_dir",
         type=Path,
         required=True,
-        help="bases, pictures and runs; some 5 GB with sd15, kept for later",
+        help="bases, images and runs; about 5 GB with sd15, kept for later",
     )
     add("--case", nargs="+", choices=CASES, default=list(CASES))
-    add("--batch", type=int, nargs="+", help="pictures a step (default: the case's own)")
+    add("--batch", type=int, nargs="+", help="images per step (default: the case's own)")
     add("--rounds", type=int, default=3)
     add("--steps", type=int, help="steps that count in every run (default: the case's own)")
     add("--warmup", type=int, help="steps before them (default: the case's own)")
@@ -405,33 +410,29 @@ def main() -> None:
         "--cpu",
         choices=LESSER,
         default="native",
-        help="a lesser processor for the libraries to see",
+        help="pretend to be a lesser processor",
     )
     options = parser.parse_args()
     if bool(options.peer) != bool(options.peer_python):
         parser.error("--peer and --peer_python go together")
     if options.peer and not any((options.peer / name).is_file() for name in PEER_PROGRAMS):
         parser.error(f"--peer {options.peer} holds no {PEER_PROGRAMS[1]}")
-    options.work_dir = options.work_dir.resolve()  # every run has a folder of its own to be in
-    options.peer_python = options.peer_python and os.path.abspath(
-        options.peer_python
-    )  # a link that is not followed
+    options.work_dir = options.work_dir.resolve()
+    if options.peer_python:  # made absolute without following links
+        options.peer_python = os.path.abspath(options.peer_python)
+    return options
+
+
+def main() -> None:
+    options = parse_options()
     options.work_dir.mkdir(parents=True, exist_ok=True)
     results = [
         measure(case, batch, options)
         for case in options.case
         for batch in options.batch or CASES[case].batches
     ]
-    print(
-        json.dumps(
-            {
-                "benchmark": "step_time",
-                "rounds": options.rounds,
-                "results": results,
-                "machine": machine(options.cpu),
-            }
-        )
-    )
+    report = {"rounds": options.rounds, "results": results, "machine": machine(options.cpu)}
+    print(json.dumps({"benchmark": "step_time", **report}))
 
 
 if __name__ == "__main__":
