@@ -307,11 +307,10 @@ def judge_kinds(
 
 
 def judge_memory(results: dict[str, float], draw: Generate, work_dir: Path) -> None:
-    """Share of 64 samples nearer to a training picture than the 5th percentile of held-out pictures
-    are."""
+    """Share of 64 samples nearer to a training image than the 5th percentile of held-out images."""
     if not (work_dir / "pictures.npy").is_file():
         print(
-            "the base's own training pictures are not in --work_dir: nearest neighbours are left out",
+            "--work_dir has not the base's training images: nearest neighbors are skipped",
             file=sys.stderr,
         )
         return
@@ -336,7 +335,7 @@ def nearest(pictures: np.ndarray, training: np.ndarray) -> np.ndarray:
 
 
 def judge_hero(results: dict[str, float], base: Base, draw: Generate, pictures: np.ndarray) -> None:
-    """Whether the trigger word, and only it, gives the hero, by a judge of hero against the rest."""
+    """Whether the trigger word, and only it, gives the hero, by a judge of hero and the rest."""
     hero = through_vae(base, heroes())
     rest = through_vae(base, pictures[:3000])
     images = torch.cat([hero[:-6].repeat(20, 1, 1, 1), rest[500:]])

@@ -86,7 +86,10 @@ def measure(lora_path: Path, held_out: Path) -> dict:
         FileIndex(None),
         LatentCache(None),
     )
-    means = torch.cat(list(moments)).chunk(2, dim=1)[0] * base.scaling_factor
+    means = (
+        torch.cat([moments[index] for index in range(len(dataset))]).chunk(2, dim=1)[0]
+        * base.scaling_factor
+    )
     states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, dataset.captions)
     texts = torch.stack([states[caption] for caption in dataset.captions])
     without = [held_out_loss(base.unet, base.noise_scheduler, means, texts, seed) for seed in SEEDS]

@@ -22,8 +22,7 @@ RANK = 8
 
 
 def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, float]:
-    """The peak of two training steps in this process and that of their plan, in GB (2**30
-    bytes)."""
+    """The peak of two training steps in this process and its estimate, in GB (2**30 bytes)."""
     import psutil
     import torch
     from diffusers import UNet2DConditionModel
@@ -33,6 +32,8 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     from megaman.hub import DEFAULT_BASE
     from megaman.lora import adapter
     from megaman.models.configs import read_configs, unet_width
+    from megaman.models.typed import move, predict_noise
+    from megaman.models.weights import build
     from megaman.runtime import choose_device, place
     from megaman.training import loss as diffusion
     from megaman.training.compute import checkpoint_gradients
@@ -48,8 +49,7 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     runtime.keep_freed_memory()
     before = psutil.Process().memory_info().rss
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(configs["unet"]).to(dtype)
+    unet = move(build(UNet2DConditionModel, configs["unet"]), dtype)
     unet.to_empty(device=device).requires_grad_(False).train()
     for parameter in unet.parameters():
         parameter.data.uniform_(-0.02, 0.02)
@@ -57,16 +57,13 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     if checkpointing:
         checkpoint_gradients([unet])
     optimizer = torch.optim.AdamW(trainable, fused=True)
-    cells = size // 8
+    latent_size = size // 8
     for _ in range(2):
-        noisy, states = (
-            torch.randn(1, 4, cells, cells, device=device),
-            torch.randn(1, 77, 768, device=device),
-        )
+        noisy = torch.randn(1, 4, latent_size, latent_size, device=device)
+        prompt_embeds = torch.randn(1, 77, 768, device=device)
+        timesteps = torch.tensor([500], device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            noise_pred = unet(
-                noisy.to(dtype), torch.tensor([500], device=device), states.to(dtype)
-            ).sample
+            noise_pred = predict_noise(unet, noisy.to(dtype), timesteps, prompt_embeds.to(dtype))
         diffusion.loss(noise_pred, torch.randn_like(noisy)).backward()
         optimizer.step()
         optimizer.zero_grad()

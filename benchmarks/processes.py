@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
@@ -29,7 +29,7 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as Linux calls 
 
 
 def stamped(bar: str, program: Path, *words: object, python: str = sys.executable) -> list[str]:
-    """The command that runs a program under stamped.py, which records each update of a progress bar."""
+    """The command that runs a program under stamped.py, which records a progress bar's updates."""
     return [python, str(BENCHMARKS / "stamped.py"), bar, str(program), *map(str, words)]
 
 
@@ -90,9 +90,17 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def significant(value: float) -> float:
-    """The value to four significant digits."""
-    return float(f"{value:.4g}")
+@overload
+def significant(value: float) -> float: ...
+
+
+@overload
+def significant(value: None) -> None: ...
+
+
+def significant(value: float | None) -> float | None:
+    """The value to four significant digits, None for none."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 def median_of(results: Sequence[dict[str, Any]], name: str) -> float | None:

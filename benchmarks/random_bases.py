@@ -22,18 +22,34 @@ DEMO = ROOT / "demo" / "base"
 # Configurations of UNet, VAE and text encoder; all other values are those of Stable Diffusion 1.5.
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "sd15": (
-        {"sample_size": 64, "cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280)},
+        {
+            "sample_size": 64,
+            "cross_attention_dim": 768,
+            "block_out_channels": (320, 640, 1280, 1280),
+        },
         {"sample_size": 512, "block_out_channels": (128, 256, 512, 512)},
-        {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-         "num_attention_heads": 12, "projection_dim": 768},
+        {
+            "vocab_size": 49408,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "projection_dim": 768,
+        },
     ),
     "mid": (
         {"sample_size": 16, "cross_attention_dim": 256, "block_out_channels": (64, 128, 256, 256)},
         {"sample_size": 128, "block_out_channels": (32, 64, 128, 128)},
-        {"vocab_size": 3156, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
-         "num_attention_heads": 4, "projection_dim": 256},
+        {
+            "vocab_size": 3156,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "projection_dim": 256,
+        },
     ),
-}  # fmt: skip
+}
 
 COLORS = {
     "red": (200, 40, 40),

@@ -51,7 +51,7 @@ PEER_BAR = "Steps"  # the description of its bar
 
 
 class Case(NamedTuple):
-    """A base and its training; each of the batch sizes is measured, over steps after the warm-up."""
+    """A base and its training; each batch size is measured, over steps after the warm-up."""
 
     resolution: int
     batches: tuple[int, ...]

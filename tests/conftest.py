@@ -24,7 +24,6 @@ needs_browser = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the package lies beside the scripts and is not installed
 os.environ["ACCELERATE_USE_CPU"] = (
     "true"  # the tests compare pixels and weights, also on machines with a card
 )

@@ -8,7 +8,7 @@ import os
 import sys
 
 import pytest
-from conftest import FEW_TARGETS, ROOT
+from conftest import FEW_TARGETS
 from safetensors.torch import load_file
 
 from megaman import threads
@@ -264,7 +264,6 @@ def test_an_image_is_generated_again_with_as_many_threads(watched, run_script):
 
 
 def test_contention_measures_what_it_says():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import contention
 
     assert contention.SPIN_COUNT == 300_000 and set(contention.settings_of(["A=1,B=2"])) == {
