@@ -168,7 +168,7 @@ def planted(tmp_path_factory) -> tuple[dict, dict[str, str]]:
     folder = tmp_path_factory.mktemp("planted")
     made = {}
     for number in range(120):
-        made |= benchmark.make(number, folder, copies=40, blurred=2)
+        made |= benchmark.make(number, folder, num_copies=40, num_blurred=2)
     write_report(folder.parent / "out", look_at(folder, 512))
     return json.loads((folder.parent / "out" / DATA).read_text(encoding="utf-8")), made
 
@@ -202,7 +202,7 @@ def test_one_background_with_other_figures_is_no_duplicate(tmp_path):
     for number in range(12):
         image = scene(1)
         ImageDraw.Draw(image).ellipse(
-            (100, 60, 150, 110 + 3 * number), fill=benchmark.colour(np.random.default_rng(number))
+            (100, 60, 150, 110 + 3 * number), fill=benchmark.color(np.random.default_rng(number))
         )
         write(tmp_path, f"{number}.png", image)
     assert "duplicates" not in kinds(look_at(tmp_path))
