@@ -1,5 +1,5 @@
-"""Run a Python program unchanged, and print as a last JSON line when its steps ended and what memory
-it took.
+"""Run a Python program unchanged, and print as a last JSON line when its steps ended and how much
+memory it took.
 
     python benchmarks/stamped.py training megaman_lora.py --demo --max_train_steps 20
 

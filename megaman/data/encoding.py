@@ -1,4 +1,4 @@
-"""Encode the images of a dataset once, before training, into the cache; or find the damaged ones."""
+"""Encode the images of a dataset into the cache once, before training; find damaged images."""
 
 from __future__ import annotations
 

@@ -79,10 +79,10 @@ class Layout(NamedTuple):
 def read_layout(folder: Path, config: FolderConfig) -> Layout:
     """Find every image below a folder with its caption and repeats.
 
-    A caption comes from the metadata file (metadata_files.NAMES) of the image's folder, or of the nearest one
-    above, that names the image; else from the caption file with the image's stem; else from the
-    name of kohya's folder 10_name; else from the image's name. Below a metadata file, an image that
-    is neither named there nor has a caption file is skipped, as in imagefolder.
+    A caption comes from the metadata file (`metadata_files.NAMES`) of the image's folder, or of the
+    nearest one above, that names the image; else from the caption file with the image's stem; else
+    from the name of kohya's folder 10_name; else from the image's name. Below a metadata file, an
+    image that is neither named there nor has a caption file is skipped, as in imagefolder.
 
     The number of the nearest folder 10_name below the given one multiplies the repeats.
     """

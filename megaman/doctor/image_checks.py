@@ -1,5 +1,5 @@
-"""Checks of a training set's images for the dataset doctor: readable, large enough, sharp, distinct;
-their shapes and buckets."""
+"""Checks of a training set's images for the dataset doctor: are they readable, large enough, sharp
+and distinct? Their shapes and buckets."""
 
 from __future__ import annotations
 

@@ -1,17 +1,14 @@
-"""Buckets and their batches: no picture missed or doubled, no batch of mixed sizes, no side off the
-step."""
+"""Buckets: no side off the step, no area beyond the limit, the nearest shape for every image."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.data.batches import Batches, position_at
 from megaman.data.buckets import Buckets, make_buckets, summary
 from megaman.errors import UserError
 
@@ -119,7 +116,8 @@ def test_small_pictures_without_upscale(size, bucket):
 )
 def test_limits_that_leave_no_room(limits, flag):
     with pytest.raises(UserError, match=f"--{flag} "):
-        make_buckets(512, 512, *limits, True)
+        smallest, largest, step = limits
+        make_buckets(512, 512, smallest, largest, step, True)
 
 
 def test_the_square_is_there_whatever_the_limits():
@@ -129,126 +127,3 @@ def test_the_square_is_there_whatever_the_limits():
 def test_the_line_of_the_buckets():
     assert summary([(64, 64), (32, 128), (64, 64)]) == "64x64: 2, 32x128: 1"
     assert summary((8 * side, 8) for side in range(1, 30)).endswith("96x8: 1 and 17 more")
-
-
-# Batches.
-
-
-@given(
-    SIZES,
-    st.integers(1, 9),
-    st.integers(1, 4),
-    st.integers(1, 5),
-    st.integers(1, 9),
-    st.integers(0, 2**40),
-    st.integers(0, 50),
-    st.booleans(),
-)
-def test_every_picture_exactly_once_an_epoch(
-    sizes, size, processes, accumulated, part, seed, epoch, upscale
-):
-    """Whatever the sizes, the batch, the processes and the accumulation; and no batch mixes
-    sizes."""
-    buckets = make_buckets(512, 512, None, None, None, upscale)
-    shapes = [buckets.size_for(*each) for each in sizes]
-    batches = Batches(len(shapes), shapes, size, accumulated, processes, seed)
-    part = size if processes > 1 else part
-    steps = (
-        math.lcm(batches.epoch_length, accumulated) // accumulated
-    )  # as many as end where an epoch does
-    epochs = steps * accumulated // batches.epoch_length
-    seen, numbers = Counter(), Counter()
-    for step in range(1 + epoch * steps, 1 + (epoch + 1) * steps):
-        per_process = [batches.micro_batches(step, process, part) for process in range(processes)]
-        assert len({len(parts) for parts in per_process}) == 1, (
-            "each process has the same number of exchanges"
-        )
-        weights = Counter()
-        for together in zip(*per_process, strict=True):
-            pictures = [picture for each in together for picture in each.positions]
-            assert len({shapes[picture] for picture in pictures}) == 1
-            for each in together:
-                assert 1 <= len(each.positions) == len(each.sample_indices) <= part
-                if each.divisor < math.inf:
-                    seen.update(each.positions)
-                    numbers.update(each.sample_indices)
-                    weights.update(
-                        {
-                            number: 1 / len(each.positions) / each.divisor / processes
-                            for number in each.sample_indices
-                        }
-                    )
-        assert sum(weights.values()) == pytest.approx(1)
-        assert max(weights.values()) == pytest.approx(min(weights.values())), (
-            "every picture of a step counts the same"
-        )
-    assert seen == Counter(dict.fromkeys(range(len(shapes)), epochs))
-    first = epoch * epochs * len(shapes)
-    assert numbers == Counter(range(first, first + epochs * len(shapes))), (
-        "each with random numbers of its own"
-    )
-
-
-@given(SIZES, st.integers(1, 6), st.integers(1, 3), st.integers(0, 2**40))
-def test_processes_and_parts_share_the_same_batches(sizes, size, accumulated, seed):
-    """One process with batches of 4 x size, or four with size each, or smaller parts of them: the
-    same pictures with the same random numbers in each step; and what was asked before makes no
-    difference."""
-    shapes = [SD15.size_for(*each) for each in sizes]
-
-    def pictures(step, processes, part):
-        batches = Batches(len(shapes), shapes, 4 * size // processes, accumulated, processes, seed)
-        parts = [
-            each
-            for process in range(processes)
-            for each in batches.micro_batches(step, process, part)
-        ]
-        return sorted(
-            pair
-            for each in parts
-            if each.divisor < math.inf
-            for pair in zip(each.sample_indices, each.positions, strict=True)
-        )
-
-    for step in (7, 1, 100):
-        assert pictures(step, 1, 4 * size) == pictures(step, 4, size) == pictures(step, 1, 1)
-
-
-def test_epochs_and_seeds_have_their_own_batches():
-    shapes = [(64, 64)] * 9 + [(32, 128)] * 4
-    orders = set()
-    for seed in range(5):
-        batches = Batches(len(shapes), shapes, 2, 1, 1, seed)
-        assert batches.epoch_length == 7
-        orders |= {
-            tuple(
-                batches.micro_batches(1 + 7 * epoch + place, 0, 2)[0].positions
-                for place in range(7)
-            )
-            for epoch in range(5)
-        }
-    assert len(orders) == 25
-
-
-@given(
-    st.integers(1, 40),
-    st.integers(1, 6),
-    st.integers(1, 4),
-    st.integers(1, 4),
-    st.integers(1, 30),
-    st.integers(0),
-)
-def test_without_buckets_the_pictures_come_in_one_endless_row(
-    count, size, accumulated, processes, step, seed
-):
-    """The order that runs without buckets have always had, and no part smaller than another."""
-    batches = Batches(count, None, size, accumulated, processes, seed)
-    assert (batches.epoch_length, batches.step_length) == (count, size * accumulated * processes)
-    for process in range(processes):
-        for micro, part in enumerate(batches.micro_batches(step, process, size)):
-            first = (((step - 1) * accumulated + micro) * processes + process) * size
-            assert part.sample_indices == tuple(range(first, first + size))
-            assert part.positions == tuple(
-                position_at(number, count, seed) for number in part.sample_indices
-            )
-            assert part.divisor == accumulated

@@ -1,5 +1,5 @@
-"""Captions: whatever the encoding of the file beside the picture, and words from its name where
-there is none."""
+"""Captions: whatever the encoding of the file next to the image, and words from its name if there
+is none."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ from megaman.data.captions import (
 
 
 def read_caption(picture: Path) -> str | None:
-    """The text of the file beside the picture; None where the caption was made from the name."""
+    """The text of the file next to the image; None if the caption was made from the name."""
     caption = caption_for(picture)
     return caption.text if caption.from_file else None
+
+
+def warning_of(caption: Caption) -> tuple[Path, str]:
+    assert caption.warning is not None
+    return caption.warning
 
 
 @pytest.mark.parametrize(
@@ -63,15 +68,16 @@ def read_caption(picture: Path) -> str | None:
         "UTF-16 mark alone",
     ],
 )
-def test_the_file_beside_the_picture(tmp_path, content, caption):
+def test_the_file_next_to_the_picture(tmp_path, content, caption):
     (tmp_path / "robot_01.txt").write_bytes(content)
     picture = tmp_path / "robot_01.png"
     assert read_caption(picture) == caption
-    found = caption is not None
-    assert caption_for(picture)[:2] == (caption if found else f"robot, {COMMON_ENDING}", found)
+    text, from_file, *_ = caption_for(picture)
+    assert from_file == (caption is not None)
+    assert text == (caption or f"robot, {COMMON_ENDING}")
 
 
-def test_no_file_beside_the_picture(tmp_path):
+def test_no_file_next_to_the_picture(tmp_path):
     assert read_caption(tmp_path / "robot.png") is None
     assert caption_for(tmp_path / "boss_robot_03.png") == Caption(
         f"boss robot, {COMMON_ENDING}", False
@@ -156,7 +162,7 @@ def test_any_bytes_make_one_visible_line_or_nothing(tmp_path_factory, content):
     assert caption.text == " ".join(caption.text.split()) and caption.text.strip(JOINERS)
     assert not any(map(is_control, caption.text))
     assert tidy(caption.text) == caption.text
-    assert caption.from_file or caption.warning, "a file that is not used is told of"
+    assert caption.from_file or caption.warning, "a file that is not used is reported"
     (folder / "any_caption.txt").write_text(caption.text, encoding="utf-8")
     assert caption_for(folder / "any_caption.png") == Caption(caption.text, True, None, ".txt"), (
         "saved as UTF-8 it stays as it is"
@@ -181,26 +187,30 @@ def test_unicode_text_comes_back_whole(tmp_path_factory, text, encoding):
 
 
 # What people write, in the encodings that they write it in.
-WESTERN = """café · naïve robot, déjà vu · Größe, blaue Rüstung, Straße · Ära der Maschinen · Älterer Roboter · Äpfel ·
-    señor robot, niño, ¿qué? · ¡Hola! · robô azul, coração, ação, não · Ça va? garçon élève · blå rød grøn · Åke ·
-    “blue” robot — don’t · it’s “fine” · …and more · © 2020 robot ® · 20° view · robot «bleu» à côté · ÉLÉGANT ·
-    MÄNNLICH · GRÖSSE ÜBERALL · à · Ä · Äh · Öl · São Paulo · Ñandú · Þór þing · façade ·
-    a²b · robot×hero · éèêë · õäöü"""
-JAPANESE = """ロックマン · 青いロボット · ロックマン、青いロボット、ヘルメット · ろっくまん · mega man, 青い · 青, 赤 ·
-    mega man 青い · 正面、白背景 · ヘルメットをかぶった青いロボットが右を向いて走っている · エックス · ゼロ · 洛克人 ·
-    少年 · ボス · robot ロボット blue · ロボット01 · 「ロックマン」 · 赤 · 戦闘 · Ｘ · 青色の装甲"""
-CHINESE = """洛克人 · 藍色機器人 · 洛克人，藍色機器人，頭盔，遊戲角色，細緻裝甲 · mega man, 藍色機器人 · 藍 · 藍, 紅 ·
-    跳躍 · 站立，正面，白色背景 · 一個戴著頭盔的藍色機器人向右跑 · 「洛克人」 · 戰鬥姿勢 · 手砲 ·
-    robot 機器人 blue · 機器人01 · 洛克人X，白色盔甲 · 這是一張圖片 · 我的 · 的 · 夜晚星空"""
-IN_LEGACY = [
-    (encoding, name, text.strip())
-    for encoding, name, texts in [
-        ("cp1252", "Windows-1252", WESTERN),
-        ("shift_jis", "Shift-JIS", JAPANESE),
-        ("big5", "Big5", CHINESE),
-    ]
-    for text in texts.split("·")
-]
+WESTERN = """
+    café · naïve robot, déjà vu · Größe, blaue Rüstung, Straße · Ära der Maschinen ·
+    Älterer Roboter · Äpfel · señor robot, niño, ¿qué? · ¡Hola! ·
+    robô azul, coração, ação, não · Ça va? garçon élève · blå rød grøn · Åke ·
+    “blue” robot — don’t · it’s “fine” · …and more · © 2020 robot ® · 20° view ·
+    robot «bleu» à côté · ÉLÉGANT · MÄNNLICH · GRÖSSE ÜBERALL · à · Ä · Äh · Öl · São Paulo ·
+    Ñandú · Þór þing · façade · a²b · robot×hero · éèêë · õäöü"""
+JAPANESE = """
+    ロックマン · 青いロボット · ロックマン、青いロボット、ヘルメット · ろっくまん ·
+    mega man, 青い · 青, 赤 · mega man 青い · 正面、白背景 ·
+    ヘルメットをかぶった青いロボットが右を向いて走っている · エックス · ゼロ · 洛克人 · 少年 ·
+    ボス · robot ロボット blue · ロボット01 · 「ロックマン」 · 赤 · 戦闘 · Ｘ · 青色の装甲"""
+CHINESE = """
+    洛克人 · 藍色機器人 · 洛克人，藍色機器人，頭盔，遊戲角色，細緻裝甲 · mega man, 藍色機器人 ·
+    藍 · 藍, 紅 · 跳躍 · 站立，正面，白色背景 · 一個戴著頭盔的藍色機器人向右跑 · 「洛克人」 ·
+    戰鬥姿勢 · 手砲 · robot 機器人 blue · 機器人01 · 洛克人X，白色盔甲 · 這是一張圖片 · 我的 ·
+    的 · 夜晚星空"""
+IN_LEGACY: list[tuple[str, str, str]] = []
+for encoding, name, texts in [
+    ("cp1252", "Windows-1252", WESTERN),
+    ("shift_jis", "Shift-JIS", JAPANESE),
+    ("big5", "Big5", CHINESE),
+]:
+    IN_LEGACY += [(encoding, name, text.strip()) for text in texts.split("·")]
 
 
 @pytest.mark.parametrize(("encoding", "name", "text"), IN_LEGACY, ids=str)
@@ -226,7 +236,7 @@ def test_control_characters_go_and_joiners_stay(tmp_path):
     for content in (bytes(range(1, 32)), "\u200d\u200f ".encode(), "\x85\x9f".encode()):
         (tmp_path / "a.txt").write_bytes(content)
         caption = caption_for(tmp_path / "a.png")
-        assert not caption.from_file and "holds no text" in caption.warning[1]
+        assert not caption.from_file and "holds no text" in warning_of(caption)[1]
 
 
 def test_a_guessed_encoding_is_known(tmp_path):
@@ -236,14 +246,13 @@ def test_a_guessed_encoding_is_known(tmp_path):
         ("marked", "é".encode("utf-16")),
     ):
         (tmp_path / f"{name}.txt").write_bytes(content)
-    path, remark = caption_for(tmp_path / "guessed.png").warning
-    assert path == tmp_path / "guessed.txt" and "was read as Windows-1252" in remark
-    assert [
-        caption_for(tmp_path / f"{name}.png").warning for name in ("plain", "marked", "none")
-    ] == [None] * 3
+    path, text = warning_of(caption_for(tmp_path / "guessed.png"))
+    assert path == tmp_path / "guessed.txt" and "was read as Windows-1252" in text
+    for name in ("plain", "marked", "none"):
+        assert caption_for(tmp_path / f"{name}.png").warning is None
 
 
-def test_a_file_that_cannot_be_read_gives_the_names_caption_and_is_told_of(tmp_path):
+def test_a_file_that_cannot_be_read_gives_the_names_caption_and_is_reported(tmp_path):
     kinds = {"huge": "bytes are too many"}
     (tmp_path / "huge.txt").write_bytes(b"a" * (MAX_FILE_SIZE + 1))
     for name, target in (("gone", "nowhere"), ("loop", "loop")):
@@ -255,16 +264,17 @@ def test_a_file_that_cannot_be_read_gives_the_names_caption_and_is_told_of(tmp_p
     for name, reason in kinds.items():
         caption = caption_for(tmp_path / f"{name}.png")
         assert (caption.text, caption.from_file) == (f"{name}, {COMMON_ENDING}", False)
-        assert caption.warning[0] == tmp_path / f"{name}.txt" and reason in caption.warning[1]
+        path, text = warning_of(caption)
+        assert path == tmp_path / f"{name}.txt" and reason in text
 
 
 def test_the_largest_caption_is_taken_whole(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a" * MAX_FILE_SIZE)
-    assert len(read_caption(tmp_path / "a.png")) == MAX_FILE_SIZE
+    assert read_caption(tmp_path / "a.png") == "a" * MAX_FILE_SIZE
 
 
 @pytest.mark.parametrize(
-    ("caption", "told"),
+    ("caption", "is_sided"),
     [
         ("mega man, arm cannon on his left arm", True),
         ("Right hand up", True),
@@ -277,5 +287,5 @@ def test_the_largest_caption_is_taken_whole(tmp_path):
         ("", False),
     ],
 )
-def test_captions_that_tell_a_side(caption, told):
-    assert names_a_side(caption) == told
+def test_captions_that_name_a_side(caption, is_sided):
+    assert names_a_side(caption) == is_sided

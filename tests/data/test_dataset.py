@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,19 +21,22 @@ from megaman.data.dataset import MegaManDataset
 from megaman.data.images import BadImageError, to_tensor
 from megaman.errors import UserError
 
-THE_CONTRACTS = "from megaman_lora import MegaManDataset; ds = MegaManDataset('./megaman_images', None); print(len(ds))"
+THE_CONTRACTS = (
+    "from megaman_lora import MegaManDataset; "
+    "ds = MegaManDataset('./megaman_images', None); print(len(ds))"
+)
+LIST_HEAVY_MODULES = (
+    "import json, sys; "
+    "print(json.dumps([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules]))"
+)
 
 
 def ramp(width: int, height: int) -> Image.Image:
-    """Every column has its own red, every row its own green: a crop tells where it was cut."""
+    """Every column has its own red, every row its own green: a crop shows where it was cut."""
     image = Image.new("RGB", (width, height))
-    image.putdata(
-        [
-            (x * 255 // max(1, width - 1), y * 255 // max(1, height - 1), 0)
-            for y in range(height)
-            for x in range(width)
-        ]
-    )
+    for x, y in product(range(width), range(height)):
+        red, green = x * 255 // max(1, width - 1), y * 255 // max(1, height - 1)
+        image.putpixel((x, y), (red, green, 0))
     return image
 
 
@@ -58,8 +62,7 @@ def test_counted_without_decoding_and_without_torch(run_script, pictures):
     pictures.rename(pictures.parent / "megaman_images")
     done = run_script(["-c", THE_CONTRACTS], pictures.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")
-    tell = "import json, sys; print(json.dumps([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules]))"
-    done = run_script(["-c", f"{THE_CONTRACTS}; {tell}"], pictures.parent)
+    done = run_script(["-c", f"{THE_CONTRACTS}; {LIST_HEAVY_MODULES}"], pictures.parent)
     assert done.stdout.splitlines() == ["5", json.dumps([])]
 
 
@@ -190,7 +193,7 @@ def test_variants_belong_to_the_seed_and_the_picture_wherever_the_folder_lies(ra
     assert torch.equal(first, crops(moved, index=1))
 
 
-def test_a_picture_whose_caption_tells_a_side_is_not_mirrored(ramps):
+def test_a_picture_whose_caption_names_a_side_is_not_mirrored(ramps):
     (ramps / "1_wide.txt").write_text("robot, cannon on the Left arm")
     dataset = MegaManDataset(ramps, None, size=32)
     variants = [all_crops(dataset, index, 1, True, seed=0) for index in range(3)]
@@ -202,7 +205,7 @@ def test_a_picture_whose_caption_tells_a_side_is_not_mirrored(ramps):
 
 @pytest.mark.parametrize("center_crop", [True, False])
 def test_in_buckets_a_picture_keeps_its_shape(ramps, center_crop):
-    """Each is trained on in its bucket's size, whole where the shapes are the same, without being
+    """Each is trained on at its bucket's size, whole if the shapes are the same, without being
     stretched."""
     dataset = MegaManDataset(ramps, None, size=64, center_crop=center_crop)
     dataset.set_buckets(make_buckets(64, 64, None, None, None, True))
@@ -237,7 +240,7 @@ def test_captions_are_found_or_made(pictures):
     ]
 
 
-def test_check_leaves_out_what_cannot_be_trained_on(pictures):
+def test_check_drops_what_cannot_be_trained_on(pictures):
     """One damaged picture, one too small, one gone; captions and pictures stay together."""
     (pictures / "megaman_01.png").write_bytes(b"")
     Image.new("RGB", (8, 8)).save(pictures / "megaman_03.png")
@@ -263,7 +266,7 @@ def test_check_leaves_out_what_cannot_be_trained_on(pictures):
 
 
 def test_check_reads_headers_alone(pictures):
-    """A picture cut short has a good header: it is left out later, when it is read."""
+    """A picture cut short has a good header: it is skipped later, when it is read."""
     path = pictures / "megaman_01.png"
     path.write_bytes(path.read_bytes()[:-40])
     dataset = MegaManDataset(pictures, None)
@@ -283,8 +286,11 @@ def test_a_damaged_picture_is_named_as_such(pictures):
 
 
 def test_it_can_be_iterated_to_its_end(pictures):
-    items = list(MegaManDataset(pictures, None, size=16))
-    assert [item["caption"] for item in items] == MegaManDataset(pictures, None).captions
+    dataset = MegaManDataset(pictures, None, size=16)
+    captions = []
+    for item in dataset:
+        captions.append(item["caption"])
+    assert captions == dataset.captions
 
 
 def test_no_folder_and_no_picture(tmp_path):
@@ -311,7 +317,7 @@ def test_a_name_that_is_not_unicode(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
 def test_names_that_the_terminal_cannot_show(run_script, tmp_path, encoding):
-    """As on Windows, where what a script prints into a file is in the old code page."""
+    """As on Windows, which prints into a file in the old code page."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     (pictures / "洛克人.png").write_bytes(b"damaged")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.fixture
 def train(train_here, pictures, tmp_path, capsys):
     """Train two steps with a cache of the test's own: train(name, *flags) gives the LoRA's tensors,
-    and how many forms were encoded and how many were there."""
+    and how many crops were encoded and how many were there."""
 
     def run(name: str, *flags):
         cache = [] if "--no_cache" in flags else ["--cache_dir", "cache"]
@@ -40,9 +40,9 @@ def train(train_here, pictures, tmp_path, capsys):
             *flags,
         ]
         lora = train_here(tmp_path, name, *words)
-        said = capsys.readouterr().out
-        counts = re.search(r"encoded +(\d+) now, (\d+) were", said)
-        return lora, tuple(map(int, counts.groups())) if counts else said
+        output = capsys.readouterr().out
+        counts = re.search(r"encoded +(\d+) now, (\d+) were", output)
+        return lora, tuple(map(int, counts.groups())) if counts else output
 
     return run
 
@@ -59,7 +59,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def forge(path: Path, content: bytes) -> None:
-    """Change a file's bytes, but neither its size nor its time of change."""
+    """Change a file's bytes, but neither its size nor its modification time."""
     status = path.stat()
     assert len(content) == status.st_size
     path.write_bytes(content)
@@ -77,8 +77,8 @@ def test_a_second_run_encodes_nothing_and_does_not_read_the_vae(train, base_fold
     )  # all not-a-number
     second, counts = train("second", "--pretrained_model_name", base)
     assert counts == (0, 7) and same(first, second)
-    (pick,) = {path.parent.name for path in (tmp_path / "cache").rglob("*.safetensors")}
-    assert len(pick) == 32
+    (vae_id,) = {path.parent.name for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(vae_id) == 32
     with pytest.raises(UserError, match=r"vae.*not finite"):
         train("third", "--pretrained_model_name", base, "--resolution", 32)
 
@@ -102,7 +102,7 @@ def test_a_changed_caption_needs_no_encoding_but_counts(train, pictures):
     assert counts == (0, 7) and not same(before, after)
 
 
-def test_another_resolution_and_other_forms_are_noticed(train):
+def test_another_resolution_and_other_crops_are_noticed(train):
     train("first")
     assert train("smaller", "--resolution", 32)[1] == (7, 0)
     assert train("mirrored", "--random_flip")[1] == (7, 7), "only the mirror images are new"
@@ -129,13 +129,13 @@ def test_another_vae_is_noticed(train, base_folder, tmp_path):
 def test_without_the_cache_the_losses_are_the_same(train, tmp_path, flags):
     """With the middle crop; a random one is another at every visit."""
     cached, _ = train("cached", "--center_crop", *flags)
-    fresh, said = train("fresh", "--center_crop", "--no_cache", *flags)
+    online, output = train("fresh", "--center_crop", "--no_cache", *flags)
     for key in cached:
-        torch.testing.assert_close(fresh[key], cached[key], rtol=0, atol=1e-5)
+        torch.testing.assert_close(online[key], cached[key], rtol=0, atol=1e-5)
     assert losses(tmp_path / "logs-fresh") == pytest.approx(
         losses(tmp_path / "logs-cached"), abs=1e-5
     )
-    assert "encoded    " not in said and "encoded anew at every visit" in said
+    assert "encoded    " not in output and "encoded anew at every visit" in output
 
 
 def test_without_the_cache_every_visit_has_a_crop_of_its_own(train, pictures, tmp_path):
@@ -154,14 +154,14 @@ def test_without_the_cache_every_visit_has_a_crop_of_its_own(train, pictures, tm
 def test_without_the_cache_a_damaged_picture_is_found_before_the_first_step(train, pictures):
     whole = (pictures / "megaman_01.png").read_bytes()
     (pictures / "megaman_01.png").write_bytes(whole[:-40])
-    _, said = train("out", "--no_cache")
-    assert "skipped: " in said and "pictures   3 in" in said
+    _, output = train("out", "--no_cache")
+    assert "skipped: " in output and "pictures   3 in" in output
 
 
 def test_where_the_cache_cannot_be_written_the_run_goes_on(train, tmp_path):
     (tmp_path / "cache").touch()
-    _, said = train("out")
-    assert re.search(r"encoded +7, kept in memory: cache cannot be written", said)
+    _, output = train("out")
+    assert re.search(r"encoded +7, kept in memory: cache cannot be written", output)
 
 
 def test_the_cache_keeps_to_its_limit(train, tmp_path):
@@ -231,8 +231,8 @@ def test_a_kill_while_encoding_loses_one_batch_at_most(forked, pictures, tmp_pat
         time.sleep(0.01)
     process.kill()
     process.wait()
-    kept = len(list(tmp_path.glob("cache/moments/*/*.safetensors")))
-    assert 2 <= kept < 12, "it was killed on the way"
+    stored = len(list(tmp_path.glob("cache/moments/*/*.safetensors")))
+    assert 2 <= stored < 12, "it was killed on the way"
     done = forked.run([*words, "out2"], tmp_path, one_by_one)
     assert done.returncode == 0, done.stderr
-    assert f"encoded    {12 - kept} now, {kept} were" in done.stdout
+    assert f"encoded    {12 - stored} now, {stored} were" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def near(color, wanted, tolerance: int = 3) -> bool:
     return all(abs(a - b) <= tolerance for a, b in zip(color, wanted, strict=True))
 
 
-def found(folder: Path) -> list[str]:
+def find(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in find_images(folder)[0]]
 
 
@@ -52,7 +53,7 @@ def test_every_suffix_in_any_case_and_nothing_else(tmp_path):
     touch(
         tmp_path, *wanted, "a.txt", "b.gif", "c.psd", "png", "jpg.", "notes.png.txt", "images.json"
     )
-    assert found(tmp_path) == wanted
+    assert find(tmp_path) == wanted
 
 
 def test_other_formats_are_named_and_not_read(tmp_path):
@@ -67,7 +68,7 @@ def test_other_formats_are_named_and_not_read(tmp_path):
         ".f.gif",
         ".sub/g.gif",
     )
-    assert found(tmp_path) == ["a.png"]
+    assert find(tmp_path) == ["a.png"]
     assert list(others(tmp_path).items()) == [
         ("b2.tif", ".tif is not read: save it as PNG or JPG"),
         ("b10.GIF", ".gif is not read: save it as PNG or JPG"),
@@ -76,17 +77,16 @@ def test_other_formats_are_named_and_not_read(tmp_path):
 
 
 def test_linked_folders_are_named_and_not_followed(tmp_path):
-    """Whether they lead in a circle or beside: no picture comes twice, and none is left out without
-    a word."""
+    """Whether they lead in a circle or elsewhere: no image comes twice, and none is skipped silently."""
     touch(tmp_path, "a.png", "sub/b.png")
     for name, target in [("circle", "."), ("sub/up", ".."), ("beside", "sub"), (".hidden", "sub")]:
         (tmp_path / name).symlink_to(target, target_is_directory=True)
     (tmp_path / "linked.png").symlink_to("a.png")
-    assert found(tmp_path) == ["a.png", "linked.png", "sub/b.png"]
+    assert find(tmp_path) == ["a.png", "linked.png", "sub/b.png"]
     assert others(tmp_path) == dict.fromkeys(
         ["beside", "circle", "sub/up"], "a link to a folder, which is not followed"
     )
-    assert found(tmp_path / "beside") == ["b.png"], "one that is named itself is"
+    assert find(tmp_path / "beside") == ["b.png"], "one that is named itself is"
 
 
 def test_subfolders_are_searched_and_hidden_things_are_not(tmp_path):
@@ -100,22 +100,22 @@ def test_subfolders_are_searched_and_hidden_things_are_not(tmp_path):
         ".git/d.png",
         "sub/.cache/e.png",
     )
-    assert found(tmp_path) == ["a.png", "sub/b.png", "sub/deep/c.png"]
+    assert find(tmp_path) == ["a.png", "sub/b.png", "sub/deep/c.png"]
 
 
-def test_a_hidden_folder_stays_hidden_where_no_picture_lies_beside_it(tmp_path):
+def test_a_hidden_folder_stays_hidden_if_no_picture_is_next_to_it(tmp_path):
     touch(tmp_path, ".thumbnails/a.png", "sub/.thumbnails/b.png", "sub/other/c.png")
-    assert found(tmp_path) == ["sub/other/c.png"]
+    assert find(tmp_path) == ["sub/other/c.png"]
 
 
 def test_a_folder_that_is_itself_hidden_may_be_named(tmp_path):
     touch(tmp_path / ".mine", "a.png")
-    assert found(tmp_path / ".mine") == ["a.png"]
+    assert find(tmp_path / ".mine") == ["a.png"]
 
 
 def test_a_folder_named_like_a_picture_is_none(tmp_path):
     touch(tmp_path, "folder.png/inside.png")
-    assert found(tmp_path) == ["folder.png/inside.png"]
+    assert find(tmp_path) == ["folder.png/inside.png"]
 
 
 def test_no_picture_at_all(tmp_path):
@@ -136,8 +136,8 @@ def test_natural_order(tmp_path):
         "洛克人.png",
     ]
     touch(tmp_path, *random.Random(1).sample(wanted, len(wanted)))
-    assert sorted(wanted, key=natural_key) == sorted(found(tmp_path), key=natural_key)
-    order = found(tmp_path)
+    assert sorted(wanted, key=natural_key) == sorted(find(tmp_path), key=natural_key)
+    order = find(tmp_path)
     assert (
         order[0] == "1.png"
         and {order[1], order[2]} == {"2.png", "02.png"}
@@ -276,7 +276,7 @@ def encoded(kind: str, image: Image.Image = NOISE, **settings) -> bytes:
 
 
 def with_a_short_chunk() -> bytes:
-    """A PNG whose pixels are said to end half-way: what follows is no chunk."""
+    """A PNG whose header says that the pixels end halfway: what follows is no chunk."""
     content = bytearray(encoded("PNG"))
     at = content.index(b"IDAT")
     content[at - 4 : at] = (4000).to_bytes(4, "big")
@@ -370,7 +370,10 @@ def test_any_damage_is_a_bad_image_and_nothing_else(tmp_path_factory, content, c
         except BadImageError as error:
             assert str(error)
         else:
-            assert result.mode == "RGB" if function is open_image else min(result) >= MIN_SIDE
+            if isinstance(result, Image.Image):
+                assert result.mode == "RGB"
+            else:
+                assert min(result) >= MIN_SIDE
 
 
 @pytest.mark.parametrize("orientation_type", [2, 4, 7])
@@ -418,7 +421,7 @@ def test_of_an_animated_picture_the_first_frame_is_taken(tmp_path, kind):
     first, *others = [Image.new("RGB", (20, 20), color) for color in (RED, BLUE, GREEN)]
     path = tmp_path / f"a.{kind.lower()}"
     first.save(path, kind, save_all=True, append_images=others, lossless=True)
-    assert Image.open(path).n_frames == 3
+    assert getattr(Image.open(path), "n_frames", 1) == 3
     assert open_image(path).getcolors() == [(400, RED)]
 
 
@@ -474,7 +477,9 @@ def test_crops_of_any_shape_are_as_large_as_the_picture_allows(
 
 
 def test_random_crops_reach_both_ends_and_differ():
-    boxes = [box for seed in range(200) for box in crop_boxes(20, 16, 4, random.Random(seed))]
+    boxes = []
+    for seed in range(200):
+        boxes += crop_boxes(20, 16, 4, random.Random(seed))
     assert {left for left, *_ in boxes} == {0, 1, 2, 3, 4}
     assert len(crop_boxes(1000, 16, 4, random.Random(0))) == 4
 
@@ -495,7 +500,7 @@ def test_fit_cuts_out_the_box_and_no_more():
         ]
     inner = crop_and_resize(image, (20, 0, 40, 20), (80, 80)).crop(
         (12, 12, 68, 68)
-    )  # enlarged, its edges know their neighbours
+    )  # enlarged, its edges know their neighbors
     assert inner.getcolors() == [(56 * 56, BLUE)]
 
 
@@ -506,7 +511,8 @@ def test_fit_at_the_same_size_changes_no_pixel():
 
 def test_shrinking_averages():
     board = Image.new("L", (32, 32))
-    board.putdata([255 * ((x + y) % 2) for y in range(32) for x in range(32)])
+    for x, y in product(range(32), range(32)):
+        board.putpixel((x, y), 255 * ((x + y) % 2))
     assert near(
         crop_and_resize(board.convert("RGB"), (0, 0, 32, 32), (16, 16)).getpixel((7, 7)),
         (128, 128, 128),

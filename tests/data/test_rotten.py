@@ -58,21 +58,23 @@ def plain(path: Path) -> str:
 
 
 def listed(output_dir: Path) -> dict[str, dict[str, str]]:
-    """dataset_problems.json as {kind: {path: what is said}}; no path may stand there twice."""
+    """dataset_problems.json as {kind: {path: text}}; no path may be there twice."""
     content = json.loads((output_dir / "dataset_problems.json").read_text(encoding="utf-8"))
-    for entries in content.values():
-        assert len({entry["path"] for entry in entries}) == len(entries)
-    return {kind: dict(map(dict.values, entries)) for kind, entries in content.items()}
+    problems: dict[str, dict[str, str]] = {}
+    for kind, entries in content.items():
+        texts = {}
+        for entry in entries:
+            path = entry.pop("path")
+            assert path not in texts
+            (texts[path],) = entry.values()
+        problems[kind] = texts
+    return problems
 
 
-def assert_says(said: dict[str, str], wanted: dict[Path, str]) -> None:
-    assert said.keys() == {plain(path) for path in wanted}
-    wrong = {
-        path: said[plain(path)]
-        for path, pattern in wanted.items()
-        if not re.search(pattern, said[plain(path)])
-    }
-    assert not wrong
+def assert_reports(reported: dict[str, str], wanted: dict[Path, str]) -> None:
+    assert reported.keys() == {plain(path) for path in wanted}
+    for path, pattern in wanted.items():
+        assert re.search(pattern, reported[plain(path)]), path
 
 
 def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, train_here, tmp_path):
@@ -88,7 +90,10 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, trai
         "--output_dir",
         "out",
     ]
-    flags = "--resolution 64 --num_validation_images 0 --seed 0 --max_train_steps 2 --dataloader_num_workers 2"
+    flags = (
+        "--resolution 64 --num_validation_images 0 --seed 0 --max_train_steps 2 "
+        "--dataloader_num_workers 2"
+    )
     done = subprocess.run(
         [sys.executable, str(script), *map(str, words), *flags.split()],
         cwd=tmp_path,
@@ -98,9 +103,9 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, trai
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    said = listed(tmp_path / "out")
-    assert_says(said["left_out"], corpus.bad)
-    assert_says(said["captions"], corpus.remarks)
+    problems = listed(tmp_path / "out")
+    assert_reports(problems["left_out"], corpus.bad)
+    assert_reports(problems["captions"], corpus.warnings)
     assert f"pictures   {len(corpus.good)} in" in done.stdout
     named = re.findall(r"^skipped: (.*?): ", done.stdout, flags=re.MULTILINE)
     wanted = [
@@ -179,7 +184,7 @@ def test_more_bad_than_good_asks_before_a_model_is_loaded(forked, pictures, tmp_
     done = forked.run([*words[:-1], "--output_dir", "out0"], tmp_path)
     assert "5 of the 9 files" in done.stderr and "other 4" in done.stderr
     assert len(listed(tmp_path / "out0")["left_out"]) == 5, (
-        "it is told of all the same, and can be asked again"
+        "it is reported all the same, and can be tried again"
     )
 
 
@@ -189,8 +194,8 @@ def test_those_that_fail_only_when_decoded_count_as_well(train_here, mostly_bad,
         train_here(tmp_path, "out", *flags)
     names = {str(mostly_bad / f"megaman_0{number}.png") for number in (1, 2, 3)}
     assert listed(tmp_path / "out")["left_out"].keys() == names
-    said = capsys.readouterr().out
-    assert all(said.count(name) == 1 for name in names), "in one summary"
+    output = capsys.readouterr().out
+    assert all(output.count(name) == 1 for name in names), "in one summary"
     train_here(tmp_path, "out", *flags, "--skip_bad_images")
     assert "pictures   2 in" in capsys.readouterr().out
 
@@ -233,7 +238,7 @@ def test_files_that_vanish_on_the_way(pictures, base_folder, tmp_path):
     assert len(moments) == len(dataset) == 2
     write_problems(tmp_path / "dataset_problems.json", [dataset])
     wanted = {pictures / f"megaman_0{number}.png": "No such file" for number in (1, 4)}
-    assert_says(listed(tmp_path)["left_out"], wanted)
+    assert_reports(listed(tmp_path)["left_out"], wanted)
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other rights")
@@ -273,12 +278,12 @@ def test_a_caption_file_of_two_pictures_is_named_once(pictures, tmp_path):
     Image.open(pictures / "megaman_01.png").save(pictures / "megaman_01.jpg")
     dataset = MegaManDataset(pictures, None)
     lines = write_problems(tmp_path / "dataset_problems.json", [dataset])
-    assert sum("megaman_01.txt" in line for line in lines) == 1
+    assert len([line for line in lines if "megaman_01.txt" in line]) == 1
     assert "0 of 5 files skipped, 1 captions with warnings" in lines[-1]
     assert listed(tmp_path)["captions"].keys() == {str(pictures / "megaman_01.txt")}
 
 
-def test_a_caption_of_a_picture_that_is_left_out_is_no_matter(pictures, tmp_path):
+def test_a_caption_of_a_picture_that_is_skipped_does_not_matter(pictures, tmp_path):
     (pictures / "megaman_01.txt").write_bytes("café".encode("cp1252"))
     dataset = MegaManDataset(pictures, None)
     assert caption_for(pictures / "megaman_01.png").warning

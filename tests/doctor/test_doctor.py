@@ -1,5 +1,4 @@
-"""The dataset doctor: planted faults are found, good pictures are left in peace, what people write
-stays text."""
+"""The dataset doctor: planted faults are found, good images pass, what people write stays text."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -91,12 +91,12 @@ def blurred(image: Image.Image, radius: float) -> np.ndarray:
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)).convert("L"))
 
 
-def photo(chance: np.random.Generator, side: int = 512) -> Image.Image:
+def photo(rng: np.random.Generator, side: int = 512) -> Image.Image:
     """Noise whose amplitude falls as 1/f, as that of photographs does."""
     f = np.fft.fftfreq(side)
     radius = np.hypot(f[:, None], f[None])
     radius[0, 0] = 1
-    waves = np.fft.ifft2(np.exp(2j * np.pi * chance.random((side, side))) / radius).real
+    waves = np.fft.ifft2(np.exp(2j * np.pi * rng.random((side, side))) / radius).real
     return Image.fromarray((128 + 50 * waves / waves.std()).clip(0, 255).astype(np.uint8)).convert(
         "RGB"
     )
@@ -112,29 +112,35 @@ SHARP = {
 ImageDraw.Draw(SHARP["text"]).text((100, 100), "hello", fill="black")
 
 
+def sharpness_of(gray: np.ndarray) -> float:
+    value = sharpness(gray)
+    assert value is not None
+    return value
+
+
 @pytest.mark.parametrize("name", SHARP)
-def test_blurred_copies_are_told_from_the_sharp_original(name):
-    image = (
-        SHARP[name]
-        if isinstance(SHARP[name], Image.Image)
-        else Image.open(SHARP[name]).convert("RGB")
-    )
-    assert sharpness(np.asarray(image.convert("L"))) > 2 * BLURRED
+def test_blurred_copies_are_distinguished_from_the_sharp_original(name):
+    source = SHARP[name]
+    image = source if isinstance(source, Image.Image) else Image.open(source).convert("RGB")
+    assert sharpness_of(np.asarray(image.convert("L"))) > 2 * BLURRED
     radius = 8 if name == "text" else 4  # thin strokes are sharper than edges at the same blur
     for size in (radius, 3 * radius):
         soft = sharpness(blurred(image, size))
-        assert soft is None if name == "text" and size > 8 else soft < BLURRED
+        if name == "text" and size > 8:
+            assert soft is None
+        else:
+            assert soft is not None and soft < BLURRED
 
 
 @pytest.mark.parametrize("name", ["flat", "gradient", "radial", "soft shading", "dark"])
 def test_flat_and_smooth_pictures_are_not_called_blurred(name):
     rows, columns = np.mgrid[:512, :512]
+    inside = np.hypot(rows - 256, columns - 256) < 180
     gray = {
         "flat": np.full((512, 512), 90),
         "gradient": columns // 2,
         "radial": 255 - np.hypot(rows - 256, columns - 256).clip(0, 255),
-        "soft shading": 128
-        + 100 * np.sin(columns / 90) * (np.hypot(rows - 256, columns - 256) < 180),
+        "soft shading": 128 + np.where(inside, 100 * np.sin(columns / 90), 0),
         "dark": np.asarray(scene(3, 512).convert("L")) // 8,
     }[name]
     value = sharpness(gray.astype(np.uint8))
@@ -146,16 +152,17 @@ def test_a_sharp_figure_before_a_soft_background_is_sharp():
     mask = Image.new("L", leaves.size)
     ImageDraw.Draw(mask).ellipse((150, 150, 330, 330), fill=255)
     portrait = Image.composite(leaves, leaves.filter(ImageFilter.GaussianBlur(8)), mask)
-    assert sharpness(np.asarray(portrait.convert("L"))) > BLURRED > sharpness(blurred(leaves, 8))
+    assert sharpness_of(np.asarray(portrait.convert("L"))) > BLURRED
+    assert sharpness_of(blurred(leaves, 8)) < BLURRED
 
 
 def test_a_large_picture_is_judged_at_the_training_size(tmp_path):
     write(tmp_path, "large.png", scene(2, 1024).filter(ImageFilter.GaussianBlur(6)))
-    assert (
-        measure_image(tmp_path / "large.png", 1024).sharpness
-        < BLURRED
-        < measure_image(tmp_path / "large.png", 128).sharpness
+    at_full_size, reduced = (
+        measure_image(tmp_path / "large.png", resolution).sharpness for resolution in (1024, 128)
     )
+    assert at_full_size is not None and at_full_size < BLURRED
+    assert reduced is not None and reduced > BLURRED
 
 
 # Near-duplicates.
@@ -214,12 +221,11 @@ def test_equal_pictures_are_paired_however_many_and_flat(count):
     assert all(
         pair.first < pair.second and not pair.mirrored and not pair.cropped for pair in pairs
     )
-    assert {number for pair in pairs for number in pair[:2]} == set(
-        range(count if count > 1 else 0)
-    )
+    paired = set(chain.from_iterable((pair.first, pair.second) for pair in pairs))
+    assert paired == (set(range(count)) if count > 1 else set())
 
 
-def test_plain_grounds_of_other_colours_are_no_duplicates():
+def test_plain_backgrounds_of_other_colors_are_no_duplicates():
     flat = np.array([[90, 90, 90], [90, 110, 90], [110, 90, 90], [255, 255, 255]], np.uint8)
     assert (
         near_duplicates(np.tile(flat[:, None, None], (1, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 1))) == []
@@ -257,13 +263,17 @@ def test_every_kind_of_bad_picture_is_named_once(folder):
     write(folder, "smaller.png", scene(21, 200), "volto, smaller")
     write(folder, "banner.png", scene(22, 512).crop((0, 0, 512, 280)), "volto, banner")
     write(folder, "soft.png", scene(23).filter(ImageFilter.GaussianBlur(6)), "volto, soft")
-    found = kinds(look_at(folder, 256))
-    assert set(found["unreadable"].files) == {"broken.png", "text.jpg", "photo.heic"}
-    assert "damaged" in found["unreadable"].details["broken.png"]
-    assert (found["tiny"].files, found["small"].files) == (["icon.png"], ["smaller.png"])
-    assert (found["long"].files, found["blurred"].files) == (["banner.png"], ["soft.png"])
-    assert found["tiny"].is_wrong and not found["small"].is_wrong and not found["long"].is_wrong
-    for finding in found.values():
+    findings = kinds(look_at(folder, 256))
+    assert set(findings["unreadable"].files) == {"broken.png", "text.jpg", "photo.heic"}
+    assert "damaged" in findings["unreadable"].details["broken.png"]
+    assert (findings["tiny"].files, findings["small"].files) == (["icon.png"], ["smaller.png"])
+    assert (findings["long"].files, findings["blurred"].files) == (["banner.png"], ["soft.png"])
+    assert (
+        findings["tiny"].is_wrong
+        and not findings["small"].is_wrong
+        and not findings["long"].is_wrong
+    )
+    for finding in findings.values():
         assert finding.remedy and not finding.title.endswith(".")
 
 
@@ -338,16 +348,16 @@ def test_the_demo_has_few_findings_and_nothing_wrong():
 
 def test_every_fault_of_a_caption_is_found(folder):
     spoil_captions(folder)
-    found = kinds(look_at(folder))
-    assert found["no_caption"].files == ["hero_0.png"]
+    findings = kinds(look_at(folder))
+    assert findings["no_caption"].files == ["hero_0.png"]
     assert (
-        found["empty_caption"].files == ["hero_1.png"]
-        and "no text" in found["empty_caption"].details["hero_1.png"]
+        findings["empty_caption"].files == ["hero_1.png"]
+        and "no text" in findings["empty_caption"].details["hero_1.png"]
     )
-    assert found["doubled_caption"].files == ["hero_2.png", "hero_3.png"]
-    assert found["long_caption"].files == ["hero_4.png"]
-    assert found["encoding"].files == found["tag_twice"].files == ["hero_5.png"]
-    assert found["tag_twice"].details == {"hero_5.png": "café"}
+    assert findings["doubled_caption"].files == ["hero_2.png", "hero_3.png"]
+    assert findings["long_caption"].files == ["hero_4.png"]
+    assert findings["encoding"].files == findings["tag_twice"].files == ["hero_5.png"]
+    assert findings["tag_twice"].details == {"hero_5.png": "café"}
 
 
 def spoil_captions(folder: Path) -> None:
@@ -366,8 +376,8 @@ def spoil_captions(folder: Path) -> None:
 def test_one_caption_for_all_may_be_meant(folder):
     for path in folder.glob("*.txt"):
         path.write_text("photo of sks dog")
-    found = kinds(look_at(folder))
-    assert not found["doubled_caption"].is_wrong and len(found["doubled_caption"].files) == 6
+    findings = kinds(look_at(folder))
+    assert not findings["doubled_caption"].is_wrong and len(findings["doubled_caption"].files) == 6
 
 
 def test_a_forgotten_trigger_word_is_wrong_and_many_without_it_may_be_meant(folder):
@@ -394,8 +404,8 @@ def test_words_are_counted_where_captions_are_sentences():
         "a blue robot stands before the gates of a large city",
         "the blue robot runs over a hill in the rain",
     ]
-    term, found = split_terms(captions)
-    assert term == "words" and set(found[0]) & set(found[1]) == {"blue", "robot"}
+    term, words = split_terms(captions)
+    assert term == "words" and set(words[0]) & set(words[1]) == {"blue", "robot"}
     assert split_terms(["volto, blue robot", "volto, red robot, snow"])[0] == "tags"
 
 
@@ -419,8 +429,8 @@ def test_any_caption_can_be_measured(text):
     [
         ("pixel art, yellow robot, shooting, arm cannon, facing right, green hills background", 17),
         (
-            "mega man, blue robot, helmet, game character, detailed armor, arm cannon, full body, 2d, pixel art, capcom, "
-            "1987, nes, 8-bit, white background",
+            "mega man, blue robot, helmet, game character, detailed armor, arm cannon, "
+            "full body, 2d, pixel art, capcom, 1987, nes, 8-bit, white background",
             41,
         ),
         ("洛克人, 藍色機器人, 頭盔, 遊戲角色", 41),
@@ -439,8 +449,8 @@ def test_the_console_page_stays_short_with_every_finding_there_is(folder):
     spoil_captions(folder)
     report = look_at(folder, 256)
     assert len(report.findings) >= 12
-    told = summary(report)
-    assert len(told) <= 39 and max(map(len, told)) <= 128
+    lines = summary(report)
+    assert len(lines) <= 39 and max(map(len, lines)) <= 128
 
 
 def test_a_strangers_file_is_never_overwritten(folder, tmp_path):
@@ -505,7 +515,8 @@ def test_json_holds_it_all(nasty, tmp_path):
     by_path = {picture["path"]: picture for picture in data["pictures"]}
     for finding in data["findings"]:
         assert all(finding["kind"] in by_path[path]["findings"] for path in finding["files"])
-    assert sum(data["shapes"].values()) == sum(picture["width"] > 0 for picture in data["pictures"])
+    readable = [picture for picture in data["pictures"] if picture["width"] > 0]
+    assert sum(data["shapes"].values()) == len(readable)
 
 
 # The script.
@@ -516,7 +527,8 @@ def test_check_data_needs_no_torch_and_says_by_its_exit_code_what_it_found(
 ):
     code = (
         "import json, sys, megaman_lora; code = megaman_lora.main(sys.argv[1:]); "
-        "print(json.dumps([code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules))]))"
+        "heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules); "
+        "print(json.dumps([code, sorted(heavy)]))"
     )
 
     def check(*flags: str) -> list:
@@ -563,6 +575,7 @@ def test_a_report_does_not_stand_in_the_way_of_a_training(folder, tmp_path):
 def test_a_browser_shows_the_page_from_the_disk(the_browser, nasty, tmp_path, width, dark):
     report = look_at(nasty, 256)
     write_report(tmp_path / "out", report)
+    assert Visit is not None
     visit = Visit(the_browser, tmp_path / "out" / PAGE, width, dark=dark)
     visit.do("document.querySelectorAll('img').forEach((image) => { image.loading = 'eager'; })")
     visit.wait_for("[...document.images].every((image) => image.naturalWidth > 0)")
@@ -574,10 +587,11 @@ def test_a_browser_shows_the_page_from_the_disk(the_browser, nasty, tmp_path, wi
     assert visit.do("[...document.querySelectorAll('.finding')].map((finding) => finding.id)") == [
         finding.kind for finding in report.findings
     ]
-    links = visit.do("[...document.querySelectorAll('.sheet a.picture')].map((link) => link.href)")
-    assert {Path(unquote(urlsplit(link).path)) for link in links} == {
-        p.file for p in report.readable
-    }
+    links: list[str] = visit.do(
+        "[...document.querySelectorAll('.sheet a.picture')].map((link) => link.href)"
+    )
+    files = {Path(unquote(urlsplit(link).path)) for link in links}
+    assert files == {image.file for image in report.readable}
     assert visit.complaints() == [] and visit.requests() <= {"file", "data"}
     visit.close()
 
@@ -586,18 +600,19 @@ def test_a_browser_shows_the_page_from_the_disk(the_browser, nasty, tmp_path, wi
 @pytest.mark.parametrize("dark", [False, True])
 def test_accessibility(the_browser, nasty, tmp_path, axe, dark):
     write_report(tmp_path / "out", look_at(nasty, 256))
+    assert Visit is not None
     visit = Visit(the_browser, tmp_path / "out" / PAGE, dark=dark)
     visit.do(
-        "for (const card of document.querySelectorAll('.sheet figure')) card.style.contentVisibility = 'visible'"
+        "for (const figure of document.querySelectorAll('.sheet figure')) "
+        "figure.style.contentVisibility = 'visible'"
     )
     visit.do(axe + "; 0")
     assert visit.do("axe.run().then(({passes}) => passes.length)") > 20, "something was looked at"
-    assert (
-        visit.do("""axe.run().then(({violations}) => violations
+    violations = visit.do("""axe.run().then(({violations}) => violations
         .filter(({impact}) => ["serious", "critical"].includes(impact))
-        .map(({id, nodes}) => [id, nodes.map((node) => node.html.slice(0, 200) + node.failureSummary)]))""")
-        == []
-    )
+        .map(({id, nodes}) => [
+            id, nodes.map((node) => node.html.slice(0, 200) + node.failureSummary)]))""")
+    assert violations == []
     visit.close()
 
 

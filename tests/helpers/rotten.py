@@ -1,8 +1,8 @@
-"""A folder of everything that can be wrong with pictures and captions, and as many good ones.
+"""A folder of everything that can be wrong with images and captions, and as many good ones.
 
     python tests/helpers/rotten.py FOLDER
 
-makes it by hand, to be looked at or trained on with --data_dir FOLDER.
+makes it by hand, to look at it or to train on it with --data_dir FOLDER.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ SEES_ALL = hasattr(os, "geteuid") and os.geteuid() == 0  # root can read what no
 
 @dataclass
 class Corpus:
+    """The folder and what a run should make of it.
+
+    Args:
+        good: images to train on.
+        bad: what should be skipped, with a pattern of the reason.
+        captions: of good images; None if they should be made from the name.
+        warnings: caption files with a pattern of the warning about each.
+    """
+
     folder: Path
-    good: list[Path] = field(default_factory=list)  # pictures that are to be trained on
-    bad: dict[Path, str] = field(
-        default_factory=dict
-    )  # what is to be named, with a pattern of the reason
-    captions: dict[Path, str | None] = field(
-        default_factory=dict
-    )  # of good pictures; None: made from the name
-    remarks: dict[Path, str] = field(
-        default_factory=dict
-    )  # caption files to be named, with a pattern of the remark
+    good: list[Path] = field(default_factory=list)
+    bad: dict[Path, str] = field(default_factory=dict)
+    captions: dict[Path, str | None] = field(default_factory=dict)
+    warnings: dict[Path, str] = field(default_factory=dict)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (48, 48), mode: str = "RGB") -> Image.Image:
@@ -72,7 +75,7 @@ def noise(seed: int) -> Image.Image:
 
 
 def good_contents() -> dict[str, bytes]:
-    """Odd pictures that are to be used."""
+    """Odd images that can be used."""
     clear = picture(1, mode="P")
     sideways = Image.Exif()
     sideways[0x0112] = 6
@@ -152,8 +155,8 @@ def bad_contents() -> dict[str, tuple[bytes, str]]:
 
 
 def caption_contents() -> dict[str, tuple[bytes, str | None, str | None]]:
-    """Captions: content, the text to be trained on (None: made from the name), a pattern of what is
-    said about it."""
+    """Captions: content, the text to train on (None: made from the name), a pattern of the
+    warning."""
     words = " ".join(f"word{number}" for number in range(10_000))
     guessed, made = (
         "is not UTF-8 and was read as {}: save it as UTF-8",
@@ -205,7 +208,7 @@ def caption_contents() -> dict[str, tuple[bytes, str | None, str | None]]:
 
 
 def make(folder: Path) -> Corpus:
-    """Fill the folder; what the file system cannot hold is left out."""
+    """Fill the folder, except for what the file system cannot hold."""
     folder.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(folder)
 
@@ -221,13 +224,13 @@ def make(folder: Path) -> Corpus:
     for name, (content, reason) in bad_contents().items():
         with contextlib.suppress(OSError, UnicodeError):
             corpus.bad[put(name, content)] = reason
-    for name, (content, text, remark) in caption_contents().items():
+    for name, (content, text, warning) in caption_contents().items():
         path = put(f"caption_{name}.png", encoded(picture(len(name)), "PNG"))
         corpus.good.append(path)
         corpus.captions[path] = text
         put(f"caption_{name}.txt", content)
-        if remark:
-            corpus.remarks[path.with_suffix(".txt")] = remark
+        if warning:
+            corpus.warnings[path.with_suffix(".txt")] = warning
     with contextlib.suppress(OSError, UnicodeError):
         corpus.bad[put(ODD_BYTES, b"")] = "empty"
         corpus.good.append(put(b"good " + ODD_BYTES, encoded(picture(40), "PNG")))
@@ -277,7 +280,7 @@ def add_links(corpus: Corpus) -> None:
         path.with_suffix(".txt").symlink_to(f"{target}.txt")
         corpus.good.append(path)
         corpus.captions[path] = None
-        corpus.remarks[path.with_suffix(".txt")] = (
+        corpus.warnings[path.with_suffix(".txt")] = (
             "cannot be read .*caption was made from the picture's name"
         )
 

@@ -1,5 +1,5 @@
-"""Layouts: however the same pictures and captions lie in a folder, the same pairs come out, and
-what is off is said."""
+"""Layouts: however the same images and captions are laid out in a folder, the same pairs come out,
+and what is wrong is reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from megaman.data import metadata_files
 from megaman.data.captions import caption_from_name
 from megaman.data.dataset import MegaManDataset
 from megaman.data.folders import MAX_WARNINGS, FolderConfig
-from megaman.data.metadata_files import Row, inner_path, parse_csv, parse_jsonl, read_metadata
+from megaman.data.metadata_files import (
+    Metadata,
+    Row,
+    inner_path,
+    parse_csv,
+    parse_jsonl,
+    read_metadata,
+)
 from megaman.data.problems import write_problems
 from megaman.doctor.checks import examine
 from megaman.doctor.report import write_report
@@ -37,12 +44,12 @@ def caption_of(picture: Path) -> str:
     return picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
 
 
-def place(folder: Path, where=lambda number: "", suffix: str = "") -> dict[str, str]:
-    """Copy the 24 pictures into subfolders, with captions beside them where a suffix is given;
+def place(folder: Path, subfolder=lambda number: "", suffix: str = "") -> dict[str, str]:
+    """Copy the 24 images into subfolders, with captions next to them if a suffix is given;
     {path: caption}."""
     placed = {}
     for number, picture in enumerate(PICTURES):
-        target = folder / where(number) / picture.name
+        target = folder / subfolder(number) / picture.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
         if suffix:
@@ -118,14 +125,16 @@ def jsonl_backslashes(folder):
     placed = place(folder, lambda number: f"train/{number % 3}")
     write_jsonl(
         folder / "metadata.jsonl",
-        {".\\" + name.replace("/", "\\"): said for name, said in placed.items()},
+        {".\\" + name.replace("/", "\\"): caption for name, caption in placed.items()},
     )
 
 
 def jsonl_in_each(folder):
     placed = place(folder, lambda number: ("a", "b")[number % 2])
     for part in "ab":
-        own = {Path(name).name: said for name, said in placed.items() if name.startswith(part)}
+        own = {
+            Path(name).name: caption for name, caption in placed.items() if name.startswith(part)
+        }
         write_jsonl(folder / part / "metadata.jsonl", own)
 
 
@@ -148,10 +157,10 @@ def jsonl_utf_16(folder):
 def mixed(folder):
     """Eight by a metadata file, eight with .txt, eight with .caption."""
     placed = place(folder)
-    for number, (name, said) in enumerate(placed.items()):
+    for number, (name, caption) in enumerate(placed.items()):
         if number >= 8:
             (folder / name).with_suffix((".txt", ".caption")[number % 2]).write_text(
-                said, encoding="utf-8"
+                caption, encoding="utf-8"
             )
     write_jsonl(folder / "metadata.jsonl", dict(list(placed.items())[:8]))
 
@@ -226,7 +235,7 @@ def test_without_a_caption_file_the_name_of_kohyas_folder_is_the_caption(tmp_pat
     shutil.copy(PICTURES[0], nested / "again.png")
     (nested / "again.txt").touch()
     dataset = MegaManDataset(tmp_path, None)
-    said = {
+    captions = {
         example.image.relative_to(tmp_path).parts[0]: (
             example.caption,
             example.repeats,
@@ -234,7 +243,7 @@ def test_without_a_caption_file_the_name_of_kohyas_folder_is_the_caption(tmp_pat
         )
         for example in dataset.examples
     }
-    assert said == {
+    assert captions == {
         "10_volto, blue_robot": ("volto, blue_robot", 10, "made from folder names"),
         "5_": (caption_from_name(PICTURES[1]), 5, "made from file names"),
         "9999_volto": (caption_from_name(PICTURES[3]), 1, "made from file names"),
@@ -281,7 +290,7 @@ def test_pictures_without_a_caption_are_counted_and_named(tmp_path):
     ]
 
 
-def test_what_a_metadata_file_names_wrongly_is_told_by_line(tmp_path):
+def test_what_a_metadata_file_names_wrongly_is_reported_by_line(tmp_path):
     outside = tmp_path / "outside.png"
     shutil.copy(PICTURES[0], outside)
     folder = tmp_path / "data"
@@ -320,7 +329,7 @@ def test_what_a_metadata_file_names_wrongly_is_told_by_line(tmp_path):
     assert len(others) == 20 and len(dataset.skipped) == 22
 
 
-def test_the_doctor_tells_of_metadata_lines(tmp_path):
+def test_the_doctor_reports_metadata_lines(tmp_path):
     placed = place(tmp_path)
     write_jsonl(tmp_path / "metadata.jsonl", placed | {"../\ud800.png": "out"})
     report = examine(MegaManDataset(tmp_path, None), 64)
@@ -381,7 +390,7 @@ def test_pipes_and_giants_are_not_opened(tmp_path):
     assert len(warnings) == 2
 
 
-def test_many_remarks_are_counted(tmp_path):
+def test_many_warnings_are_counted(tmp_path):
     place(tmp_path, suffix=".txt")
     (tmp_path / "metadata.jsonl").write_text("nonsense\n" * 50, encoding="utf-8")
     warnings = [text for _, text in MegaManDataset(tmp_path, None).metadata_warnings]
@@ -429,6 +438,11 @@ def test_no_path_leaves_the_folder(name):
     assert inner is None or not (inner.is_absolute() or ".." in inner.parts)
 
 
+def rows_of(metadata: Metadata) -> list[Row]:
+    assert metadata.rows is not None
+    return metadata.rows
+
+
 NAME = st.text("ab1 _-.é洛/", min_size=1, max_size=12).filter(str.strip)
 WORDS = st.text("ab,;\" '\tö洛\u2028", max_size=20)
 
@@ -438,25 +452,25 @@ WORDS = st.text("ab,;\" '\tö洛\u2028", max_size=20)
 )
 def test_jsonl_comes_back(rows, key):
     lines = [
-        json.dumps({"n": 1, "file_name": name, key: said}, ensure_ascii=False)
-        for name, said in rows
+        json.dumps({"n": 1, "file_name": name, key: caption}, ensure_ascii=False)
+        for name, caption in rows
     ]
-    found = parse_jsonl("\r\n".join(lines))
-    assert found.warnings == []
-    wanted = [(name.strip(), " ".join(said.split())) for name, said in rows]
-    assert [(row.file_name, row.caption) for row in found.rows] == wanted
-    assert [row.line for row in found.rows] == list(range(1, len(rows) + 1))
+    metadata = parse_jsonl("\r\n".join(lines))
+    assert metadata.warnings == []
+    wanted = [(name.strip(), " ".join(caption.split())) for name, caption in rows]
+    assert [(row.file_name, row.caption) for row in rows_of(metadata)] == wanted
+    assert [row.line for row in rows_of(metadata)] == list(range(1, len(rows) + 1))
 
 
 @given(st.lists(st.tuples(NAME, WORDS), min_size=1, max_size=6), st.sampled_from(",;\t"))
 def test_csv_comes_back(rows, delimiter):
     file = io.StringIO()
     csv.writer(file, delimiter=delimiter).writerows(
-        [["file_name", "n", "text"], *([n, 1, said] for n, said in rows)]
+        [["file_name", "n", "text"], *([n, 1, caption] for n, caption in rows)]
     )
-    found = parse_csv(file.getvalue())
-    assert found.warnings == []
-    assert [(row.file_name, row.caption) for row in found.rows] == [
+    metadata = parse_csv(file.getvalue())
+    assert metadata.warnings == []
+    assert [(row.file_name, row.caption) for row in rows_of(metadata)] == [
         (n.strip(), " ".join(s.split())) for n, s in rows
     ]
 
@@ -466,25 +480,25 @@ LINES = ['{"file_name": "a.png", "text": "b"}', '{"file_name": "a.png"', "[]", "
 
 @given(st.lists(st.sampled_from(LINES), max_size=8))
 def test_a_bad_line_costs_only_itself(lines):
-    found = parse_jsonl("\n".join(lines))
+    metadata = parse_jsonl("\n".join(lines))
     good = [number for number, line in enumerate(lines, start=1) if line.endswith('"b"}')]
-    assert [row.line for row in found.rows or []] == good
+    assert [row.line for row in metadata.rows or []] == good
     bad = [number for number, line in enumerate(lines, start=1) if number not in good]
-    assert [remark.split(":")[0] for remark in found.warnings] == [
+    assert [warning.split(":")[0] for warning in metadata.warnings] == [
         f"line {number}" for number in bad
     ]
 
 
 def test_a_quotation_mark_too_few_costs_only_its_line():
-    found = parse_csv(
+    metadata = parse_csv(
         'file_name,text\na.png,one\nb.png,"two\nc.png,three\nd.png,"fo"ur\ne.png,"five, ""5"""\n'
     )
-    assert found.rows == [
+    assert metadata.rows == [
         Row(2, "a.png", "one"),
         Row(4, "c.png", "three"),
         Row(6, "e.png", 'five, "5"'),
     ]
-    assert [remark.split(":")[0] for remark in found.warnings] == ["line 3", "line 5"]
+    assert [warning.split(":")[0] for warning in metadata.warnings] == ["line 3", "line 5"]
 
 
 @given(
@@ -494,9 +508,9 @@ def test_any_bytes_are_read(tmp_path_factory, content):
     for name in metadata_files.NAMES:
         path = tmp_path_factory.getbasetemp() / name
         path.write_bytes(b"file_name,text\n" * name.endswith("csv") + content)
-        found = read_metadata(path)
+        metadata = read_metadata(path)
         lines = content.count(b"\n") + content.count(b"\r") + 2
-        assert all(1 <= row.line <= lines and row.file_name.strip() for row in found.rows or [])
+        assert all(1 <= row.line <= lines and row.file_name.strip() for row in metadata.rows or [])
 
 
 @pytest.mark.parametrize(
@@ -523,8 +537,8 @@ def test_any_bytes_are_read(tmp_path_factory, content):
 def test_hostile_files_end(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content.encode("cp1252"))
-    found = read_metadata(path)
-    assert len(found.warnings) <= metadata_files.MAX_BAD_LINES + 2
+    metadata = read_metadata(path)
+    assert len(metadata.warnings) <= metadata_files.MAX_BAD_LINES + 2
 
 
 def test_names_that_are_no_unicode_and_names_of_controls(tmp_path):

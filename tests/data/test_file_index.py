@@ -1,4 +1,4 @@
-"""Files that are recognised by path, size and time of change."""
+"""Files are recognized by path, size and modification time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def file(tmp_path) -> Path:
     return path
 
 
-def test_what_was_noted_is_told_while_the_file_stays_as_it_is(file, tmp_path):
+def test_a_fact_is_known_while_the_file_stays_as_it_is(file, tmp_path):
     index = FileIndex(tmp_path / "cache")
     stamp = stamp_of(file)
     assert index.get(file, stamp) is None
@@ -36,7 +36,7 @@ def test_what_was_noted_is_told_while_the_file_stays_as_it_is(file, tmp_path):
     assert index.get(file, stamp_of(file)) is None, "another size at the same time"
 
 
-def test_a_path_is_told_from_wherever_it_is_named(file, tmp_path, monkeypatch):
+def test_a_path_is_known_from_wherever_it_is_named(file, tmp_path, monkeypatch):
     index = FileIndex(tmp_path / "cache")
     index.update([(file, stamp_of(file), "here")])
     monkeypatch.chdir(tmp_path)

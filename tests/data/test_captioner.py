@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,8 +98,8 @@ def bare(tmp_path) -> Path:
     """A folder with five pictures of which none has a caption."""
     folder = tmp_path / "bare"
     (folder / "more").mkdir(parents=True)
-    for number, colour in enumerate(["red", "blue", "white", "black", "orange"]):
-        image = Image.new("RGB", (64 + 16 * number, 64), colour)
+    for number, color in enumerate(["red", "blue", "white", "black", "orange"]):
+        image = Image.new("RGB", (64 + 16 * number, 64), color)
         image.paste("green", (0, 0, 20, 10 * number + 1))
         image.save(folder / ("more" if number > 2 else ".") / f"{number}.png")
     return folder
@@ -116,7 +117,7 @@ def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare, caplog):
     caplog.set_level("INFO", "megaman")
     caption(bare, blip)
     model = BlipForConditionalGeneration.from_pretrained(blip).eval()
-    processor = BlipProcessor(
+    processor: Any = BlipProcessor(
         BlipImageProcessorPil.from_pretrained(blip), BertTokenizer.from_pretrained(blip)
     )
     wanted = {}
@@ -125,7 +126,7 @@ def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare, caplog):
         ids = model.generate(**inputs, num_beams=3, max_length=20, min_length=5)[0]
         wanted[path.stem] = processor.decode(ids[1:], skip_special_tokens=True) + "\n"
     assert texts(bare) == wanted
-    assert len(set(wanted.values())) == 5, "the captions hang on the pictures"
+    assert len(set(wanted.values())) == 5, "the captions depend on the images"
     assert caplog.messages == [
         f"captions   5 are missing: {blip} writes them",
         "           5 written as .txt next to the pictures, for you to read and edit",
@@ -138,13 +139,14 @@ def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare, caplog):
 def test_what_is_there_stays_as_it_is(blip, bare):
     (bare / "0.txt").write_bytes("un café".encode("cp1252"))
     (bare / "1.txt").write_bytes(b"")
-    (bare / "2.txt").symlink_to(bare / "nowhere") if os.name == "posix" else (
-        bare / "2.txt"
-    ).mkdir()
+    if os.name == "posix":
+        (bare / "2.txt").symlink_to(bare / "nowhere")
+    else:
+        (bare / "2.txt").mkdir()
 
     def states() -> list[tuple]:
-        found = [os.lstat(bare / name) for name in ("0.txt", "1.txt", "2.txt")]
-        return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
+        files = [os.lstat(bare / name) for name in ("0.txt", "1.txt", "2.txt")]
+        return [(file.st_ino, file.st_size, file.st_mtime_ns) for file in files]
 
     before = states()
     caption(bare, blip)
@@ -222,13 +224,13 @@ def test_too_little_memory_halves_the_batch(blip, bare, monkeypatch):
         [],
     )
 
-    def small_card(self, pixel_values, **settings):
+    def small_gpu(self, pixel_values, **settings):
         sizes.append(len(pixel_values))
         if len(pixel_values) > most:
             raise torch.OutOfMemoryError("CUDA out of memory (on purpose)")
         return real(self, pixel_values, **settings)
 
-    monkeypatch.setattr(BlipForConditionalGeneration, "generate", small_card)
+    monkeypatch.setattr(BlipForConditionalGeneration, "generate", small_gpu)
     most = 2
     assert captioner.generate_captions(pixels) == wanted
     assert (captioner.batch_size, sizes) == (2, [5, 5, 4, 2, 2, 1])
@@ -293,7 +295,7 @@ def a_pickle_in_disguise(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "no BLIP that writes captions"),
@@ -319,16 +321,16 @@ def a_pickle_in_disguise(folder: Path) -> None:
         (lambda folder: (folder / "processor_config.json").write_text("{"), "cannot be loaded"),
     ],
 )
-def test_a_model_that_cannot_be_used_ends_in_one_line(own_blip, spoil, said):
+def test_a_model_that_cannot_be_used_ends_in_one_line(own_blip, spoil, message):
     spoil(own_blip)
     with pytest.raises(UserError) as caught:
         load_captioner(str(own_blip))
     line = str(caught.value)
-    assert said in line and "\n" not in line and str(own_blip) in line
+    assert message in line and "\n" not in line and str(own_blip) in line
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("nowhere", "is neither a folder on this machine nor a name on the hub"),
         ("/no/such/folder", "is neither a folder on this machine nor a name on the hub"),
@@ -337,8 +339,8 @@ def test_a_model_that_cannot_be_used_ends_in_one_line(own_blip, spoil, said):
         (__file__, "is a file, not a model's folder"),
     ],
 )
-def test_a_name_that_is_no_model_ends_in_one_line(name, said):
-    with pytest.raises(UserError, match=re.escape(said)) as caught:
+def test_a_name_that_is_no_model_ends_in_one_line(name, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         load_captioner(name)
     assert "--auto_caption" in str(caught.value)
 
@@ -355,7 +357,7 @@ def test_the_vocabulary_alone_is_enough(own_blip, bare):
         [before.pixel_values(Image.open(path)) for path in sorted(bare.rglob("*.png"))]
     )
     assert torch.equal(pixels[0], after.pixel_values(Image.open(bare / "0.png")))
-    strip = re.compile(r" ?\[DEC\]")  # no special token where nothing says so
+    strip = re.compile(r" ?\[DEC\]")  # not a special token unless a file says so
     assert [strip.sub("", text) for text in after.generate_captions(pixels)] == [
         strip.sub("", text) for text in before.generate_captions(pixels)
     ]
