@@ -77,7 +77,7 @@ def test_other_formats_are_named_and_not_read(tmp_path):
 
 
 def test_linked_folders_are_named_and_not_followed(tmp_path):
-    """Whether they lead in a circle or elsewhere: no image comes twice, and none is skipped silently."""
+    """Wherever they lead: no image comes twice, and none is skipped silently."""
     touch(tmp_path, "a.png", "sub/b.png")
     for name, target in [("circle", "."), ("sub/up", ".."), ("beside", "sub"), (".hidden", "sub")]:
         (tmp_path / name).symlink_to(target, target_is_directory=True)
