@@ -100,21 +100,12 @@ def drawer(base: Base) -> Generate:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         states = text_encoding.encode_captions(base.text_encoder, base.tokenizer, [*prompts, ""])
         images = []
+        settings = denoise.SamplingSettings(base.native_size, base.native_size, STEPS, GUIDANCE)
         for start in range(0, len(prompts), AT_ONCE):
             part = slice(start, start + AT_ONCE)
             text = torch.stack([states[prompt] for prompt in prompts[part]])
-            images += denoise.draw_images(
-                base.unet,
-                base.vae,
-                denoise.make_sampler(base.noise_scheduler),
-                text,
-                states[""].expand_as(text),
-                seeds[part],
-                base.native_size,
-                base.native_size,
-                STEPS,
-                GUIDANCE,
-            )
+            embeds = denoise.PromptEmbeds(text, states[""].expand_as(text))
+            images += denoise.generate_images(base, embeds, seeds[part], settings)
         return np.stack([np.asarray(image) for image in images])
 
     return draw

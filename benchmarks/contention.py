@@ -29,7 +29,7 @@ from processes import DRAW, TRAIN, TRAINING_BAR, machine, run, significant, stam
 from step_time import base_of, pictures_of
 
 BUSY = "while True: pass"
-DRAWING_BAR = "drawing"  # the description of generate_megaman.py's bar
+GENERATING_BAR = "generating"  # the description of generate_megaman.py's bar
 SPIN_COUNT = 300_000  # libgomp's own
 SD15_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 STEPS = {"demo": 30, "sd15": 6}  # of a run; the first one is not counted
@@ -103,7 +103,7 @@ def steps_a_second(case: str, environment: dict[str, str], steps: int, work_dir:
             "--output_dir",
             "images",
         ]
-        result = run(stamped(DRAWING_BAR, DRAW, *words), folder, environment=environment)
+        result = run(stamped(GENERATING_BAR, DRAW, *words), folder, environment=environment)
     else:
         words = train_words(case, steps, work_dir)
         result = run(stamped(TRAINING_BAR, TRAIN, *words), folder, environment=environment)

@@ -22,16 +22,16 @@ from diffusers import StableDiffusionPipeline
 
 from megaman import runtime
 from megaman.config import samplers
-from megaman.lora import adapter
-from megaman.lora import files as lora_files
 from megaman.lora.peft_config import base_of
+from megaman.lora.stack import LoraStack
 from megaman.models.base import load_base
 from megaman.models.configs import unet_width
 from megaman.runtime import choose_device, place
-from megaman.sampling import denoise, generator
-from megaman.sampling.generator import Drawer
-from megaman.sampling.jobs import in_batches, make_jobs
-from megaman.sampling.prompts import Prompt, read_prompts
+from megaman.sampling import denoise
+from megaman.sampling.generator import ImageGenerator, Sampling
+from megaman.sampling.jobs import make_jobs, make_variants
+from megaman.sampling.limits import SamplingLimits
+from megaman.sampling.prompts import Prompt, PromptSettings, read_prompts
 
 NEGATIVE = "blurry, low quality"
 
@@ -41,20 +41,19 @@ def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, sid
     at each call."""
     placement = place("fp16", choose_device(), unet_width(base_name))
     base = load_base(base_name, placement.dtype, memory_format=placement.layout)
-    lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
-    fused = adapter.FusedLoras([base.unet, base.text_encoder], reversible=False)
+    loras = LoraStack(base, [(lora_path, 1.0)], fuse=True, rescale=True)
     side = side or min(512, base.native_size)
-    space = generator.Room(pixels=runtime.default_batch_size(side, side) * side**2, largest=side**2)
-    drawer = Drawer(base, fused, placement, space, samplers.DEFAULT, clip_skip=1)
-    drawer.set_scales({0: 1.0})
-    jobs = make_jobs(prompts, 1, NEGATIVE, 0, (side, side), steps, 7.5)
+    limits = SamplingLimits(runtime.default_batch_size(side, side) * side**2, largest=side**2)
+    generator = ImageGenerator(base, loras, placement, limits, Sampling(samplers.DEFAULT, 1))
+    (variant,) = make_variants([(lora_path, 1.0)], [1.0], one_by_one=False)
+    defaults = PromptSettings(NEGATIVE, side, side, 0, 7.5, steps)
+    batches = generator.make_batches(make_jobs(prompts, defaults, 1), None)
 
-    def draw() -> None:
-        drawer.forget()
-        for batch in in_batches(jobs, lambda job: space.at_once(side, side), drawer.chunks):
-            drawer.draw(batch, lambda: None)
+    def generate() -> None:
+        generator.set_variant(variant)  # forgets the prompt embeddings
+        generator.generate(batches, lambda: None)
 
-    return draw, side
+    return generate, side
 
 
 def pipeline(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int):

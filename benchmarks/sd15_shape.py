@@ -43,7 +43,7 @@ def main() -> None:
     draw += ["--height", options.resolution, "--width", options.resolution]
     commands = {
         "train": stamped(TRAINING_BAR, TRAIN, *train),
-        "generate": stamped("drawing", DRAW, *draw),
+        "generate": stamped("generating", DRAW, *draw),
     }
     results = {}
     for name, command in commands.items():

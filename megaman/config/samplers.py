@@ -85,3 +85,11 @@ def find(word: str) -> Sampler | None:
         if plain in names:
             return sampler
     return None
+
+
+def by_name(name: str) -> Sampler:
+    """The sampler of a name that was checked with `find`; raises KeyError for another."""
+    sampler = find(name)
+    if sampler is None:
+        raise KeyError(name)
+    return sampler

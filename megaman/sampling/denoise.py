@@ -1,11 +1,12 @@
-"""Prompts and seeds to images: the same code draws validation pictures while training and the
-gallery afterwards."""
+"""Prompt embeddings and seeds to images. Validation during training and generation share this
+code."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import diffusers
 import torch
@@ -13,119 +14,150 @@ from PIL import Image
 
 from megaman.config import samplers
 from megaman.errors import UserError
-from megaman.models.base import vae_scale_factor
+from megaman.models.typed import (
+    SamplingScheduler,
+    decode_latents,
+    predict_noise,
+    scheduler_config,
+    unet_config,
+    vae_config,
+)
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    from megaman.models.base import Base
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a batch is sampled; height and width are in pixels."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: samplers.Sampler = samplers.DEFAULT
+
+
+class PromptEmbeds(NamedTuple):
+    """Embeddings [B, positions, width] of a batch's prompts and of its negative prompts."""
+
+    positive: torch.Tensor
+    negative: torch.Tensor
 
 
 def make_sampler(
-    scheduler: SchedulerMixin, sampler: samplers.Sampler = samplers.DEFAULT
-) -> SchedulerMixin:
-    """A sampler on the base's own noise schedule; by default DPM-Solver++ (2M), Lu et al. 2022,
-    arXiv 2211.01095."""
-    return getattr(diffusers, sampler.scheduler).from_config(scheduler.config, **sampler.settings)
+    noise_scheduler: DDPMScheduler, sampler: samplers.Sampler = samplers.DEFAULT
+) -> SamplingScheduler:
+    """A diffusers scheduler to sample with, on the base's own noise schedule; by default
+    DPM-Solver++ (2M), Lu et al. 2022, arXiv 2211.01095."""
+    scheduler_class = getattr(diffusers, sampler.scheduler)
+    return scheduler_class.from_config(scheduler_config(noise_scheduler), **sampler.settings)
 
 
-def count_passes(scheduler: SchedulerMixin, sampler: samplers.Sampler, steps: int) -> int:
-    """How often the UNet runs in so many steps: Heun's and DPM2's samplers look twice."""
-    counted = make_sampler(scheduler, sampler)
-    counted.set_timesteps(steps)
-    return len(counted.timesteps)
+def count_unet_calls(
+    noise_scheduler: DDPMScheduler, sampler: samplers.Sampler, num_inference_steps: int
+) -> int:
+    """How often the UNet runs: Heun and DPM2 call it twice a step."""
+    scheduler = make_sampler(noise_scheduler, sampler)
+    scheduler.set_timesteps(num_inference_steps)
+    return len(scheduler.timesteps)
 
 
 @torch.no_grad()
-def draw_latents(
+def denoise(
     unet: UNet2DConditionModel,
-    sampler: SchedulerMixin,
-    prompt_embeds: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor,
-    seeds: Sequence[int],
-    size: tuple[int, int],
-    steps: int,
-    guidance: float,
-    on_step: Callable[[], None] = lambda: None,
+    scheduler: SamplingScheduler,
+    prompt_embeds: PromptEmbeds,
+    latents: InitialLatents,
+    settings: SamplingSettings,
+    on_step: Callable[[], object],
 ) -> torch.Tensor:
-    """Latents [B, 4, h, w] for each row of prompt_embeds [B, positions, width], with the seed of the
-    same place.
+    """Denoise latents [B, 4, h, w] with a scheduler of `make_sampler`.
 
-    negative_prompt_embeds, of the same shape, holds the negative prompts (classifier-free guidance, Ho &
-    Salimans 2022, arXiv 2207.12598); guidance of 1 or less leaves them out. size is (h, w) in
-    latent cells. Each row's noise, the first and what a sampler adds on the way, comes from its own
-    seed and on the CPU, so that neither the batch nor the device changes it. Raises UserError where
-    the UNet answers with numbers that are not finite.
+    The negative prompts serve classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598);
+    a guidance_scale of 1 or less ignores them. Raises UserError if the result is not finite.
     """
     device, dtype = unet.device, unet.dtype
-    sampler.set_timesteps(steps, device=device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = [
-        torch.randn((unet.config.in_channels, *size), generator=generator)
-        for generator in generators
-    ]
-    latents = torch.stack(noise).to(device) * sampler.init_noise_sigma
-    adds_noise = (
-        {"generator": generators}
-        if "generator" in inspect.signature(sampler.step).parameters
-        else {}
-    )
-    guided = guidance > 1
-    states = (torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds).to(
-        device, dtype
-    )
-    for timestep in sampler.timesteps:
-        model_input = sampler.scale_model_input(
-            torch.cat([latents, latents]) if guided else latents, timestep
-        )
-        noise_pred = unet(
-            model_input.to(dtype), timestep, encoder_hidden_states=states
-        ).sample.float()
+    scheduler.set_timesteps(settings.num_inference_steps, device=device)
+    step_options = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        step_options["generator"] = latents.generators
+    guided = settings.guidance_scale > 1
+    embeds = prompt_embeds.positive
+    if guided:
+        embeds = torch.cat([prompt_embeds.negative, prompt_embeds.positive])
+    embeds = embeds.to(device, dtype)
+    sample = latents.noise.to(device) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        model_input = torch.cat([sample, sample]) if guided else sample
+        model_input = scheduler.scale_model_input(model_input, timestep)
+        noise_pred = predict_noise(unet, model_input.to(dtype), timestep, embeds).float()
         if guided:
-            without, with_prompt = noise_pred.chunk(2)
-            noise_pred = without + guidance * (with_prompt - without)
-        latents = sampler.step(noise_pred, timestep, latents, **adds_noise).prev_sample
+            negative, positive = noise_pred.chunk(2)
+            noise_pred = negative + settings.guidance_scale * (positive - negative)
+        sample = scheduler.step(noise_pred, timestep, sample, **step_options).prev_sample
         on_step()
-    if not torch.isfinite(latents).all():
+    if not torch.isfinite(sample).all():
         raise UserError(
-            "The images came out as not-a-number: the LoRA is broken, or fp16 is too coarse for this base",
-            "Take an earlier checkpoint, or compute on the CPU",
+            "The images came out as NaN: the LoRA is broken, or fp16 is too coarse for this base",
+            "Use an earlier checkpoint, or generate with --device cpu",
         )
-    return latents
+    return sample
 
 
-def draw_images(
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    sampler: SchedulerMixin,
-    prompt_embeds: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor,
+class InitialLatents:
+    """Noise [B, 4, h, w] to begin with and the generators for the noise that some samplers add.
+
+    Each image has a generator of its own, on the CPU, so that neither the batch nor the device
+    changes its noise. latent_size is (h, w).
+    """
+
+    def __init__(self, channels: int, latent_size: tuple[int, int], seeds: Sequence[int]):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (channels, *latent_size)
+        noise = [torch.randn(shape, generator=generator) for generator in self.generators]
+        self.noise = torch.stack(noise)
+
+
+def generate_latents(
+    base: Base,
+    prompt_embeds: PromptEmbeds,
     seeds: Sequence[int],
-    height: int,
-    width: int,
-    steps: int,
-    guidance: float,
-    on_step: Callable[[], None] = lambda: None,
+    settings: SamplingSettings,
+    on_step: Callable[[], object] = lambda: None,
+) -> torch.Tensor:
+    """Latents [B, 4, h, w] of a batch, one image a seed; the UNet is where it is to run."""
+    factor = base.vae_scale_factor
+    latent_size = (settings.height // factor, settings.width // factor)
+    latents = InitialLatents(unet_config(base.unet).in_channels, latent_size, seeds)
+    scheduler = make_sampler(base.noise_scheduler, settings.sampler)
+    return denoise(base.unet, scheduler, prompt_embeds, latents, settings, on_step)
+
+
+def generate_images(
+    base: Base,
+    prompt_embeds: PromptEmbeds,
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    on_step: Callable[[], object] = lambda: None,
 ) -> list[Image.Image]:
-    """The same as images; height and width are in pixels."""
-    size = height // vae_scale_factor(vae), width // vae_scale_factor(vae)
-    latents = draw_latents(
-        unet, sampler, prompt_embeds, negative_prompt_embeds, seeds, size, steps, guidance, on_step
-    )
-    return decode(vae, latents)
+    """`generate_latents`, decoded to images."""
+    return decode(base.vae, generate_latents(base, prompt_embeds, seeds, settings, on_step))
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
-    """Images of latents [B, 4, h, w] as the UNet knows them, one at a time: decoding is where
-    memory peaks.
+    """Images of the UNet's latents [B, 4, h, w], one at a time: decoding is where memory peaks.
 
-    In the VAE's own precision, whatever autocast is on around it: in fp16 some pictures come out
-    black.
+    In the VAE's own precision whatever autocast says: in fp16 some images come out black.
     """
     images = []
     for latent in latents:
         with torch.autocast(vae.device.type, enabled=False):
-            unscaled = latent[None].to(vae.device, vae.dtype) / vae.config.scaling_factor
-            pixels = vae.decode(unscaled).sample[0].float()
+            unscaled = latent[None].to(vae.device, vae.dtype) / vae_config(vae).scaling_factor
+            pixels = decode_latents(vae, unscaled)[0].float()
         pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         images.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
     return images

@@ -1,243 +1,233 @@
-"""Drawing batch by batch with a base and its LoRAs, and how that fits into the memory at hand: how
-many images at once, the VAE in tiles, the models one after another. Text states are kept by
-prompt."""
+"""Generation batch by batch, with a base and its LoRAs. Prompt embeddings are kept by prompt."""
 
 from __future__ import annotations
 
 import contextlib
-import math
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from megaman import runtime
-from megaman.errors import UserError
-from megaman.lora import adapter
 from megaman.models import text_encoding
-from megaman.runtime import USABLE
+from megaman.models.typed import move
 from megaman.sampling import denoise
-from megaman.sampling.jobs import Job
+from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
+from megaman.sampling.jobs import Job, LoraVariant, make_batches
+from megaman.sampling.records import Recorder, RunSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from PIL import Image
 
     from megaman.config.samplers import Sampler
+    from megaman.lora.stack import LoraStack
     from megaman.models.base import Base
     from megaman.runtime import Placement
+    from megaman.sampling.limits import SamplingLimits
 
-# Peak bytes of one pass, in bytes of the widest layer's activations. Measured on Stable Diffusion
-# 1.5's shape in float32 on a CPU: the UNet 37 with two rows of 512 px, the VAE's decoder 7.6 at 512
-# px.
-UNET_PASS, VAE_PASS = 40, 8
-
-MOST_STATES = 1000  # prompts whose states are kept: 0.24 MB each with Stable Diffusion 1.5
-
-
-@dataclass
-class Room:
-    """How images are drawn: so many pixels at once, the VAE in tiles, the models taking turns on
-    the device.
-
-    largest are the pixels of the largest image there is to draw.
-    """
-
-    pixels: int
-    largest: int
-    tiling: bool = False
-    turns: bool = False
-
-    def at_once(self, height: int, width: int) -> int:
-        """How many images of a size are drawn together."""
-        return max(1, self.pixels // (height * width))
-
-    def tighten(self) -> None:
-        """The next measure against too little memory; raises UserError where there is none left."""
-        if self.pixels > self.largest:
-            self.pixels = max(1, self.pixels // self.largest // 2) * self.largest
-        elif not self.tiling:
-            self.tiling = True
-        elif not self.turns:
-            self.turns = True
-        else:
-            raise UserError(
-                "Even one image at a time needs more memory than there is",
-                "Lower --height and --width",
-            )
-
-    def __str__(self) -> str:
-        measures = ["the VAE in tiles"] * self.tiling + [
-            "the models one after another on the device"
-        ] * self.turns
-        return ", ".join([f"{max(1, self.pixels // self.largest)} at once", *measures])
+MAX_CACHED_PROMPTS = 1000  # 0.24 MB each with Stable Diffusion 1.5
+# Images at once if several batches run in parallel, which narrow bases do on a CPU. More are not
+# faster, and the number does not depend on the machine, so that equal commands give equal bits.
+PARALLEL_BATCH_SIZE = 2
 
 
-def pass_sizes(
-    unet: torch.nn.Module, vae: torch.nn.Module, pixels: int, factor: int
-) -> tuple[int, int, int]:
-    """Bytes that drawing takes beyond the weights: an image's two rows through the UNet, an image
-    of so many pixels out of the VAE, and one tile out of it. factor is the VAE's pixels a side of
-    one latent cell."""
-    drawing = (
-        2
-        * pixels
-        // factor**2
-        * unet.config.block_out_channels[0]
-        * unet.dtype.itemsize
-        * UNET_PASS
-    )
-    pixel = vae.config.block_out_channels[0] * vae.dtype.itemsize * VAE_PASS
-    return drawing, pixels * pixel, vae.tile_sample_min_size**2 * pixel
+@dataclass(frozen=True)
+class GeneratedImage:
+    """An image with its job and with the jobs of its batch, which its last bits depend on."""
+
+    job: Job
+    batch: Sequence[Job]
+    image: Image.Image
+    vae_tiling: bool
 
 
-def make_room(
-    free: int,
-    weights: tuple[int, int, int],
-    passes: tuple[int, int, int],
-    largest: int,
-    batch: int,
-    can_wait: bool,
-) -> Room:
-    """The least that has to be given up so that drawing fits into free bytes, before any weight is
-    on the device.
+@dataclass(frozen=True)
+class Sampling:
+    """What all images of a run share: the sampler, A1111's clip skip, and how many batches run in
+    parallel."""
 
-    weights are the bytes of UNet, VAE and text encoder; passes those of an image in the UNet, out
-    of the VAE, and out of the VAE in tiles; largest the pixels of the largest image, batch how many
-    of it are wished for at once; can_wait says whether a model that waits leaves the device, as it
-    cannot where there is no other. Where nothing fits, the smallest room is given all the same:
-    free memory is an estimate, too.
-    """
-    unet, vae, text = weights
-    drawing, decoding, tile = passes
-
-    def fits(room: Room) -> bool:
-        draw = room.pixels // largest * drawing
-        decode = min(decoding, tile) if room.tiling else decoding
-        together = unet + vae + text + max(draw, decode)
-        return (max(unet + draw, vae + decode, text) if room.turns else together) <= free * USABLE
-
-    rooms = [
-        Room(at_once * largest, largest, tiling, turns)
-        for turns in ([False, True] if can_wait else [False])
-        for tiling in (False, True)
-        for at_once in dict.fromkeys(
-            math.ceil(batch / 2**power) for power in range(batch.bit_length() + 1)
-        )
-    ]
-    return next(filter(fits, rooms), rooms[-1])
+    sampler: Sampler
+    clip_skip: int
+    workers: int = 1
 
 
-class Drawer:
-    """The models in their places, with LoRAs fused or not. The room gets tighter where memory runs
-    out."""
+class ImageGenerator:
+    """A base with its LoRAs on a device; the limits get tighter when memory runs out."""
 
     def __init__(
         self,
         base: Base,
-        fused: adapter.FusedLoras | None,
-        placement: Placement,
-        room: Room,
-        sampler: Sampler,
-        clip_skip: int,
+        loras: LoraStack,
+        compute: Placement,
+        limits: SamplingLimits,
+        sampling: Sampling,
     ):
-        self.base, self.placement, self.room, self.sampler, self.clip_skip = (
-            base,
-            placement,
-            room,
-            sampler,
-            clip_skip,
+        self.base, self.loras, self.compute = base, loras, compute
+        self.limits, self.sampling = limits, sampling
+        self._embeds: dict[tuple[bool, str], torch.Tensor] = {}
+        self._stop = threading.Event()
+        move(base.unet, dtype=compute.dtype)
+        move(base.text_encoder, dtype=compute.dtype)
+
+    @property
+    def recorder(self) -> Recorder:
+        """Makes the records of this generator's images."""
+        settings = RunSettings(
+            scheduler=self.sampling.sampler.name,
+            clip_skip=self.sampling.clip_skip,
+            base=self.base.name,
+            fused=self.loras.is_fused,
+            device=self.compute.device.type,
+            dtype=str(self.compute.dtype).removeprefix("torch."),
+            versions=runtime.package_versions(),
+            memory_format=self.compute.memory_format,
+            threads=torch.get_num_threads(),
         )
-        self._fused = fused
-        self._states: dict[tuple[bool, str], torch.Tensor] = {}
-        base.unet.to(dtype=placement.dtype)
-        base.text_encoder.to(dtype=placement.dtype)
+        return Recorder(settings, self.loras.hashes)
 
-    def set_scales(self, strengths: dict[int, float]) -> None:
-        """The LoRAs at work from here on by their numbers, each with its strength."""
-        if self._fused:
-            self._fused.set_scales(strengths)
-        else:
-            adapter.set_scales([self.base.unet, self.base.text_encoder], strengths)
-        self.forget()
+    def count_unet_calls(self, batch: Sequence[Job]) -> int:
+        """How often the UNet runs for a batch."""
+        sampler, steps = self.sampling.sampler, batch[0].num_inference_steps
+        return denoise.count_unet_calls(self.base.noise_scheduler, sampler, steps)
 
-    def forget(self) -> None:
-        """Encode every prompt anew from here on."""
-        self._states = {}
+    def set_variant(self, variant: LoraVariant) -> None:
+        """Generate with this variant's LoRAs from here on."""
+        self.loras.set_scales(variant.scales)
+        self._embeds = {}
 
-    def chunks(self, job: Job) -> int:
-        """How many runs of the text encoder's length the longer of a job's two prompts takes."""
+    def make_batches(self, jobs: Sequence[Job], batch_size: int | None) -> list[list[Job]]:
+        """The jobs in batches of at most batch_size, None for as many as are fast and fit."""
+        largest = batch_size or len(jobs)
+        if batch_size is None and self.sampling.workers > 1:
+            largest = PARALLEL_BATCH_SIZE
+
+        def size(job: Job) -> int:
+            return min(largest, self.limits.batch_size(job.height, job.width))
+
+        return make_batches(jobs, size, self._count_chunks)
+
+    def _count_chunks(self, job: Job) -> int:
+        """How many runs of the text encoder the longer of a job's two prompts takes."""
         return max(
-            text_encoding.count_chunks(self.base.tokenizer, text)
-            for text in (job.prompt, job.negative_prompt)
+            text_encoding.count_chunks(self.base.tokenizer, prompt)
+            for prompt in (job.prompt, job.negative_prompt)
         )
 
-    def draw(
-        self, batch: Sequence[Job], on_step: Callable[[], object], plain: bool = False
-    ) -> list[tuple[Job, Sequence[Job], Image.Image]]:
-        """Each job with its image and the jobs that it was drawn together with: fewer than the
-        batch where memory is short. The jobs have the same size, steps and guidance. With plain the
-        LoRAs are left out."""
-        drawn: list[tuple[Job, Sequence[Job], Image.Image]] = []
+    def generate(
+        self,
+        batches: Sequence[Sequence[Job]],
+        on_step: Callable[[], object],
+        without_lora: bool = False,
+    ) -> list[GeneratedImage]:
+        """The images of all batches, in order; batches run in parallel if the run has workers.
 
-        def next_part() -> list[tuple[Job, Sequence[Job], Image.Image]]:
-            part = batch[len(drawn) :][: self.room.at_once(batch[0].height, batch[0].width)]
-            images = self._draw(part, on_step, plain)
-            return [(job, part, image) for job, image in zip(part, images, strict=True)]
+        The jobs of a batch share size, steps and guidance scale. An image's batch is smaller than
+        the one it was given in if memory was short.
+        """
+        disabled = self.loras.disabled() if without_lora else contextlib.nullcontext()
+        generate = partial(self._generate_batch, on_step=on_step, without_lora=without_lora)
+        with disabled:
+            if self.sampling.workers == 1 or len(batches) == 1:
+                return flatten(map(generate, batches))
+            for batch in batches:  # fills the cache, since the text encoder runs in this thread
+                self._batch_embeds(batch, without_lora)
+            return flatten(self._in_parallel(generate, batches))
 
-        off = (
-            adapter.lora_disabled(self.base.unet, self.base.text_encoder)
-            if plain
-            else contextlib.nullcontext()
+    def _in_parallel(
+        self,
+        generate: Callable[[Sequence[Job]], list[GeneratedImage]],
+        batches: Sequence[Sequence[Job]],
+    ) -> list[list[GeneratedImage]]:
+        with ThreadPoolExecutor(self.sampling.workers) as pool:
+            try:
+                return list(pool.map(generate, batches))
+            except BaseException:
+                self._stop.set()  # else leaving the pool would wait for the end of each batch
+                raise
+
+    def _generate_batch(
+        self, batch: Sequence[Job], on_step: Callable[[], object], without_lora: bool
+    ) -> list[GeneratedImage]:
+        images: list[GeneratedImage] = []
+
+        def next_part() -> list[GeneratedImage]:
+            size = self.limits.batch_size(batch[0].height, batch[0].width)
+            part = batch[len(images) : len(images) + size]
+            return self._generate_at_once(part, on_step, without_lora)
+
+        while len(images) < len(batch):
+            images += runtime.retry_on_oom(next_part, self.limits.reduce)
+        return images
+
+    def _generate_at_once(
+        self, jobs: Sequence[Job], on_step: Callable[[], object], without_lora: bool
+    ) -> list[GeneratedImage]:
+        embeds = self._batch_embeds(jobs, without_lora)
+        first = jobs[0]
+        settings = SamplingSettings(
+            height=first.height,
+            width=first.width,
+            num_inference_steps=first.num_inference_steps,
+            guidance_scale=first.guidance_scale,
+            sampler=self.sampling.sampler,
         )
-        with off:
-            while len(drawn) < len(batch):
-                drawn += runtime.retry_on_oom(next_part, self.room.tighten)
-        return drawn
-
-    def _draw(
-        self, part: Sequence[Job], on_step: Callable[[], object], plain: bool
-    ) -> list[Image.Image]:
-        job, empty = part[0], self._states_of(plain, "")
-        rows = [
-            [self._states_of(plain, prompt) for prompt in prompts]
-            for prompts in ([each.prompt for each in part], [each.negative_prompt for each in part])
+        self._move_to_device(self.base.unet)
+        seeds = [job.seed for job in jobs]
+        latents = denoise.generate_latents(
+            self.base, embeds, seeds, settings, partial(self._next_step, on_step)
+        )
+        vae_tiling = self.limits.tiling
+        self.base.vae.use_tiling = vae_tiling
+        self._move_to_device(self.base.vae)
+        images = denoise.decode(self.base.vae, latents)
+        return [
+            GeneratedImage(job, jobs, image, vae_tiling)
+            for job, image in zip(jobs, images, strict=True)
         ]
-        chunks = max(len(states) // len(empty) for row in rows for states in row)
-        text, negative = (
-            torch.stack([text_encoding.pad_chunks(states, empty, chunks) for states in row])
-            for row in rows
-        )
-        size = job.height // self.base.vae_scale_factor, job.width // self.base.vae_scale_factor
-        latents = denoise.draw_latents(
-            self._on_device(self.base.unet),
-            denoise.make_sampler(self.base.noise_scheduler, self.sampler),
-            text,
-            negative,
-            [each.seed for each in part],
-            size,
-            job.steps,
-            job.guidance,
-            on_step,
-        )
-        self.base.vae.use_tiling = self.room.tiling
-        return denoise.decode(self._on_device(self.base.vae), latents)
 
-    def _states_of(self, plain: bool, prompt: str) -> torch.Tensor:
-        if len(self._states) > MOST_STATES:
-            self._states = {}
-        if (plain, prompt) not in self._states:
-            text_encoder = self._on_device(self.base.text_encoder)
-            states = text_encoding.encode_prompt(
-                text_encoder, self.base.tokenizer, prompt, self.clip_skip
+    def _next_step(self, on_step: Callable[[], object]) -> None:
+        if self._stop.is_set():
+            raise InterruptedError("another batch failed")
+        on_step()
+
+    def _batch_embeds(self, jobs: Sequence[Job], without_lora: bool) -> PromptEmbeds:
+        """The embeddings of the jobs' prompts, all brought to the length of the longest."""
+        empty = self._prompt_embeds(without_lora, "")
+        positive = [self._prompt_embeds(without_lora, job.prompt) for job in jobs]
+        negative = [self._prompt_embeds(without_lora, job.negative_prompt) for job in jobs]
+        chunks = max(len(embeds) // len(empty) for embeds in positive + negative)
+
+        def stack(embeds: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack([text_encoding.pad_chunks(each, empty, chunks) for each in embeds])
+
+        return PromptEmbeds(stack(positive), stack(negative))
+
+    def _prompt_embeds(self, without_lora: bool, prompt: str) -> torch.Tensor:
+        key = (without_lora, prompt)
+        if key not in self._embeds:
+            if len(self._embeds) > MAX_CACHED_PROMPTS:
+                self._embeds = {}
+            self._move_to_device(self.base.text_encoder)
+            self._embeds[key] = text_encoding.encode_prompt(
+                self.base.text_encoder, self.base.tokenizer, prompt, self.sampling.clip_skip
             )
-            self._states[plain, prompt] = states
-        return self._states[plain, prompt]
+        return self._embeds[key]
 
-    def _on_device(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model, moved to the device; the others leave it where they take turns."""
-        if self.room.turns:
+    def _move_to_device(self, model: torch.nn.Module) -> None:
+        """Move a model to the device; with offload the others leave it."""
+        if self.limits.offload:
             for other in (self.base.unet, self.base.vae, self.base.text_encoder):
                 if other is not model:
-                    other.to("cpu")
-        return model.to(self.placement.device)
+                    move(other, "cpu")
+        move(model, self.compute.device)
+
+
+def flatten(lists: Iterable[list[GeneratedImage]]) -> list[GeneratedImage]:
+    """One list of the items of many."""
+    return [item for items in lists for item in items]

@@ -1,5 +1,5 @@
-"""What is to be drawn: one job an image, batches of jobs, and the ways (LoRAs and strengths) in
-which all are drawn."""
+"""What to generate: one job an image, batches of jobs, and the LoRA variants that all jobs run
+with."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
-from typing import TypeVar
 
 from megaman.files import safe_name
-from megaman.sampling.prompts import Prompt
-
-Item = TypeVar("Item")
+from megaman.sampling.prompts import Prompt, PromptSettings
 
 
 @dataclass(frozen=True)
 class Job:
-    """Image number j of prompt number i, both from 0; width and height in pixels."""
+    """One image: prompt_index counts the prompts, image_index the images of a prompt, both from 0.
 
-    i: int
-    j: int
+    width and height are in pixels.
+    """
+
+    prompt_index: int
+    image_index: int
     prompt: str
     negative_prompt: str
     seed: int
     width: int
     height: int
-    steps: int
-    guidance: float
+    num_inference_steps: int
+    guidance_scale: float
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to draw a job: the LoRAs at work by their numbers, each one's own strength, a factor
-    on all of them.
+class LoraVariant:
+    """The LoRAs of one variant as (index, path, strength), and a scale that multiplies them all.
 
-    label has the parts that tell the file from that of another way.
+    label has the parts of a file name that tell this variant from the others.
     """
 
     loras: tuple[tuple[int, Path, float], ...]
@@ -43,81 +42,75 @@ class Way:
     label: tuple[str, ...] = ()
 
     @property
-    def strengths(self) -> dict[int, float]:
-        """What each LoRA is multiplied by, by its number."""
-        return {number: strength * self.scale for number, _, strength in self.loras}
+    def scales(self) -> dict[int, float]:
+        """The factor on each LoRA's trained scale, by its index."""
+        return {index: strength * self.scale for index, _, strength in self.loras}
 
 
 def make_jobs(
-    prompts: Sequence[Prompt],
-    count: int,
-    negative_prompt: str,
-    seed: int,
-    size: tuple[int, int],
-    steps: int,
-    guidance: float,
+    prompts: Sequence[Prompt], defaults: PromptSettings, num_images_per_prompt: int
 ) -> list[Job]:
-    """count images of each prompt, image j with seed + j; size is (width, height). A prompt's own
-    settings win."""
-
-    def or_own(own: Item | None, general: Item) -> Item:
-        return general if own is None else own
-
-    return [
-        Job(
-            i,
-            j,
-            prompt.text,
-            or_own(prompt.negative, negative_prompt),
-            or_own(prompt.seed, seed) + j,
-            or_own(prompt.width, size[0]),
-            or_own(prompt.height, size[1]),
-            or_own(prompt.steps, steps),
-            or_own(prompt.guidance, guidance),
-        )
-        for (i, prompt), j in product(enumerate(prompts), range(count))
-    ]
+    """The jobs of all prompts; image j of a prompt uses seed + j."""
+    jobs = []
+    for prompt_index, prompt in enumerate(prompts):
+        settings = prompt.settings(defaults)
+        for image_index in range(num_images_per_prompt):
+            job = Job(
+                prompt_index=prompt_index,
+                image_index=image_index,
+                prompt=prompt.text,
+                negative_prompt=settings.negative_prompt,
+                seed=settings.seed + image_index,
+                width=settings.width,
+                height=settings.height,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+            )
+            jobs.append(job)
+    return jobs
 
 
-def make_ways(
+def make_variants(
     loras: Sequence[tuple[Path, float]], scales: Sequence[float], one_by_one: bool
-) -> list[Way]:
-    """All the LoRAs together, or one by one, each time at every scale of their own strengths."""
-    numbered = [(number, *lora) for number, lora in enumerate(loras)]
-    groups = [(lora,) for lora in numbered] if one_by_one else [tuple(numbered)]
-    return [
-        Way(
-            group,
-            scale,
-            tuple(path.name for _, path, _ in group) * one_by_one
-            + (f"{scale:g}",) * (len(scales) > 1),
-        )
-        for group, scale in product(groups, scales)
-    ]
+) -> list[LoraVariant]:
+    """All the LoRAs together, or one by one, each time at every scale."""
+    indexed = [(index, path, strength) for index, (path, strength) in enumerate(loras)]
+    groups = [(lora,) for lora in indexed] if one_by_one else [tuple(indexed)]
+    variants = []
+    for group, scale in product(groups, scales):
+        label = [path.name for _, path, _ in group] if one_by_one else []
+        if len(scales) > 1:
+            label.append(f"{scale:g}")
+        variants.append(LoraVariant(group, scale, tuple(label)))
+    return variants
 
 
-def in_batches(
-    jobs: Sequence[Job], size: Callable[[Job], int], alike: Callable[[Job], Hashable]
+def make_batches(
+    jobs: Sequence[Job], batch_size: Callable[[Job], int], extra_key: Callable[[Job], Hashable]
 ) -> list[list[Job]]:
-    """The jobs in their order, cut into batches of at most size; only neighbours that are alike go
-    together."""
+    """The jobs in their order, in batches of at most batch_size(job) images.
+
+    Only neighbors with the same size, steps, guidance scale and extra_key share a batch.
+    """
+
+    def key(job: Job) -> Hashable:
+        steps, guidance_scale = job.num_inference_steps, job.guidance_scale
+        return job.width, job.height, steps, guidance_scale, extra_key(job)
+
     batches = []
-    for _, group in groupby(
-        jobs, key=lambda job: (job.width, job.height, job.steps, job.guidance, alike(job))
-    ):
-        row = list(group)
-        at_once = size(row[0])
-        batches += [row[start : start + at_once] for start in range(0, len(row), at_once)]
+    for _, group in groupby(jobs, key=key):
+        alike = list(group)
+        size = batch_size(alike[0])
+        batches += [alike[start : start + size] for start in range(0, len(alike), size)]
     return batches
 
 
-def file_of(job: Job, way: Way, first: int) -> str:
-    """The image's name in a folder in which this run's first prompt has the number first."""
-    return (
-        "_".join([f"megaman_{first + job.i:03d}_{job.j:02d}", *map(safe_name, way.label)]) + ".png"
-    )
+def image_file(job: Job, variant: LoraVariant, first: int) -> str:
+    """The image's file name, in a folder in which this run's first prompt has the number first."""
+    number = f"megaman_{first + job.prompt_index:03d}_{job.image_index:02d}"
+    return "_".join([number, *map(safe_name, variant.label)]) + ".png"
 
 
-def base_file_of(file: str) -> str:
-    """Where the same image without the LoRA stands beside it."""
+def base_image_file(file: str) -> str:
+    """The name of the same image without a LoRA, which lies next to it."""
     return file.removesuffix(".png") + "_base.png"

@@ -1,7 +1,6 @@
-"""What an image knows of itself: a JSON text in its PNG with all that draws it again, and what
-follows from it.
+"""What an image knows about itself: a record in its PNG with everything that `--from_image` needs.
 
-A1111's parameters text and the gallery's entry are made of the same record.
+A1111's parameters text and the gallery's entry are made from the same record.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ from megaman.config import samplers
 from megaman.errors import UserError
 from megaman.files import is_network, replacing
 from megaman.pages.gallery import GalleryImage, thumbnail_of
-from megaman.sampling.jobs import Job, Way
+from megaman.sampling.jobs import Job, LoraVariant
 from megaman.threads import MAX_THREADS
 
 KEY = "megaman"  # of the PNG's text chunk
-MOST = 4096  # images in a batch, LoRAs and parts of a version that a stranger's record may name
-LONGEST = 100_000  # characters of a prompt
+MAX_ITEMS = 4096  # images of a batch, LoRAs, packages in versions: what a record may have
+MAX_PROMPT = 100_000  # characters
+THUMBNAIL = 256  # pixels of the longer side
 
 
 def a1111_text(prompt: str, negative_prompt: str, values: dict[str, Any]) -> str:
@@ -41,17 +41,14 @@ def a1111_text(prompt: str, negative_prompt: str, values: dict[str, Any]) -> str
 
 
 def _quoted(value: str) -> str:
-    return (
-        json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value
-    )
-
-
-THUMBNAIL = 256  # pixels of the longer side
+    if any(mark in value for mark in ',:"\n'):
+        return json.dumps(value, ensure_ascii=False)
+    return value
 
 
 def save_thumbnail(path: Path, image: Image.Image) -> None:
-    """Write a small WebP for the gallery where the image is much larger: a browser keeps what it
-    has decoded."""
+    """Write a small WebP for the gallery if the image is much larger: a browser keeps what it has
+    decoded in memory."""
     if max(image.size) > 1.2 * THUMBNAIL:
         small = image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -65,8 +62,7 @@ def save_png(
     parameters: str,
     others: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write the image with its parameters text and other texts by their keys, whole or not at
-    all."""
+    """Write the image with its parameters text and other texts by key, in one step."""
     info = PngInfo()
     for key, text in {"parameters": parameters, **others}.items():
         info.add_itxt(key, text)
@@ -75,11 +71,26 @@ def save_png(
 
 
 @dataclass(frozen=True)
-class Record:
-    """All that an image's pixels hang on.
+class RunSettings:
+    """The fields of a Record that all images of a run share."""
 
-    loras are (path, strength, hash), lora_scale a factor on all strengths; batch are the images
-    drawn together, each as (prompt, negative prompt, seed), of which this is number place.
+    scheduler: str
+    clip_skip: int
+    base: str
+    fused: bool
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    memory_format: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that an image's pixels depend on.
+
+    loras are (path, strength, hash), lora_scale multiplies all strengths; batch are the images
+    generated together, each as (prompt, negative prompt, seed), and place is this one's index.
     """
 
     prompt: str
@@ -101,12 +112,12 @@ class Record:
     fused: bool
     vae_tiling: bool
     versions: dict[str, str]
-    memory_format: str = "contiguous"  # earlier records do not tell
-    threads: int = 0  # CPU threads of torch; 0: earlier records do not tell
+    memory_format: str = "contiguous"  # earlier records lack it
+    threads: int = 0  # CPU threads of torch; 0: earlier records lack it
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What the user chose, whatever it was drawn together with and on."""
+        """What the user chose, whatever the image was generated with and on."""
         loras = tuple(map(tuple, self.loras))
         return (
             self.prompt,
@@ -124,75 +135,79 @@ class Record:
         )
 
     def jobs(self) -> list[Job]:
-        """The images of its batch, as they were drawn together."""
+        """The jobs of its batch, as they were generated together."""
         return [
             Job(
-                0,
-                place,
-                prompt,
-                negative_prompt,
-                seed,
-                self.width,
-                self.height,
-                self.steps,
-                self.guidance_scale,
+                prompt_index=0,
+                image_index=place,
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                seed=seed,
+                width=self.width,
+                height=self.height,
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance_scale,
             )
             for place, (prompt, negative_prompt, seed) in enumerate(self.batch)
         ]
 
 
-def make(
-    job: Job,
-    batch: Sequence[Job],
-    way: Way,
-    hashes: Mapping[Path, str],
-    shared: Mapping[str, Any],
-    base: bool = False,
-) -> Record:
-    """The record of one job of a batch; shared are the fields that the whole run has in common.
+@dataclass(frozen=True)
+class Recorder:
+    """Makes the records of a run; hashes are those of its LoRAs."""
 
-    With base it is that of the image beside it, drawn without any LoRA.
-    """
-    loras = (
-        []
-        if base
-        else [[path.as_posix(), strength, hashes[path]] for _, path, strength in way.loras]
-    )
-    return Record(
-        prompt=job.prompt,
-        negative_prompt=job.negative_prompt,
-        seed=job.seed,
-        width=job.width,
-        height=job.height,
-        steps=job.steps,
-        guidance_scale=job.guidance,
-        loras=loras,
-        lora_scale=1.0 if base else way.scale,
-        batch=[[each.prompt, each.negative_prompt, each.seed] for each in batch],
-        place=batch.index(job),
-        **shared,
-    )
+    run: RunSettings
+    hashes: Mapping[Path, str]
+
+    def record(
+        self,
+        job: Job,
+        batch: Sequence[Job],
+        variant: LoraVariant,
+        vae_tiling: bool = False,
+        without_lora: bool = False,
+    ) -> Record:
+        """The record of a job's image, or with without_lora of the base's image next to it."""
+        loras: list[list[Any]] = []
+        if not without_lora:
+            for _, path, strength in variant.loras:
+                loras.append([path.as_posix(), strength, self.hashes[path]])
+        return Record(
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            seed=job.seed,
+            width=job.width,
+            height=job.height,
+            steps=job.num_inference_steps,
+            guidance_scale=job.guidance_scale,
+            loras=loras,
+            lora_scale=1.0 if without_lora else variant.scale,
+            batch=[[each.prompt, each.negative_prompt, each.seed] for each in batch],
+            place=batch.index(job),
+            vae_tiling=vae_tiling,
+            **vars(self.run),
+        )
 
 
 def save(path: Path, image: Image.Image, record: Record) -> None:
-    """Write the image with its record, A1111's parameters text and, where it is large, a
-    thumbnail."""
-    save_png(
-        path, image, parameters_text(record), {KEY: json.dumps(asdict(record), ensure_ascii=False)}
-    )
+    """Write the image with its record and A1111's parameters text, and a thumbnail if it is
+    large."""
+    text = json.dumps(asdict(record), ensure_ascii=False)
+    save_png(path, image, parameters_text(record), {KEY: text})
     save_thumbnail(path.parent / thumbnail_of(path.name), image)
 
 
 def parameters_text(record: Record) -> str:
-    """A1111's text, with LoRAs told as it tells them: in the prompt, and their hashes below."""
-    named = [
-        (short_name(path), strength * record.lora_scale, digest)
-        for path, strength, digest in record.loras
-    ]
-    tags = [f"<lora:{name}:{strength:g}>" for name, strength, _ in named if strength]
+    """A1111's text, with LoRAs as A1111 names them: in the prompt, and their hashes below."""
+    tags, hashes = [], []
+    for path, strength, digest in record.loras:
+        name = short_name(path)
+        hashes.append(f"{name}: {digest}")
+        if scaled := strength * record.lora_scale:
+            tags.append(f"<lora:{name}:{scaled:g}>")
     values = {
         "Steps": record.steps,
-        "Sampler": samplers.find(record.scheduler).title,
+        "Sampler": samplers.by_name(record.scheduler).title,
         "CFG scale": f"{record.guidance_scale:g}",
         "Seed": record.seed,
         "Size": f"{record.width}x{record.height}",
@@ -202,84 +217,81 @@ def parameters_text(record: Record) -> str:
     if record.clip_skip > 1:
         values["Clip skip"] = record.clip_skip
     if tags:
-        values["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, _, digest in named)
+        values["Lora hashes"] = ", ".join(hashes)
     return a1111_text(" ".join([record.prompt, *tags]), record.negative_prompt, values)
 
 
 def short_name(lora: str) -> str:
-    """What A1111 would call the LoRA: the file's name, and for a folder of ours that of its kohya
-    file."""
+    """A1111's name of a LoRA: that of the file, and of the kohya file for a folder of ours."""
     return Path(lora).stem if lora.lower().endswith(".safetensors") else "megaman_lora"
 
 
 def gallery_image(file: str, record: Record, base_file: str | None = None) -> GalleryImage:
     """The image's entry on the page."""
-    loras = [
-        path if len(record.loras) == 1 else f"{path}:{strength:g}"
-        for path, strength, _ in record.loras
-    ]
-    strength = (
-        record.loras[0][1] * record.lora_scale if len(record.loras) == 1 else record.lora_scale
-    )
-    settings = (
-        {
-            "steps": record.steps,
-            "guidance": record.guidance_scale,
-            "sampler": samplers.find(record.scheduler).title,
-        }
-        | ({"clip skip": record.clip_skip} if record.clip_skip > 1 else {})
-        | ({"LoRA": ", ".join(loras), "strength": f"{strength:g}"} if loras else {})
-        | {"base": record.base}
-    )
+    settings: dict[str, str | int | float] = {
+        "steps": record.steps,
+        "guidance": record.guidance_scale,
+        "sampler": samplers.by_name(record.scheduler).title,
+    }
+    if record.clip_skip > 1:
+        settings["clip skip"] = record.clip_skip
+    loras = []
+    if len(record.loras) == 1:
+        ((path, strength, _),) = record.loras
+        loras = [path]
+        settings["LoRA"] = path
+        settings["strength"] = f"{strength * record.lora_scale:g}"
+    elif record.loras:
+        loras = [f"{path}:{strength:g}" for path, strength, _ in record.loras]
+        settings["LoRA"] = ", ".join(loras)
+        settings["strength"] = f"{record.lora_scale:g}"
+    settings["base"] = record.base
     return GalleryImage(
-        file,
-        record.prompt,
-        record.negative_prompt,
-        record.seed,
-        record.width,
-        record.height,
-        settings,
-        base_file,
-        loras,
+        file=file,
+        prompt=record.prompt,
+        negative_prompt=record.negative_prompt,
+        seed=record.seed,
+        width=record.width,
+        height=record.height,
+        settings=settings,
+        base_file=base_file,
+        loras=loras,
     )
 
 
-def in_image(path: Path) -> Record | None:
-    """The record in an image, None where there is none or where it is damaged."""
+def find_record(path: Path) -> Record | None:
+    """The record in an image, or None if there is none or it is damaged."""
     try:
-        return read(path)
+        return read_record(path)
     except UserError:
         return None
 
 
-def read(path: Path) -> Record:
-    """The record in an image, which may be a stranger's; raises UserError where it is none of this
-    project's."""
-    another = "Name an image that generate_megaman.py drew"
+def read_record(path: Path) -> Record:
+    """The record in an image, which may come from a stranger; raises UserError if it has none."""
+    name = f"--from_image {path}"
+    remedy = "Name an image that generate_megaman.py made"
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(KEY)
     except FileNotFoundError:
-        raise UserError(f"--from_image {path} is missing", another) from None
+        raise UserError(f"{name} is missing", remedy) from None
     except (OSError, ValueError, SyntaxError):
-        raise UserError(f"--from_image {path} is no PNG that can be read", another) from None
+        raise UserError(f"{name} is not a PNG that can be read", remedy) from None
     if text is None:
-        raise UserError(f"--from_image {path} carries no record of this project", another)
+        raise UserError(f"{name} has no record of this project", remedy)
+    defaults = {"memory_format": Record.memory_format, "threads": Record.threads}
     try:
-        content = {"memory_format": Record.memory_format, "threads": Record.threads} | json.loads(
-            text
-        )
-        known = {field.name: content[field.name] for field in fields(Record)}
+        content = defaults | json.loads(text)
+        values = {field.name: content[field.name] for field in fields(Record)}
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(f"--from_image {path}: its record is damaged", another) from None
-    if wrong := schema.first_invalid(known, CHECKS):
-        raise UserError(
-            f"--from_image {path}: {wrong} in its record is not what it can be", another
-        )
-    record = Record(**known)
-    if not record.place < len(record.batch):
-        raise UserError(f"--from_image {path}: place in its record is not what it can be", another)
-    return record
+        raise UserError(f"{name}: its record is damaged", remedy) from None
+    wrong = schema.first_invalid(values, CHECKS)
+    if wrong is None and values["place"] >= len(values["batch"]):
+        wrong = "place"
+    if wrong:
+        raise UserError(f"{name}: {wrong} in its record has an impossible value", remedy)
+    return Record(**values)
 
 
 def _is_side(value: Any) -> bool:
@@ -294,18 +306,33 @@ def _is_sampler(value: Any) -> bool:
     return _is_text(value) and samplers.find(value) is not None
 
 
-_is_text = schema.text(LONGEST)
+_is_text = schema.text(MAX_PROMPT)
 _is_seed = schema.whole(0, 2**64 - 1)
 _is_strength = schema.number(-10, 10)
-# The limits are those of the command line; a path that would log in elsewhere is none. Whether base
-# and LoRAs are still there is checked when they are loaded: they may have moved.
+_is_lora = schema.row(_is_path, _is_strength, _is_text)
+_is_batch_item = schema.row(_is_text, _is_text, _is_seed)
+# The limits are those of the command line. A network path is refused: opening it would log in
+# elsewhere. Whether base and LoRAs still exist shows when they are loaded: they may have moved.
 CHECKS = {
-    "prompt": _is_text, "negative_prompt": _is_text, "seed": _is_seed, "width": _is_side, "height": _is_side,
-    "steps": schema.whole(1, 999), "guidance_scale": schema.number(0, 100), "scheduler": _is_sampler,
-    "clip_skip": schema.whole(1, 64), "base": _is_path,
-    "loras": schema.list_of(schema.row(_is_path, _is_strength, _is_text), most=MOST), "lora_scale": _is_strength,
-    "batch": schema.list_of(schema.row(_is_text, _is_text, _is_seed), least=1, most=MOST),
-    "place": schema.whole(0, MOST), "device": _is_text, "dtype": schema.one_of("float32", "float16", "bfloat16"),
-    "fused": schema.instance(bool), "vae_tiling": schema.instance(bool), "versions": schema.mapping(_is_text),
-    "memory_format": schema.one_of("contiguous", "channels_last"), "threads": schema.whole(0, MAX_THREADS),
-}  # fmt: skip
+    "prompt": _is_text,
+    "negative_prompt": _is_text,
+    "seed": _is_seed,
+    "width": _is_side,
+    "height": _is_side,
+    "steps": schema.whole(1, 999),
+    "guidance_scale": schema.number(0, 100),
+    "scheduler": _is_sampler,
+    "clip_skip": schema.whole(1, 64),
+    "base": _is_path,
+    "loras": schema.list_of(_is_lora, most=MAX_ITEMS),
+    "lora_scale": _is_strength,
+    "batch": schema.list_of(_is_batch_item, least=1, most=MAX_ITEMS),
+    "place": schema.whole(0, MAX_ITEMS),
+    "device": _is_text,
+    "dtype": schema.one_of("float32", "float16", "bfloat16"),
+    "fused": schema.instance(bool),
+    "vae_tiling": schema.instance(bool),
+    "versions": schema.mapping(_is_text),
+    "memory_format": schema.one_of("contiguous", "channels_last"),
+    "threads": schema.whole(0, MAX_THREADS),
+}

@@ -20,6 +20,7 @@ from megaman.files import replacing_folder
 from megaman.models.text_encoding import encode_captions
 from megaman.models.typed import add_noise, predict_noise, scheduler_config
 from megaman.sampling import denoise
+from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
 from megaman.training import loss as diffusion
 from megaman.training.memory_plan import enable_vae_tiling
 from megaman.training.signals import StoppedError
@@ -134,19 +135,11 @@ class Validation:
     ) -> list[Image.Image]:
         positive = prompt_embeds[self._settings.prompt].expand(len(seeds), -1, -1)
         negative = prompt_embeds[""].expand(len(seeds), -1, -1)
+        side = self._settings.resolution
+        sampling = SamplingSettings(side, side, NUM_INFERENCE_STEPS, GUIDANCE_SCALE)
         with self._autocast():
-            return denoise.draw_images(
-                self._base.unet,
-                self._base.vae,
-                denoise.make_sampler(self._base.noise_scheduler),
-                positive,
-                negative,
-                seeds,
-                self._settings.resolution,
-                self._settings.resolution,
-                NUM_INFERENCE_STEPS,
-                GUIDANCE_SCALE,
-                self._on_step,
+            return denoise.generate_images(
+                self._base, PromptEmbeds(positive, negative), seeds, sampling, self._on_step
             )
 
     def _reduce_memory(self) -> None:

@@ -81,43 +81,28 @@ def test_it_draws_what_the_pipeline_draws(side_by_side, sampler):
         "output_type": "np",
     }
     wanted = pipe(**prompts, generator=generators, **settings).images
-    passes = []
-    drawn = denoise.draw_images(
-        base.unet,
-        base.vae,
-        denoise.make_sampler(base.noise_scheduler, sampler),
-        text,
-        negative,
+    calls = []
+    images = denoise.generate_images(
+        base,
+        denoise.PromptEmbeds(text, negative),
         [3, 4],
-        32,
-        32,
-        5,
-        5.0,
-        on_step=lambda: passes.append(1),
+        denoise.SamplingSettings(32, 32, 5, 5.0, sampler),
+        on_step=lambda: calls.append(1),
     )
-    assert len(passes) == denoise.count_passes(base.noise_scheduler, sampler, 5) >= 5
-    for image, want in zip(drawn, wanted, strict=True):
+    assert len(calls) == denoise.count_unet_calls(base.noise_scheduler, sampler, 5) >= 5
+    for image, want in zip(images, wanted, strict=True):
         assert np.abs(np.asarray(image) / 255 - want).max() < 1 / 255
 
 
 @pytest.mark.slow
 def test_the_samplers_differ(side_by_side):
-    """The settings count, such as Karras' spacing: no two of them draw the same."""
+    """The settings count, such as Karras' spacing: no two of them give the same image."""
     base, pipe = side_by_side
     text, negative = pipe.encode_prompt("a blue robot", "cpu", 1, True, "blurry")
-    drawn = {
-        sampler.name: denoise.draw_images(
-            base.unet,
-            base.vae,
-            denoise.make_sampler(base.noise_scheduler, sampler),
-            text,
-            negative,
-            [3],
-            32,
-            32,
-            4,
-            5.0,
-        )[0].tobytes()
-        for sampler in samplers.SAMPLERS
-    }
-    assert len(set(drawn.values())) == len(drawn)
+    embeds = denoise.PromptEmbeds(text, negative)
+    images = set()
+    for sampler in samplers.SAMPLERS:
+        settings = denoise.SamplingSettings(32, 32, 4, 5.0, sampler)
+        (image,) = denoise.generate_images(base, embeds, [3], settings)
+        images.add(image.tobytes())
+    assert len(images) == len(samplers.SAMPLERS)

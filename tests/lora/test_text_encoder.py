@@ -298,19 +298,9 @@ def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_fo
         adapter.set_scales([base.text_encoder], {0: float(with_text)})
         said = encode_captions(base.text_encoder, base.tokenizer, ["volto, robot", ""])
         text, empty = (said[words][None] for words in ("volto, robot", ""))
-        sampler = denoise.make_sampler(base.noise_scheduler)
-        return denoise.draw_images(
-            base.unet,
-            base.vae,
-            sampler,
-            text,
-            empty,
-            [0],
-            64,
-            64,
-            steps=SAMPLING_STEPS,
-            guidance=7.5,
-        )[0]
+        settings = denoise.SamplingSettings(64, 64, SAMPLING_STEPS, guidance_scale=7.5)
+        embeds = denoise.PromptEmbeds(text, empty)
+        return denoise.generate_images(base, embeds, [0], settings)[0]
 
     theirs = Image.open(tmp_path / "out" / "samples-4" / "00.png").convert("RGB")
     extremes = [

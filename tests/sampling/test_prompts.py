@@ -65,7 +65,7 @@ def test_no_prompt_in_the_file(tmp_path, content):
     path = tmp_path / "empty.txt"
     path.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"--prompts_file .*empty\.txt holds no prompt.*one prompt a line"
+        UserError, match=r"--prompts_file .*empty\.txt has no prompt.*one prompt a line"
     ):
         read_prompts(path)
 
@@ -86,7 +86,7 @@ def test_utf_16_with_its_mark(tmp_path, encoding):
     path.write_bytes("\ufeff# mine\r\n洛克人 🤖\r\nrobot\r\n".encode(encoding))
     assert texts(path) == ["洛克人 🤖", "robot"]
     path.write_bytes("no mark".encode(encoding))
-    with pytest.raises(UserError, match="holds NUL characters"):
+    with pytest.raises(UserError, match="contains NUL characters"):
         read_prompts(path)
     path.write_bytes("\ufeffab".encode(encoding)[:-1])
     with pytest.raises(UserError, match="is not UTF-8 text"):
@@ -128,8 +128,11 @@ def test_kohya_options_behind_the_text(read):
     full = Prompt("a cat, (hat:1.2)", "low quality, x", 512, 768, 1, 7.5, 28)
     assert read(line) == ([full], [])
     assert read(re.sub("--.", lambda flag: flag[0].upper(), line)) == ([full], []), "in any case"
-    assert read("a cat --S 3") == ([Prompt("a cat", steps=3)], [])
-    assert read("a cat --s 3 --s 4 --width 64") == ([Prompt("a cat", width=64, steps=4)], [])
+    assert read("a cat --S 3") == ([Prompt("a cat", num_inference_steps=3)], [])
+    assert read("a cat --s 3 --s 4 --width 64") == (
+        [Prompt("a cat", width=64, num_inference_steps=4)],
+        [],
+    )
 
 
 def test_a1111_options_quoted_as_in_a_shell(read):
@@ -139,7 +142,7 @@ def test_a1111_options_quoted_as_in_a_shell(read):
     )
     assert read(line) == ([Prompt(r'a "cat", \(hat\)', "low quality", 512, 768, 1, 7.0, 20)], [])
     assert read("--steps 2 --prompt a red robot --negative_prompt ''") == (
-        [Prompt("a red robot", "", steps=2)],
+        [Prompt("a red robot", "", num_inference_steps=2)],
         [],
     )
     assert read("--prompt 'robot' --seed -1") == ([Prompt("robot")], []), (
@@ -173,44 +176,44 @@ def test_dashes_that_begin_no_option_are_text(read, line):
         ("a --w", "--w has no value"),
         (
             "a --ar 16:9",
-            "--ar is no option of a prompt: take it out, or put a space behind the dashes",
+            "--ar is not an option of a prompt: remove it, or put a space after the dashes",
         ),
-        ("a --wdth 512", "--wdth is no option of a prompt: did you mean --width"),
-        ("a cat --prompt b", "--prompt stands behind a text: begin the line with it"),
+        ("a --wdth 512", "--wdth is not an option of a prompt: did you mean --width"),
+        ("a cat --prompt b", "--prompt follows a text: begin the line with it"),
         ('--prompt "a cat', "a quote is not closed"),
-        ("--prompt a\\", "a quote is not closed, or a \\ stands at the end"),
+        ("--prompt a\\", "a quote is not closed, or a \\ is the last character"),
         ("--prompt robot's hat", "a quote is not closed"),
         ("--prompt --seed 1", "--prompt has no value"),
-        ("--prompt '' --seed 1", "there is no prompt in it"),
-        ("--seed 5", "there is no prompt in it"),
+        ("--prompt '' --seed 1", "it has no prompt"),
+        ("--seed 5", "it has no prompt"),
         ("--prompt a --seed 5 6", "--seed '5 6' is not a whole number"),
         ("--prompt a --steps 9" + "9" * 5000, "--steps '9999"),
         ("a --" + "q" * 5000, "--qqq"),
     ],
 )
-def test_a_bad_line_is_told_and_the_rest_is_made(read, tmp_path, line, said):
+def test_a_bad_line_is_reported_and_the_rest_is_generated(read, tmp_path, line, said):
     prompts, (remark,) = read(f"# first\na robot\n{line}\na cat --s 5")
-    assert prompts == [Prompt("a robot"), Prompt("a cat", steps=5)]
+    assert prompts == [Prompt("a robot"), Prompt("a cat", num_inference_steps=5)]
     assert (
         remark.startswith(f"line 3: {said}")
-        and remark.endswith("; the line is left out")
+        and remark.endswith("; the line is skipped")
         and len(remark) < 400
     )
     with pytest.raises(
         UserError,
-        match=r"prompts\.txt holds no good line: line 2: .*left out \(and 1 more like it\)",
+        match=r"prompts\.txt has no valid line: line 2: .*skipped \(and 1 more like it\)",
     ):
         read(f"\n{line}\n{line}")
 
 
-def test_options_for_other_programs_are_told_and_the_line_is_drawn(read):
+def test_options_for_other_programs_are_reported_and_the_line_is_used(read):
     prompts, remarks = read(
         '--prompt "a cat" --sampler_name "Euler a" --seed 3 --batch_size 2\na dog --am 0.8 --s 9'
     )
-    assert prompts == [Prompt("a cat", seed=3), Prompt("a dog", steps=9)]
+    assert prompts == [Prompt("a cat", seed=3), Prompt("a dog", num_inference_steps=9)]
     assert remarks == [
-        "line 1: --sampler_name, --batch_size: of no use here; the rest of the line is used",
-        "line 2: --am: of no use here; the rest of the line is used",
+        "line 1: --sampler_name, --batch_size ignored: no use here",
+        "line 2: --am ignored: no use here",
     ]
 
 
@@ -221,23 +224,30 @@ sides = st.integers(1, 1024).map(lambda cells: cells * 8)
 settings = st.fixed_dictionaries(
     {"text": st.lists(words, min_size=1, max_size=5).map(" ".join)},
     optional={
-        "negative": st.lists(words, min_size=1, max_size=3).map(" ".join),
+        "negative_prompt": st.lists(words, min_size=1, max_size=3).map(" ".join),
         "width": sides,
         "height": sides,
         "seed": st.integers(0, 2**63 - 1),
-        "guidance": st.floats(0, 100),
-        "steps": st.integers(1, 999),
+        "guidance_scale": st.floats(0, 100),
+        "num_inference_steps": st.integers(1, 999),
     },
 )
-KOHYA = {"negative": "n", "width": "w", "height": "h", "seed": "d", "guidance": "l", "steps": "s"}
+KOHYA = {
+    "negative_prompt": "n",
+    "width": "w",
+    "height": "h",
+    "seed": "d",
+    "guidance_scale": "l",
+    "num_inference_steps": "s",
+}
 A1111 = {
     "text": "prompt",
-    "negative": "negative_prompt",
+    "negative_prompt": "negative_prompt",
     "width": "width",
     "height": "height",
     "seed": "seed",
-    "guidance": "cfg_scale",
-    "steps": "steps",
+    "guidance_scale": "cfg_scale",
+    "num_inference_steps": "steps",
 }
 
 
@@ -309,7 +319,9 @@ def test_any_bytes_are_prompts_or_one_line(tmp_path_factory, content):
         assert "any_prompts.txt" in str(error) and "\n" not in str(error)
     else:
         assert prompts
-        for text in [text for prompt in prompts for text in (prompt.text, prompt.negative) if text]:
+        for text in [
+            text for prompt in prompts for text in (prompt.text, prompt.negative_prompt) if text
+        ]:
             assert text == " ".join(text.split()) and len(text.splitlines()) == 1
             assert not any(unicodedata.category(letter) == "Cc" for letter in text)
         assert all(len(remark.splitlines()) == 1 for remark in remarks)

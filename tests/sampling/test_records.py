@@ -17,28 +17,29 @@ from test_png import A1111_PAIR, read_pairs
 from megaman.config import samplers
 from megaman.errors import UserError
 from megaman.sampling import records
-from megaman.sampling.jobs import Job, make_ways
-from megaman.sampling.records import KEY, Record
+from megaman.sampling.jobs import Job, make_variants
+from megaman.sampling.records import KEY, Record, Recorder, RunSettings
 
 JOB = Job(3, 1, "a blue robot", "blurry", 43, 64, 128, 20, 7.5)
-SHARED = {
-    "scheduler": "euler_a",
-    "clip_skip": 2,
-    "base": "demo/base",
-    "device": "cpu",
-    "dtype": "float32",
-    "fused": True,
-    "vae_tiling": False,
-    "versions": {"torch": "2.13.0"},
-}
-(WAY,) = make_ways([(Path("out/lora_weights"), 0.8)], [0.5], one_by_one=False)
+RUN = RunSettings(
+    scheduler="euler_a",
+    clip_skip=2,
+    base="demo/base",
+    fused=True,
+    device="cpu",
+    dtype="float32",
+    versions={"torch": "2.13.0"},
+    memory_format="contiguous",
+    threads=0,
+)
+(VARIANT,) = make_variants([(Path("out/lora_weights"), 0.8)], [0.5], one_by_one=False)
 HASHES = {Path("out/lora_weights"): "0123456789ab"}
-RECORD = records.make(JOB, [replace(JOB, seed=42), JOB], WAY, HASHES, SHARED)
+RECORD = Recorder(RUN, HASHES).record(JOB, [replace(JOB, seed=42), JOB], VARIANT)
 
 
 def test_it_is_read_back_with_the_picture(tmp_path):
     records.save(tmp_path / "a.png", Image.new("RGB", (64, 128), "red"), RECORD)
-    assert records.read(tmp_path / "a.png") == RECORD
+    assert records.read_record(tmp_path / "a.png") == RECORD
     assert RECORD.place == 1 and [job.seed for job in RECORD.jobs()] == [42, 43]
     with Image.open(tmp_path / "a.png") as image:
         assert image.text["parameters"] == records.parameters_text(RECORD)
@@ -51,7 +52,9 @@ def test_a1111_shows_loras_sampler_and_clip_skip():
     pairs = read_pairs(last)
     assert pairs["Sampler"] == "Euler a" and pairs["Clip skip"] == "2" and pairs["Size"] == "64x128"
     assert pairs["Lora hashes"] == "megaman_lora: 0123456789ab"
-    plain = records.make(JOB, [JOB], WAY, HASHES, SHARED | {"clip_skip": 1}, base=True)
+    plain = Recorder(replace(RUN, clip_skip=1), HASHES).record(
+        JOB, [JOB], VARIANT, without_lora=True
+    )
     assert not {"Clip skip", "Lora hashes"} & read_pairs(records.parameters_text(plain)).keys()
     assert "<lora" not in records.parameters_text(plain)
 
@@ -106,10 +109,10 @@ def test_any_record_is_read_or_refused_in_a_line(tmp_path_factory, data):
     content[name] = data.draw(json_value)
     records.save_png(folder / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(content)})
     try:
-        record = records.read(folder / "a.png")
+        record = records.read_record(folder / "a.png")
     except UserError as error:
         assert "a.png" in str(error) and "\n" not in str(error)
-        assert records.in_image(folder / "a.png") is None
+        assert records.find_record(folder / "a.png") is None
     else:
         assert isinstance(record, Record) and getattr(record, name) == content[name]
         assert samplers.find(record.scheduler) and record.jobs()[record.place].seed is not None
@@ -147,7 +150,7 @@ def test_what_no_image_of_ours_can_say_is_refused(tmp_path, changes, named):
         {KEY: json.dumps({**asdict(RECORD), **changes})},
     )
     with pytest.raises(UserError, match=rf"a\.png: {named} in its record"):
-        records.read(tmp_path / "a.png")
+        records.read_record(tmp_path / "a.png")
 
 
 def test_other_files_are_refused_in_a_line(tmp_path):
@@ -158,23 +161,23 @@ def test_other_files_are_refused_in_a_line(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     reasons = {
         "plain": "no record",
-        "photo": "no PNG",
+        "photo": "not a PNG",
         "half": "damaged",
         "old": "damaged",
-        "text": "no PNG",
+        "text": "not a PNG",
         "none": "missing",
     }
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=rf"{name}\.png.*{reason}"):
-            records.read(tmp_path / f"{name}.png")
+            records.read_record(tmp_path / f"{name}.png")
 
 
 def test_an_earlier_record_tells_no_memory_format(tmp_path):
     later = ("memory_format", "threads")
     earlier = {key: value for key, value in asdict(RECORD).items() if key not in later}
     records.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(earlier)})
-    assert records.read(tmp_path / "a.png").memory_format == "contiguous"
-    assert records.read(tmp_path / "a.png").threads == 0
+    assert records.read_record(tmp_path / "a.png").memory_format == "contiguous"
+    assert records.read_record(tmp_path / "a.png").threads == 0
 
 
 def test_the_identity_is_what_the_user_chose():

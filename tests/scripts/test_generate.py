@@ -23,7 +23,8 @@ from megaman.lora import files as lora_files
 from megaman.models.base import load_base
 from megaman.pages.gallery import read_images
 from megaman.sampling import denoise
-from megaman.sampling.generator import Drawer
+from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
+from megaman.sampling.generator import ImageGenerator
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_a_run_as_a_process(lora_path, run_script, tmp_path):
     noise = [
         line
         for line in re.split(r"[\r\n]+", done.stderr)
-        if line.strip() and not line.startswith("drawing:")
+        if line.strip() and not line.startswith("generating:")
     ]
     assert noise == [], "no library's warnings"
     assert "4: 2 prompts x 2, 64x64, 3 steps" in done.stdout
@@ -226,7 +227,7 @@ def test_every_checkpoint_at_one_seed(generate, lora_path, base_folder, tmp_path
         "checkpoint-40",
         "lora_weights",
     ]
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         generate("--checkpoints", tmp_path / "nothing", lora=None)
 
 
@@ -312,7 +313,7 @@ def test_ten_built_in_prompts(generate):
 def test_a_page_of_somebody_else_stays(generate, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "index.html").write_text("mine")
-    with pytest.raises(UserError, match="holds an index"):
+    with pytest.raises(UserError, match="has an index"):
         generate()
     assert (tmp_path / "out" / "index.html").read_text() == "mine"
 
@@ -519,7 +520,7 @@ def test_from_image_says_what_is_not_as_it_was(generate, again, lora_path, tmp_p
         )
     assert not equal(again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved"), drawn)
     assert "LoRA moved was" in capsys.readouterr().out
-    with pytest.raises(UserError, match="drawn with 1 LoRAs"):
+    with pytest.raises(UserError, match="generated with 1 LoRAs"):
         again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved", "moved")
 
 
@@ -528,7 +529,9 @@ def test_from_image_when_the_base_moved(generate, again, tmp_path):
     shutil.copytree(ROOT / "demo" / "base", tmp_path / "mine")
     drawn = generate("--base_model", "mine")["megaman_000_00.png"]
     (tmp_path / "mine").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"its base .*mine is not here") as raised:
+    with pytest.raises(
+        UserError, match=r"its base .*mine is neither on this machine nor on the hub"
+    ) as raised:
         again(tmp_path / "out" / "megaman_000_00.png")
     assert "--base_model" in str(raised.value)
     assert equal(again(tmp_path / "out" / "megaman_000_00.png", "--base_model", "moved"), drawn)
@@ -564,15 +567,15 @@ def test_an_image_that_was_deleted_is_on_the_page_once(generate, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--compare", "base"]], ids=" ".join)
 def test_two_runs_into_one_folder_lose_nothing(generate, monkeypatch, tmp_path, flags):
     """Whoever comes second to a name stops in a line, and the other's images stay."""
-    draw = Drawer.draw
+    generate_images = ImageGenerator.generate
 
-    def draw_beside_another(drawer, batch, *rest, **plain):
-        monkeypatch.setattr(Drawer, "draw", draw)
+    def generate_next_to_another(generator, batches, *rest, **without_lora):
+        monkeypatch.setattr(ImageGenerator, "generate", generate_images)
         generate("--prompts", "a red cat", *flags)
-        return draw(drawer, batch, *rest, **plain)
+        return generate_images(generator, batches, *rest, **without_lora)
 
-    monkeypatch.setattr(Drawer, "draw", draw_beside_another)
-    with pytest.raises(UserError, match="drawn by another run"):
+    monkeypatch.setattr(ImageGenerator, "generate", generate_next_to_another)
+    with pytest.raises(UserError, match="written by another run"):
         generate(*flags)
     pngs = list((tmp_path / "out").glob("*.png"))
     assert len(pngs) == 1 + bool(flags)
@@ -656,7 +659,7 @@ def test_resume_draws_what_the_undisturbed_run_draws(generate, tmp_path):
     generate("--prompts", "a red cat", "--resume", output="part")
     assert "nothing of this run is there" in generate.said
     assert len(list((tmp_path / "part").glob("*.png"))) == 7
-    with pytest.raises(UserError, match="another image"):
+    with pytest.raises(UserError, match="not an image that this command generates"):
         (tmp_path / "part" / "megaman_000_03.png").write_bytes(
             (tmp_path / "part" / "megaman_001_00.png").read_bytes()
         )
@@ -705,7 +708,7 @@ def test_mistakes_end_in_one_line(forked, tmp_path, flags, code, named):
     assert "Traceback" not in done.stderr
 
 
-def test_validation_and_generation_draw_the_same(generate, base_folder, lora_path):
+def test_validation_and_generation_sample_alike(generate, base_folder, lora_path):
     """One sampling loop serves both scripts: called directly it gives the gallery's picture."""
     drawn = generate("--seed", 5, "--guidance_scale", 6)
     from megaman.config.generate import DEFAULT_NEGATIVE_PROMPT
@@ -721,8 +724,7 @@ def test_validation_and_generation_draw_the_same(generate, base_folder, lora_pat
         encode_captions(base.text_encoder, base.tokenizer, [prompt])[prompt][None]
         for prompt in ("a blue robot", DEFAULT_NEGATIVE_PROMPT)
     )
-    sampler = denoise.make_sampler(base.noise_scheduler)
-    (image,) = denoise.draw_images(
-        base.unet, base.vae, sampler, text, negative, [5], 64, 64, 3, 6.0
+    (image,) = denoise.generate_images(
+        base, PromptEmbeds(text, negative), [5], SamplingSettings(64, 64, 3, 6.0)
     )
     assert equal(image, drawn["megaman_000_00.png"])

@@ -146,19 +146,8 @@ def test_step_0_is_the_base_itself(finished, base_folder):
     base = load_base(str(base_folder), torch.float32)
     states = encode_captions(base.text_encoder, base.tokenizer, ["robot", ""])
     text, empty = (states[prompt].expand(2, -1, -1) for prompt in ("robot", ""))
-    sampler = denoise.make_sampler(base.noise_scheduler)
-    drawn = denoise.draw_images(
-        base.unet,
-        base.vae,
-        sampler,
-        text,
-        empty,
-        [0, 1],
-        64,
-        64,
-        steps=SAMPLING_STEPS,
-        guidance=7.5,
-    )
+    settings = denoise.SamplingSettings(64, 64, SAMPLING_STEPS, guidance_scale=7.5)
+    drawn = denoise.generate_images(base, denoise.PromptEmbeds(text, empty), [0, 1], settings)
     for j, image in enumerate(drawn):
         first, last = (
             Image.open(finished[1] / "out" / f"samples-{step}" / f"{j:02d}.png").convert("RGB")

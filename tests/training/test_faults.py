@@ -432,7 +432,7 @@ def test_images_that_are_not_numbers_are_reported_and_training_continues(
     spoil(monkeypatch, {1})
     train_here(tmp_path, "out", *FIXED, "--max_train_steps", 2, "--num_validation_images", 1)
     said = capsys.readouterr().out
-    assert "step 0: no sample images (The images came out as not-a-number" in said
+    assert "step 0: no sample images (The images came out as NaN" in said
     assert {path.name for path in (tmp_path / "out").glob("samples-*")} == {"samples-2"}
 
 
@@ -444,7 +444,7 @@ def test_validation_that_fails_is_reported_and_training_continues(
     def failing(*args, **kwargs):
         raise RuntimeError("something in the sampler")
 
-    monkeypatch.setattr(denoise, "draw_images", failing)
+    monkeypatch.setattr(denoise, "generate_images", failing)
     train_here(tmp_path, "out", *FIXED, "--max_train_steps", 2, "--num_validation_images", 1)
     said = capsys.readouterr().out
     assert "step 0: no sample images (something in the sampler)" in said

@@ -38,7 +38,7 @@ def test_images_that_no_page_names_come_onto_it(tmp_path, put):
     put("megaman_001_00_base.png", replace(RECORD, loras=[]))  # its image was not drawn yet
     Image.new("RGB", (8, 8)).save(tmp_path / "megaman_007_00.png")  # somebody else's
     named = records.gallery_image("megaman_000_00.png", RECORD)
-    images = output_folder.complete(tmp_path, [named])
+    images = output_folder.add_unlisted(tmp_path, [named])
     assert images[0] is named
     assert [(image.file, image.base_file) for image in images[1:]] == [
         ("megaman_000_01.png", "megaman_000_01_base.png")
@@ -62,11 +62,11 @@ def test_the_stopped_run_is_found_by_its_images(tmp_path, put):
 
 def test_an_image_is_there_or_another_has_its_name(tmp_path, put):
     path = tmp_path / "megaman_000_00.png"
-    assert not output_folder.is_there(path, RECORD)
+    assert not output_folder.is_complete(path, RECORD)
     put(path.name)
-    assert output_folder.is_there(path, RECORD)
+    assert output_folder.is_complete(path, RECORD)
     with pytest.raises(UserError, match=r"--resume.*megaman_000_00"):
-        output_folder.is_there(path, replace(RECORD, seed=JOB.seed + 1))
+        output_folder.is_complete(path, replace(RECORD, seed=JOB.seed + 1))
     path.write_bytes(b"")
-    with pytest.raises(UserError, match="another image"):
-        output_folder.is_there(path, RECORD)
+    with pytest.raises(UserError, match="not an image that this command generates"):
+        output_folder.is_complete(path, RECORD)

@@ -1,0 +1,201 @@
+"""What a run generates and how: from a command line, or from the record of an image.
+
+Both make the same plan, so that nothing later asks where it came from but the lines on screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaman.config import samplers
+from megaman.config.generate import GenerateConfig
+from megaman.errors import UserError
+from megaman.files import split_strength
+from megaman.hub import DEFAULT_BASE, is_base
+from megaman.lora.peft_config import base_of
+from megaman.sampling import records
+from megaman.sampling.jobs import Job, LoraVariant, make_jobs, make_variants
+from megaman.sampling.prompts import Prompt, PromptSettings
+from megaman.sampling.records import Record, Recorder
+
+PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # accelerate's words by dtype
+COMPARED = ("device", "dtype", "base")  # fields of a record that change pixels
+MAX_DEFAULT_SIDE = 512  # pixels of an image for which no size is given
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """Everything that a run decides before torch is loaded.
+
+    lora_source says where the LoRAs come from, as the user named it. make_jobs returns the jobs
+    for a base of this native size in pixels. wanted is the index of the
+    only job to save, None for all; batch_size, memory_format and precision are the command line's
+    words; threads is the count in the image's record, None for a new run.
+    """
+
+    base: str
+    loras: tuple[tuple[Path, float], ...]
+    lora_source: str
+    variants: tuple[LoraVariant, ...]
+    make_jobs: Callable[[int], list[Job]]
+    wanted: int | None
+    fuse: bool
+    precision: str
+    memory_format: str
+    sampler: samplers.Sampler
+    clip_skip: int
+    batch_size: int | None
+    vae_tiling: bool
+    threads: int | None
+    source: Record | None
+
+    @classmethod
+    def from_config(
+        cls, config: GenerateConfig, prompts: Sequence[Prompt], loras: Sequence[tuple[Path, float]]
+    ) -> GenerationPlan:
+        """The plan of a command line, with its prompts and its LoRAs, each with a strength."""
+        comparison = config.comparison
+        bases = filter(None, (base_of(path) for path, _ in loras))
+        scale = 1.0 if comparison.lora_scale is None else comparison.lora_scale
+        one_by_one = bool(comparison.checkpoints)
+        variants = make_variants(loras, comparison.lora_scales or [scale], one_by_one)
+
+        def jobs(native_size: int) -> list[Job]:
+            defaults = default_settings(config, native_size)
+            return make_jobs(prompts, defaults, config.prompts.num_images_per_prompt)
+
+        return cls(
+            base=config.model.base_model or next(bases, DEFAULT_BASE),
+            loras=tuple(loras),
+            lora_source=comparison.checkpoints or ", ".join(config.model.lora_path),
+            variants=tuple(variants),
+            make_jobs=jobs,
+            wanted=None,
+            fuse=not comparison.compare,
+            precision="fp16",
+            memory_format="auto",
+            sampler=samplers.by_name(config.sampling.scheduler),
+            clip_skip=config.sampling.clip_skip,
+            batch_size=config.compute.batch_size,
+            vae_tiling=False,
+            threads=None,
+            source=None,
+        )
+
+    @classmethod
+    def from_image(cls, config: GenerateConfig, image: Path) -> GenerationPlan:
+        """The plan that generates an image again; --base_model and --lora_path may say where its
+        base and its LoRAs are now.
+
+        Raises UserError if the image has no record, if its base is gone, and if --lora_path names
+        another number of LoRAs.
+        """
+        source = records.read_record(image)
+        paths = [path for path, _, _ in source.loras]
+        if "lora_path" in config.explicit:
+            paths = [split_strength(path)[0] for path in config.model.lora_path]
+        if len(paths) != len(source.loras):
+            raise UserError(
+                f"--lora_path: the image was generated with {len(source.loras)} LoRAs",
+                "Name as many, in the same order",
+            )
+        if not config.model.base_model and not is_base(source.base):
+            raise UserError(
+                f"--from_image: its base {source.base} is neither on this machine nor on the hub",
+                "Name it in --base_model",
+            )
+        strengths = [strength for _, strength, _ in source.loras]
+        loras = list(zip(map(Path, paths), strengths, strict=True))
+        return cls(
+            base=config.model.base_model or source.base,
+            loras=tuple(loras),
+            lora_source=", ".join(paths),
+            variants=tuple(make_variants(loras, [source.lora_scale], one_by_one=False)),
+            make_jobs=lambda native_size: source.jobs(),
+            wanted=source.place,
+            fuse=source.fused,
+            precision=PRECISIONS[source.dtype],
+            memory_format=source.memory_format,
+            sampler=samplers.by_name(source.scheduler),
+            clip_skip=source.clip_skip,
+            batch_size=len(source.batch),
+            vae_tiling=source.vae_tiling,
+            threads=source.threads,
+            source=source,
+        )
+
+    def count(self, jobs: Sequence[Job]) -> int:
+        """How many images of these jobs the run saves."""
+        images = len(jobs) if self.wanted is None else 1
+        return images * len(self.variants)
+
+    @property
+    def shared_scale(self) -> float:
+        """The scale of the only variant; 1 if several compare their own."""
+        return self.variants[0].scale if len(self.variants) == 1 else 1.0
+
+    def is_wanted(self, job: Job) -> bool:
+        """Whether the image of a job is saved."""
+        return self.wanted is None or job.image_index == self.wanted
+
+    def warnings(self, recorder: Recorder, batches: int) -> list[str]:
+        """What differs from when the image was generated, which may change its pixels."""
+        if self.source is None:
+            return []
+        warnings = []
+        if batches > 1:
+            warnings.append("there is memory for a smaller batch only")
+        before, now = self.source, recorder.run
+        pairs = [(name, getattr(before, name), getattr(now, name)) for name in COMPARED]
+        for package, version in before.versions.items():
+            pairs.append((package, version, now.versions.get(package)))
+        for (_, _, old_hash), (path, _) in zip(before.loras, self.loras, strict=True):
+            pairs.append((f"LoRA {path}", old_hash, recorder.hashes[path]))
+        changed = [pair for pair in pairs if pair[1] != pair[2]]
+        return warnings + [f"{name} was {old} and is now {new}" for name, old, new in changed]
+
+
+def default_settings(config: GenerateConfig, native_size: int) -> PromptSettings:
+    """The command line's settings for prompts without their own, on a base of this native size."""
+    side = min(MAX_DEFAULT_SIDE, native_size)
+    sampling = config.sampling
+    return PromptSettings(
+        negative_prompt=config.prompts.negative_prompt,
+        width=sampling.width or side,
+        height=sampling.height or side,
+        seed=sampling.seed,
+        guidance_scale=sampling.guidance_scale,
+        num_inference_steps=sampling.num_inference_steps,
+    )
+
+
+def summarize(plan: GenerationPlan, config: GenerateConfig, jobs: Sequence[Job]) -> str:
+    """The line that says what is generated."""
+    if plan.source:
+        return (
+            f"again      {config.again.from_image}, seed {plan.source.seed}, "
+            f"in a batch of {len(jobs)} as before"
+        )
+    prompts = 1 + max(job.prompt_index for job in jobs)
+    parts = [
+        f"images     {len(jobs)}: {prompts} prompts x {config.prompts.num_images_per_prompt}",
+        _distinct(f"{job.width}x{job.height}" for job in jobs),
+        f"{_distinct(job.num_inference_steps for job in jobs)} steps of {plan.sampler.title}",
+        f"guidance {_distinct(f'{job.guidance_scale:g}' for job in jobs)}",
+        f"seed {jobs[0].seed}",
+    ]
+    if config.comparison.compare:
+        parts.append("each next to the base's")
+    if len(plan.variants) > 1:
+        scales = len({variant.scale for variant in plan.variants})
+        loras = len(plan.variants) // scales
+        parts.append(f"each {len(plan.variants)} times: {loras} LoRAs x {scales} strengths")
+    return ", ".join(parts)
+
+
+def _distinct(values: Iterable[object]) -> str:
+    """The first value, and how many others there are."""
+    first, *others = dict.fromkeys(map(str, values))
+    return f"{first} and {len(others)} other" if others else first
