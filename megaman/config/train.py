@@ -1,5 +1,5 @@
-"""megaman_lora.py's command line: flags, defaults, presets. Contradictions fail here, before a
-heavy import."""
+"""megaman_lora.py's command line: flags, defaults, presets. Contradictions are refused here, before
+any heavy import."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCHEDULERS = [
     "constant",
     "constant_with_warmup",
 ]
-# the folders in --output_dir that a run replaces
+# The folders in --output_dir that a run replaces.
 REPLACED = r"((checkpoint|samples)-\d+|lora_weights)(?![^/\\])"
 POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 
@@ -43,8 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What makes the embedded base and pictures a success on two cores in about two minutes.
-# Convolutions are among the targets because a small UNet keeps most of its shapes in them.
+# What teaches the embedded base its hero on two cores in about two minutes.
+# Convolutions are among the targets because they hold most shapes of a small UNet.
 DEMO_TRAINING: dict[str, Any] = {
     "pretrained_model_name": str(DEMO / "base"),
     "data_dir": str(DEMO / "images"),
@@ -62,7 +62,9 @@ DEMO_TRAINING: dict[str, Any] = {
     "max_train_steps": 900,
     "save_steps": 300,
     "validation_steps": 300,
-    "validation_prompt": "volto, blue robot hero, pixel art, standing, front view, white background",
+    "validation_prompt": (
+        "volto, blue robot hero, pixel art, standing, front view, white background"
+    ),
     "mixed_precision": "no",
     "seed": 0,
 }
@@ -74,20 +76,23 @@ SHARE = number(float, 0, 0.999999)
 PROBABILITY = number(float, 0, 1)
 RATE = number(float, 0, 1, exclusive=True)
 
-# The order of the settings in training_config.json, in which they came to be.
+# The order of the settings in training_config.json.
 ORDER = (
-    "preset", "demo", "pretrained_model_name", "data_dir", "caption_extension", "trigger_word", "caption_prefix",
-    "caption_suffix", "shuffle_caption", "keep_tokens", "caption_dropout_rate", "caption_tag_dropout_rate",
-    "dataset_repeats", "auto_caption", "class_data_dir", "prior_loss_weight", "output_dir", "overwrite_output",
-    "logging_dir", "resolution", "check_data", "plan", "strict", "skip_bad_images", "center_crop", "crop_variants",
-    "random_flip", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale",
-    "cache_dir", "cache_limit", "no_cache", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-    "max_train_steps", "learning_rate", "train_text_encoder", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps",
-    "lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "adam_beta1", "adam_beta2",
+    "preset", "demo", "pretrained_model_name", "data_dir", "caption_extension", "trigger_word",
+    "caption_prefix", "caption_suffix", "shuffle_caption", "keep_tokens", "caption_dropout_rate",
+    "caption_tag_dropout_rate", "dataset_repeats", "auto_caption", "class_data_dir",
+    "prior_loss_weight", "output_dir", "overwrite_output", "logging_dir", "resolution",
+    "check_data", "plan", "strict", "skip_bad_images", "center_crop", "crop_variants",
+    "random_flip", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
+    "bucket_no_upscale", "cache_dir", "cache_limit", "no_cache", "train_batch_size",
+    "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "learning_rate",
+    "train_text_encoder", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "lora_rank",
+    "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "adam_beta1", "adam_beta2",
     "adam_weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers", "save_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps", "validation_prompt",
-    "num_validation_images", "snr_gamma", "noise_offset", "mixed_precision", "save_precision", "memory_format",
-    "enable_xformers_memory_efficient_attention", "compile", "gradient_checkpointing", "vram_limit", "seed",
+    "num_validation_images", "snr_gamma", "noise_offset", "mixed_precision", "save_precision",
+    "memory_format", "enable_xformers_memory_efficient_attention", "compile",
+    "gradient_checkpointing", "vram_limit", "seed",
 )  # fmt: skip
 
 
@@ -99,8 +104,8 @@ class RunConfig:
         None, "a recipe; flags that are typed win", choices=tuple(PRESETS), common=True
     )
     demo: bool = flag(False, "everything embedded: a whole run in minutes", common=True)
-    check_data: bool = flag(False, "report on pictures and captions, train nothing", common=True)
-    plan: bool = flag(False, "say what memory it would need, train nothing", common=True)
+    check_data: bool = flag(False, "report on images and captions, train nothing", common=True)
+    plan: bool = flag(False, "show the memory that it would need, train nothing", common=True)
     strict: bool = flag(False, "with --check_data: exit 1 if something is wrong")
     seed: int | None = flag(
         None, "makes a run repeatable (default: a random one)", SEED, common=True
@@ -122,41 +127,41 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Pictures"""
+    """Images"""
 
     data_dir: str = flag(
         "./megaman_images",
-        "the pictures, each with an optional caption in NAME.txt",
+        "the images, each with an optional caption in NAME.txt",
         name,
         metavar="FOLDER",
         common=True,
     )
     class_data_dir: str | None = flag(
         None,
-        "regularization pictures: what the base should still generate as before",
+        "regularization images: what the base should still generate as before",
         name,
         metavar="FOLDER",
     )
-    dataset_repeats: int = flag(1, "times that an epoch sees every picture", number(int, 1, 10**5))
-    skip_bad_images: bool = flag(False, "train even if most of the pictures cannot be used")
+    dataset_repeats: int = flag(1, "times that an epoch sees every image", number(int, 1, 10**5))
+    skip_bad_images: bool = flag(False, "train even if most of the images cannot be used")
     resolution: int = flag(
         512,
-        "side of the square pictures in pixels, a multiple of 8",
+        "side of the square images in pixels, a multiple of 8",
         side,
         common=True,
         resume=True,
     )
     center_crop: bool = flag(False, "crop the middle; otherwise at random", resume=True)
     crop_variants: int = flag(
-        4, "random crops kept of a picture that is not square", number(int, 1, 64), resume=True
+        4, "random crops kept of an image that is not square", number(int, 1, 64), resume=True
     )
     random_flip: bool = flag(
         False,
-        "mirror pictures at random, unless the caption says left or right",
+        "mirror images at random, unless the caption says left or right",
         common=True,
         resume=True,
     )
-    dataloader_num_workers: int = flag(0, "processes that decode pictures", number(int, 0, 64))
+    dataloader_num_workers: int = flag(0, "processes that decode images", number(int, 0, 64))
 
 
 @dataclass(frozen=True)
@@ -170,10 +175,10 @@ class CaptionConfig:
         metavar="EXT",
     )
     trigger_word: str = flag(
-        "", "put in front of captions that do not contain it", text, common=True
+        "", "added in front of captions that do not contain it", text, common=True
     )
-    caption_prefix: str = flag("", "put in front of every caption, with a space", text)
-    caption_suffix: str = flag("", "put behind every caption, with a space", text)
+    caption_prefix: str = flag("", "added in front of every caption, with a space", text)
+    caption_suffix: str = flag("", "added after every caption, with a space", text)
     auto_caption: str | None = flag(
         None,
         "BLIP (a name on the hub or a folder) writes missing captions",
@@ -182,9 +187,9 @@ class CaptionConfig:
         common=True,
     )
     shuffle_caption: bool = flag(
-        False, "the tags between commas in another order at every visit", resume=True
+        False, "shuffle the tags between commas at every visit", resume=True
     )
-    keep_tokens: int = flag(  # parse_train_config derives what is not typed
+    keep_tokens: int = flag(  # derived if it is not typed
         None,
         "first tags that stay (default: the trigger word's, or 0)",
         number(int, 0, 1000),
@@ -208,7 +213,7 @@ class BucketConfig:
     """Aspect-ratio buckets"""
 
     enable_bucket: bool = flag(
-        False, "train on pictures in their own shape", common=True, resume=True
+        False, "train on images in their own aspect ratios", common=True, resume=True
     )
     min_bucket_reso: int | None = flag(
         None, "shortest side of a bucket (default: half of the base's size)", side, resume=True
@@ -223,11 +228,11 @@ class BucketConfig:
         resume=True,
     )
     bucket_no_upscale: bool = flag(
-        False, "small pictures get buckets of their own instead of being enlarged", resume=True
+        False, "small images get buckets of their own instead of being enlarged", resume=True
     )
 
     def limits(self, resolution: int) -> dict[str, Any]:
-        """What is given for the buckets, under the names of make_buckets."""
+        """The limits of the buckets, as arguments of make_buckets."""
         return {
             "resolution": resolution,
             "smallest": self.min_bucket_reso,
@@ -239,21 +244,21 @@ class BucketConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Cache of encoded pictures"""
+    """Cache of encoded images"""
 
     cache_dir: str | None = flag(
         None,
-        "where encoded pictures are kept for later runs (default: ~/.cache/megaman_lora)",
+        "where encoded images are kept for later runs (default: ~/.cache/megaman_lora)",
         folder,
         metavar="FOLDER",
     )
-    cache_limit: float = flag(10.0, "how large it may grow", number(float, 0, MANY), metavar="GB")
+    cache_limit: float = flag(10.0, "maximum size", number(float, 0, MANY), metavar="GB")
     no_cache: bool = flag(
-        False, "encode a picture anew at every visit, with a new random crop each time", resume=True
+        False, "encode an image again at every visit, with a new random crop each time", resume=True
     )
 
     def path(self) -> Path | None:
-        """The folder of the cache; None without one, as when the system knows no home."""
+        """The folder of the cache; None with --no_cache, or if the system has no home folder."""
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         place = os.path.expanduser(self.cache_dir or os.path.join(home, "megaman_lora"))
         return None if self.no_cache or place.startswith("~") else Path(place)
@@ -276,9 +281,7 @@ class LoraConfig:
     use_rslora: bool = flag(
         False, "scale by alpha / sqrt(rank), so that high ranks learn as fast", resume=True
     )
-    lora_dropout: float = flag(
-        0.0, "share of each layer's inputs that the LoRA misses at a step", SHARE
-    )
+    lora_dropout: float = flag(0.0, "probability that the LoRA drops an input of a layer", SHARE)
     target_modules: tuple[str, ...] = flag(
         DEFAULT_TARGETS, "UNet layers that get a LoRA", name, nargs="+", metavar="NAME", resume=True
     )
@@ -292,13 +295,13 @@ class OptimizerConfig:
     """Steps and learning rate"""
 
     train_batch_size: int = flag(
-        1, "pictures a forward pass and device", number(int, 1, 4096), common=True
+        1, "images per forward pass and device", number(int, 1, 4096), common=True
     )
     gradient_accumulation_steps: int = flag(
-        1, "forward passes an optimizer step", number(int, 1, 65536), common=True
+        1, "forward passes per optimizer step", number(int, 1, 65536), common=True
     )
     num_train_epochs: int = flag(
-        100, "times every picture is seen", number(int, 1, 10**6), common=True
+        100, "times every image is seen", number(int, 1, 10**6), common=True
     )
     max_train_steps: int | None = flag(
         None, "optimizer steps; wins over --num_train_epochs", COUNT, common=True
@@ -309,12 +312,12 @@ class OptimizerConfig:
     )
     lr_scheduler: str = flag(
         "constant",
-        f"how the rate changes: {', '.join(SCHEDULERS)}",
+        f"how the learning rate changes: {', '.join(SCHEDULERS)}",
         choices=tuple(SCHEDULERS),
         metavar="NAME",
         common=True,
     )
-    lr_warmup_steps: int = flag(500, "steps over which the rate rises", COUNT_OR_ZERO)
+    lr_warmup_steps: int = flag(500, "steps over which the learning rate rises", COUNT_OR_ZERO)
     adam_beta1: float = flag(0.9, "AdamW's first decay", SHARE)
     adam_beta2: float = flag(0.999, "AdamW's second decay", SHARE)
     adam_weight_decay: float = flag(1e-2, "AdamW's weight decay", number(float, 0, 100))
@@ -342,7 +345,7 @@ class ComputeConfig:
     """Speed and memory"""
 
     mixed_precision: str = flag(
-        "fp16", "what the frozen base computes in", choices=("no", "fp16", "bf16"), common=True
+        "fp16", "precision of the frozen base", choices=("no", "fp16", "bf16"), common=True
     )
     memory_format: str = flag(
         "auto", "of the convolutions", choices=("auto", "contiguous", "channels_last")
@@ -383,17 +386,17 @@ class OutputConfig:
         metavar="FOLDER",
         common=True,
     )
-    overwrite_output: bool = flag(False, "delete what an earlier run left in --output_dir")
+    overwrite_output: bool = flag(False, "delete the outputs of an earlier run in --output_dir")
     logging_dir: str = flag("./logs", "TensorBoard's folder", folder, metavar="FOLDER")
     save_steps: int = flag(500, "steps between checkpoints", COUNT, common=True)
     checkpoints_total_limit: int | None = flag(
         None, "checkpoints kept; older ones are deleted", COUNT
     )
     resume_from_checkpoint: str | None = flag(
-        None, "continue from a checkpoint", name, metavar="latest|FOLDER", common=True
+        None, "resume from a checkpoint", name, metavar="latest|FOLDER", common=True
     )
     save_precision: str = flag(
-        "float", "what lora_weights/ is written in", choices=("float", "fp16", "bf16")
+        "float", "precision of lora_weights/", choices=("float", "fp16", "bf16")
     )
 
 
@@ -417,7 +420,7 @@ class MemoryRequest:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a training run, by concern; nobody changes them after parsing."""
+    """All settings of a training run by concern, as parsed from argv."""
 
     run: RunConfig
     base: BaseConfig
@@ -444,8 +447,8 @@ class TrainConfig:
         return {name: values[name] for name in ORDER}
 
     def resume_settings(self) -> dict[str, Any]:
-        """What a resumed run has to share, in addition to base, seed, pictures and their number a
-        step."""
+        """The flags that a resumed run has to share, in addition to base, seed, images and their
+        number per step."""
         flags = flags_of(TrainConfig)
         return {
             name: value
@@ -472,7 +475,7 @@ def train_parser() -> Parser:
     return Parser(
         TrainConfig,
         prog="megaman_lora.py",
-        description="Train a LoRA for Stable Diffusion on a folder of pictures.",
+        description="Train a LoRA for Stable Diffusion on a folder of images.",
         examples=[
             "python megaman_lora.py --demo",
             "python megaman_lora.py --data_dir ./megaman_images --check_data",
@@ -483,23 +486,23 @@ def train_parser() -> Parser:
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """Parse megaman_lora.py's command line: plain defaults, then --demo's, then --preset's, then
-    the typed flags.
+    """Parse megaman_lora.py's command line.
 
-    All mistakes are reported together, with exit code 2.
+    Typed flags win over --preset, that over --demo, and that over the plain defaults. All errors
+    are reported together, with exit code 2.
     """
     parser = train_parser()
-    typed, mistakes = parser.read(argv)
+    typed, errors = parser.read(argv)
     demo = DEMO_TRAINING if typed.get("demo") else {}
-    if (
-        "crop_variants" in typed and "center_crop" not in typed
-    ):  # the demo's own center would leave it without effect
+    if "crop_variants" in typed and "center_crop" not in typed:
+        # With the demo's center_crop it would have no effect.
         demo = {**demo, "center_crop": False}
     preset = PRESETS.get(typed.get("preset", ""), {})
     values = {**parser.defaults(), **demo, **preset, **typed}
     config = fill(TrainConfig, {**values, **derived(values)}, explicit=typed)
-    if mistakes := [*mistakes, *contradictions(config)]:
-        parser.refuse(mistakes)
+    errors += contradictions(config)
+    if errors:
+        parser.refuse(errors)
     return replace(config, argv=tuple(argv))
 
 
@@ -512,17 +515,17 @@ def derived(values: Mapping[str, Any]) -> dict[str, Any]:
     text_encoder_lr, keep_tokens = values["text_encoder_lr"], values["keep_tokens"]
     if values["train_text_encoder"] and text_encoder_lr is None:
         text_encoder_lr = values["learning_rate"]
-    if keep_tokens is None:  # what calls the character must not be lost by accident
+    if keep_tokens is None:  # shuffling must not move the trigger word by accident
         trigger_word = affixes["trigger_word"]
         keep_tokens = trigger_word.count(",") + 1 if trigger_word else 0
     return {**affixes, "text_encoder_lr": text_encoder_lr, "keep_tokens": keep_tokens}
 
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
-    """What cannot be meant together. What is merely without effect, such as more steps than epochs,
-    is no mistake."""
+    """What cannot be meant together. A flag that merely has no effect, such as epochs next to
+    steps, is not an error."""
     if config.run.strict and not config.run.check_data:
-        yield "--strict belongs to --check_data: add that or leave it out"
+        yield "--strict belongs to --check_data: add that or omit it"
     if config.run.plan and config.run.check_data:
         yield "--plan and --check_data are two questions: ask one at a time"
     if config.output.resume_from_checkpoint and config.output.overwrite_output:
@@ -531,42 +534,43 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
     yield from _crop_contradictions(config)
     yield from _bucket_contradictions(config.buckets, config.data.resolution)
     if config.validation.num_validation_images == 0:
-        for flag_name in sorted({"validation_steps", "validation_prompt"} & config.explicit):
-            yield f"--{flag_name} and --num_validation_images 0 contradict each other: use only one"
+        for name in sorted({"validation_steps", "validation_prompt"} & config.explicit):
+            yield f"--{name} and --num_validation_images 0 contradict each other: use only one"
     if "prior_loss_weight" in config.explicit and not config.data.class_data_dir:
-        yield "--prior_loss_weight has no effect without --class_data_dir: add that, or leave this out"
+        yield _no_effect("prior_loss_weight", "class_data_dir")
     yield from _folder_contradictions(config)
+
+
+def _no_effect(flag_name: str, required: str) -> str:
+    return f"--{flag_name} has no effect without --{required}: add that or omit this"
 
 
 def _rate_contradictions(config: TrainConfig) -> Iterator[str]:
     optimizer = config.optimizer
     if "text_encoder_lr" in config.explicit and not config.lora.train_text_encoder:
-        yield "--text_encoder_lr has no effect without --train_text_encoder: add that, or leave this out"
-    rates = {"learning_rate": optimizer.learning_rate}
+        yield _no_effect("text_encoder_lr", "train_text_encoder")
+    peaks = {"learning_rate": optimizer.learning_rate}
     if "text_encoder_lr" in config.explicit and optimizer.text_encoder_lr is not None:
-        rates["text_encoder_lr"] = optimizer.text_encoder_lr
-    for flag_name, rate in rates.items():
-        if optimizer.lr_scheduler == "polynomial" and rate <= POLYNOMIAL_END:
-            yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: give a higher --{flag_name}"
+        peaks["text_encoder_lr"] = optimizer.text_encoder_lr
+    if optimizer.lr_scheduler == "polynomial":
+        for flag_name, peak in peaks.items():
+            if peak <= POLYNOMIAL_END:
+                yield (
+                    f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: give a higher "
+                    f"--{flag_name}"
+                )
     warmup, total = optimizer.lr_warmup_steps, optimizer.max_train_steps
-    if (
-        "lr_warmup_steps" in config.explicit
-        and optimizer.lr_scheduler != "constant"
-        and total
-        and warmup >= total
-    ):
+    has_warmup = "lr_warmup_steps" in config.explicit and optimizer.lr_scheduler != "constant"
+    if has_warmup and total and warmup >= total:
         yield (
-            f"--lr_warmup_steps {warmup} is not below --max_train_steps {total}: "
-            "the rate would never be reached; lower the one or raise the other"
+            f"--lr_warmup_steps {warmup} is not below --max_train_steps {total}: the learning rate "
+            "would never be reached; lower the one or raise the other"
         )
 
 
 def _crop_contradictions(config: TrainConfig) -> Iterator[str]:
-    if (
-        config.data.center_crop
-        and config.data.crop_variants > 1
-        and "crop_variants" in config.explicit
-    ):
+    has_variants = "crop_variants" in config.explicit and config.data.crop_variants > 1
+    if config.data.center_crop and has_variants:
         yield "--center_crop and --crop_variants contradict each other: use only one"
     for flag_name in ("cache_dir", "cache_limit", "crop_variants"):
         if config.cache.no_cache and flag_name in config.explicit:
@@ -576,50 +580,51 @@ def _crop_contradictions(config: TrainConfig) -> Iterator[str]:
 def _bucket_contradictions(config: BucketConfig, resolution: int) -> Iterator[str]:
     for bucket_field in fields(BucketConfig):
         if getattr(config, bucket_field.name) and not config.enable_bucket:
-            yield f"--{bucket_field.name} has no effect without --enable_bucket: add that, or leave this out"
+            yield _no_effect(bucket_field.name, "enable_bucket")
     limits = resolution, config.min_bucket_reso, config.max_bucket_reso, config.bucket_reso_steps
-    if config.enable_bucket and (mistake := contradiction(*limits)):
-        yield ": ".join(mistake)
+    if config.enable_bucket and (error := contradiction(*limits)):
+        yield ": ".join(error)
 
 
 def _folder_contradictions(config: TrainConfig) -> Iterator[str]:
-    data_dir, class_data_dir, output_dir = (
-        config.data.data_dir,
-        config.data.class_data_dir,
-        config.output.output_dir,
-    )
-    places = {
-        "data_dir": data_dir,
-        "class_data_dir": class_data_dir,
-        "logging_dir": config.output.logging_dir,
-    }
-    for flag_name in ("data_dir", "class_data_dir"):
-        if places[flag_name] and path_within(output_dir, places[flag_name]):
-            yield f"--output_dir {output_dir} is within --{flag_name}: its samples would be trained on; name another"
+    output_dir, data_dir = config.output.output_dir, config.data.data_dir
+    class_data_dir = config.data.class_data_dir
+    sources = {"data_dir": data_dir}
+    if class_data_dir:
+        sources["class_data_dir"] = class_data_dir
+    for flag_name, folder_name in sources.items():
+        if path_within(output_dir, folder_name):
+            yield (
+                f"--output_dir {output_dir} is within --{flag_name}: its samples would be trained "
+                "on; name another"
+            )
     if class_data_dir and (
         path_within(class_data_dir, data_dir) or path_within(data_dir, class_data_dir)
     ):
         yield (
-            f"--class_data_dir {class_data_dir} and --data_dir share pictures, which would be learnt and held back: "
-            "part them"
+            f"--class_data_dir {class_data_dir} and --data_dir share images, which would be both "
+            "learned and regularized: separate them"
         )
-    for flag_name, place in places.items():
-        if place and re.match(REPLACED, path_within(place, output_dir) or ""):
-            yield f"--{flag_name} {place} is where the run in --output_dir puts its own: name another"
+    for flag_name, folder_name in {**sources, "logging_dir": config.output.logging_dir}.items():
+        if re.match(REPLACED, path_within(folder_name, output_dir) or ""):
+            yield (
+                f"--{flag_name} {folder_name} is where the run in --output_dir puts its outputs: "
+                "name another"
+            )
 
 
 def contradiction(
     resolution: int, smallest: int | None, largest: int | None, step: int | None
 ) -> tuple[str, str] | None:
-    """What is wrong with these limits, and the remedy; None where nothing is, or not as far as they
-    are known."""
+    """What is wrong with these limits of buckets, and the remedy; None if nothing is, as far as
+    they are known."""
     if smallest and smallest > resolution:
         return f"--min_bucket_reso {smallest} is above --resolution {resolution}", "lower it"
     if largest and largest < resolution:
         return f"--max_bucket_reso {largest} is below --resolution {resolution}", "raise it"
     if step and step > resolution:
-        return (
-            f"--bucket_reso_steps {step} is above --resolution {resolution}: no side would fit",
-            "lower it",
+        message = (
+            f"--bucket_reso_steps {step} is above --resolution {resolution}: no side would fit"
         )
+        return message, "lower it"
     return None

@@ -1,7 +1,7 @@
-"""README.md of lora_weights/: what the LoRA is, how it was made, how to load it; the folder is
-published with it.
+"""README.md of lora_weights/: what the LoRA is, how it was trained, how to load it. It is published
+with the folder.
 
-The head is YAML as the Hugging Face hub reads it; JSON's strings are YAML's too.
+The front matter is YAML as the Hugging Face hub reads it; JSON strings are valid YAML.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaman.data.captions import CaptionAugmentation, tidy, trigger_words
 from megaman.hub import HUB_NAME
 
-MOST_SAMPLES = 4
-# Licences of the bases that are taken most, by the hub's word for them. Others are named without
-# one.
+MAX_SAMPLES = 4
+# Licenses of the most common bases, by the hub's name for them.
 OPENRAIL = (
     "creativeml-openrail-m",
     "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
 )
 CC_BY = ("cc-by-4.0", "https://creativecommons.org/licenses/by/4.0/")
-LICENCES = {
+LICENSES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": OPENRAIL,
     "runwayml/stable-diffusion-v1-5": OPENRAIL,
     "CompVis/stable-diffusion-v1-4": OPENRAIL,
@@ -33,6 +33,40 @@ LICENCES = {
     "CompVis/stable-diffusion-v1-1": OPENRAIL,
     "demo/base": CC_BY,
 }
+UNKNOWN_LICENSE = ("other", "")
+DIFFUSERS = """diffusers, from this folder:
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.{load})
+pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
+```"""
+PEFT = """PEFT:
+
+```python
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+
+unet = UNet2DConditionModel.{load}{subfolder})
+unet = PeftModel.from_pretrained(unet, ".")
+```"""
+PEFT_TEXT_ENCODER = """and the text encoder's part:
+
+```python
+from peft import PeftModel
+from transformers import CLIPTextModel
+
+text_encoder = CLIPTextModel.from_pretrained({source}, subfolder="text_encoder")
+text_encoder = PeftModel.from_pretrained(text_encoder, "text_encoder")
+```"""
+PROGRAMS = (
+    "A1111: copy `megaman_lora.safetensors` to `models/Lora` and write `<lora:megaman_lora:1>` in "
+    "the prompt.",
+    "ComfyUI: copy `megaman_lora.safetensors` to `models/loras` and choose it in the Load LoRA "
+    "node.",
+    "Mega Man LoRA: `python generate_megaman.py --lora_path THIS_FOLDER`.",
+)
 SETTINGS = (
     "lora_rank",
     "lora_alpha",
@@ -57,132 +91,173 @@ SETTINGS = (
 )
 
 
-def write_card(
-    config: Mapping[str, Any], captions: Sequence[str], found: int, samples: Path
-) -> dict[str, bytes]:
-    """The card and its images as files to put into the folder: {name: content}.
+@dataclass(frozen=True)
+class _Base:
+    """A base as the card names it; link is Markdown, license the hub's name and an address."""
 
-    config is the content of training_config.json, captions those trained on, found how many of them
-    stood beside their picture, samples the folder with the last sample images (it need not exist).
+    name: str
+    link: str
+    is_on_hub: bool
+    is_single_file: bool
+    license: tuple[str, str]
+
+
+def write_card(
+    config: Mapping[str, Any], captions: Sequence[str], num_written: int, samples: Path
+) -> dict[str, bytes]:
+    """The card and its images as the content of files by name.
+
+    Args:
+        config: the content of training_config.json.
+        captions: those of the images that were trained on.
+        num_written: how many of them somebody wrote; the others were made from names.
+        samples: the folder of the last sample images, which may be missing.
     """
     files = {}
-    for picture in sorted(samples.glob("*.png"))[:MOST_SAMPLES]:
+    for image in sorted(samples.glob("*.png"))[:MAX_SAMPLES]:
         with contextlib.suppress(OSError):  # an image that is gone must not cost the LoRA
-            files[f"sample_{picture.name}"] = picture.read_bytes()
-    return {
-        "README.md": _card(config, captions, found, list(files)).encode(
-            "utf-8", "backslashreplace"
-        ),
-        **files,
-    }
+            files[f"sample_{image.name}"] = image.read_bytes()
+    base = _describe_base(config["base"])
+    sections = [
+        _front_matter(config, captions, base, list(files)),
+        *_introduction(config, captions, base, list(files)),
+        *_loading(config["settings"], base),
+        _training(config),
+        _data(config, len(captions), num_written),
+        _license(base),
+    ]
+    card = "\n\n".join(sections) + "\n"
+    return {"README.md": card.encode("utf-8", "backslashreplace"), **files}
 
 
-def _card(
-    config: Mapping[str, Any], captions: Sequence[str], found: int, samples: list[str]
-) -> str:
-    settings, base = config["settings"], config["base"]
-    one_file = base.lower().endswith(".safetensors")
-    on_hub = HUB_NAME.fullmatch(base) and not base.startswith("demo/") and not one_file
-    name = (
-        base if on_hub or base == "demo/base" else tidy(Path(base).name) or "base"
-    )  # a folder's whole path is nobody's business
-    shown = f"[{name}](https://huggingface.co/{name})" if on_hub else code(name)
-    if base == "demo/base":
-        shown = "the small base that comes with the project (`demo/base`)"
-    licence, address = LICENCES.get(base, ("other", ""))
-    trigger, prompt = (
-        tidy(settings["trigger_word"] or trigger_words(captions)),
-        tidy(settings["validation_prompt"]),
+def _describe_base(base: str) -> _Base:
+    is_single_file = base.lower().endswith(".safetensors")
+    is_demo = base == "demo/base"
+    is_on_hub = bool(
+        HUB_NAME.fullmatch(base) and not base.startswith("demo/") and not is_single_file
     )
-    head = {
+    # The whole path of a folder is private.
+    name = base if is_on_hub or is_demo else tidy(Path(base).name) or "base"
+    link = f"[{name}](https://huggingface.co/{name})" if is_on_hub else code(name)
+    if is_demo:
+        link = "the small base that comes with the project (`demo/base`)"
+    license_ = LICENSES.get(base, UNKNOWN_LICENSE)
+    return _Base(name, link, is_on_hub, is_single_file, license_)
+
+
+def _trigger(settings: Mapping[str, Any], captions: Sequence[str]) -> str:
+    return tidy(settings["trigger_word"] or trigger_words(captions))
+
+
+def _front_matter(
+    config: Mapping[str, Any], captions: Sequence[str], base: _Base, samples: Sequence[str]
+) -> str:
+    settings = config["settings"]
+    fields: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "license": licence,
+        "license": base.license[0],
         "tags": ["lora", "stable-diffusion", "text-to-image", "diffusers", "peft"],
     }
-    if on_hub:
-        head["base_model"] = base
-    if trigger:
-        head["instance_prompt"] = trigger
+    if base.is_on_hub:
+        fields["base_model"] = base.name
+    if trigger := _trigger(settings, captions):
+        fields["instance_prompt"] = trigger
     if samples:
-        head["widget"] = [{"text": prompt, "output": {"url": file}} for file in samples]
-    yaml = "\n".join(
-        f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()
-    )
-    images = "\n".join(
-        f"![Sample {number}]({file})" for number, file in enumerate(samples, start=1)
-    )
-    rows = [
-        (flag, settings[flag]) for flag in SETTINGS if settings.get(flag) not in (None, False, 0)
-    ]
-    rows += [("steps", config["total_steps"]), ("warm-up steps", config["warmup_steps"])]
-    if config["buckets"]:
-        rows.append(
-            (
-                "buckets, pictures an epoch",
-                ", ".join(
-                    f"{size}: {count}" for size, count in config["buckets"]["pictures"].items()
-                ),
-            )
+        prompt = tidy(settings["validation_prompt"])
+        fields["widget"] = [{"text": prompt, "output": {"url": file}} for file in samples]
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _introduction(
+    config: Mapping[str, Any], captions: Sequence[str], base: _Base, samples: Sequence[str]
+) -> Iterator[str]:
+    settings = config["settings"]
+    yield f"# A LoRA for {code(base.name)}"
+    trained = f"A LoRA for Stable Diffusion 1.x, trained on {len(captions)} images with the base "
+    if settings["train_text_encoder"]:
+        yield f"{trained}{base.link}. It changes the UNet and the text encoder."
+    else:
+        yield f"{trained}{base.link}."
+    if trigger := _trigger(settings, captions):
+        yield f"Use {code(trigger)} in the prompt: most of the captions begin with it."
+    if samples:
+        lines = [f"![Sample {number}]({file})" for number, file in enumerate(samples, start=1)]
+        yield "## Samples"
+        yield "\n".join(lines)
+        yield (
+            f"Prompt: {code(tidy(settings['validation_prompt']))}, strength 1, 25 steps, guidance "
+            f"7.5, seeds from {settings['seed']} on, generated after the last step."
         )
-    rows += [("precision", config["dtype"]), ("seed", settings["seed"])]
-    table = "\n".join(
-        "| {} | {} |".format(flag, code(value).replace("|", "\\|")) for flag, value in rows
-    )
+
+
+def _loading(settings: Mapping[str, Any], base: _Base) -> Iterator[str]:
+    source = json.dumps(base.name, ensure_ascii=False)
+    load = f"from_pretrained({source}"
+    if base.is_single_file:
+        load = f"from_single_file({source}"
+    yield "## How to load it"
+    yield "This folder holds the same LoRA in three layouts, each with its strength."
+    yield DIFFUSERS.format(load=load)
+    yield PEFT.format(load=load, subfolder="" if base.is_single_file else ', subfolder="unet"')
+    if settings["train_text_encoder"] and not base.is_single_file:
+        yield PEFT_TEXT_ENCODER.format(source=source)
+    yield from PROGRAMS
+
+
+def _training(config: Mapping[str, Any]) -> str:
+    settings = config["settings"]
+    rows = {name: settings[name] for name in SETTINGS if _is_set(settings.get(name))}
+    rows |= {"steps": config["total_steps"], "warm-up steps": config["warmup_steps"]}
+    if config["buckets"]:
+        counts = config["buckets"]["pictures"].items()
+        rows["buckets, images an epoch"] = ", ".join(f"{size}: {count}" for size, count in counts)
+    rows |= {"precision": config["dtype"], "seed": settings["seed"]}
+    table = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
-    source, text_too = json.dumps(name, ensure_ascii=False), settings["train_text_encoder"]
-    subfolder = "" if one_file else ', subfolder="unet"'
-    loaded = f"from_{'single_file' if one_file else 'pretrained'}({source}"
-    terms = (
-        f"The base is under [{licence}]({address}), whose terms hold for what is made with it too."
-        if address
-        else "Look up the licence of the base: its terms hold for what is made with it too."
+    lines = ["## How it was trained", "", "| Setting | Value |", "| --- | --- |", *table]
+    return "\n".join([*lines, "", f"With {versions}."])
+
+
+def _is_set(value: Any) -> bool:
+    return value not in (None, False, 0)
+
+
+def _cell(value: Any) -> str:
+    return code(value).replace("|", "\\|")
+
+
+def _data(config: Mapping[str, Any], num_images: int, num_written: int) -> str:
+    made = num_images - num_written
+    text = (
+        f"{num_images} images; {num_written} captions were written, {made} made from names of files "
+        "or folders."
     )
-    regular = (
-        f" Beside them {config['class_pictures']} regularisation pictures, whose loss counts "
-        f"{settings['prior_loss_weight']:g} times."
-        if config["class_pictures"]
-        else ""
+    if config["class_pictures"]:
+        text += (
+            f" In addition {config['class_pictures']} regularization images, whose loss has the "
+            f"weight {config['settings']['prior_loss_weight']:g}."
+        )
+    return (
+        f"## Data\n\n{text} This card does not say where the images come from and who owns them: "
+        "whoever publishes the LoRA should."
     )
-    parts = [
-        f"---\n{yaml}\n---",
-        f"# A LoRA for {code(name)}",
-        f"A LoRA for Stable Diffusion 1.x, trained on {len(captions)} pictures with the base {shown}."
-        + (" It changes the UNet and the text encoder." if text_too else ""),
-        f"Use {code(trigger)} in the prompt: most of the captions begin with it."
-        if trigger
-        else "",
-        f"## Samples\n\n{images}\n\nPrompt: {code(prompt)}, strength 1, 25 steps, guidance 7.5, seeds from "
-        f"{settings['seed']} on, drawn after the last step."
-        if samples
-        else "",
-        "## How to load it\n\nThis folder holds the same LoRA in three layouts, with its strength in each.",
-        f"diffusers, from this folder:\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f"pipe = StableDiffusionPipeline.{loaded})\n"
-        f'pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")\n```',
-        f"PEFT:\n\n```python\nfrom diffusers import UNet2DConditionModel\nfrom peft import PeftModel\n\n"
-        f"unet = UNet2DConditionModel.{loaded}{subfolder})\n"
-        f'unet = PeftModel.from_pretrained(unet, ".")\n```',
-        f"and its part for the text encoder:\n\n```python\nfrom peft import PeftModel\n"
-        f"from transformers import CLIPTextModel\n\n"
-        f'text_encoder = CLIPTextModel.from_pretrained({source}, subfolder="text_encoder")\n'
-        f'text_encoder = PeftModel.from_pretrained(text_encoder, "text_encoder")\n```'
-        if text_too and not one_file
-        else "",
-        "A1111: copy `megaman_lora.safetensors` to `models/Lora` and write `<lora:megaman_lora:1>` in the prompt.",
-        "ComfyUI: copy `megaman_lora.safetensors` to `models/loras` and choose it in the Load LoRA node.",
-        "Mega Man LoRA: `python generate_megaman.py --lora_path THIS_FOLDER`.",
-        f"## How it was trained\n\n| Setting | Value |\n| --- | --- |\n{table}\n\nWith {versions}.",
-        f"## Data\n\n{len(captions)} pictures; {found} captions were written, {len(captions) - found} made from names "
-        f"of files or folders.{regular} Nothing is said here of where the pictures come from and who owns them: "
-        "whoever publishes this should.",
-        f"## Base and licence\n\nBase: {shown}. {terms}",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _license(base: _Base) -> str:
+    name, address = base.license
+    terms = "Look up the license of the base: its terms also apply to what is made with it."
+    if address:
+        terms = (
+            f"The base is under [{name}]({address}), whose terms also apply to what is made with "
+            "it."
+        )
+    return f"## Base and license\n\nBase: {base.link}. {terms}"
 
 
 def code(value: Any) -> str:
-    """A value as Markdown shows it unchanged, on one line."""
+    """A value as Markdown code on one line, with a fence that nothing in it can close."""
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     text = " ".join(text.split())
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))

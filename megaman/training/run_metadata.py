@@ -1,7 +1,7 @@
-"""What the header of the kohya file says of its run, in kohya's own keys (ss_*) and in Stability's
+"""The header of kohya's file: what a run was, in kohya's own keys (ss_*) and in Stability's
 (modelspec.*).
 
-A1111 and ComfyUI's managers list a LoRA by them. Every value is a string.
+A1111's and ComfyUI's LoRA managers read them. Every value is a string.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +20,66 @@ from PIL import Image
 from megaman.data.captions import count_tags, trigger_words
 
 THUMBNAIL_SIDE = 256  # pixels
+MAX_LISTED_TAGS = 20
 TIMES = (
     "ss_training_started_at",
     "ss_training_finished_at",
     "modelspec.date",
-)  # what two equal runs differ in
+)  # in which two equal runs differ
+Folders = Mapping[str, tuple[int, Sequence[str]]]  # repeats and captions by the folder's name
 
 
-def thumbnail(picture: Path) -> str | None:
-    """A small JPEG of a picture as a data URL; None where it cannot be read, for it is only an
-    adornment."""
-    try:
-        with Image.open(picture) as image:
-            small = image.convert("RGB")
-    except (OSError, ValueError):
-        return None
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    packed = io.BytesIO()
-    small.save(packed, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
+def training_metadata(
+    config: Mapping[str, Any],
+    folders: Folders,
+    prediction_type: str,
+    sample: Path,
+    started: float,
+    ended: float,
+) -> dict[str, str]:
+    """The part of the header about the run.
 
-
-def _buckets(
-    record: Mapping[str, Any] | None, settings: Mapping[str, Any], count: int
-) -> dict[str, Any]:
-    """What kohya's header tells of buckets; a run without has one, of squares."""
-    square = f"{settings['resolution']}x{settings['resolution']}"
-    pictures = record["pictures"] if record else {square: count}
-    buckets = {
-        str(place): {"resolution": [int(side) for side in size.split("x")], "count": count}
-        for place, (size, count) in enumerate(pictures.items())
+    Args:
+        config: the content of training_config.json.
+        folders: the images that were trained on.
+        prediction_type: of the noise scheduler.
+        sample: an image generated with the LoRA, which may be missing.
+        started, ended: in seconds since 1970.
+    """
+    captions = list(chain.from_iterable(texts for _, texts in folders.values()))
+    metadata = {
+        **_data(config, folders),
+        **_settings(config),
+        "ss_training_started_at": int(started),
+        "ss_training_finished_at": int(ended),
+        "modelspec.date": datetime.fromtimestamp(int(ended), UTC).isoformat(),
+        **_modelspec(config, captions, prediction_type),
     }
+    if data_url := thumbnail(sample):
+        metadata["modelspec.thumbnail"] = data_url
+    # kohya writes None and False as Python does.
+    return {key: str(value) for key, value in metadata.items()}
+
+
+def _data(config: Mapping[str, Any], folders: Folders) -> dict[str, Any]:
+    settings = config["settings"]
+    count = sum(repeats * len(captions) for repeats, captions in folders.values())
+    dirs = {
+        name: {"n_repeats": repeats, "img_count": len(captions)}
+        for name, (repeats, captions) in folders.items()
+    }
+    frequency = {name: count_tags(captions) for name, (_, captions) in folders.items()}
     return {
-        "ss_enable_bucket": settings["enable_bucket"],
-        "ss_bucket_no_upscale": settings["bucket_no_upscale"],
-        "ss_min_bucket_reso": record["min_bucket_reso"] if record else None,
-        "ss_max_bucket_reso": record["max_bucket_reso"] if record else None,
-        "ss_bucket_info": json.dumps({"buckets": buckets}),
+        "ss_num_train_images": count,
+        "ss_dataset_dirs": json.dumps(dirs),
+        **_class_images(config["class_pictures"], settings),
+        "ss_tag_frequency": json.dumps(frequency),
+        **_buckets(config["buckets"], settings, count),
     }
 
 
-def _class_pictures(count: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What kohya's header tells of regularisation pictures."""
+def _class_images(count: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """kohya's keys for regularization images."""
     if not count:
         return {"ss_num_reg_images": 0}
     name = Path(settings["class_data_dir"]).resolve().name
@@ -71,37 +90,32 @@ def _class_pictures(count: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def training_metadata(
-    config: Mapping[str, Any],
-    folders: Mapping[str, tuple[int, Sequence[str]]],
-    prediction_type: str,
-    sample: Path,
-    started: float,
-    ended: float,
-) -> dict[str, str]:
-    """The header's part that tells of the run.
-
-    config is the content of training_config.json, folders the repeats and captions of each folder
-    by its name, prediction_type the scheduler's word, sample an image drawn with the LoRA (it need
-    not exist), started and ended are in seconds since 1970.
-    """
-    settings = config["settings"]
-    captions = [caption for _, own in folders.values() for caption in own]
-    count = sum(repeats * len(own) for repeats, own in folders.values())
-    size, steps = settings["resolution"], config["total_steps"]
-    dirs = {
-        name: {"n_repeats": repeats, "img_count": len(own)}
-        for name, (repeats, own) in folders.items()
+def _buckets(
+    record: Mapping[str, Any] | None, settings: Mapping[str, Any], count: int
+) -> dict[str, Any]:
+    """kohya's keys for buckets; a run without has one, of squares."""
+    square = f"{settings['resolution']}x{settings['resolution']}"
+    counts = record["pictures"] if record else {square: count}
+    buckets = {
+        str(index): {"resolution": [int(side) for side in size.split("x")], "count": count}
+        for index, (size, count) in enumerate(counts.items())
     }
-    trigger = settings["trigger_word"] or trigger_words(captions)
-    frequency = {name: count_tags(own) for name, (_, own) in folders.items()}
-    notes = {
-        "ss_num_train_images": count,
-        "ss_dataset_dirs": json.dumps(dirs),
-        **_class_pictures(config["class_pictures"], settings),
-        "ss_tag_frequency": json.dumps(frequency),
-        **_buckets(config["buckets"], settings, count),
-        "ss_resolution": f"({size}, {size})",
+    return {
+        "ss_enable_bucket": settings["enable_bucket"],
+        "ss_bucket_no_upscale": settings["bucket_no_upscale"],
+        "ss_min_bucket_reso": record["min_bucket_reso"] if record else None,
+        "ss_max_bucket_reso": record["max_bucket_reso"] if record else None,
+        "ss_bucket_info": json.dumps({"buckets": buckets}),
+    }
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    settings, steps = config["settings"], config["total_steps"]
+    side, text_encoder_lr = settings["resolution"], None
+    if settings["train_text_encoder"]:
+        text_encoder_lr = f"{settings['text_encoder_lr']:g}"
+    return {
+        "ss_resolution": f"({side}, {side})",
         "ss_steps": steps,
         "ss_max_train_steps": steps,
         "ss_epoch": max(1, round(config["epochs"])),
@@ -110,9 +124,7 @@ def training_metadata(
         "ss_gradient_checkpointing": settings["gradient_checkpointing"],
         "ss_learning_rate": f"{settings['learning_rate']:g}",
         "ss_unet_lr": f"{settings['learning_rate']:g}",
-        "ss_text_encoder_lr": f"{settings['text_encoder_lr']:g}"
-        if settings["train_text_encoder"]
-        else None,
+        "ss_text_encoder_lr": text_encoder_lr,
         "ss_lr_scheduler": settings["lr_scheduler"],
         "ss_lr_warmup_steps": config["warmup_steps"],
         "ss_optimizer": "torch.optim.adamw.AdamW",
@@ -129,18 +141,33 @@ def training_metadata(
         "ss_seed": settings["seed"],
         "ss_clip_skip": None,
         "ss_cache_latents": True,
-        "ss_training_started_at": int(started),
-        "ss_training_finished_at": int(ended),
-        "modelspec.date": datetime.fromtimestamp(int(ended), UTC).isoformat(),
-        "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction_type, prediction_type),
-        "modelspec.description": f"A LoRA trained on {len(captions)} pictures in {steps} steps.",
-        "modelspec.tags": ", ".join(list(count_tags(captions))[:20]),
     }
-    if trigger:
-        notes["modelspec.trigger_phrase"] = trigger
-    if picture := thumbnail(sample):
-        notes["modelspec.thumbnail"] = picture
-    return {
-        key: str(value) for key, value in notes.items()
-    }  # kohya writes None and False as Python does
+
+
+def _modelspec(
+    config: Mapping[str, Any], captions: Sequence[str], prediction_type: str
+) -> dict[str, Any]:
+    settings, steps = config["settings"], config["total_steps"]
+    side = settings["resolution"]
+    metadata = {
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
+        "modelspec.description": f"A LoRA trained on {len(captions)} pictures in {steps} steps.",
+        "modelspec.tags": ", ".join(list(count_tags(captions))[:MAX_LISTED_TAGS]),
+    }
+    if trigger := settings["trigger_word"] or trigger_words(captions):
+        metadata["modelspec.trigger_phrase"] = trigger
+    return metadata
+
+
+def thumbnail(path: Path) -> str | None:
+    """A small JPEG of an image as a data URL; None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+    except (OSError, ValueError):
+        return None
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -821,7 +821,7 @@ def test_a_line_break_in_an_argument_does_not_make_two_lines():
 
 def test_help_tells_defaults_that_are_zero_but_none_that_are_missing():
     text = " ".join(train_parser().format_help_all().split())
-    assert "processes that decode pictures (default: 0)" in text
+    assert "processes that decode images (default: 0)" in text
     assert "an offset noise; 0.05 is usual (default: 0.0)" in text
     assert "default: None" not in text and "default: False" not in text
     assert "default: None" not in generate_parser().format_help_all()

@@ -96,7 +96,7 @@ def test_what_is_said_and_noted(data, train_here, tmp_path, capsys):
         "2": {"resolution": [96, 40], "count": 1},
     }
     card = (tmp_path / "out" / "lora_weights" / "README.md").read_text(encoding="utf-8")
-    assert "| buckets, pictures an epoch | `40x96: 3, 64x64: 4, 96x40: 1` |" in card
+    assert "| buckets, images an epoch | `40x96: 3, 64x64: 4, 96x40: 1` |" in card
 
 
 def test_resumed_equals_undisturbed(whole, data, train_here, tmp_path):

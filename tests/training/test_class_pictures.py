@@ -179,7 +179,7 @@ def test_what_is_said_and_recorded(train, folders, tmp_path, capsys):
     assert json.loads(header["ss_reg_dataset_dirs"]) == {"others": {"n_repeats": 1, "img_count": 3}}
     assert "zxq" in header["ss_tag_frequency"] and "antenna" not in header["ss_tag_frequency"]
     card = (tmp_path / "out" / "lora_weights" / "README.md").read_text(encoding="utf-8")
-    assert "Beside them 3 regularisation pictures, whose loss counts 0.5 times." in card
+    assert "In addition 3 regularization images, whose loss has the weight 0.5." in card
 
 
 def test_a_folder_that_is_no_good_is_named_with_its_flag(train, tmp_path):
@@ -199,9 +199,9 @@ def test_a_folder_that_is_no_good_is_named_with_its_flag(train, tmp_path):
             ["--prior_loss_weight", "0.5"],
             "--prior_loss_weight has no effect without --class_data_dir",
         ),
-        (["--data_dir", "x", "--class_data_dir", "x"], "share pictures"),
-        (["--data_dir", "x", "--class_data_dir", "x/class"], "share pictures"),
-        (["--data_dir", "x/hero", "--class_data_dir", "x"], "share pictures"),
+        (["--data_dir", "x", "--class_data_dir", "x"], "share images"),
+        (["--data_dir", "x", "--class_data_dir", "x/class"], "share images"),
+        (["--data_dir", "x/hero", "--class_data_dir", "x"], "share images"),
         (
             ["--class_data_dir", "x", "--output_dir", "x/out"],
             "--output_dir x/out is within --class_data_dir",

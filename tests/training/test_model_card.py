@@ -59,7 +59,7 @@ def test_a_run_leaves_its_card(train_here, tmp_path):
         assert (folder / file).read_bytes() == (
             tmp_path / "out" / "samples-1" / f"{number:02d}.png"
         ).read_bytes()
-    assert "trained on 6 pictures" in card.text
+    assert "trained on 6 images" in card.text
     assert "6 captions were written, 0 made from names of files or folders" in card.text
     rows = dict(re.findall(r"^\| (\S+) \| `(.+)` \|$", card.text, flags=re.MULTILINE))
     assert (rows["lora_rank"], rows["lora_dropout"], rows["steps"], rows["seed"]) == (
@@ -75,7 +75,7 @@ def test_a_run_leaves_its_card(train_here, tmp_path):
     }
 
 
-def test_a_base_on_the_hub_is_linked_with_its_licence(tmp_path):
+def test_a_base_on_the_hub_is_linked_with_its_license(tmp_path):
     card = card_of(tmp_path / "none")
     assert card.data.base_model == CONFIG["base"]
     assert card.data.license == "creativeml-openrail-m"
@@ -83,7 +83,7 @@ def test_a_base_on_the_hub_is_linked_with_its_licence(tmp_path):
     assert "widget" not in card.content and "## Samples" not in card.text
     other = card_of(tmp_path / "none", base="somebody/else")
     assert (other.data.base_model, other.data.license) == ("somebody/else", "other")
-    assert "Look up the licence of the base" in other.text
+    assert "Look up the license of the base" in other.text
 
 
 def test_a_local_base_is_named_without_its_path(tmp_path):
