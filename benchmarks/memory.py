@@ -36,8 +36,8 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     from megaman.models.weights import build
     from megaman.runtime import choose_device, place
     from megaman.training import loss as diffusion
-    from megaman.training.compute import checkpoint_gradients
     from megaman.training.memory_estimate import MemoryEstimate
+    from megaman.training.memory_saving import checkpoint_gradients
 
     torch.manual_seed(0)
     configs, _ = read_configs(DEFAULT_BASE)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from megaman.lora import adapter
-from megaman.training.compute import TrainingCompute, checkpoint_gradients, prepare_unet
+from megaman.training.compute import TrainingCompute, prepare_unet
+from megaman.training.memory_saving import checkpoint_gradients
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -25,8 +25,8 @@ from megaman.models.base import CONFIGURATION_ERRORS
 from megaman.models.configs import BASE_REMEDY
 from megaman.models.typed import decode_latents, move, predict_noise, unet_config, vae_config
 from megaman.training import loss as diffusion
-from megaman.training.compute import checkpoint_gradients, keep_activations
 from megaman.training.fake_models import FakeModels, norms_in_float32, tensor_bytes
+from megaman.training.memory_saving import checkpoint_gradients, keep_activations
 
 GB = 2**30
 # Bytes resident on a CPU per byte of activations: the allocator's gaps and oneDNN's scratch

@@ -24,8 +24,9 @@ from megaman.errors import UserError, summarize_error
 from megaman.models.configs import resolve_name, unet_width
 from megaman.training import checkpoint as checkpoints
 from megaman.training.checkpoint import TrainState
-from megaman.training.compute import INDENT, REQUESTS, choose_compute, reduce_memory, to_record
+from megaman.training.compute import INDENT, REQUESTS, choose_compute, to_record
 from megaman.training.memory_plan import fit_to_memory, memory_limit
+from megaman.training.memory_saving import reduce_memory
 from megaman.training.output import choose_log_dir
 from megaman.training.signals import StopSignal
 from megaman.training.tensorboard import TrainingLog, open_training_log
@@ -122,7 +123,7 @@ class Run:
         )
 
     def reduce_memory(self, models: Sequence[nn.Module], resolution: int) -> str:
-        """Take the next measure after memory ran out; returns it in words (compute.reduce_memory)."""
+        """Take the next measure after memory ran out; returns it in words (memory_saving.py)."""
         self.compute, measure = reduce_memory(self.compute, models, resolution)
         return measure
 

@@ -50,7 +50,7 @@ class TrainingStep:
     def accumulate(self, step: int) -> torch.Tensor:
         """Add up the gradients of step 1, 2, ...; returns its loss (0-d).
 
-        If memory runs out, the step is computed again with less (see compute.reduce_memory).
+        If memory runs out, the step is computed again with less (see memory_saving.py).
         """
         return retry_on_oom(partial(self._accumulate, step), self._reduce_memory)
 
