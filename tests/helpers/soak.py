@@ -1,9 +1,9 @@
 """Kill a training run with SIGKILL at random moments, resume it each time, and compare its end with
-an undisturbed one.
+the uninterrupted one.
 
-    python tests/helpers/soak.py --kills 50          the long form, by hand; the suite runs a short one
+    python tests/helpers/soak.py --kills 50     the long form; the suite runs a short one
 
-Every checkpoint found on the way must load, and the LoRA, the optimizer, the curves and the sample
+Every checkpoint on the way must load, and the LoRA, the optimizer, the curves and the sample
 images of the end must be the same bit for bit. Half of the kills are timed to hit a save: as soon
 as an unfinished folder shows.
 """
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,9 +46,7 @@ for library in (
     "megaman.data.encoding",
     "megaman.sampling.denoise",
 ):
-    importlib.import_module(
-        library
-    )  # here, once; with no work done yet that a fork could not take along
+    importlib.import_module(library)  # once, before any thread runs that a fork would lose
 
 
 def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
@@ -64,8 +63,8 @@ def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
 
 
 class Run:
-    """A training run in a process of its own, forked after the libraries were imported: seconds
-    less for each kill."""
+    """A training run in a process of its own, forked after the libraries were imported, which saves
+    seconds for each kill."""
 
     def __init__(self, words: list[str]):
         self.ended: int | None = None
@@ -90,7 +89,7 @@ class Run:
         return self.ended
 
     def end(self) -> None:
-        """Wait for it; whatever went wrong in it is shown."""
+        """Wait for it; its errors are shown."""
         while self.poll() is None:
             time.sleep(0.01)
         self.errors.seek(0)
@@ -98,12 +97,11 @@ class Run:
 
 
 def kill_somewhere(words: list[str], output: Path, rng: random.Random, longest: float) -> str:
-    """Start the run and kill it: at a random moment, or while a save is under way. Returns what
-    happened."""
+    """Start the run and kill it, at a random moment or during a save. Returns which of them."""
     process = Run(words)
     deadline = time.monotonic() + rng.uniform(0.2, longest)
     in_a_save, seen = rng.random() < 0.5, "at a random moment"
-    skip = rng.randint(0, 3)  # saves that are let through
+    skip = rng.randint(0, 3)  # saves that are not interrupted
     while process.poll() is None:
         unfinished = {path.name for path in output.glob("*.aside")} if output.is_dir() else set()
         if in_a_save and unfinished:
@@ -129,7 +127,7 @@ def kill_somewhere(words: list[str], output: Path, rng: random.Random, longest: 
 
 
 def check_checkpoints(output: Path) -> int:
-    """Every checkpoint that stands there loads; returns their number."""
+    """Load every checkpoint; returns their number."""
     found = find_all(output)
     for folder in found:
         read_train_state(folder)
@@ -144,7 +142,7 @@ def check_checkpoints(output: Path) -> int:
     return len(found)
 
 
-def curves(output: Path) -> dict[str, list]:
+def curves(output: Path) -> dict[str, Any]:
     (folder,) = [
         path for path in output.with_name(f"{output.name}-logs").iterdir() if has_steps(path)
     ]
@@ -153,7 +151,7 @@ def curves(output: Path) -> dict[str, list]:
         tag: [(event.step, event.value) for event in log.Scalars(tag)]
         for tag in log.Tags()["scalars"]
     }
-    images = {
+    images: dict[str, Any] = {
         tag: {event.step: event.encoded_image_string for event in log.Images(tag)}
         for tag in log.Tags()["images"]
     }
@@ -161,16 +159,16 @@ def curves(output: Path) -> dict[str, list]:
 
 
 def has_steps(folder: Path) -> bool:
-    """A run that was killed before its first checkpoint starts afresh, in a folder of its own:
-    those are left out."""
+    """Whether a log folder has steps: a run that was killed before its first checkpoint starts from
+    scratch, in a new folder."""
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = log.Tags()["scalars"]
     return bool(tags) and log.Scalars(tags[0])[-1].step == has_steps.last
 
 
 def content(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Metadata, but for the times in it, and tensors of a safetensors file; its library writes the
-    metadata in a new order each time."""
+    """Metadata (without the times in it) and tensors of a safetensors file, whose library writes
+    the metadata in a new order each time."""
     with safe_open(path, "pt") as file:
         metadata = {
             key: value for key, value in (file.metadata() or {}).items() if key not in TIMES
@@ -186,9 +184,7 @@ def compare(whole: Path, killed: Path, steps: int) -> None:
     for name in sorted(names - {"training_config.json"}):
         if name.endswith(".safetensors"):
             assert content(whole / name) == content(killed / name), f"{name} differs"
-        elif not name.endswith(
-            "training_state.json"
-        ):  # holds the elapsed time and the curve's folder
+        elif not name.endswith("training_state.json"):  # has the elapsed time and the log folder
             assert (whole / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs"
     first, second = curves(whole), curves(killed)
     assert first.keys() == second.keys()
@@ -199,7 +195,7 @@ def compare(whole: Path, killed: Path, steps: int) -> None:
 def soak(
     folder: Path, kills: int, steps: int, save_steps: int, seed: int, say=print
 ) -> dict[str, int]:
-    """Returns how often each kind of kill happened, and how many checkpoints were looked at."""
+    """Returns how often each kind of kill happened, and how many checkpoints were checked."""
     rng = random.Random(seed)
     whole = folder / "whole"
     began = time.monotonic()
@@ -227,7 +223,7 @@ def soak(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save_steps", type=int, default=3)

@@ -1,9 +1,10 @@
-"""The embedded base is a Stable Diffusion 1.x in the layout diffusers reads, and --demo runs on it
-as it stands."""
+"""The embedded base is a Stable Diffusion 1.x in the layout that diffusers reads, and --demo runs
+on it."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,15 +48,14 @@ def test_the_base_has_stable_diffusions_parts():
     )
 
 
-def test_diffusers_own_pipeline_draws_with_it():
+def test_diffusers_own_pipeline_generates_with_it():
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(DEMO / "base")
+    pipe: Any = StableDiffusionPipeline.from_pretrained(DEMO / "base")
     assert pipe.tokenizer.model_max_length == 77
     pipe.set_progress_bar_config(disable=True)
-    image = pipe("a red robot, white background", num_inference_steps=8, guidance_scale=5.0).images[
-        0
-    ]
+    output: Any = pipe("a red robot, white background", num_inference_steps=8, guidance_scale=5.0)
+    (image,) = output.images
     assert image.size == (64, 64)
     assert np.asarray(image).std() > 20
 
@@ -73,7 +73,7 @@ def test_the_trigger_is_one_token():
 
 
 @pytest.mark.parametrize(("folder", "heroes"), [("images", 24), ("held_out", 6)])
-def test_the_pictures(folder, heroes):
+def test_the_images(folder, heroes):
     pictures = sorted((DEMO / folder).glob("*.png"))
     captions = {
         path: path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in pictures
@@ -92,13 +92,13 @@ def test_no_held_out_caption_is_trained_on():
     assert not trained & held_out
 
 
-def test_the_script_draws_the_committed_pictures(run_script, tmp_path):
+def test_the_script_draws_the_committed_images(run_script, tmp_path):
     done = run_script([DEMO / "make_images.py", "--output_dir", tmp_path], ROOT)
     assert done.returncode == 0, done.stderr
     for folder in ("images", "held_out"):
         drawn = {path.name for path in (tmp_path / folder).iterdir()}
-        # kept_* are the base's own pictures, which make_kept.py draws: other machines draw them
-        # with other rounding.
+        # kept_* are the base's own images, which make_kept.py generates: other machines generate them
+        # with other rounding errors.
         assert drawn == {
             path.name for path in (DEMO / folder).iterdir() if not path.name.startswith("kept_")
         }
@@ -113,7 +113,7 @@ def test_the_script_draws_the_committed_pictures(run_script, tmp_path):
 
 
 def test_the_demo_runs_as_the_readme_says(forked, tmp_path):
-    """The README's two commands, cut short; both scripts find each other's files without a flag."""
+    """The README's two commands, shortened; each script finds the other's files without a flag."""
     words = ["megaman_lora.py", "--demo", "--max_train_steps", 2, "--num_validation_images", 1]
     done = forked.run(
         words, tmp_path, {"megaman.training.validation.NUM_INFERENCE_STEPS": SAMPLING_STEPS}

@@ -1,4 +1,5 @@
-"""A run stopped at a checkpoint and resumed ends as the undisturbed one: bit for bit on a CPU."""
+"""A run that was stopped at a checkpoint and resumed ends like the uninterrupted one, bit for bit
+on a CPU."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def train(train_here, tmp_path, capsys):
 
 
 def stop_at(folder, step: int) -> None:
-    """What a run that was stopped after its checkpoint of this step leaves behind."""
+    """Leave what a run leaves that was stopped after the checkpoint of this step."""
     shutil.rmtree(folder / "lora_weights")
     for checkpoint in folder.glob("checkpoint-*"):
         if int(checkpoint.name.split("-")[1]) > step:
@@ -80,8 +81,8 @@ def test_resumed_equals_undisturbed(train, tmp_path, how):
 
 
 def test_convolutions_resume_bit_exactly_too(train, tmp_path):
-    """Their LoRA lies in memory otherwise than in the files, and AdamW goes through its averages by
-    address."""
+    """Their LoRA has other strides in memory than in the files, and AdamW goes through its moments
+    by address."""
     flags = ["--max_train_steps", 5, "--target_modules", "to_q", "conv1", "conv_in"]
     undisturbed = train("whole", *flags)
     train("halves", *flags)
@@ -91,8 +92,7 @@ def test_convolutions_resume_bit_exactly_too(train, tmp_path):
 
 
 def test_dropout_resumes_bit_for_bit_too(train, tmp_path):
-    """What a layer misses at a step hangs on the seed and the micro-batch, not on what was computed
-    before."""
+    """What dropout zeroes depends on the seed and the micro-batch, not on earlier computations."""
     dropping = [
         "--max_train_steps",
         5,

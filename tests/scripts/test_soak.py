@@ -1,4 +1,5 @@
-"""The short form of soak.py: a run killed again and again ends as the undisturbed one."""
+"""The short form of soak.py: a run that is killed again and again ends like the uninterrupted
+one."""
 
 from __future__ import annotations
 

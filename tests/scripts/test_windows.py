@@ -1,5 +1,5 @@
-"""What Windows does otherwise, forced here: a cp1252 console, workers that are spawned, files in no
-stated encoding."""
+"""What is different on Windows, forced here: a cp1252 console, spawned workers, files without an
+encoding."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SOURCES = sorted(
 
 
 def opens_text(call: ast.Call) -> bool:
-    """Whether a call opens a file as text, told by its name and mode."""
+    """Whether a call opens a file as text, judged by its name and mode."""
     function = call.func
     name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", None)
     if ast.unparse(function) in (
         "Image.open",
         "os.open",
         "write_text",
-    ):  # Pillow's, the system's, megaman.files' own
+    ):  # of Pillow, the system and megaman.files
         return False
     if name not in ("open", "fdopen"):
         return name in ("read_text", "write_text")
@@ -67,9 +67,8 @@ def test_the_test_above_sees_what_it_is_for():
         "Image.open(x)",
         "write_text(p, t)",
     ]
-    assert [opens_text(ast.parse(code).body[0].value) for code in wrong + right] == [True] * 6 + [
-        False
-    ] * 5
+    calls = [ast.parse(code, mode="eval").body for code in wrong + right]
+    assert [opens_text(call) for call in calls] == [True] * 6 + [False] * 5
 
 
 NAME = "Größe 洛克 🤖"
@@ -84,8 +83,8 @@ CP1252 = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
 
 
 def test_both_scripts_on_a_console_of_windows(run_script, base_folder, pictures, tmp_path):
-    """Paths and prompts that cp1252 cannot show; and the pictures' worker is spawned, as on
-    Windows."""
+    """Paths and prompts that cp1252 cannot show; and the worker that decodes images is spawned, as
+    on Windows."""
     (tmp_path / "forced").mkdir()
     (tmp_path / "forced" / "sitecustomize.py").write_text(FORCE_SPAWN, encoding="utf-8")
     env = {**CP1252, "PYTHONPATH": os.pathsep.join([str(tmp_path / "forced"), str(ROOT)])}

@@ -1,5 +1,5 @@
-"""Training in buckets on the embedded base: what is said and noted, resumed, shared among
-processes, out of memory."""
+"""Training in buckets on the embedded base: printed, stored, resumed, in several processes, out of
+memory."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from megaman.data import batches
 from megaman.data.dataset import MegaManDataset
 from megaman.errors import UserError
 from megaman.models.base import load_base
+from megaman.models.typed import encode_pixels, predict_noise, scheduler_config
 
 FLAGS = [
     "--enable_bucket",
@@ -39,7 +40,7 @@ FLAGS += FEW_TARGETS
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Eight pictures of the demo: four as they are, three tall, one wide."""
+    """Eight images of the demo: four as they are, three tall, one wide."""
     folder = tmp_path_factory.mktemp("shapes")
     sources = sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:8]
     for number, source in enumerate(sources):
@@ -59,8 +60,8 @@ def losses(folder) -> list[float]:
 
 @pytest.fixture(scope="module")
 def whole(data, train_here, tmp_path_factory):
-    """The undisturbed run: two epochs and a half of 3 batches, one of each bucket; its folder and
-    its LoRA."""
+    """The uninterrupted run: two epochs and a half of 3 batches, one per bucket; its folder and its
+    LoRA."""
     cwd = tmp_path_factory.mktemp("whole")
     return cwd, train_here(
         cwd, "out", "--data_dir", data, "--max_train_steps", 8, "--save_steps", 4, *FLAGS
@@ -152,9 +153,9 @@ def test_squares_are_not_resumed_in_buckets(data, train_here, tmp_path):
 
 
 def test_two_processes_come_to_the_same(whole, data, base_folder, tmp_path):
-    """Two at two pictures each and one at four: the same batches, leftovers included, so the same
-    LoRA but for rounding. The bucket of three is shared unequally, and for that of one picture a
-    process has none of its own."""
+    """Two processes with two images each and one with four: the same batches, smaller ones
+    included, so the same LoRA except for rounding. The bucket of three is shared unequally, and for
+    that of one image a process has none of its own."""
     words = [
         "--pretrained_model_name",
         base_folder,
@@ -198,7 +199,7 @@ def test_two_processes_come_to_the_same(whole, data, base_folder, tmp_path):
 
 
 def test_too_little_memory_changes_no_batch(whole, data, train_here, tmp_path, monkeypatch, capsys):
-    """Micro-batches of two and then of one make the steps that four would have made."""
+    """Micro-batches of two and then of one make the same steps as those of four."""
     fail_on(monkeypatch, UNet2DConditionModel, "forward", {2, 3, 6})
     train_here(tmp_path, "out", "--data_dir", data, "--max_train_steps", 8, *FLAGS)
     said = capsys.readouterr().out
@@ -207,9 +208,8 @@ def test_too_little_memory_changes_no_batch(whole, data, train_here, tmp_path, m
 
 
 def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tmp_path, capsys):
-    """The loss of the first step, where the LoRA changes nothing yet, by hand: of a picture and its
-    mirror image one is drawn at each visit, of a picture whose caption says left there is none to
-    draw."""
+    """The loss of the first step, when the LoRA changes nothing yet, computed by hand: each visit
+    sees an image or its mirror image; an image whose caption says left has no mirror image."""
     folder = tmp_path / "data"
     folder.mkdir()
     for number, source in enumerate(sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:4]):
@@ -233,19 +233,19 @@ def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tm
 
     base = load_base(str(base_folder), torch.float32)
     dataset = MegaManDataset(folder, None, 64)
-    pictures = [each["pixel_values"] for each in dataset]
+    images = [item["pixel_values"] for item in dataset]
 
     @torch.no_grad()
-    def loss(forms: list[list[torch.Tensor]]) -> float:
+    def loss(crops: list[list[torch.Tensor]]) -> float:
         errors = []
         for number in range(8):
             index, generator = batches.position_at(number, 4, 0), batches.generator_for(0, number)
-            pick = int(torch.randint(len(forms[index]), (1,), generator=generator))
-            posterior = base.vae.encode(forms[index][pick][None]).latent_dist
+            crop = int(torch.randint(len(crops[index]), (1,), generator=generator))
+            posterior = encode_pixels(base.vae, crops[index][crop][None])
             latents = posterior.mean + posterior.std * torch.randn(
                 posterior.mean.shape, generator=generator
             )
-            latents = latents * base.vae.config.scaling_factor
+            latents = latents * base.scaling_factor
             noise = torch.randn(latents.shape, generator=generator)
             timestep = torch.randint(0, 1000, (1,), generator=generator)
             signal = base.noise_scheduler.alphas_cumprod[timestep]
@@ -254,20 +254,17 @@ def test_flips_change_the_loss_as_their_formula_says(base_folder, train_here, tm
             )
             states = base.text_encoder(words.input_ids)[0]
             noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-            predicted = base.unet(noisy, timestep, encoder_hidden_states=states).sample
-            wanted = (
-                noise
-                if base.noise_scheduler.config.prediction_type == "epsilon"
-                else (signal.sqrt() * noise - (1 - signal).sqrt() * latents)
-            )
-            errors.append((predicted - wanted).pow(2).mean())
+            noise_pred = predict_noise(base.unet, noisy, timestep, states)
+            target = noise
+            if scheduler_config(base.noise_scheduler).prediction_type == "v_prediction":
+                target = signal.sqrt() * noise - (1 - signal).sqrt() * latents
+            errors.append((noise_pred - target).pow(2).mean())
         return float(torch.stack(errors).mean())
 
-    mirrored = [
-        [each] if index == 0 else [each, each.flip(-1)] for index, each in enumerate(pictures)
-    ]
+    mirrored = [[image, image.flip(-1)] for image in images]
+    del mirrored[0][1]
     assert losses(tmp_path / "logs-plain") == pytest.approx(
-        [loss([[each] for each in pictures])], rel=1e-4
+        [loss([[image] for image in images])], rel=1e-4
     )
     assert losses(tmp_path / "logs-flipped") == pytest.approx([loss(mirrored)], rel=1e-4)
     assert losses(tmp_path / "logs-flipped") != pytest.approx(

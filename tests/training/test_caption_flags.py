@@ -1,5 +1,5 @@
-"""What is done to captions in training: trigger words, prefix, suffix; shuffled, left out; each
-changes the loss as its formula says."""
+"""Captions in training: trigger words, prefix and suffix, shuffling and dropout; each changes the
+loss as its formula says."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ TAGS = CAPTION.split(", ")
         ({"trigger": "volto", "prefix": "art,"}, "volto, art, a robot"),
     ],
 )
-def test_dressed(words, wanted):
+def test_affixes(words, wanted):
     assert add_affixes("a robot", **words) == wanted
 
 
 @given(st.text("ab, (.*洛", max_size=12), st.text("ab(.*洛", min_size=1, max_size=4))
-def test_the_trigger_is_there_once_dressed(caption, trigger):
+def test_the_trigger_is_there_once_after_affixes(caption, trigger):
     once = add_affixes(caption, trigger)
     assert contains(once, trigger) or not trigger.strip()
     assert add_affixes(once, trigger) == once and once.endswith(caption)
@@ -93,7 +93,7 @@ def test_any_variation_keeps_the_first_tags_and_makes_up_none(caption, augmentat
 
 
 @given(st.integers())
-def test_without_flags_nothing_changes_and_nothing_is_drawn(seed):
+def test_without_flags_nothing_changes_and_nothing_is_random(seed):
     rng = random.Random(seed)
     before = rng.getstate()
     assert CaptionAugmentation(keep_tokens=3).apply("b,a  ,", rng) == "b,a  ,"
@@ -150,7 +150,7 @@ def test_the_trigger_words_are_kept_unless_said_otherwise(flags, kept):
 
 @pytest.fixture(scope="module")
 def encoded(base_folder):
-    """The base, the dataset and its moments as the script has them."""
+    """The base, the dataset and its latents as the script has them."""
     base = load_base(str(base_folder), torch.float32)
     dataset = MegaManDataset(HELD_OUT, None, 64, center_crop=True)
     moments = encode_dataset(
@@ -160,8 +160,8 @@ def encoded(base_folder):
 
 
 def loss_by_hand(encoded, say) -> float:
-    """The loss of a first step of four pictures under seed 0, the captions being say(caption,
-    number of the row)."""
+    """The loss of a first step of four images with seed 0 and the captions say(caption, sample
+    index)."""
     base, dataset, moments = encoded
     parts = []
     with torch.no_grad():
@@ -272,7 +272,7 @@ VARYING = [
 
 @pytest.fixture
 def repeated(tmp_path):
-    """Six pictures: two in kohya's 3_volto, four beside that folder."""
+    """Six images: two in kohya's 3_volto, four next to that folder."""
     folder = tmp_path / "repeated"
     shutil.copytree(HELD_OUT, folder)
     (folder / "3_volto").mkdir()
@@ -311,7 +311,7 @@ def test_a_varied_and_repeated_run_resumes_bit_for_bit(train_here, tmp_path, rep
         train_here(tmp_path, "halves", *others, "--resume_from_checkpoint", "latest")
 
 
-def test_repeats_count_for_epochs_and_stand_in_the_header(train_here, tmp_path, repeated, capsys):
+def test_repeats_count_for_epochs_and_are_in_the_header(train_here, tmp_path, repeated, capsys):
     train_here(
         tmp_path,
         "out",
@@ -358,7 +358,7 @@ def test_an_earlier_checkpoint_varied_nothing():
     assert said == "caption_dropout_rate was 0.0 and is now 0.1"
 
 
-def test_what_is_cut_off_is_what_stands_behind_75_tokens(base_folder):
+def test_what_is_truncated_comes_after_75_tokens(base_folder):
     tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
     fits = ", ".join(["robot"] * 37) + " robot"
     assert len(tokenizer(fits, add_special_tokens=False).input_ids) == 74
@@ -395,7 +395,7 @@ def test_the_first_long_captions_are_shown_and_the_rest_counted(
     ] == [True] * 5
 
 
-def test_cut_captions_stay_with_their_pictures(pictures, tmp_path):
+def test_truncated_captions_stay_with_their_images(pictures, tmp_path):
     dataset = MegaManDataset(pictures, None)
     dataset.set_truncated(["", "", "the end", ""])
     dataset.drop({dataset.examples[0].image: "gone"})

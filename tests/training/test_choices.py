@@ -1,9 +1,10 @@
-"""How steps are computed: chosen, said, noted, taken over by a resumed run; the losses are the same
-either way."""
+"""How steps are computed: chosen, printed, stored, taken over by a resumed run; the losses are the
+same either way."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -25,7 +26,7 @@ from megaman.training.compute import (
     to_record,
 )
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # what is chosen for a card needs none
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # choosing for a GPU needs none
 FLAGS = {
     "mixed_precision": "no",
     "memory_format": "auto",
@@ -35,7 +36,7 @@ FLAGS = {
     "train_batch_size": 4,
     "gradient_accumulation_steps": 1,
 }
-NOTED = {
+SAVED = {
     "device": "cpu",
     "dtype": "bfloat16",
     "memory_format": "contiguous",
@@ -48,9 +49,8 @@ NOTED = {
 }
 
 
-def chosen(saved=None, device=CPU, **flags):
-    """What is chosen, as JSON but for checkpointing, and what is said; the flags are given beside
-    the defaults."""
+def chosen(saved: Any = None, device: torch.device = CPU, **flags: Any):
+    """The settings and the notes about them; flags are typed in addition to the defaults."""
     settings, notes = choose_compute({**FLAGS, **flags}, set(flags), device, 64, saved)
     return settings, "\n".join(notes)
 
@@ -67,7 +67,7 @@ def test_a_new_run_says_nothing_more():
 
 
 def test_what_a_checkpoint_noted_is_taken_over_and_said():
-    choices, said = chosen(NOTED)
+    choices, said = chosen(SAVED)
     assert (choices.dtype, choices.memory_format, choices.gradient_checkpointing) == (
         torch.bfloat16,
         "contiguous",
@@ -87,7 +87,7 @@ def test_what_a_checkpoint_noted_is_taken_over_and_said():
     ("flags", "name", "value"),
     [
         ({"mixed_precision": "fp16"}, "dtype", "float32"),  # by the rule for a narrow UNet
-        ({"mixed_precision": "no"}, "dtype", "bfloat16"),  # as it said then
+        ({"mixed_precision": "no"}, "dtype", "bfloat16"),  # as then
         ({"memory_format": "channels_last"}, "memory_format", "channels_last"),
         ({"memory_format": "auto"}, "memory_format", "contiguous"),
         ({"train_batch_size": 4}, "split", "2 x 2"),
@@ -96,30 +96,30 @@ def test_what_a_checkpoint_noted_is_taken_over_and_said():
             {"train_batch_size": 3},
             "split",
             "3 x 1",
-        ),  # another number of pictures, which is refused later
+        ),  # another number of images, which is refused later
     ],
 )
 def test_a_flag_that_says_something_else_wins(flags, name, value):
-    choices, said = chosen(NOTED, **flags)
+    choices, said = chosen(SAVED, **flags)
     found = to_record(choices)[name]
     assert value == (f"{found['size']} x {found['count']}" if name == "split" else found)
     assert choices.gradient_checkpointing and "gradient_checkpointing on" in said  # the rest stays
 
 
 def test_what_was_asked_is_remembered_as_long_as_it_holds():
-    """no, then nothing, then fp16: the third run is not held to what the first one said."""
+    """no, then nothing, then fp16: the third run is not bound by the request of the first."""
     first, _ = chosen(mixed_precision="no")
-    noted = json.loads(json.dumps(NOTED | {"dtype": "float32", "asked": first.requested}))
+    saved = json.loads(json.dumps(SAVED | {"dtype": "float32", "asked": first.requested}))
     assert first.dtype == torch.float32
-    second, _ = choose_compute({**FLAGS, "mixed_precision": "bf16"}, set(), CPU, 64, noted)
+    second, _ = choose_compute({**FLAGS, "mixed_precision": "bf16"}, set(), CPU, 64, saved)
     assert second.dtype == torch.float32 and second.requested["mixed_precision"] == "no"
-    noted["asked"] = second.requested
-    third, _ = chosen(noted, mixed_precision="bf16")
+    saved["asked"] = second.requested
+    third, _ = chosen(saved, mixed_precision="bf16")
     assert third.dtype == torch.bfloat16 and third.requested["mixed_precision"] == "bf16"
 
 
 def test_another_kind_of_device_chooses_anew():
-    choices, said = chosen(NOTED, CUDA, mixed_precision="fp16", compile=True)
+    choices, said = chosen(SAVED, CUDA, mixed_precision="fp16", compile=True)
     assert (choices.dtype, choices.micro_batching.size, choices.compile, choices.vae_tile) == (
         torch.float16,
         4,
@@ -127,14 +127,15 @@ def test_another_kind_of_device_chooses_anew():
         0,
     )
     assert "computed on cpu: chosen anew for cuda" in said
-    assert not chosen({**NOTED, "device": "cuda", "compile": True})[0].compile
+    assert not chosen({**SAVED, "device": "cuda", "compile": True})[0].compile
 
 
-def test_what_only_a_card_has_is_said_elsewhere():
-    choices, said = chosen(**{XFORMERS: True}, compile=True)
+def test_what_only_an_nvidia_gpu_has_is_noted_elsewhere():
+    requests: dict[str, Any] = {XFORMERS: True, "compile": True}
+    choices, said = chosen(**requests)
     assert choices.attention == "sdpa" and not choices.compile
     assert "xformers needs an NVIDIA GPU" in said and "--compile is for NVIDIA GPUs" in said
-    tampered = {**NOTED, "attention": "xformers", "compile": True}
+    tampered = {**SAVED, "attention": "xformers", "compile": True}
     assert chosen(tampered)[0].attention == "sdpa" and not chosen(tampered)[0].compile
 
 
@@ -146,12 +147,12 @@ def test_xformers_has_to_be_installed():
         UserError, match=f"--{XFORMERS}: xformers is not installed.*pip install xformers"
     ):
         chosen(device=CUDA, **{XFORMERS: True})
-    noted = {
-        **NOTED,
+    saved = {
+        **SAVED,
         "device": "cuda",
         "attention": "xformers",
-    }  # taken over, it would be nobody's mistake
-    assert chosen(noted, CUDA)[0].attention == "sdpa"
+    }  # taken over, nobody would have asked for it
+    assert chosen(saved, CUDA)[0].attention == "sdpa"
 
 
 def test_compiled_blocks_keep_the_names_of_their_parameters(base_folder):
@@ -165,16 +166,16 @@ def test_compiled_blocks_keep_the_names_of_their_parameters(base_folder):
 
 ODD = [
     *([], {}, "float32", 1, True),
-    {**NOTED, "dtype": "int8"},
-    {**NOTED, "dtype": ["float32"]},
-    {**NOTED, "split": {"size": 0, "count": 4}},
-    {**NOTED, "split": {"size": 4}},
-    {**NOTED, "vae_tile": True},
-    {**NOTED, "compile": 1},
-    {**NOTED, "vae_tile": -8},
-    {**NOTED, "asked": None},
-    {**NOTED, "asked": {"a": {}}},
-    {key: value for key, value in NOTED.items() if key != "attention"},
+    {**SAVED, "dtype": "int8"},
+    {**SAVED, "dtype": ["float32"]},
+    {**SAVED, "split": {"size": 0, "count": 4}},
+    {**SAVED, "split": {"size": 4}},
+    {**SAVED, "vae_tile": True},
+    {**SAVED, "compile": 1},
+    {**SAVED, "vae_tile": -8},
+    {**SAVED, "asked": None},
+    {**SAVED, "asked": {"a": {}}},
+    {key: value for key, value in SAVED.items() if key != "attention"},
 ]
 
 
@@ -194,11 +195,11 @@ json_value = st.recursive(
 
 
 @given(
-    st.dictionaries(st.sampled_from(list(NOTED)), json_value),
+    st.dictionaries(st.sampled_from(list(SAVED)), json_value),
     st.sampled_from([CPU, CUDA, torch.device("mps")]),
 )
 def test_no_note_can_stop_a_run(changed, device):
-    choices, _ = chosen({**NOTED, **changed}, device)
+    choices, _ = chosen({**SAVED, **changed}, device)
     assert choices.micro_batching.size * choices.micro_batching.accumulation_steps == 4
 
 
@@ -207,7 +208,7 @@ def test_no_note_can_stop_a_run(changed, device):
 
 @pytest.fixture
 def train(train_here, tmp_path, capsys):
-    """train(output_dir, *flags): two pictures a step, saved at each; .said is what it printed."""
+    """train(output_dir, *flags): two images a step, saved at each; .said is what it printed."""
 
     def run(output_dir: str, *flags) -> dict[str, torch.Tensor]:
         fixed = [
@@ -231,7 +232,7 @@ def losses(folder) -> list[float]:
     return [event.value for event in EventAccumulator(str(run)).Reload().Scalars("train/loss")]
 
 
-def noted(folder) -> dict:
+def stored(folder) -> dict:
     return json.loads((folder / "training_state.json").read_text())["choices"]
 
 
@@ -248,13 +249,13 @@ def test_both_memory_formats_train_the_same(train, tmp_path):
         config["choices"]["memory_format"] == "contiguous"
         and config["choices"]["attention"] == "sdpa"
     )
-    assert config["choices"] == noted(tmp_path / "plain" / "checkpoint-4")
+    assert config["choices"] == stored(tmp_path / "plain" / "checkpoint-4")
 
-    # On a checkpoint of contiguous steps without the flag; then from an earlier version's, which
-    # notes nothing.
+    # From a checkpoint of contiguous steps without the flag; then from one of an early version,
+    # which stores nothing.
     train("plain", "--max_train_steps", 5, "--resume_from_checkpoint", "checkpoint-4")
     assert "as in the checkpoint: memory_format contiguous instead of channels_last" in train.said
-    assert noted(tmp_path / "plain" / "checkpoint-5")["memory_format"] == "contiguous"
+    assert stored(tmp_path / "plain" / "checkpoint-5")["memory_format"] == "contiguous"
     state = tmp_path / "last" / "checkpoint-4" / "training_state.json"
     content = json.loads(state.read_text())
     state.write_text(json.dumps({key: value for key, value in content.items() if key != "choices"}))
@@ -262,8 +263,8 @@ def test_both_memory_formats_train_the_same(train, tmp_path):
     assert "checkpoint-4, step 4" in train.said and "chosen anew" not in train.said
 
 
-def test_bf16_trains_saves_resumes_bit_for_bit_and_draws(train, tmp_path):
-    """Resumed without the flag: the checkpoint says it."""
+def test_bf16_trains_saves_resumes_bit_for_bit_and_generates(train, tmp_path):
+    """Resumed without the flag: the checkpoint has it."""
     flags = ["--max_train_steps", 4, "--num_validation_images", 1, "--validation_steps", 4]
     whole = train("whole", *flags, "--mixed_precision", "bf16")
     assert "device     cpu: base in bf16, LoRA in float32; channels_last" in train.said
@@ -271,7 +272,7 @@ def test_bf16_trains_saves_resumes_bit_for_bit_and_draws(train, tmp_path):
         tmp_path / "whole" / "samples-4" / "00.png"
     ).is_file() and "no sample images" not in train.said
     assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
-    assert noted(tmp_path / "whole" / "checkpoint-4")["dtype"] == "bfloat16"
+    assert stored(tmp_path / "whole" / "checkpoint-4")["dtype"] == "bfloat16"
 
     resumed = train(
         "halves", *flags, "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2"

@@ -1,4 +1,4 @@
-"""Class pictures and the prior loss: the loss by hand, resume, what is said and refused."""
+"""Class images and the prior loss: the loss by hand, resuming, output and refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIXED = ["--center_crop", "--train_batch_size", 2, "--learning_rate", 1e-3, *FEW
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Three pictures of the hero, and three of other robots."""
+    """Three images of the hero, and three of other robots."""
     folder = tmp_path_factory.mktemp("folders")
     for name, pattern in (("hero", "volto_*.png"), ("others", "kept_*.png")):
         (folder / name).mkdir()
@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def train(train_here, folders, tmp_path):
-    """train("name", "--flag", ...) with the hero's pictures; returns the LoRA's tensors and the
+    """train("name", "--flag", ...) with the images of the hero; returns the LoRA's tensors and the
     losses."""
 
     def run(name: str, *flags):
@@ -50,15 +50,15 @@ def train(train_here, folders, tmp_path):
 
 @torch.no_grad()
 def loss_by_hand(base, folder, numbers, seed: int) -> float:
-    """The base's mean loss of the pictures with these numbers, each with the noise that hangs on
-    seed and number."""
+    """The base's mean loss over the images with these sample indices, each with the noise that
+    depends on seed and index."""
     dataset, errors = MegaManDataset(folder, None, 64), []
     for number in numbers:
         index, generator = (
             batches.position_at(number, len(dataset), seed),
             batches.generator_for(seed, number),
         )
-        torch.randint(1, (1,), generator=generator)  # one crop to choose from
+        torch.randint(1, (1,), generator=generator)  # there is one crop
         posterior = base.vae.encode(dataset[index]["pixel_values"][None]).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(
             posterior.mean.shape, generator=generator
@@ -80,11 +80,11 @@ def loss_by_hand(base, folder, numbers, seed: int) -> float:
 
 @pytest.mark.parametrize("split", [(4, 1), (2, 2)], ids=["at once", "accumulated"])
 @pytest.mark.parametrize("weight", [0, 1, 0.25])
-def test_the_loss_is_that_of_the_pictures_and_weight_times_that_of_the_class(
+def test_the_loss_is_that_of_the_images_and_weight_times_that_of_the_class(
     train, folders, base_folder, weight, split
 ):
-    """Of the first step, where the LoRA changes nothing yet: as many class pictures as pictures,
-    four of each."""
+    """In the first step, when the LoRA changes nothing yet: as many class images as images, four of
+    each."""
     sizes = [
         "--train_batch_size",
         split[0],
@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_the_pictures_and_weight_times_that_of_the_class(
     assert others > 0.1 * hero, "the weights can be told apart"
 
 
-def test_weight_0_trains_as_without_class_pictures_and_1_does_not(train, folders):
+def test_weight_0_trains_as_without_class_images_and_1_does_not(train, folders):
     alone, first = train("alone", "--max_train_steps", 3)
     nothing, second = train(
         "nothing",
@@ -139,7 +139,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(train, fol
     assert later == losses[2:]
 
 
-def test_other_class_pictures_are_refused_by_name(train, folders, tmp_path):
+def test_other_class_images_are_refused_by_name(train, folders, tmp_path):
     others = shutil.copytree(folders / "others", tmp_path / "others")
     train("out", "--class_data_dir", others, "--max_train_steps", 2, "--save_steps", 1)
     shutil.rmtree(tmp_path / "out" / "lora_weights")
@@ -152,7 +152,7 @@ def test_other_class_pictures_are_refused_by_name(train, folders, tmp_path):
 
 
 def test_what_is_said_and_recorded(train, folders, tmp_path, capsys):
-    """The class pictures get no trigger word and count apart from those that were trained on."""
+    """The class images get no trigger word and are counted apart from the images to learn."""
     others = shutil.copytree(folders / "others", tmp_path / "others")
     (others / "broken.png").write_bytes(b"not a picture")
     train(
@@ -182,7 +182,7 @@ def test_what_is_said_and_recorded(train, folders, tmp_path, capsys):
     assert "In addition 3 regularization images, whose loss has the weight 0.5." in card
 
 
-def test_a_folder_that_is_no_good_is_named_with_its_flag(train, tmp_path):
+def test_an_unusable_folder_is_named_with_its_flag(train, tmp_path):
     with pytest.raises(UserError, match=re.escape("--class_data_dir")):
         train("out", "--class_data_dir", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

@@ -1,5 +1,5 @@
-"""The held-out loss asks the same questions for the same seed, and tells a better model from a
-worse one."""
+"""The held-out loss uses the same noise for the same seed, and tells a better model from a worse
+one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megaman.training.validation import gain, held_out_loss
 
 
 class Guesser(torch.nn.Module):
-    """Stands for a UNet: predicts a share of the noise, which it works out from the clean latents
-    it is told."""
+    """Stands in for a UNet: predicts a share of the noise, which it computes from the clean
+    latents."""
 
     def __init__(self, scheduler: DDPMScheduler, latents: torch.Tensor, share: float):
         super().__init__()
@@ -58,7 +58,7 @@ def test_gain_is_a_share():
     assert gain([0.2, 0.1], [0.1, 0.1]) == [0.5, 0.0]
 
 
-def test_shuffled_captions_never_stand_beside_their_own_picture(run_script, tmp_path):
+def test_shuffled_captions_never_belong_to_their_own_image(run_script, tmp_path):
     done = run_script(
         [ROOT / "benchmarks" / "held_out.py", "--make_shuffled", "shuffled"], tmp_path
     )

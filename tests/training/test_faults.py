@@ -1,4 +1,4 @@
-"""Writes that fail, disks that are full, numbers that go wrong: nothing that was saved before is
+"""Failing writes, full disks, numbers that are not finite: nothing that was saved before is
 lost."""
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ class Disk:
         def call(*args, **kwargs):
             self.count += 1
             if self.count == self.fail_at:
-                if half:  # a full disk leaves the part that fitted
+                if half:  # a full disk leaves a part of the file
                     Path(args[1]).write_bytes(b"half a file")
                 raise FULL
             return real(*args, **kwargs)
@@ -78,7 +79,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def adapted(base_folder):
-    """The base's UNet and text encoder with a LoRA in each, and an optimizer that took a step."""
+    """The base's UNet and text encoder with a LoRA each, and an optimizer that took a step."""
     base = load_base(str(base_folder), torch.float32)
     adapters = Adapters(
         "base",
@@ -144,9 +145,9 @@ def test_every_call_of_a_save_fails_once(adapted, tmp_path):
         assert [output.step_of(path) for path in whole_checkpoints(out)] == [3]
 
 
-def test_a_run_whose_disk_fails_once_goes_on_or_ends_in_a_line(trained, train_here, tmp_path):
-    """A third step with its checkpoint and the final LoRA; all of its calls in the long form, each
-    ninth here."""
+def test_a_run_whose_disk_fails_once_continues_or_ends_in_a_line(trained, train_here, tmp_path):
+    """A third step with its checkpoint and the final LoRA; every call in the long form, each ninth
+    here."""
     flags = [
         *FIXED,
         "--max_train_steps",
@@ -192,7 +193,7 @@ def test_a_run_whose_disk_fails_once_goes_on_or_ends_in_a_line(trained, train_he
             cwd, "out", *flags[:-4], *("--max_train_steps", 4, "--resume_from_checkpoint", "latest")
         )
         shutil.rmtree(cwd)
-    assert "went on" in outcomes
+    assert "continued" in outcomes
 
 
 def attempt(train_here, cwd, flags) -> str:
@@ -200,20 +201,21 @@ def attempt(train_here, cwd, flags) -> str:
     in one line."""
     try:
         train_here(cwd, "out", *flags)
-    except (UserError, OSError):  # what run_script makes a line of
+    except (UserError, OSError):  # run_script prints them as a line
         return "one line"
     except AssertionError:  # exit code 1
         (rescued,) = cwd.glob("megaman_lora_rescued_*")
         load_file(rescued / "adapter_model.safetensors")
-    return "went on"
+    return "continued"
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux" or not hasattr(os, "geteuid") or os.geteuid(), reason="mounts a tmpfs"
+    sys.platform != "linux" or not hasattr(os, "geteuid") or os.geteuid() != 0,
+    reason="mounts a tmpfs",
 )
 def test_a_full_file_system_loses_nothing(forked, tmp_path):
-    """20 MB, filled by the run itself: a line for each save that fails, and the LoRA in another
-    place at the end."""
+    """20 MB, filled by the run itself: a line for each failed save, and the LoRA in another place
+    at the end."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.system(f"mount -t tmpfs -o size=20m tmpfs '{disk}' 2>/dev/null"):
@@ -335,7 +337,7 @@ def test_a_writer_that_breaks_midway_leaves_no_gap_and_no_double(tmp_path, capfd
     log = TrainingLog(open_writer, None)
     for step in range(1, 7):
         log.add("add_scalar", "train/loss", float(step), step)
-        if step == 3:  # the file's own thread meets a full disk
+        if step == 3:  # the file's own thread hits a full disk
             writer = writers[0].file_writer.event_writer._async_writer._writer
             writer.write = lambda data: (_ for _ in ()).throw(FULL)
         log.flush()
@@ -364,7 +366,7 @@ def spoil(monkeypatch, calls: set[int]):
     def forward(self, *args, **kwargs):
         nonlocal count
         count += 1
-        result = real(self, *args, **kwargs)
+        result: Any = real(self, *args, **kwargs)
         return type(result)(sample=result.sample * float("nan")) if count in calls else result
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
@@ -404,7 +406,7 @@ def test_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(
     )
 
 
-def test_a_rate_that_is_far_too_high_ends_in_that_line(train_here, tmp_path):
+def test_a_learning_rate_that_is_far_too_high_ends_in_that_line(train_here, tmp_path):
     with pytest.raises(UserError, match="not finite"):
         train_here(
             tmp_path,

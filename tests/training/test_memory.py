@@ -1,5 +1,5 @@
-"""Out-of-memory errors raised on purpose: the run goes on with the same effective batch and the
-same losses."""
+"""Out-of-memory errors raised on purpose: the run continues with the same effective batch size and
+the same losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megaman.errors import UserError, out_of_memory
 from megaman.training import compute
 
-# AdamW with a large epsilon steps in proportion to the gradients, so that rounding stays rounding.
+# With a large epsilon AdamW steps in proportion to the gradients, so rounding errors stay small.
 FIXED = [
     "--data_dir",
     ROOT / "demo" / "held_out",
@@ -37,14 +37,14 @@ def losses(folder):
 
 
 def moments(cache_dir):
-    """What the VAE made of the images: float32 tensors by their key."""
+    """The latents in a cache: float32 tensors by their key."""
     shards = [load_file(path) for path in cache_dir.rglob("*.safetensors")]
     return {key: tensor for shard in shards for key, tensor in shard.items()}
 
 
 @pytest.fixture(scope="module")
 def whole(train_here, tmp_path_factory):
-    """A run of four pictures a step that memory suffices for: its folder and its LoRA."""
+    """A run of four images a step with enough memory: its folder and its LoRA."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, train_here(folder, "whole", *FIXED, "--train_batch_size", 4)
 
@@ -61,7 +61,7 @@ def whole(train_here, tmp_path_factory):
         ),
     ],
 )
-def test_training_goes_on_with_the_same_mathematics(
+def test_training_continues_with_the_same_mathematics(
     train_here, whole, tmp_path, monkeypatch, capsys, calls, said
 ):
     folder, learned = whole
@@ -76,10 +76,8 @@ def test_training_goes_on_with_the_same_mathematics(
     assert learned_alike(learned, short)
 
 
-def test_a_resumed_run_begins_with_the_room_that_was_made(
-    train_here, tmp_path, monkeypatch, capsys
-):
-    """The same command goes on; it neither runs out of memory again nor asks for what does not
+def test_a_resumed_run_begins_with_the_reduced_memory(train_here, tmp_path, monkeypatch, capsys):
+    """The same command resumes; it neither runs out of memory again nor requests what does not
     fit."""
     flags = [*FIXED, "--train_batch_size", 4, "--save_steps", 2]
     with monkeypatch.context() as patch:
@@ -101,8 +99,8 @@ def test_a_resumed_run_begins_with_the_room_that_was_made(
 
 
 def test_dropout_drops_the_same_when_a_step_is_computed_again(train_here, tmp_path, monkeypatch):
-    """The second step's first try fails; gradient checkpointing computes its forward passes twice
-    over."""
+    """The second step's first try fails; gradient checkpointing computes its forward passes
+    twice."""
     flags = [
         *FIXED,
         "--train_batch_size",
@@ -141,7 +139,7 @@ def test_when_nothing_is_left_a_line_says_what_would_fit(train_here, tmp_path, m
         train_here(tmp_path, "out", *FIXED)
 
 
-def test_validation_is_drawn_one_by_one_and_then_left_out(
+def test_validation_generates_one_by_one_and_is_then_skipped(
     train_here, tmp_path, monkeypatch, capsys
 ):
     flags = [*FIXED, "--num_validation_images", 3, "--validation_steps", 2]

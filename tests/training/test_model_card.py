@@ -1,5 +1,5 @@
-"""README.md in lora_weights/: read by the hub's own parser, true to the run, and text whatever the
-names are."""
+"""README.md in lora_weights/: read by the hub's own parser, true to the run, and plain text
+whatever the names are."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_a_run_leaves_its_card(train_here, tmp_path):
     )
     folder = tmp_path / "out" / "lora_weights"
     card = ModelCard.load(folder / "README.md")
-    assert card.data.license == "cc-by-4.0"
-    assert card.data.instance_prompt == "volto"
-    assert {"lora", "stable-diffusion"} <= set(card.data.tags)
-    assert [entry["text"] for entry in card.data.widget] == ["volto | `x`, robot"] * 2
+    assert card.data.to_dict()["license"] == "cc-by-4.0"
+    assert card.data.to_dict()["instance_prompt"] == "volto"
+    assert {"lora", "stable-diffusion"} <= set(card.data.to_dict()["tags"])
+    assert [entry["text"] for entry in card.data.to_dict()["widget"]] == ["volto | `x`, robot"] * 2
     for number, file in enumerate(["sample_00.png", "sample_01.png"]):
-        assert card.data.widget[number]["output"]["url"] == file
+        assert card.data.to_dict()["widget"][number]["output"]["url"] == file
         assert f"]({file})" in card.text
         assert (folder / file).read_bytes() == (
             tmp_path / "out" / "samples-1" / f"{number:02d}.png"
@@ -77,12 +77,15 @@ def test_a_run_leaves_its_card(train_here, tmp_path):
 
 def test_a_base_on_the_hub_is_linked_with_its_license(tmp_path):
     card = card_of(tmp_path / "none")
-    assert card.data.base_model == CONFIG["base"]
-    assert card.data.license == "creativeml-openrail-m"
+    assert card.data.to_dict()["base_model"] == CONFIG["base"]
+    assert card.data.to_dict()["license"] == "creativeml-openrail-m"
     assert f"https://huggingface.co/{CONFIG['base']}" in card.text
     assert "widget" not in card.content and "## Samples" not in card.text
     other = card_of(tmp_path / "none", base="somebody/else")
-    assert (other.data.base_model, other.data.license) == ("somebody/else", "other")
+    assert (other.data.to_dict()["base_model"], other.data.to_dict()["license"]) == (
+        "somebody/else",
+        "other",
+    )
     assert "Look up the license of the base" in other.text
 
 
@@ -134,16 +137,13 @@ def test_whatever_the_texts_are_the_head_is_yaml_and_says_them(prompt, caption):
 
 @given(st.text(alphabet="`|\\ \nab"))
 def test_code_stays_code(text):
-    """The fence is longer than any in the text, so that nothing in it can close it."""
+    """The fence is longer than any in the text, so nothing in it can close it."""
     shown = model_card.code(text)
     if not text.strip():
         assert shown == ""
         return
-    fence = (
-        re.match("`+", shown)[0]
-        if not text.split()[0].startswith("`")
-        else re.match("`+(?= )", shown)[0]
-    )
+    pattern = "(`+) " if text.split()[0].startswith("`") else "(`+)"
+    (fence,) = re.findall(f"^{pattern}", shown)
     inside = shown[len(fence) : -len(fence)]
     assert fence not in inside and shown.endswith(fence)
     assert "\n" not in shown

@@ -1,10 +1,10 @@
-"""What a run will need, before it starts: its figures, the measures, the refusal, --plan as a
-process."""
+"""The memory that a run will need: estimates, measures, refusals, and --plan as a process."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -35,13 +35,13 @@ def estimate(base: str, resolution: int, dtype=torch.float32, on_gpu=True, **mor
 
 @pytest.fixture(scope="module")
 def sd15() -> MemoryEstimate:
-    """Stable Diffusion 1.5 in fp16 at 512 px on a card."""
+    """Stable Diffusion 1.5 in fp16 at 512 px on a GPU."""
     return estimate(DEFAULT_BASE, 512, torch.float16)
 
 
 @pytest.fixture(scope="module")
 def small() -> MemoryEstimate:
-    """The demo's base in float32 at 128 px on a card: large enough that activations outweigh the
+    """The demo's base in float32 at 128 px on a GPU: large enough that activations outweigh the
     rest."""
     return estimate(DEMO_BASE, 128, num_validation_images=1)
 
@@ -104,7 +104,7 @@ def test_a_text_encoder_in_training_and_wider_targets_cost_more(small):
 
 
 def test_each_measure_is_taken_where_it_is_needed_and_in_its_order(sd15):
-    """From a card with room for everything down to one on which nothing fits."""
+    """From a GPU with memory for everything down to one on which nothing fits."""
     found = []
     for tenths in range(100, 0, -1):
         limit = tenths / 10 * GB
@@ -167,12 +167,13 @@ def test_a_refusal_names_what_would_fit(sd15):
         plan_memory(sd15, MicroBatching(1, 1), False, GB, True)
 
 
-def test_the_vae_draws_in_the_tiles_that_were_planned(small):
-    """Its real peak in tiles, without contents, is within what was planned."""
+def test_the_vae_decodes_in_the_tiles_that_were_planned(small):
+    """Its real peak in tiles, without contents, is within the estimate."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(read_configs(DEMO_BASE)[0]["vae"]).requires_grad_(False)
+        vae: Any = AutoencoderKL.from_config(read_configs(DEMO_BASE)[0]["vae"])
+        vae.requires_grad_(False)
     enable_vae_tiling(vae, small.vae_tile)
     fake = FakeModels(vae)
     measured = fake.peak(lambda: vae.decode(torch.empty(1, vae.config.latent_channels, 32, 32)))
@@ -181,7 +182,7 @@ def test_the_vae_draws_in_the_tiles_that_were_planned(small):
 
 
 def test_nothing_is_computed():
-    """A peak of many terabytes, from models of no size at all."""
+    """A peak of many terabytes, from models without contents."""
     fake = FakeModels()
     assert fake.peak(lambda: torch.empty(2**40) + torch.empty(2**40)) == 3 * 4 * 2**40
     assert fake.peak(lambda: [torch.empty(2**40).sum() for _ in range(9)]) == 4 * 2**40 + 9 * 4, (
@@ -235,7 +236,7 @@ def test_a_name_on_the_hub_is_planned_from_what_is_here():
     "name", ["./nothing", "models/missing.safetensors", "/nowhere/base", "weights.ckpt"]
 )
 def test_a_base_that_is_not_there_is_not_planned(name, tmp_path, monkeypatch):
-    """Figures for Stable Diffusion 1.5 would hide that the path is mistyped."""
+    """Estimates for Stable Diffusion 1.5 would hide that the path is mistyped."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match=name):

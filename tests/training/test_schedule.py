@@ -1,5 +1,5 @@
-"""Which picture, which random numbers and which rate come when; nothing is remembered from one call
-to the next."""
+"""Which image, which random numbers and which learning rate come when; no call changes the next
+one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ SEED = st.integers(0, 2**63 - 1)
 
 
 @given(st.integers(1, 60), SEED, st.integers(0, 1000))
-def test_every_picture_comes_once_an_epoch(count, seed, epoch):
+def test_every_image_comes_once_an_epoch(count, seed, epoch):
     seen = [position_at(epoch * count + place, count, seed) for place in range(count)]
     assert sorted(seen) == list(range(count))
 
 
 @given(st.integers(1, 30), st.integers(1, 12), SEED)
-def test_whatever_the_batch_every_picture_comes_equally_often(count, batch, seed):
-    """A batch reaches into the next epoch, so that nothing is left out and no batch is smaller than
-    the others."""
-    steps = 3 * count  # three epochs for each picture in a batch
+def test_whatever_the_batch_every_image_comes_equally_often(count, batch, seed):
+    """A batch reaches into the next epoch, so that no image is missed and no batch is smaller."""
+    steps = 3 * count  # three epochs for each image in a batch
     seen = [
         position_at(step * batch + place, count, seed)
         for step in range(steps)
@@ -41,7 +40,7 @@ def test_epochs_and_seeds_have_their_own_order():
     assert epoch_order(20, 3, 4) == epoch_order(20, 3, 4)
 
 
-def test_a_resumed_run_gets_the_same_pictures_whatever_was_asked_before():
+def test_a_resumed_run_gets_the_same_images_whatever_was_asked_before():
     undisturbed = [position_at(number, 7, 5) for number in range(100)]
     backwards = [position_at(number, 7, 5) for number in reversed(range(100))]
     assert backwards[::-1] == undisturbed
@@ -76,7 +75,7 @@ def drawn(seed: int, number: int) -> bytes:
 
 
 @given(SEED, st.integers(0, 10**9))
-def test_random_numbers_hang_on_seed_and_number_alone(seed, number):
+def test_random_numbers_depend_on_seed_and_sample_index_alone(seed, number):
     torch.manual_seed(0)
     first = drawn(seed, number)
     torch.manual_seed(1)
@@ -84,14 +83,14 @@ def test_random_numbers_hang_on_seed_and_number_alone(seed, number):
     assert len({first, drawn(seed, number + 1), drawn(seed ^ 1, number)}) == 3
 
 
-def test_seed_and_number_are_kept_apart():
+def test_seed_and_sample_index_are_kept_apart():
     draws = [drawn(seed, number) for seed in range(30) for number in range(30)]
     assert len(set(draws)) == len(draws)
     assert drawn(1, 11) != drawn(11, 1) and drawn(1, 12) != drawn(11, 2)
 
 
 PEAK, WARMUP, TOTAL = 1e-3, 20, 120
-# The rate at the start of the warm-up, half-way up, at its end, half-way down and at the end, as
+# The learning rate at the start of the warm-up, half-way up, at its end, half-way down and at the end, as
 # shares of the peak.
 SHARES = {
     "linear": [0, 0.5, 1, 0.5, 0],
@@ -124,7 +123,7 @@ def test_it_is_diffusers_own_schedule_step_by_step(name):
 
 
 @given(st.sampled_from(SCHEDULERS), st.floats(1.1e-7, 1), st.integers(0, 50), st.integers(1, 100))
-def test_no_rate_leaves_its_bounds(name, peak, warmup, total):
+def test_no_learning_rate_leaves_its_bounds(name, peak, warmup, total):
     rate = learning_rate(name, peak, warmup, total)
     rates = [rate(step) for step in range(total)]
     assert all(0 <= value <= peak * (1 + 1e-9) for value in rates)
@@ -135,9 +134,9 @@ def test_no_rate_leaves_its_bounds(name, peak, warmup, total):
     assert rates == [rate(step) for step in range(total)]
 
 
-def test_dropout_draws_from_seed_and_micro_batch():
-    """The same again for the same number, whatever was drawn in between; another for another; not
-    the noise's own."""
+def test_dropout_depends_on_seed_and_micro_batch():
+    """The same for the same sample index, whatever was generated in between; another for another;
+    independent of the noise."""
 
     def drawn(seed: int, number: int) -> torch.Tensor:
         seed_dropout(seed, number)

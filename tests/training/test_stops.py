@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGHUP while training: the step is finished, a checkpoint saved, the command to resume
-printed."""
+"""Ctrl-C, SIGTERM and SIGHUP while training: the step is finished, a checkpoint saved, the command
+to resume printed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_first_signal_saves_and_says_how_to_resume(forked, tmp_path, number,
     said, errors = process.communicate(timeout=300)
     assert process.returncode == code
     assert "Traceback" not in errors
-    step = int(re.search(r"stopped after step (\d+)", said)[1])
+    step = int(re.findall(r"stopped after step (\d+)", said)[0])
     latest = find_all(tmp_path / "out")[-1]
     assert step_of(latest) == step < 400
     assert all(
@@ -51,7 +51,7 @@ def test_the_first_signal_saves_and_says_how_to_resume(forked, tmp_path, number,
     assert not list((tmp_path / "out").glob("*.aside"))
     assert not (tmp_path / "out" / "lora_weights").exists()
 
-    command = re.search(r"to resume: python megaman_lora.py (.+)", said)[1]
+    (command,) = re.findall(r"to resume: python megaman_lora.py (.+)", said)
     words = ["megaman_lora.py", *shlex.split(command), "--max_train_steps", str(step + 1)]
     done = forked.run(words, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -59,8 +59,8 @@ def test_the_first_signal_saves_and_says_how_to_resume(forked, tmp_path, number,
 
 
 def test_a_second_signal_leaves_at_once_without_half_a_file(forked, tmp_path):
-    """The first comes while the images of the start are drawn, so that the second finds the run
-    still at work."""
+    """The first comes while the images of the start are generated, so the second finds the run
+    still busy."""
     words = [
         "megaman_lora.py",
         *FLAGS.split(),
@@ -79,7 +79,7 @@ def test_a_second_signal_leaves_at_once_without_half_a_file(forked, tmp_path):
     assert not list((tmp_path / "out").glob("*.aside"))
 
 
-def test_handlers_are_put_back_and_drawing_can_be_left():
+def test_handlers_are_restored_and_sampling_can_be_interrupted():
     former = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
         stop.raise_if_received()
