@@ -48,7 +48,9 @@ def main(argv: list[str]) -> int:
     from megaman.sampling.limits import limits_for
 
     device = runtime.choose_device(config.compute.device)
-    compute = runtime.place(plan.precision, device, unet_width(plan.base), plan.memory_format)
+    compute = runtime.choose_compute(
+        plan.precision, device, unet_width(plan.base), plan.memory_format
+    )
     runtime.set_threads(policy)
     runtime.keep_freed_memory()
 
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
     log.info(f"loading {base_name}{' and the LoRA in ' if plan.loras else ''}{plan.lora_source}")
     if notice := alias_notice(plan.base):
         log.info(f"  {notice}")
-    base = load_base(base_name, compute.dtype, memory_format=compute.layout)
+    base = load_base(base_name, compute.dtype, memory_format=compute.torch_memory_format)
     loras = LoraStack(base, plan.loras, plan.fuse, rescale=len(plan.variants) > 1)
 
     jobs = plan.make_jobs(base.native_size)

@@ -34,15 +34,15 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     from megaman.models.configs import read_configs, unet_width
     from megaman.models.typed import move, predict_noise
     from megaman.models.weights import build
-    from megaman.runtime import choose_device, place
+    from megaman.runtime import choose_compute, choose_device
     from megaman.training import loss as diffusion
     from megaman.training.memory_estimate import MemoryEstimate
     from megaman.training.memory_saving import checkpoint_gradients
 
     torch.manual_seed(0)
     configs, _ = read_configs(DEFAULT_BASE)
-    placement = place(mixed_precision, choose_device(), unet_width(DEFAULT_BASE))
-    device, dtype = placement.device, placement.dtype
+    compute = choose_compute(mixed_precision, choose_device(), unet_width(DEFAULT_BASE))
+    device, dtype = compute.device, compute.dtype
     request = MemoryRequest(size, RANK, tuple(DEFAULT_TARGETS))
     estimate = MemoryEstimate(configs, request, dtype, on_gpu=device.type != "cpu")
     planned = estimate.training_peak(1, checkpointing)

@@ -26,7 +26,7 @@ from megaman.lora.peft_config import base_of
 from megaman.lora.stack import LoraStack
 from megaman.models.base import load_base
 from megaman.models.configs import unet_width
-from megaman.runtime import choose_device, place
+from megaman.runtime import choose_compute, choose_device
 from megaman.sampling import denoise
 from megaman.sampling.generator import ImageGenerator, Sampling
 from megaman.sampling.jobs import make_jobs, make_variants
@@ -39,12 +39,12 @@ NEGATIVE = "blurry, low quality"
 def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int | None):
     """A function that draws all the prompts as generate_megaman.py does; text states are made anew
     at each call."""
-    placement = place("fp16", choose_device(), unet_width(base_name))
-    base = load_base(base_name, placement.dtype, memory_format=placement.layout)
+    compute = choose_compute("fp16", choose_device(), unet_width(base_name))
+    base = load_base(base_name, compute.dtype, memory_format=compute.torch_memory_format)
     loras = LoraStack(base, [(lora_path, 1.0)], fuse=True, rescale=True)
     side = side or min(512, base.native_size)
     limits = SamplingLimits(runtime.default_batch_size(side, side) * side**2, largest=side**2)
-    generator = ImageGenerator(base, loras, placement, limits, Sampling(samplers.DEFAULT, 1))
+    generator = ImageGenerator(base, loras, compute, limits, Sampling(samplers.DEFAULT, 1))
     (variant,) = make_variants([(lora_path, 1.0)], [1.0], one_by_one=False)
     defaults = PromptSettings(NEGATIVE, side, side, 0, 7.5, steps)
     batches = generator.make_batches(make_jobs(prompts, defaults, 1), None)
@@ -59,11 +59,9 @@ def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, sid
 def pipeline(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int):
     """A function that calls diffusers' pipeline for each prompt, the LoRA as an adapter beside the
     weights."""
-    placement = place("fp16", choose_device(), unet_width(base_name))
+    compute = choose_compute("fp16", choose_device(), unet_width(base_name))
     folder = base_name if Path(base_name).is_dir() else paths.ROOT / base_name
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=placement.dtype).to(
-        placement.device
-    )
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=compute.dtype).to(compute.device)
     pipe.scheduler = denoise.make_sampler(pipe.scheduler)
     pipe.load_lora_weights(str(lora_path), weight_name="pytorch_lora_weights.safetensors")
     pipe.set_progress_bar_config(disable=True)

@@ -42,6 +42,10 @@ MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux's madvise(2); the second since
 HUGE_PAGE = 2**21  # bytes
 KEPT_BYTES = 2**30  # no tensor of a training step on a CPU is larger
 
+MEMORY_FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+}
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
 
 Result = TypeVar("Result")
@@ -51,26 +55,20 @@ USABLE = 0.85  # share of the free memory; workspaces and fragmentation take the
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where and in which number format and memory format to compute, with the number format's
-    reason in words."""
+class ComputeSettings:
+    """Where to compute, in which precision (with the reason in words), and in which memory format:
+    contiguous or channels_last."""
 
     device: torch.device
     dtype: torch.dtype
-    mixed_precision: str  # accelerate's word: no, fp16 or bf16
-    why: str
-    channels_last: bool
+    mixed_precision: str  # accelerate's name of the dtype: no, fp16 or bf16
+    dtype_reason: str
+    memory_format: str
 
     @property
-    def memory_format(self) -> str:
-        """contiguous or channels_last: the order in which activations and convolutions' weights lie
-        in memory."""
-        return "channels_last" if self.channels_last else "contiguous"
-
-    @property
-    def layout(self) -> torch.memory_format:
-        """The same as torch calls it."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+    def torch_memory_format(self) -> torch.memory_format:
+        """torch's constant for memory_format."""
+        return MEMORY_FORMATS[self.memory_format]
 
 
 def choose_device(wanted: str | None = None) -> torch.device:
@@ -89,27 +87,24 @@ def choose_device(wanted: str | None = None) -> torch.device:
     return torch.device(wanted or next(name for name, there in present.items() if there))
 
 
-def place(
+def choose_compute(
     mixed_precision: str, device: torch.device, width: int, memory_format: str = "auto"
-) -> Placement:
-    """Decide how to compute on the device: the same on each run on the same kind of machine,
+) -> ComputeSettings:
+    """Decide how to compute on the device: the same for every run on the same kind of machine,
     nothing is timed.
 
     Args:
-        mixed_precision: accelerate's word for what is asked for; see precision.
+        mixed_precision: the requested precision; see `precision`.
         width: channels of the UNet's first block.
-        memory_format: auto, or contiguous or channels_last as asked for; see prefers_channels_last.
+        memory_format: contiguous, channels_last, or auto; see `prefers_channels_last`.
     """
-    matters = (device.type, mixed_precision) in {("cuda", "bf16"), ("cpu", "fp16")}
-    word, why = precision(
-        mixed_precision, device.type, matters and _computes_in_bf16(device), width
-    )
-    last = (
-        prefers_channels_last(device.type, word)
-        if memory_format == "auto"
-        else memory_format == "channels_last"
-    )
-    return Placement(device, DTYPES[word], word, why, last)
+    depends_on_bf16 = (device.type, mixed_precision) in {("cuda", "bf16"), ("cpu", "fp16")}
+    has_bf16 = depends_on_bf16 and _computes_in_bf16(device)
+    chosen, reason = precision(mixed_precision, device.type, has_bf16, width)
+    if memory_format == "auto":
+        last = prefers_channels_last(device.type, chosen)
+        memory_format = "channels_last" if last else "contiguous"
+    return ComputeSettings(device, DTYPES[chosen], chosen, reason, memory_format)
 
 
 def precision(asked: str, device: str, bf16: bool, width: int) -> tuple[str, str]:
@@ -181,12 +176,13 @@ def set_threads(policy: ThreadPolicy) -> None:
         torch.set_num_threads(policy.count)
 
 
-def device_lines(placement: Placement, *more: str) -> list[str]:
+def device_lines(compute: ComputeSettings, *more: str) -> list[str]:
     """What to say of the device before a run: how it computes and why, what else is told, and a
     card that lies idle."""
     count = torch.get_num_threads()
     threads = "1 CPU thread" if count == 1 else f"{count} CPU threads"
-    line = f"device     {placement.device}: {'; '.join([placement.why, placement.memory_format, *more, threads])}"
+    facts = [compute.dtype_reason, compute.memory_format, *more, threads]
+    line = f"device     {compute.device}: {'; '.join(facts)}"
     return [line, *([f"           {UNUSED_CARD}"] if unused_nvidia_card() else [])]
 
 

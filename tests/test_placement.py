@@ -16,9 +16,9 @@ from megaman.models.base import load_base
 from megaman.models.configs import unet_width
 from megaman.runtime import (
     WIDE,
+    choose_compute,
     choose_device,
     device_lines,
-    place,
     precision,
     prefers_channels_last,
     unused_nvidia_card,
@@ -58,29 +58,32 @@ def test_the_rule_for_the_memory_format():
     }
     yes = {("cpu", "no"), ("cpu", "fp16"), ("cpu", "bf16"), ("cuda", "fp16"), ("cuda", "bf16")}
     assert {key for key, answer in answers.items() if answer} == yes
-    assert place("no", CPU, 64).memory_format == "channels_last"
-    assert place("no", CPU, 64, "contiguous").memory_format == "contiguous"
-    assert place("no", torch.device("mps"), 64, "channels_last").channels_last
+    assert choose_compute("no", CPU, 64).memory_format == "channels_last"
+    assert choose_compute("no", CPU, 64, "contiguous").memory_format == "contiguous"
+    assert (
+        choose_compute("no", torch.device("mps"), 64, "channels_last").memory_format
+        == "channels_last"
+    )
 
 
 def test_a_cpu_takes_what_it_is_told():
     for word, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
-        placement = place(word, CPU, 64)
-        assert (placement.dtype, placement.mixed_precision, placement.device) == (dtype, word, CPU)
-    placement = place("fp16", CPU, 64)  # too narrow, whatever the processor
-    assert placement.dtype == torch.float32 and "cpu uses float32" in placement.why
+        compute = choose_compute(word, CPU, 64)
+        assert (compute.dtype, compute.mixed_precision, compute.device) == (dtype, word, CPU)
+    compute = choose_compute("fp16", CPU, 64)  # too narrow, whatever the processor
+    assert compute.dtype == torch.float32 and "cpu uses float32" in compute.dtype_reason
 
 
 def test_a_card_need_not_be_there_to_be_planned_for():
-    assert place("fp16", torch.device("cuda"), 320).dtype == torch.float16
-    assert place("no", torch.device("cuda"), 320).dtype == torch.float32
+    assert choose_compute("fp16", torch.device("cuda"), 320).dtype == torch.float16
+    assert choose_compute("no", torch.device("cuda"), 320).dtype == torch.float32
 
 
 ASK = """
 import json, torch
-from megaman.runtime import cpu_has_bf16, place
-placement = place("fp16", torch.device("cpu"), 320)
-print(json.dumps([cpu_has_bf16(), str(placement.dtype), placement.why]))
+from megaman.runtime import cpu_has_bf16, choose_compute
+compute = choose_compute("fp16", torch.device("cpu"), 320)
+print(json.dumps([cpu_has_bf16(), str(compute.dtype), compute.dtype_reason]))
 """
 EMULATED = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
@@ -116,11 +119,15 @@ def test_a_lesser_processor_is_seen_where_it_is_emulated(run_script, tmp_path):
 
 def test_a_base_is_laid_out_and_its_lora_like_it(base_folder):
     unet = load_base(
-        str(base_folder), torch.float32, memory_format=place("no", CPU, 64, "contiguous").layout
+        str(base_folder),
+        torch.float32,
+        memory_format=choose_compute("no", CPU, 64, "contiguous").torch_memory_format,
     ).unet
     assert unet.conv_in.weight.is_contiguous()
     unet = load_base(
-        str(base_folder), torch.float32, memory_format=place("no", CPU, 64).layout
+        str(base_folder),
+        torch.float32,
+        memory_format=choose_compute("no", CPU, 64).torch_memory_format,
     ).unet
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert not unet.conv_in.weight.is_contiguous()
@@ -177,10 +184,10 @@ def test_a_card_that_torch_cannot_use(tmp_path, monkeypatch):
     assert not unused_nvidia_card()
     count = torch.get_num_threads()
     counted = "1 CPU thread" if count == 1 else f"{count} CPU threads"
-    assert device_lines(place("no", CPU, 64), "seed 0") == [
+    assert device_lines(choose_compute("no", CPU, 64), "seed 0") == [
         f"device     cpu: float32 as asked for; channels_last; seed 0; {counted}"
     ]
     for name in ("nvidia-smi", "nvidia-smi.bat"):
         (tmp_path / name).touch(mode=0o755)
     assert unused_nvidia_card() == (not torch.cuda.is_available())
-    assert len(device_lines(place("no", CPU, 64))) == 1 + unused_nvidia_card()
+    assert len(device_lines(choose_compute("no", CPU, 64))) == 1 + unused_nvidia_card()

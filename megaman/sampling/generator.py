@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megaman.config.samplers import Sampler
     from megaman.lora.stack import LoraStack
     from megaman.models.base import Base
-    from megaman.runtime import Placement
+    from megaman.runtime import ComputeSettings
     from megaman.sampling.limits import SamplingLimits
 
 MAX_CACHED_PROMPTS = 1000  # 0.24 MB each with Stable Diffusion 1.5
@@ -64,7 +64,7 @@ class ImageGenerator:
         self,
         base: Base,
         loras: LoraStack,
-        compute: Placement,
+        compute: ComputeSettings,
         limits: SamplingLimits,
         sampling: Sampling,
     ):

@@ -7,7 +7,7 @@ checkpoint stores them, so that a resumed run gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from diffusers.utils import is_xformers_available
 
 from megaman import schema
 from megaman.errors import UserError, summarize_error
-from megaman.runtime import DTYPES, Placement, place
+from megaman.runtime import DTYPES, ComputeSettings, choose_compute
 from megaman.threads import MAX_THREADS
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class MicroBatching:
 
 
 @dataclass(frozen=True)
-class TrainingCompute(Placement):
+class TrainingCompute(ComputeSettings):
     """Everything that shapes the computation of a step but not its mathematics.
 
     attention is sdpa or xformers; vae_tile the side in pixels of the VAE's tiles for sample images,
@@ -94,7 +94,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def choose_compute(
+def choose_training_compute(
     requested: Mapping[str, Any],
     explicit: Collection[str],
     device: torch.device,
@@ -133,7 +133,7 @@ def choose_compute(
 
 def _by_rule(requested: Mapping[str, Any], device: torch.device, width: int) -> TrainingCompute:
     """The settings of a new run."""
-    placement = place(requested["mixed_precision"], device, width, requested["memory_format"])
+    common = choose_compute(requested["mixed_precision"], device, width, requested["memory_format"])
     on_cuda = device.type == "cuda"
     xformers = requested[XFORMERS] and on_cuda
     if xformers and not is_xformers_available():
@@ -142,7 +142,7 @@ def _by_rule(requested: Mapping[str, Any], device: torch.device, width: int) -> 
             "pip install xformers, or leave the flag out",
         )
     return TrainingCompute(
-        **_fields(placement),
+        **_fields(common),
         attention="xformers" if xformers else "sdpa",
         compile=requested["compile"] and on_cuda,
         gradient_checkpointing=requested["gradient_checkpointing"],
@@ -155,14 +155,9 @@ def _by_rule(requested: Mapping[str, Any], device: torch.device, width: int) -> 
     )
 
 
-def _fields(placement: Placement) -> dict[str, Any]:
-    return {
-        "device": placement.device,
-        "dtype": placement.dtype,
-        "mixed_precision": placement.mixed_precision,
-        "why": placement.why,
-        "channels_last": placement.channels_last,
-    }
+def _fields(common: ComputeSettings) -> dict[str, Any]:
+    """The fields that TrainingCompute inherits."""
+    return {field.name: getattr(common, field.name) for field in fields(ComputeSettings)}
 
 
 def _usable(saved: Any, device: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -227,13 +222,13 @@ def _keep(
     if settings["dtype"] == rule_dtype:
         precision = rule.requested["mixed_precision"]
     # Another device of the same kind may not have the checkpoint's precision.
-    placement = place(precision, rule.device, width, settings["memory_format"])
-    if placement.dtype != rule.dtype:
-        reason = f"{dtype_name(placement.dtype)} as in the checkpoint"
-        placement = replace(placement, why=reason)
+    common = choose_compute(precision, rule.device, width, settings["memory_format"])
+    if common.dtype != rule.dtype:
+        reason = f"{dtype_name(common.dtype)} as in the checkpoint"
+        common = replace(common, dtype_reason=reason)
     return replace(
         rule,
-        **_fields(placement),
+        **_fields(common),
         attention=settings["attention"],
         compile=settings["compile"],
         gradient_checkpointing=settings["gradient_checkpointing"],

@@ -15,7 +15,7 @@ from megaman import runtime
 from megaman.config.train import ComputeConfig, MemoryRequest
 from megaman.errors import UserError, summarize_error
 from megaman.models.configs import read_configs, resolve_name
-from megaman.runtime import DTYPES, choose_device, place
+from megaman.runtime import DTYPES, choose_compute, choose_device
 from megaman.training.compute import INDENT, MicroBatching, TrainingCompute
 from megaman.training.memory_estimate import GB, MemoryEstimate, gigabytes
 
@@ -214,7 +214,7 @@ def memory_table(config: ComputeConfig, request: MemoryRequest, base_name: str) 
         lines += ["", f"sample images  {plain}, with VAE tiling {tiled}"]
     lines += ["", "A GB is 2**30 bytes. Tensors are counted; CUDA needs a few hundred MB on top."]
     if device.type != "cuda":
-        reason = place(precision, device, estimate.width).why
+        reason = choose_compute(precision, device, estimate.width).dtype_reason
         lines.append(f"For an NVIDIA GPU. On this machine: {reason}.")
     return lines
 

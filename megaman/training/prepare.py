@@ -39,7 +39,7 @@ def open_base(config: TrainConfig, datasets: Datasets, run: Run) -> Base:
     log.info("loading %s", name)
     if notice := alias_notice(config.base.pretrained_model_name):
         log.info("  %s", notice)
-    base = load_base(name, run.compute.dtype, run.device, run.compute.layout)
+    base = load_base(name, run.compute.dtype, run.device, run.compute.torch_memory_format)
     check_targets(base.unet_layers, config.lora.target_modules)
     if config.buckets.enable_bucket:
         limits = config.buckets.limits(config.data.resolution)

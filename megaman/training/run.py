@@ -24,7 +24,7 @@ from megaman.errors import UserError, summarize_error
 from megaman.models.configs import resolve_name, unet_width
 from megaman.training import checkpoint as checkpoints
 from megaman.training.checkpoint import TrainState
-from megaman.training.compute import INDENT, REQUESTS, choose_compute, to_record
+from megaman.training.compute import INDENT, REQUESTS, choose_training_compute, to_record
 from megaman.training.memory_plan import fit_to_memory, memory_limit
 from megaman.training.memory_saving import reduce_memory
 from megaman.training.output import choose_log_dir
@@ -81,7 +81,7 @@ class Run:
         saved = checkpoints.read_train_state(output.checkpoint) if output.checkpoint else None
         runtime.set_threads(policy)
         settings = config.settings()
-        compute, notes = choose_compute(
+        compute, notes = choose_training_compute(
             {flag: settings[flag] for flag in REQUESTS},
             config.explicit,
             runtime.choose_device(),

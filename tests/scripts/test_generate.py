@@ -713,9 +713,11 @@ def test_validation_and_generation_sample_alike(generate, base_folder, lora_path
     drawn = generate("--seed", 5, "--guidance_scale", 6)
     from megaman.config.generate import DEFAULT_NEGATIVE_PROMPT
     from megaman.models.text_encoding import encode_captions
-    from megaman.runtime import place
+    from megaman.runtime import choose_compute
 
-    layout = place("no", torch.device("cpu"), 0).layout  # it shows in the last bits
+    layout = choose_compute(
+        "no", torch.device("cpu"), 0
+    ).torch_memory_format  # it shows in the last bits
     base = load_base(str(base_folder), torch.float32, memory_format=layout)
     lora_files.load_loras([(lora_path, 1.0)], base.unet, base.text_encoder)
     adapter.FusedLoras([base.unet, base.text_encoder], reversible=False).set_scales({0: 1.0})

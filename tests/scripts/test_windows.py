@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import os
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -14,7 +15,7 @@ SOURCES = sorted(
 )
 
 
-def opens_text(call: ast.Call) -> bool:
+def opens_text(call: Any) -> bool:
     """Whether a call opens a file as text, judged by its name and mode."""
     function = call.func
     name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", None)

@@ -21,7 +21,7 @@ from megaman.training.compute import (
     REQUESTS,
     XFORMERS,
     MicroBatching,
-    choose_compute,
+    choose_training_compute,
     prepare_unet,
     to_record,
 )
@@ -51,7 +51,7 @@ SAVED = {
 
 def chosen(saved: Any = None, device: torch.device = CPU, **flags: Any):
     """The settings and the notes about them; flags are typed in addition to the defaults."""
-    settings, notes = choose_compute({**FLAGS, **flags}, set(flags), device, 64, saved)
+    settings, notes = choose_training_compute({**FLAGS, **flags}, set(flags), device, 64, saved)
     return settings, "\n".join(notes)
 
 
@@ -111,7 +111,7 @@ def test_what_was_asked_is_remembered_as_long_as_it_holds():
     first, _ = chosen(mixed_precision="no")
     saved = json.loads(json.dumps(SAVED | {"dtype": "float32", "asked": first.requested}))
     assert first.dtype == torch.float32
-    second, _ = choose_compute({**FLAGS, "mixed_precision": "bf16"}, set(), CPU, 64, saved)
+    second, _ = choose_training_compute({**FLAGS, "mixed_precision": "bf16"}, set(), CPU, 64, saved)
     assert second.dtype == torch.float32 and second.requested["mixed_precision"] == "no"
     saved["asked"] = second.requested
     third, _ = chosen(saved, mixed_precision="bf16")
