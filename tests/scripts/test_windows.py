@@ -19,19 +19,16 @@ def opens_text(call: Any) -> bool:
     """Whether a call opens a file as text, judged by its name and mode."""
     function = call.func
     name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", None)
-    if ast.unparse(function) in (
-        "Image.open",
-        "os.open",
-        "write_text",
-    ):  # of Pillow, the system and megaman.files
+    # Of Pillow, the system, megaman.files and megaman.training.
+    others = ("Image.open", "os.open", "write_text", "OutputFolder.open", "Run.open")
+    if ast.unparse(function) in others:
         return False
     if name not in ("open", "fdopen"):
         return name in ("read_text", "write_text")
-    is_method = (
-        isinstance(function, ast.Attribute) and name == "open"
-    )  # of a Path: the mode comes first
+    is_method = isinstance(function, ast.Attribute) and name == "open"
+    position = 0 if is_method else 1  # the mode is a Path's first argument, open's second
     modes = [
-        *call.args[not is_method :][:1],
+        *call.args[position:][:1],
         *(keyword.value for keyword in call.keywords if keyword.arg == "mode"),
     ]
     return not any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
