@@ -191,7 +191,7 @@ def caption_missing(
     log.info("captions   %d are missing: %s writes them", len(missing), name)
     written = write_captions(load_captioner(name), missing, progress, extension)
     log.info(
-        "           %d written as %s next to the pictures, for you to read and edit",
+        "           %d written as %s next to the images, for you to read and edit",
         written,
         extension,
     )
@@ -261,6 +261,6 @@ def _write(path: Path, text: str) -> bool:
 
 def _cannot_write(folder: Path, reason: str) -> UserError:
     return UserError(
-        f"{folder} cannot be written ({reason}), and captions go next to their pictures",
-        "Make it writable, copy the pictures elsewhere, or drop --auto_caption",
+        f"{folder} cannot be written ({reason}), and captions go next to their images",
+        "Make it writable, copy the images elsewhere, or drop --auto_caption",
     )

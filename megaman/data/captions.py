@@ -64,11 +64,11 @@ def caption_for(image: Path, extension: str | None = None) -> Caption:
         text, guessed_encoding = decode(read_small_file(path, MAX_FILE_SIZE))
     except OSError as error:
         reason = error.strerror or error
-        warning = f"cannot be read ({reason}): the caption was made from the picture's name"
+        warning = f"cannot be read ({reason}): the caption was made from the image's name"
         return Caption(caption_from_name(image), False, (path, warning))
     text = tidy(text)
     if not text:
-        warning = "holds no text: the caption was made from the picture's name"
+        warning = "holds no text: the caption was made from the image's name"
         return Caption(caption_from_name(image), False, (path, warning))
     text = sys.intern(text)  # images that share a caption share the string
     warning = (path, encoding_warning(guessed_encoding)) if guessed_encoding else None

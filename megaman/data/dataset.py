@@ -71,7 +71,7 @@ class MegaManDataset:
     ):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
-            remedy = f"Name the folder with your pictures in {config.flag}"
+            remedy = f"Name the folder with your images in {config.flag}"
             raise UserError(f"{data_dir} is not a folder", remedy)
         self.config = config
         # The part of every image's path that is the folder's: Path.relative_to is slow with
@@ -226,7 +226,7 @@ class MegaManDataset:
         place = f"{folders} folders of {self.data_dir}" if folders > 1 else self.data_dir
         crops = "encoded anew at every visit" if num_crops is None else f"{num_crops} crops"
         mirrored = " with their mirror images" if flip else ""
-        return f"pictures   {len(self)} in {place}, {crops}{mirrored}"
+        return f"images     {len(self)} in {place}, {crops}{mirrored}"
 
     def _summarize_repeats(self) -> list[str]:
         counts = {name: repeats for name, (repeats, _) in self.by_folder().items()}
@@ -237,7 +237,7 @@ class MegaManDataset:
         if len(repeated) > MAX_FOLDERS:
             shown += f" and {len(repeated) - MAX_FOLDERS} more"
         total = sum(example.repeats for example in self.examples)
-        return [f"repeats    {shown}: {total} pictures an epoch"]
+        return [f"repeats    {shown}: {total} images an epoch"]
 
     def can_flip(self, index: int) -> bool:
         """Whether the image may be mirrored: not if its caption says left or right."""

@@ -159,7 +159,7 @@ def _from_workers(loader: DataLoader) -> Iterator[list[torch.Tensor] | str]:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"A worker that decodes pictures died ({summarize_error(error)})",
+            f"A worker that decodes images died ({summarize_error(error)})",
             "Use fewer of them, or none: --dataloader_num_workers 0",
         ) from None
 

@@ -132,7 +132,7 @@ def _from_file_or_name(caption: Caption, kohya_folder: Path | None) -> tuple[Cap
     warning = None
     if caption.warning:
         path, text = caption.warning
-        warning = path, text.replace("picture's name", "folder's name")
+        warning = path, text.replace("image's name", "folder's name")
     return Caption(words, False, warning), FROM_FOLDER_NAME
 
 
@@ -239,7 +239,7 @@ class _MetadataFiles:
     def _add_missing(self, path: Path, row: Row, target: Path, name: str) -> str | None:
         """Note an image that is named but does not exist, or return a warning."""
         if os.path.lexists(target) or len(self.missing) >= MAX_MISSING:
-            return f"{name} is not among the pictures that are read"
+            return f"{name} is not among the images that are read"
         self.missing[target] = f"is not there: {path.name} names it in line {row.line}"
         return None
 

@@ -217,7 +217,7 @@ def _identify(path: Path) -> str:
         return f"{kind} by its content, which is not read: save it as PNG or JPG"
     if start.startswith(OUR_SIGNATURES):
         return "damaged at its beginning"
-    return "not a picture, whatever its name says"
+    return "not an image, whatever its name says"
 
 
 def _flatten(image: Image.Image) -> Image.Image:

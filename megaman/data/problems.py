@@ -28,7 +28,7 @@ def check_usable(datasets: Iterable[MegaManDataset], skip_bad: bool) -> None:
         place = f"{dataset.config.flag} {dataset.data_dir}"
         if not good:
             raise UserError(
-                f"{place} holds no picture that can be used", "Put JPG, PNG, BMP or WebP there"
+                f"{place} holds no image that can be used", "Put JPG, PNG, BMP or WebP there"
             )
         if bad > good and not skip_bad:
             remedy = f"Fix them, or train on the other {good} with --skip_bad_images"

@@ -1,1 +1,1 @@
-"""What is wrong with a folder of pictures and captions, for --check_data; no torch."""
+"""What is wrong with a folder of images and captions, for --check_data; no torch."""

@@ -40,7 +40,7 @@ def _missing(images: Sequence[CheckedImage], warnings: dict[str, str]) -> Iterat
         yield Finding(
             "no_caption",
             True,
-            f"{plural(len(files), 'picture')} without a caption",
+            f"{plural(len(files), 'image')} without a caption",
             "Write what varies into NAME.txt next to each",
             files,
             {image.path: f"made from its name: {image.caption}" for image in made},
@@ -55,7 +55,7 @@ def _unusable(images: Sequence[CheckedImage], warnings: dict[str, str]) -> Itera
             "empty_caption",
             True,
             f"{plural(len(files), 'caption')} empty or unreadable",
-            "Write what the picture shows into the file",
+            "Write what the image shows into the file",
             files,
             warnings,
         )
@@ -88,11 +88,11 @@ def _shared(images: Sequence[CheckedImage]) -> Iterator[Finding]:
             pairs += [(first, other, "the same caption") for other in others]
     if files:
         everywhere = len(by_caption) == 1 and len(files) == len(images)
-        title = f"{plural(len(files), 'picture')} with the same caption as another"
+        title = f"{plural(len(files), 'image')} with the same caption as another"
         yield Finding(
             "doubled_caption",
             not everywhere,
-            "every picture has the same caption" if everywhere else title,
+            "every image has the same caption" if everywhere else title,
             "Name what differs; what is not named becomes part of the character",
             files,
             {image.path: image.caption for image in images},
@@ -136,7 +136,7 @@ def check_trigger(
             "no_trigger",
             not inferred or len(files) <= RARE_SHARE * len(written),
             f"{plural(len(files), 'caption')} without the trigger word {trigger!r}",
-            f"Begin each caption with it, unless the picture shows something other than {trigger}",
+            f"Begin each caption with it, unless the image shows something other than {trigger}",
             files,
             {image.path: image.caption for image in written},
         )

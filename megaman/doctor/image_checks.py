@@ -64,7 +64,7 @@ def check_readable(reasons: dict[str, str]) -> Iterator[Finding]:
         yield Finding(
             "unreadable",
             True,
-            f"{plural(len(reasons), 'picture')} cannot be used",
+            f"{plural(len(reasons), 'image')} cannot be used",
             "The report says why for each; fix or remove them: training skips them",
             list(reasons),
             reasons,
@@ -84,7 +84,7 @@ def check_sizes(
         yield Finding(
             "small",
             False,
-            f"{plural(len(small), 'picture')} smaller than --resolution {resolution}",
+            f"{plural(len(small), 'image')} smaller than --resolution {resolution}",
             "They are enlarged a little; larger ones would be sharper",
             small,
             sizes,
@@ -98,7 +98,7 @@ def check_sizes(
         yield Finding(
             "long",
             False,
-            f"{plural(len(long), 'picture')} far from square",
+            f"{plural(len(long), 'image')} far from square",
             "A square shows less than two thirds of them: "
             "train with --enable_bucket, or crop them yourself",
             long,
@@ -110,7 +110,7 @@ def _tiny(short: dict[str, int], sizes: dict[str, str], resolution: int) -> Iter
     """Images with too short a side, given the short side of each in pixels."""
     files = [path for path, side in short.items() if side * MAX_ENLARGEMENT <= resolution]
     if files:
-        count = plural(len(files), "picture")
+        count = plural(len(files), "image")
         if len(files) == len(short):
             count = f"all {count}"
         yield Finding(
@@ -131,7 +131,7 @@ def check_sharpness(images: Sequence[CheckedImage]) -> Iterator[Finding]:
         yield Finding(
             "blurred",
             True,
-            f"{plural(len(files), 'picture')} blurred",
+            f"{plural(len(files), 'image')} blurred",
             "Use the original at its full size, or remove them: a LoRA learns the blur too",
             files,
             {
@@ -158,7 +158,7 @@ def check_duplicates(images: Sequence[CheckedImage], thumbnails: np.ndarray) -> 
         yield Finding(
             "duplicates",
             True,
-            f"{plural(len(files), 'picture')} nearly the same as another",
+            f"{plural(len(files), 'image')} nearly the same as another",
             "Keep the best of each group: what is there twice is learned twice as hard",
             list(files),
             details,
@@ -176,4 +176,4 @@ def describe_difference(pair: Pair, images: Sequence[CheckedImage]) -> str:
         words.append("cropped")
     elif (one.width, one.height) != (other.width, other.height):
         words.append("resized")
-    return ", ".join(words) or "the same picture"
+    return ", ".join(words) or "the same image"

@@ -71,7 +71,7 @@ def measure_images(
         yield from pool.map(measure, images, chunksize=CHUNK_SIZE)
     except BrokenProcessPool:
         raise UserError(
-            "A process that read the pictures was killed", "Close other programs and try again"
+            "A process that read the images was killed", "Close other programs and try again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -79,9 +79,9 @@ def summary(report: Report) -> list[str]:
     to do."""
     images = report.readable
     trigger = f"; trigger word {report.trigger!r}" if report.trigger else ""
-    count = plural(len(images), "picture")
+    count = plural(len(images), "image")
     lines = [
-        _line("pictures", f"{count} in {report.data_dir}{_size_range(images)}"),
+        _line("images", f"{count} in {report.data_dir}{_size_range(images)}"),
         _line("captions", f"{_caption_counts(images)}{trigger}"),
     ]
     if report.shapes:
@@ -227,7 +227,7 @@ def _facts(report: Report) -> dict[str, str]:
     images = report.readable
     return {
         "folder": str(report.data_dir),
-        "pictures": f"{len(images)}{_size_range(images)}",
+        "images": f"{len(images)}{_size_range(images)}",
         "captions": _caption_counts(images),
         "resolution": str(report.resolution),
         "trigger word": report.trigger or "none that most captions begin with",

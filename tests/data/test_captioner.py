@@ -129,7 +129,7 @@ def test_each_picture_gets_what_the_model_says_of_it_alone(blip, bare, caplog):
     assert len(set(wanted.values())) == 5, "the captions depend on the images"
     assert caplog.messages == [
         f"captions   5 are missing: {blip} writes them",
-        "           5 written as .txt next to the pictures, for you to read and edit",
+        "           5 written as .txt next to the images, for you to read and edit",
     ]
     again = MegaManDataset(bare, None)
     assert again.num_written_captions == 5
@@ -403,7 +403,7 @@ def test_with_check_data_it_captions_reports_and_trains_nothing(blip, bare, fork
     ]
     done = forked.run(["megaman_lora.py", *flags], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "5 written as .cap next to the pictures" in done.stdout
+    assert "5 written as .cap next to the images" in done.stdout
     assert len(list(bare.rglob("*.cap"))) == 5 and not texts(bare)
     left = sorted(path.name for path in (tmp_path / "megaman_lora_output").iterdir())
     assert left == ["dataset_report.html", "dataset_report.json"]

@@ -155,7 +155,7 @@ def test_without_the_cache_a_damaged_picture_is_found_before_the_first_step(trai
     whole = (pictures / "megaman_01.png").read_bytes()
     (pictures / "megaman_01.png").write_bytes(whole[:-40])
     _, output = train("out", "--no_cache")
-    assert "skipped: " in output and "pictures   3 in" in output
+    assert "skipped: " in output and "images     3 in" in output
 
 
 def test_where_the_cache_cannot_be_written_the_run_goes_on(train, tmp_path):

@@ -198,9 +198,9 @@ def test_what_was_found_is_said(tmp_path):
     mixed(tmp_path)
     dataset = MegaManDataset(tmp_path, None, config=FolderConfig(repeats=2))
     assert dataset.summary(30, False) == [
-        f"pictures   24 in {tmp_path}, 30 crops",
+        f"images     24 in {tmp_path}, 30 crops",
         "captions   8 from metadata.jsonl, 8 from .txt files, 8 from .caption files",
-        f"repeats    {tmp_path.name} x 2: 48 pictures an epoch",
+        f"repeats    {tmp_path.name} x 2: 48 images an epoch",
     ]
 
 
@@ -216,7 +216,7 @@ def test_kohyas_folders_have_repeats(tmp_path):
     assert len(epoch) == 12 * 13
     assert (
         dataset.summary(24, False)[2]
-        == "repeats    3_volto robot x 3, 10_volto x 10: 156 pictures an epoch"
+        == "repeats    3_volto robot x 3, 10_volto x 10: 156 images an epoch"
     )
     dataset.drop({dataset.examples[0].image: "gone"})
     assert len(dataset.examples) == 23

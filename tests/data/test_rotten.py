@@ -106,7 +106,7 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, trai
     problems = listed(tmp_path / "out")
     assert_reports(problems["left_out"], corpus.bad)
     assert_reports(problems["captions"], corpus.warnings)
-    assert f"pictures   {len(corpus.good)} in" in done.stdout
+    assert f"images     {len(corpus.good)} in" in done.stdout
     named = re.findall(r"^skipped: (.*?): ", done.stdout, flags=re.MULTILINE)
     wanted = [
         printable(plain(path)).encode("cp1252", "backslashreplace").decode("cp1252")
@@ -147,7 +147,7 @@ def test_only_bad_files(forked, corpus, tmp_path):
             (folder / name).unlink(missing_ok=True)  # their headers are good: see below
     done = forked.run(["megaman_lora.py", "--data_dir", folder, "--output_dir", "out"], tmp_path)
     assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and "holds no picture that can be used" in done.stderr
+    assert done.stderr.count("\n") == 1 and "holds no image that can be used" in done.stderr
     assert listed(tmp_path / "out")["left_out"].keys() == {str(path) for path in folder.iterdir()}
 
 
@@ -197,7 +197,7 @@ def test_those_that_fail_only_when_decoded_count_as_well(train_here, mostly_bad,
     output = capsys.readouterr().out
     assert all(output.count(name) == 1 for name in names), "in one summary"
     train_here(tmp_path, "out", *flags, "--skip_bad_images")
-    assert "pictures   2 in" in capsys.readouterr().out
+    assert "images     2 in" in capsys.readouterr().out
 
 
 def test_a_file_of_an_earlier_run_goes_with_its_problems(train_here, pictures, tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_half_is_not_too_bad(pictures):
         check_usable([dataset], skip_bad=False)
     check_usable([dataset], skip_bad=True)
     dataset.drop({example.image: "gone" for example in dataset.examples})
-    with pytest.raises(UserError, match="holds no picture"):  # no flag trains on nothing
+    with pytest.raises(UserError, match="holds no image"):  # no flag trains on nothing
         check_usable([dataset], skip_bad=True)
 
 

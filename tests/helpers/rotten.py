@@ -124,9 +124,9 @@ def bad_contents() -> dict[str, tuple[bytes, str]]:
     small_rows = (b"\0" + bytes(32)) * 32
     return {
         "zero_bytes.png": (b"", "empty"),
-        "text.png": (b"this is no picture", "not a picture"),
-        "page.jpg": (b"<html><body>404 Not Found</body></html>", "not a picture"),
-        "zeros.bmp": (bytes(500), "not a picture"),
+        "text.png": (b"this is no picture", "not an image"),
+        "page.jpg": (b"<html><body>404 Not Found</body></html>", "not an image"),
+        "zeros.bmp": (bytes(500), "not an image"),
         "cut_in_the_header.png": (pixels[:20], "damaged"),
         "cut.png": (encoded(noise(2), "PNG")[:4000], "damaged"),
         "cut.jpg": (encoded(noise(3), "JPEG")[:900], "damaged"),
@@ -160,7 +160,7 @@ def caption_contents() -> dict[str, tuple[bytes, str | None, str | None]]:
     words = " ".join(f"word{number}" for number in range(10_000))
     guessed, made = (
         "is not UTF-8 and was read as {}: save it as UTF-8",
-        "caption was made from the picture's name",
+        "caption was made from the image's name",
     )
     return {
         "utf8": ("méga man, 洛克人".encode(), "méga man, 洛克人", None),
@@ -281,7 +281,7 @@ def add_links(corpus: Corpus) -> None:
         corpus.good.append(path)
         corpus.captions[path] = None
         corpus.warnings[path.with_suffix(".txt")] = (
-            "cannot be read .*caption was made from the picture's name"
+            "cannot be read .*caption was made from the image's name"
         )
 
 

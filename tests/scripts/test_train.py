@@ -92,14 +92,14 @@ def test_a_run_leaves_what_the_contract_says(finished):
 
 def test_it_says_what_will_happen(finished):
     said = finished[0].stdout
-    assert "pictures   5 in" in said
+    assert "images     5 in" in said
     assert re.search(r"captions +3 from \.txt files, 2 made from file names", said)
     assert re.search(r"steps +6 of 4 images \(2 x 2 accumulated x 1 process\), 4\.8 epochs", said)
     assert re.search(r"rank 4, alpha 16, [\d,]+ trainable parameters", said)
     assert (
         "fp16 needs an NVIDIA card" in said and "so cpu uses float32; channels_last; sdpa" in said
     )
-    assert "broken.png: not a picture" in said
+    assert "broken.png: not an image" in said
     assert "seed 0" in said
 
 
@@ -111,7 +111,7 @@ def test_the_output_is_ours_alone(finished):
     assert re.search(r"training: 100%.*loss=\d\.\d+, lr=", finished[0].stderr)
     for line in finished[0].stdout.splitlines():
         assert re.match(
-            r"(loading|skipped|pictures|captions|encoded|steps|LoRA|device|done|next| +there is an NVIDIA card"
+            r"(loading|skipped|images|captions|encoded|steps|LoRA|device|done|next| +there is an NVIDIA card"
             r"| +1 of 6| +not mirrored)\b",
             line,
         ), line

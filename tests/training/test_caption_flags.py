@@ -328,7 +328,7 @@ def test_repeats_count_for_epochs_and_are_in_the_header(train_here, tmp_path, re
         "zed",
     )
     said = capsys.readouterr().out
-    assert "6 in 2 folders of" in said and "3_volto x 6" in said and "20 pictures an epoch" in said
+    assert "6 in 2 folders of" in said and "3_volto x 6" in said and "20 images an epoch" in said
     assert len(losses(tmp_path, "out")) == 4, "4 x 2 and 2 x 6 pictures, 5 a step"
     with safe_open(tmp_path / "out" / "lora_weights" / "megaman_lora.safetensors", "pt") as file:
         header = file.metadata()

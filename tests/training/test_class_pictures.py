@@ -168,7 +168,7 @@ def test_what_is_said_and_recorded(train, folders, tmp_path, capsys):
     )
     said = capsys.readouterr().out
     assert f"class      3 in {others}, loss times 0.5" in said
-    assert f"skipped: {others / 'broken.png'}: not a picture" in said
+    assert f"skipped: {others / 'broken.png'}: not an image" in said
     assert "1 of 7 files skipped" in said
     problems = json.loads((tmp_path / "out" / "dataset_problems.json").read_text(encoding="utf-8"))
     assert [entry["path"] for entry in problems["left_out"]] == [str(others / "broken.png")]
@@ -187,7 +187,7 @@ def test_an_unusable_folder_is_named_with_its_flag(train, tmp_path):
         train("out", "--class_data_dir", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        UserError, match=re.escape(f"--class_data_dir {tmp_path / 'empty'} holds no picture")
+        UserError, match=re.escape(f"--class_data_dir {tmp_path / 'empty'} holds no image")
     ):
         train("out", "--class_data_dir", tmp_path / "empty")
 
