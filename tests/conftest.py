@@ -9,13 +9,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from forking import Forks
 from hypothesis import settings
 from PIL import Image, ImageDraw
 
-if os.name == "posix":
+if TYPE_CHECKING or os.name == "posix":
     from browser import CHROMIUM, Visit, chromium
 else:
     CHROMIUM = Visit = chromium = None

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -60,9 +62,10 @@ def headings(page: Path) -> list[tuple[int, str]]:
 
 def section(page: Path, heading: str) -> str:
     """What stands under a heading, down to the next one."""
-    return re.search(
-        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", prose(page), flags=re.DOTALL | re.MULTILINE
-    )[1]
+    pattern = rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)"
+    match = re.search(pattern, prose(page), flags=re.DOTALL | re.MULTILINE)
+    assert match, heading
+    return match[1]
 
 
 def table(text: str) -> list[list[str]]:
@@ -92,7 +95,8 @@ def is_default(cell: str, action: argparse.Action) -> bool:
         return False
     if action.nargs == "+":
         return code[1].split() == action.default
-    return (action.type or str)(code[1]) == action.default
+    parse = cast(Callable[[str], object], action.type or str)
+    return parse(code[1]) == action.default
 
 
 @in_both

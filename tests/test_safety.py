@@ -25,6 +25,7 @@ from megaman.errors import UserError
 from megaman.lora import adapter, peft_config
 from megaman.lora import files as lora_files
 from megaman.models.base import load_base
+from megaman.models.weights import build
 from megaman.training import checkpoint, output
 from megaman.training.adapters import Adapters
 
@@ -216,9 +217,7 @@ def own_lora(plain_lora, tmp_path):
 @pytest.fixture(scope="module")
 def unet_shape(base_folder):
     """The UNet without its numbers, for what is refused before it is touched."""
-    config = UNet2DConditionModel.load_config(base_folder / "unet")
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
+    return build(UNet2DConditionModel, UNet2DConditionModel.load_config(base_folder / "unet"))
 
 
 def fresh(base_folder) -> UNet2DConditionModel:
@@ -518,7 +517,7 @@ def saved(base_folder, tmp_path):
     unet = fresh(base_folder)
     trainable = adapter.inject(unet, 2, 4, ["to_q"])
     optimizer = torch.optim.AdamW(trainable)
-    sum(parameter.square().sum() for parameter in trainable).backward()
+    torch.stack([parameter.square().sum() for parameter in trainable]).sum().backward()
     optimizer.step()
     state = checkpoint.TrainState(1, 0, "logs/x", 1.0, {})
     adapters = Adapters("some/base", unet, trainable)

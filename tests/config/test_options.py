@@ -9,6 +9,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import cast
 
 import hypothesis
 import pytest
@@ -148,7 +149,7 @@ def parse(options, argv: list[str]) -> tuple[TrainConfig | GenerateConfig | int,
         try:
             result = options(argv)
         except SystemExit as stop:
-            result = stop.code
+            result = cast(int, stop.code)
     return result, out.getvalue(), err.getvalue()
 
 

@@ -37,7 +37,8 @@ from megaman.sampling import denoise
     ],
 )
 def test_the_usual_names(word, name):
-    assert find(word).name == name
+    sampler = find(word)
+    assert sampler and sampler.name == name
 
 
 def test_each_name_means_one_sampler_and_each_class_exists():

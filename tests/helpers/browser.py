@@ -1,5 +1,4 @@
-"""Chromium without a window, driven through its DevTools protocol over two pipes: what a visitor
-does and sees."""
+"""Headless Chromium, driven through its DevTools protocol over two pipes as by a visitor."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ PATIENCE = 60  # seconds until something that a visitor waits for counts as neve
 
 
 class Browser:
-    """A running browser; send() asks it, events holds what it told since."""
+    """A running browser; send() calls a method, and events holds the events since."""
 
     def __init__(self, to_browser: int, from_browser: int):
         self._out, self._in, self._rest = to_browser, from_browser, b""
@@ -74,18 +73,18 @@ class Browser:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Start a browser with an empty profile; it ends with the block. It listens on its file 3,
-    answers on 4."""
+    """Run a browser with an empty profile; it reads from its file descriptor 3 and writes to 4."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         ends = []
-        for pipe in (os.pipe(), os.pipe()):
-            for end in pipe:
-                ends.append(
-                    fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10)
-                )  # out of the way of 3 and 4
-                os.close(end)
+        for end in (*os.pipe(), *os.pipe()):
+            ends.append(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10))  # not 3 or 4
+            os.close(end)
         its_in, our_out, our_in, its_out = ends
-        start = f"import os, sys; os.dup2({its_in}, 3); os.dup2({its_out}, 4); os.execvp(sys.argv[1], sys.argv[1:])"
+        start = (
+            f"import os, sys; os.dup2({its_in}, 3); os.dup2({its_out}, 4); "
+            "os.execvp(sys.argv[1], sys.argv[1:])"
+        )
+        assert CHROMIUM is not None
         process = subprocess.Popen(
             [sys.executable, "-c", start, CHROMIUM, *FLAGS, f"--user-data-dir={profile}"],
             pass_fds=(its_in, its_out),

@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LIBRARIES = [
@@ -52,9 +53,10 @@ class Forks:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        stdin, stdout = _pipes(self._process)
+        stdin.write(json.dumps(order) + "\n")
+        stdin.flush()
+        answer = stdout.readline()
         assert answer, "the process that forks has ended"
         return json.loads(answer)
 
@@ -64,8 +66,9 @@ class Forks:
         """Start one of the root's scripts: start(["megaman_lora.py", "--demo"], cwd), or
         start(["-c", code], cwd).
 
-        In the fork alone patches are set, as {"megaman.training.validation.NUM_INFERENCE_STEPS": 3}, and hub
-        holds environment variables with which huggingface_hub is loaded anew; None removes one.
+        In the fork alone patches are set, as in
+        {"megaman.training.validation.NUM_INFERENCE_STEPS": 3}, and hub holds environment variables
+        with which huggingface_hub is loaded again; None removes one.
         """
         script, *words = map(str, args)
         outputs = [_text_file(), _text_file()]
@@ -76,19 +79,26 @@ class Forks:
             "cwd": str(cwd),
             "outputs": names,
         }
-        return Fork(self, self.ask(order | {"patches": patches or {}, "hub": hub or {}}), outputs)
+        pid = self.ask(order | {"patches": patches or {}, "hub": hub or {}})
+        assert pid is not None
+        return Fork(self, pid, outputs)
 
     def run(self, args, cwd, patches=None, hub=None) -> subprocess.CompletedProcess[str]:
         process = self.start(args, cwd, patches, hub)
         said, errors = process.communicate()
-        return subprocess.CompletedProcess(args, process.returncode, said, errors)
+        return subprocess.CompletedProcess(args, process.wait(), said, errors)
 
     def end(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
+            for pipe in _pipes(self._process):
+                pipe.close()
+
+
+def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdin, process.stdout
 
 
 class Fork:
@@ -105,12 +115,12 @@ class Fork:
 
     def wait(self, timeout: float = 600) -> int:
         deadline = time.monotonic() + timeout
-        while self.poll() is None:
+        while (code := self.poll()) is None:
             if time.monotonic() > deadline:
                 self.kill()
                 raise AssertionError("the run did not end in time")
             time.sleep(0.01)
-        return self.returncode
+        return code
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

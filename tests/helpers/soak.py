@@ -1,9 +1,9 @@
 """Kill a training run with SIGKILL at random moments, resume it each time, and compare its end with
-the uninterrupted one.
+an undisturbed one.
 
-    python tests/helpers/soak.py --kills 50     the long form; the suite runs a short one
+    python tests/helpers/soak.py --kills 50          the long form, by hand; the suite runs a short one
 
-Every checkpoint on the way must load, and the LoRA, the optimizer, the curves and the sample
+Every checkpoint found on the way must load, and the LoRA, the optimizer, the curves and the sample
 images of the end must be the same bit for bit. Half of the kills are timed to hit a save: as soon
 as an unfinished folder shows.
 """
@@ -46,7 +46,9 @@ for library in (
     "megaman.data.encoding",
     "megaman.sampling.denoise",
 ):
-    importlib.import_module(library)  # once, before any thread runs that a fork would lose
+    importlib.import_module(
+        library
+    )  # here, once; with no work done yet that a fork could not take along
 
 
 def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
@@ -63,8 +65,8 @@ def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
 
 
 class Run:
-    """A training run in a process of its own, forked after the libraries were imported, which saves
-    seconds for each kill."""
+    """A training run in a process of its own, forked after the libraries were imported: seconds
+    less for each kill."""
 
     def __init__(self, words: list[str]):
         self.ended: int | None = None
@@ -89,7 +91,7 @@ class Run:
         return self.ended
 
     def end(self) -> None:
-        """Wait for it; its errors are shown."""
+        """Wait for it; whatever went wrong in it is shown."""
         while self.poll() is None:
             time.sleep(0.01)
         self.errors.seek(0)
@@ -97,11 +99,12 @@ class Run:
 
 
 def kill_somewhere(words: list[str], output: Path, rng: random.Random, longest: float) -> str:
-    """Start the run and kill it, at a random moment or during a save. Returns which of them."""
+    """Start the run and kill it: at a random moment, or while a save is under way. Returns what
+    happened."""
     process = Run(words)
     deadline = time.monotonic() + rng.uniform(0.2, longest)
     in_a_save, seen = rng.random() < 0.5, "at a random moment"
-    skip = rng.randint(0, 3)  # saves that are not interrupted
+    skip = rng.randint(0, 3)  # saves that are let through
     while process.poll() is None:
         unfinished = {path.name for path in output.glob("*.aside")} if output.is_dir() else set()
         if in_a_save and unfinished:
@@ -127,7 +130,7 @@ def kill_somewhere(words: list[str], output: Path, rng: random.Random, longest: 
 
 
 def check_checkpoints(output: Path) -> int:
-    """Load every checkpoint; returns their number."""
+    """Every checkpoint that stands there loads; returns their number."""
     found = find_all(output)
     for folder in found:
         read_train_state(folder)
@@ -151,7 +154,7 @@ def curves(output: Path) -> dict[str, Any]:
         tag: [(event.step, event.value) for event in log.Scalars(tag)]
         for tag in log.Tags()["scalars"]
     }
-    images: dict[str, Any] = {
+    images = {
         tag: {event.step: event.encoded_image_string for event in log.Images(tag)}
         for tag in log.Tags()["images"]
     }
@@ -159,16 +162,16 @@ def curves(output: Path) -> dict[str, Any]:
 
 
 def has_steps(folder: Path) -> bool:
-    """Whether a log folder has steps: a run that was killed before its first checkpoint starts from
-    scratch, in a new folder."""
+    """A run that was killed before its first checkpoint starts afresh, in a folder of its own:
+    those are left out."""
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = log.Tags()["scalars"]
     return bool(tags) and log.Scalars(tags[0])[-1].step == has_steps.last
 
 
 def content(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Metadata (without the times in it) and tensors of a safetensors file, whose library writes
-    the metadata in a new order each time."""
+    """Metadata, but for the times in it, and tensors of a safetensors file; its library writes the
+    metadata in a new order each time."""
     with safe_open(path, "pt") as file:
         metadata = {
             key: value for key, value in (file.metadata() or {}).items() if key not in TIMES
@@ -184,7 +187,9 @@ def compare(whole: Path, killed: Path, steps: int) -> None:
     for name in sorted(names - {"training_config.json"}):
         if name.endswith(".safetensors"):
             assert content(whole / name) == content(killed / name), f"{name} differs"
-        elif not name.endswith("training_state.json"):  # has the elapsed time and the log folder
+        elif not name.endswith(
+            "training_state.json"
+        ):  # holds the elapsed time and the curve's folder
             assert (whole / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs"
     first, second = curves(whole), curves(killed)
     assert first.keys() == second.keys()
@@ -195,7 +200,7 @@ def compare(whole: Path, killed: Path, steps: int) -> None:
 def soak(
     folder: Path, kills: int, steps: int, save_steps: int, seed: int, say=print
 ) -> dict[str, int]:
-    """Returns how often each kind of kill happened, and how many checkpoints were checked."""
+    """Returns how often each kind of kill happened, and how many checkpoints were looked at."""
     rng = random.Random(seed)
     whole = folder / "whole"
     began = time.monotonic()
@@ -223,7 +228,7 @@ def soak(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save_steps", type=int, default=3)

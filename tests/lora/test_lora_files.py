@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from typing import cast
 
 import pytest
 import torch
@@ -201,9 +202,8 @@ def test_saving_again_replaces_the_folder_whole(trained, tmp_path):
 
 
 def test_a_lora_of_another_base_is_refused(trained, base_folder, tmp_path):
-    wide = UNet2DConditionModel.from_config(
-        {**fresh_unet(base_folder).config, "cross_attention_dim": 64}
-    )
+    config = {**fresh_unet(base_folder).config, "cross_attention_dim": 64}
+    wide = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(config))
     before = dict(wide.named_modules()).keys()
     with pytest.raises(UserError, match="another base"):
         lora_files.load_lora(trained[3], wide)

@@ -19,6 +19,8 @@ from megaman.lora import adapter
 from megaman.lora import files as lora_files
 from megaman.lora import formats as lora_formats
 from megaman.models import identify
+from megaman.models.typed import unet_config
+from megaman.models.weights import build
 
 TOLERANCE = 1e-5
 UNET_LAYERS = [
@@ -49,9 +51,10 @@ class Models:
     @torch.no_grad()
     def say(self) -> tuple[torch.Tensor, torch.Tensor]:
         states = self.text_encoder(torch.arange(3, 13)[None])[0]
-        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        config = unet_config(self.unet)
+        size, channels = config.sample_size, config.in_channels
         latents = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
-        width = self.unet.config.cross_attention_dim
+        width = config.cross_attention_dim
         plain = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(1))
         return self.unet(latents, torch.tensor([300]), encoder_hidden_states=plain).sample, states
 
@@ -328,10 +331,7 @@ shapes = st.sampled_from(
 
 @pytest.fixture(scope="module")
 def shape_of_unet(base_folder):
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(base_folder / "unet")
-        )
+    return build(UNet2DConditionModel, UNet2DConditionModel.load_config(base_folder / "unet"))
 
 
 @given(

@@ -18,6 +18,7 @@ from megaman.errors import UserError
 from megaman.hub import PROJECT
 from megaman.models.base import Base, find_base, load_base
 from megaman.models.configs import resolve_name
+from megaman.models.typed import scheduler_config
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -244,10 +245,8 @@ def test_models_that_would_train_wrong(own_copy):
     changed(own_copy / "scheduler" / "scheduler_config.json", prediction_type="sample")
     assert "predicts sample" in refusal(own_copy)
     changed(own_copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    assert (
-        load_base(str(own_copy), torch.float32).noise_scheduler.config.prediction_type
-        == "v_prediction"
-    )
+    scheduler = load_base(str(own_copy), torch.float32).noise_scheduler
+    assert scheduler_config(scheduler).prediction_type == "v_prediction"
     changed(own_copy / "unet" / "config.json", in_channels=9)
     assert "cannot be loaded" in refusal(own_copy), "weights for four channels"
 
@@ -269,8 +268,31 @@ def test_a_model_for_inpainting(own_copy):
 COMMIT = "0123456789" * 4
 
 
+class HubServer(ThreadingHTTPServer):
+    """Serves repositories by name from their folders, and records the files that were fetched."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), SmallHub)
+        self.repositories: dict[str, Path] = {}
+        self.fetched: list[str] = []
+        self.closing = threading.Event()
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.closing.set()
+        with contextlib.suppress(OSError):
+            self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+
 class SmallHub(BaseHTTPRequestHandler):
-    """Serves server.repositories, {name: folder}, and notes what was fetched in server.fetched."""
+    """The part of the hub's API that downloads need."""
+
+    server: HubServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def log_message(self, *_) -> None:
         pass
@@ -336,22 +358,9 @@ class SmallHub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), SmallHub)
-    server.daemon_threads = True
-    server.repositories, server.fetched, server.closing = {}, [], threading.Event()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-
-    def stop() -> None:
-        server.closing.set()
-        with contextlib.suppress(OSError):
-            server.shutdown()
-        server.server_close()
-        thread.join()
-
-    server.stop = stop
+    server = HubServer()
     yield server
-    stop()
+    server.stop()
 
 
 ASK_FOR_BASES = """

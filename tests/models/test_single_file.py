@@ -9,6 +9,7 @@ import shutil
 import socket
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from megaman.lora import peft_config
 from megaman.models import single_file
 from megaman.models.base import Base, find_base, load_base, vae_identity
 from megaman.models.configs import resolve_name
+from megaman.models.typed import decode_latents, encode_pixels, scheduler_config
 
 # Published sizes, and smaller ones for what does not hang on the size.
 FULL = {
@@ -55,7 +57,7 @@ UNET, VAE, TEXT = (
 )
 
 
-def models(channels, vae_channels, width, layers) -> dict[str, torch.nn.Module]:
+def models(channels, vae_channels, width, layers) -> dict[str, Any]:
     """The three models by the arguments that the libraries' own converter gives for
     v1-inference.yaml."""
     unet = UNet2DConditionModel(
@@ -64,8 +66,8 @@ def models(channels, vae_channels, width, layers) -> dict[str, torch.nn.Module]:
     vae = AutoencoderKL(
         sample_size=512,
         block_out_channels=vae_channels,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=cast(Any, ("DownEncoderBlock2D",) * 4),
+        up_block_types=cast(Any, ("UpDecoderBlock2D",) * 4),
         layers_per_block=2,
     )
     text = CLIPTextConfig(
@@ -122,9 +124,9 @@ def unet_name(name: str) -> str:
     module, _, kind = name.rpartition(".")
     if module in ENDS:
         return f"{ENDS[module]}.{kind}"
-    block, level, what, number, rest = re.fullmatch(
-        r"(down_blocks|up_blocks|mid_block)\.?(\d?)\.(\w+)\.(\d)\.(.+)", name
-    ).groups()
+    match = re.fullmatch(r"(down_blocks|up_blocks|mid_block)\.?(\d?)\.(\w+)\.(\d)\.(.+)", name)
+    assert match
+    block, level, what, number, rest = match.groups()
     at = 3 * int(level or 0) + int(number)
     if what == "downsamplers":
         return f"input_blocks.{3 * int(level) + 3}.0.op.{kind}"
@@ -180,9 +182,7 @@ def original(
     }
 
 
-def some_numbers(
-    parts: dict[str, torch.nn.Module], dtype: torch.dtype
-) -> dict[str, dict[str, torch.Tensor]]:
+def some_numbers(parts: dict[str, Any], dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
     """Every tensor of the models, each with other numbers: pieces of one row, since drawing 10^9
     takes its time."""
     row = (
@@ -203,7 +203,7 @@ def some_numbers(
 
 
 def write_folder(
-    folder: Path, parts: dict[str, torch.nn.Module], tensors: dict[str, dict[str, torch.Tensor]]
+    folder: Path, parts: dict[str, Any], tensors: dict[str, dict[str, torch.Tensor]]
 ) -> Path:
     """The same base in diffusers' layout."""
     for part, file in (
@@ -213,9 +213,10 @@ def write_folder(
     ):
         (folder / part).mkdir(parents=True)
         save_file(tensors[part], folder / part / f"{file}.safetensors", {"format": "pt"})
-        parts[part].config.save_pretrained(folder / part) if part == "text_encoder" else parts[
-            part
-        ].save_config(folder / part)
+        if part == "text_encoder":
+            parts[part].config.save_pretrained(folder / part)
+        else:
+            parts[part].save_config(folder / part)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(PUBLISHED_SCHEDULE))
     single_file.tokenizer().save_pretrained(folder / "tokenizer")
@@ -235,8 +236,8 @@ def say(base: Base) -> list[torch.Tensor]:
     noise = base.unet(
         latents.to(base.unet.dtype), torch.tensor([300]), encoder_hidden_states=states
     ).sample
-    moments = base.vae.encode(pixels).latent_dist.parameters
-    said = [states, noise, moments, base.vae.decode(latents).sample]
+    moments = encode_pixels(base.vae, pixels).parameters
+    said = [states, noise, moments, decode_latents(base.vae, latents)]
     assert all(answer.isfinite().all() and answer.std() > 0 for answer in said)
     return said
 
@@ -342,7 +343,7 @@ def small(tmp_path, monkeypatch) -> Small:
 
 
 @cache
-def small_models() -> tuple[dict[str, torch.nn.Module], dict[str, dict[str, torch.Tensor]]]:
+def small_models() -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
     """Modules without numbers, and numbers for them; nothing here changes either."""
     with torch.device("meta"):
         parts = models(**SMALL)
@@ -461,10 +462,8 @@ def test_a_header_that_tells_of_velocities(small):
         ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
     ):
         small.write(metadata=told)
-        assert (
-            load_base(str(small.file), torch.float32).noise_scheduler.config.prediction_type
-            == wanted
-        )
+        scheduler = load_base(str(small.file), torch.float32).noise_scheduler
+        assert scheduler_config(scheduler).prediction_type == wanted
 
 
 def test_nothing_is_asked_of_the_network(small, monkeypatch):
@@ -573,7 +572,7 @@ def test_from_training_to_images_with_the_file_alone(small, train_here, monkeypa
     [drawn] = (small.folder / "drawn").glob("megaman_*.png")
     with Image.open(drawn) as image:
         assert image.size == (64, 64)
-        assert "Model: tiny-v1," in image.text["parameters"]
+        assert "Model: tiny-v1," in image.info["parameters"]
 
 
 # What is refused.

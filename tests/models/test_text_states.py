@@ -1,5 +1,4 @@
-"""Prompts as states of the text encoder: long ones, weights, layers; against diffusers and caption
-states."""
+"""prompt_embeds of prompts: long ones, weights, layers; compared with diffusers and captions."""
 
 from __future__ import annotations
 
@@ -24,7 +23,9 @@ from megaman.models.text_encoding import (
     pad_chunks,
     weigh,
 )
+from megaman.models.typed import move
 
+Encoder = tuple[CLIPTextModel, CLIPTokenizer]
 PROMPT = "mega man, blue robot, helmet, arm cannon"
 LONG = "robot " * 75 + "red"  # one word more than a chunk holds
 
@@ -71,13 +72,13 @@ def encoder(request, base):
     )
 
 
-def alone(encoder, ids: list[int], layer: int = -1) -> torch.Tensor:
+def alone(encoder: Encoder, ids: list[int], layer: int = -1) -> torch.Tensor:
     """What the text encoder says of token ids between BOS and EOS, written a second way."""
     text_encoder, tokenizer = encoder
-    ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    ids += [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids))
+    input_ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    input_ids += [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(input_ids))
     with torch.no_grad():
-        out = text_encoder(torch.tensor([ids]), output_hidden_states=True)
+        out = text_encoder(torch.tensor([input_ids]), output_hidden_states=True)
         return text_encoder.final_layer_norm(out.hidden_states[layer])[0]
 
 
@@ -90,7 +91,7 @@ def test_a_short_plain_prompt_is_encoded_as_a_caption_bit_for_bit(base, prompt):
     assert not own.requires_grad
 
 
-def test_as_a_caption_with_another_padding_too(small):
+def test_as_a_caption_with_another_padding_too(small: Encoder):
     for prompt in ["", "a robot", "robot " * 14]:
         assert torch.equal(encode_prompt(*small, prompt), encode_captions(*small, [prompt])[prompt])
 
@@ -113,7 +114,7 @@ def test_the_layers_are_those_of_diffusers(pipe, base):
         )
 
 
-def test_every_layer_and_none_beyond(encoder):
+def test_every_layer_and_none_beyond(encoder: Encoder):
     layers = encoder[0].config.num_hidden_layers
     ids = encoder[1]("a robot", add_special_tokens=False).input_ids
     for clip_skip in range(1, layers + 1):
@@ -127,7 +128,7 @@ def test_every_layer_and_none_beyond(encoder):
             encode_prompt(*encoder, "a robot", clip_skip)
 
 
-def test_a_long_prompt_is_its_chunks_one_behind_the_other(encoder, caplog):
+def test_a_long_prompt_is_its_chunks_one_behind_the_other(encoder: Encoder, caplog):
     tokenizer = encoder[1]
     room = tokenizer.model_max_length - 2
     prompt = "robot " * room + "red helmet " * room + "blue"
@@ -197,7 +198,7 @@ def test_a_mean_that_says_nothing_is_left_alone():
     assert torch.isfinite(weigh(flat + 0.01, torch.tensor([1.0, -1.0, -1.0, 1.001]))).all()
 
 
-def test_a_weighted_word_moves_its_own_states_and_the_more_the_heavier(encoder):
+def test_a_weighted_word_moves_its_own_states_and_the_more_the_heavier(encoder: Encoder):
     plain = encode_prompt(*encoder, "a red robot")
     moved = [
         (encode_prompt(*encoder, f"a (red:{weight}) robot") - plain).norm(dim=1)
@@ -225,7 +226,7 @@ def test_weights_reach_behind_the_first_chunk_and_stay_out_of_the_others(base):
     assert not torch.allclose(plain[78], heavy[78], atol=1e-2)
 
 
-def test_fewer_chunks_are_filled_up_with_the_empty_prompt(encoder):
+def test_fewer_chunks_are_filled_up_with_the_empty_prompt(encoder: Encoder):
     empty, states = encode_prompt(*encoder, ""), encode_prompt(*encoder, "a robot")
     positions = encoder[1].model_max_length
     padded = pad_chunks(states, empty, 3)
@@ -245,7 +246,7 @@ def test_tags_for_other_programs_are_not_drawn(base):
 
 def test_half_precision_stays_half(base_folder):
     base = load_base(str(base_folder), torch.bfloat16)
-    text_encoder = base.text_encoder.to(torch.bfloat16)
+    text_encoder = move(base.text_encoder, torch.bfloat16)
     for prompt in ("a robot", "a (red:1.3) robot"):
         states = encode_prompt(text_encoder, base.tokenizer, prompt, clip_skip=2)
         assert states.dtype == torch.bfloat16 and torch.isfinite(states).all()
@@ -272,7 +273,7 @@ PIECES = [
 
 @hypothesis_settings(max_examples=60)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
-def test_any_prompt_is_finite_states_of_whole_chunks(small, prompt):
+def test_any_prompt_is_finite_states_of_whole_chunks(small: Encoder, prompt):
     text_encoder, tokenizer = small
     states = encode_prompt(text_encoder, tokenizer, prompt)
     chunks = count_chunks(tokenizer, prompt)

@@ -11,6 +11,7 @@ import sys
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import CLIPTextModel
 from megaman.errors import UserError
 from megaman.models import weights
 from megaman.models.base import Base, load_base, vae_identity
+from megaman.models.typed import unet_config, vae_config
 from megaman.training.validation import Validation, ValidationSettings
 
 KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -129,9 +131,8 @@ OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 def test_a_vae_whose_attention_has_the_old_names(own_copy, old):
     """As the published VAE of Stable Diffusion 1.5."""
     config = json.loads((own_copy / "vae" / "config.json").read_text())
-    AutoencoderKL.from_config({**config, "mid_block_add_attention": True}).save_pretrained(
-        own_copy / "vae"
-    )
+    vae = AutoencoderKL.from_config({**config, "mid_block_add_attention": True})
+    cast(AutoencoderKL, vae).save_pretrained(own_copy / "vae")
     path = weights_of(own_copy, "vae")
     stored = load_file(path)
     for new, word in OLD.items() if old else []:
@@ -206,9 +207,10 @@ def test_a_part_is_not_loaded_until_it_is_asked_for(own_copy, part):
     assert f"{path} is gone or has changed since the start" in line_of(base, part)
     aside.rename(path)
     assert getattr(base, part) is getattr(base, part), "kept"
-    assert factor == 2 ** (len(base.vae.config.block_out_channels) - 1) == base.vae_scale_factor
-    assert size == base.unet.config.sample_size * factor == base.native_size
-    assert scale == base.vae.config.scaling_factor == base.scaling_factor
+    vae = vae_config(base.vae)
+    assert factor == 2 ** (len(vae.block_out_channels) - 1) == base.vae_scale_factor
+    assert size == unet_config(base.unet).sample_size * factor == base.native_size
+    assert scale == vae.scaling_factor == base.scaling_factor
 
 
 @pytest.mark.parametrize("file", ["config.json", "diffusion_pytorch_model.safetensors"])
@@ -250,7 +252,7 @@ def test_loading_leaves_the_random_numbers_alone(own_copy):
 def test_sample_images_without_their_vae_are_skipped(own_copy, caplog):
     caplog.set_level(logging.INFO)
     base = load_base(str(own_copy), torch.float32)
-    states = torch.zeros(77, base.unet.config.cross_attention_dim)
+    states = torch.zeros(77, unet_config(base.unet).cross_attention_dim)
     validation = Validation(
         base,
         {"x": states, "": states},
@@ -309,10 +311,8 @@ print(peak() - before, 2 * base.unet.num_parameters())
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_load_takes_the_model_and_a_portion(own_copy, run_script):
     config = json.loads((own_copy / "unet" / "config.json").read_text())
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(
-            {**config, "block_out_channels": [96, 192, 384, 384]}
-        )
+    config["block_out_channels"] = [96, 192, 384, 384]
+    unet = weights.build(UNet2DConditionModel, config)
     zeros = {name: torch.zeros(tensor.shape) for name, tensor in unet.state_dict().items()}
     save_file(zeros, weights_of(own_copy, "unet"))
     unet.save_config(own_copy / "unet")

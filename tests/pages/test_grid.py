@@ -30,9 +30,9 @@ def test_small_pictures_grow_in_whole_steps_and_large_ones_shrink(tmp_path, size
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width == MARGIN + 2 * (cell[0] + GAP)
     red = grid.point(lambda value: 255 if value == 200 else 0).getchannel("R")
-    left, top, right, bottom = red.crop(
-        (MARGIN, 40, MARGIN + cell[0] + GAP // 2, grid.height)
-    ).getbbox()
+    box = red.crop((MARGIN, 40, MARGIN + cell[0] + GAP // 2, grid.height)).getbbox()
+    assert box
+    left, top, right, bottom = box
     assert (right - left, bottom - top) == cell
 
 
