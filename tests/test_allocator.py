@@ -68,5 +68,8 @@ ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def test_the_heap_comes_into_huge_pages(run_script, tmp_path):
     unset = {"MALLOC_TRIM_THRESHOLD_": None, "MALLOC_MMAP_THRESHOLD_": None}
     assert int(run_script(["-c", HUGE], tmp_path, unset).stdout) > 32 * 2**10  # kB
-    maps = "55d0-55f2 rw-p 00000000 00:00 0    [heap]\n7f00-7f10 r--p 00000000 fe:00 12  /usr/lib/libc.so.6\n"
+    maps = (
+        "55d0-55f2 rw-p 00000000 00:00 0    [heap]\n"
+        "7f00-7f10 r--p 00000000 fe:00 12  /usr/lib/libc.so.6\n"
+    )
     assert runtime._heap(maps) == [(0x55D0, 0x55F2)]

@@ -163,7 +163,8 @@ from pathlib import Path
 import processes
 large = bytearray(400 * 2**20)
 large[::4096] = b"1" * len(large[::4096])
-print(processes.run(processes.stamped("training", Path({str(program)!r}), 0), Path({str(tmp_path)!r}))["peak_mb"])
+command = processes.stamped("training", Path({str(program)!r}), 0)
+print(processes.run(command, Path({str(tmp_path)!r}))["peak_mb"])
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
     done = subprocess.run(

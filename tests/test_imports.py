@@ -97,7 +97,10 @@ def test_some_modules_know_no_torch_at_all(name):
 
 def test_torch_waits_in_truth_too(run_script, tmp_path):
     modules = ", ".join(f"megaman.{name}" for name in NO_TORCH if name in MODULES)
-    code = f"import json, sys, megaman_lora, generate_megaman, {modules}; print(json.dumps(sorted(sys.modules)))"
+    code = (
+        f"import json, sys, megaman_lora, generate_megaman, {modules}; "
+        "print(json.dumps(sorted(sys.modules)))"
+    )
     done = run_script(["-c", code], tmp_path)
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout)

@@ -89,7 +89,7 @@ EMULATED = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 
 def flags_of_the_processor() -> set[str]:
-    """As Linux tells them on x86, without torch."""
+    """The processor's flags in /proc/cpuinfo, without torch."""
     info = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not info.is_file():
         pytest.skip("processor's flags not compared: no x86-64 with Linux")
@@ -146,7 +146,7 @@ def test_the_width_of_a_base(base_folder, tmp_path):
     assert unet_width("somebody/not-on-this-machine") == 320  # planned as Stable Diffusion 1.5
     assert (
         unet_width(str(tmp_path)) == unet_width("no/such/thing.safetensors") == 0
-    )  # loading them tells it better
+    )  # loading them reports it better
     for part in ("unet", "vae", "text_encoder"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text("{}")

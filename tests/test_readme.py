@@ -86,8 +86,8 @@ def commands(page: Path) -> list[str]:
 
 
 def is_default(cell: str, action: argparse.Action) -> bool:
-    """Whether a table's cell tells the action's default: in backticks as it is typed, or in words
-    where none is."""
+    """Whether a table's cell has the action's default, in backticks as it is typed; without a
+    default the cell is in words."""
     code = re.fullmatch(r"`([^`]+)`", cell)
     if action.default is None or action.default is False:
         return bool(cell) and code is None

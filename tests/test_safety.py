@@ -85,7 +85,9 @@ LYING = {
     "shape true": with_header({"a": entry(shape=[True, 2])}, EIGHT),
     "shape of floats": with_header({"a": entry(shape=[2.0])}, EIGHT),
     "huge shape": with_header({"a": entry(shape=[2**62, 2**62])}, EIGHT),
-    "5000 digits": with_header(b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 5000), EIGHT),
+    "5000 digits": with_header(
+        b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 5000), EIGHT
+    ),
     "a thousand dimensions": with_header({"a": entry(shape=[1] * 1000, offsets=[0, 4])}, bytes(4)),
     "not the shape's bytes": with_header({"a": entry(shape=[3])}, EIGHT),
     "beyond the end": with_header({"a": entry()}, bytes(4)),
@@ -96,7 +98,7 @@ LYING = {
     "overlapping": with_header({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)),
     "the same place": with_header({"a": entry(), "b": entry()}, EIGHT),
     "a gap": with_header({"a": entry(), "b": entry(offsets=[12, 20])}, bytes(20)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -449,17 +451,25 @@ PREFIX = lora_files.PEFT_PREFIX
 WRONG_TENSORS = {
     "NaN": lambda t: t[first(t, "lora_A.weight")].view(-1)[:1].fill_(float("nan")),
     "infinite": lambda t: t[first(t, "lora_B.weight")].view(-1)[:1].fill_(float("inf")),
-    "whole numbers": lambda t: t.update({first(t, "lora_A.weight"): torch.zeros(2, 64, dtype=torch.int64)}),
-    "complex": lambda t: t.update({first(t, "lora_A.weight"): torch.zeros(2, 64, dtype=torch.complex64)}),
+    "whole numbers": lambda t: t.update(
+        {first(t, "lora_A.weight"): torch.zeros(2, 64, dtype=torch.int64)}
+    ),
+    "complex": lambda t: t.update(
+        {first(t, "lora_A.weight"): torch.zeros(2, 64, dtype=torch.complex64)}
+    ),
     "another rank": lambda t: t.update({first(t, "lora_A.weight"): torch.zeros(3, 64)}),
     "a scalar": lambda t: t.update({first(t, "lora_A.weight"): torch.tensor(1.0)}),
     "B missing": lambda t: t.pop(first(t, "lora_B.weight")),
     "a stranger": lambda t: t.update({f"{PREFIX}no.lora_A.weight": torch.zeros(2, 3)}),
     "no name": lambda t: t.update({"": torch.zeros(1)}),
-    "for a norm": lambda t: t.update({f"{PREFIX}conv_norm_out.lora_{s}.weight": torch.zeros(2, 64) for s in "AB"}),
-    "one too many": lambda t: t.update({first(t, "lora_A.weight").replace("lora_A", "lora_C"): torch.zeros(64)}),
+    "for a norm": lambda t: t.update(
+        {f"{PREFIX}conv_norm_out.lora_{s}.weight": torch.zeros(2, 64) for s in "AB"}
+    ),
+    "one too many": lambda t: t.update(
+        {first(t, "lora_A.weight").replace("lora_A", "lora_C"): torch.zeros(64)}
+    ),
     "none": lambda t: t.clear(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG_TENSORS)

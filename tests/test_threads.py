@@ -132,7 +132,10 @@ def test_what_this_process_may_use_is_what_it_has():
 
 
 def test_importing_the_dataset_changes_nothing(run_script, tmp_path):
-    code = "import os; before = dict(os.environ); from megaman_lora import MegaManDataset; assert before == os.environ"
+    code = (
+        "import os; before = dict(os.environ); from megaman_lora import MegaManDataset; "
+        "assert before == os.environ"
+    )
     assert run_script(["-c", code], tmp_path).returncode == 0
 
 
@@ -144,7 +147,8 @@ class Watch:
     seen = {}
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            self.seen.update({key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")})
+            for key in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+                self.seen[key] = os.environ.get(key)
 
 sys.meta_path.insert(0, Watch())
 import megaman_lora

@@ -598,8 +598,7 @@ def test_two_dashes_are_no_value(flag):
 
 
 def test_words_after_a_list():
-    """A prompt may begin with dashes where a space follows in it; a single word cannot be told from
-    a flag."""
+    """A prompt may begin with dashes if it has a space; a single word would look like a flag."""
     assert settings(parse_generate_config(["--prompts", "--ar 16:9 robot", "- b"]))["prompts"] == [
         "--ar 16:9 robot",
         "- b",

@@ -1,5 +1,4 @@
-"""A sampler is found under every name that people know it by, and draws what diffusers' own
-pipeline draws with it."""
+"""A sampler is found by all its names, and generates what diffusers' pipeline generates with it."""
 
 from __future__ import annotations
 

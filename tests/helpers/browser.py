@@ -103,8 +103,7 @@ def chromium() -> Iterator[Browser]:
 
 
 class Visit:
-    """A tab with a page from the disk, a visitor's hands, and all that the page asked for or
-    complained of."""
+    """A tab with a page from the disk, a visitor's actions, and the page's requests and errors."""
 
     def __init__(
         self, browser: Browser, page: Path, width: int = 1280, height: int = 800, dark: bool = False
@@ -134,7 +133,7 @@ class Visit:
         return self.browser.send(method, self.session, **params)
 
     def load(self) -> None:
-        """Open the page, or open it anew."""
+        """Open or reload the page."""
         self.send("Page.navigate", url=self.address)
         self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 
@@ -196,11 +195,11 @@ class Visit:
     def complaints(self) -> list[str]:
         """What the console says, and errors that nothing caught."""
         kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
-        self.do("1")  # whatever was told before this answer has arrived
+        self.do("1")  # all earlier events have arrived with this answer
         return [json.dumps(event["params"]) for event in self._events() if event["method"] in kinds]
 
     def requests(self) -> set[str]:
-        """The schemes of all that the page asked for."""
+        """The URL schemes of the page's requests."""
         self.do("1")
         asked = [
             event for event in self._events() if event["method"] == "Network.requestWillBeSent"

@@ -1,7 +1,7 @@
-"""Kill a training run with SIGKILL at random moments, resume it each time, and compare its end with
-an undisturbed one.
+"""Kill a training run with SIGKILL at random moments, resume it each time, and compare the result
+with an uninterrupted run.
 
-    python tests/helpers/soak.py --kills 50          the long form, by hand; the suite runs a short one
+    python tests/helpers/soak.py --kills 50        # by hand; the suite runs a short form
 
 Every checkpoint found on the way must load, and the LoRA, the optimizer, the curves and the sample
 images of the end must be the same bit for bit. Half of the kills are timed to hit a save: as soon
@@ -52,8 +52,9 @@ for library in (
 
 
 def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
-    flags = f"""--demo --max_train_steps {steps} --save_steps {save_steps} --validation_steps {3 * save_steps}
-        --num_validation_images 1 --train_batch_size 1 --lora_rank 2 --lora_dropout 0.1 --checkpoints_total_limit 3
+    flags = f"""--demo --max_train_steps {steps} --save_steps {save_steps}
+        --validation_steps {3 * save_steps} --num_validation_images 1 --train_batch_size 1
+        --lora_rank 2 --lora_dropout 0.1 --checkpoints_total_limit 3
         --resume_from_checkpoint latest"""
     folders = [
         "--output_dir",

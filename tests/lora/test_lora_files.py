@@ -256,7 +256,7 @@ def test_a_target_that_cannot_be_is_named(base_folder, target):
         adapter.inject(fresh_unet(base_folder), 2, 2, ["to_q", target])
 
 
-# Stable Diffusion 1.5's UNet as its config.json tells it; the rest are the class's defaults.
+# Stable Diffusion 1.5's UNet as in its config.json; the rest are the class's defaults.
 SD_15 = {
     "sample_size": 64,
     "cross_attention_dim": 768,

@@ -191,7 +191,7 @@ def test_alphas_may_be_whole_numbers_or_lists_of_one(made, base_folder, tmp_path
 
 @pytest.mark.parametrize("words", [in_diffusers_words, in_older_words, in_oldest_words])
 def test_diffusers_files_of_every_age(base_folder, tmp_path, words):
-    """They tell no alpha: the strength is 1."""
+    """They have no alpha: the scale is 1."""
     made = Made(base_folder, dtype=torch.float32, scaled=False)
     save_file(made.named(words), tmp_path / "pytorch_lora_weights.safetensors")
     assert apart(loaded(base_folder, (tmp_path, 1.0)), Models(base_folder).merge(made)) <= TOLERANCE
@@ -245,24 +245,43 @@ def pair(
 
 READS = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 FOREIGN = {
-    "SDXL by its header": ({"ss_base_model_version": "sdxl_base_v1-0"}, pair("lora_unet_conv_in"), "SDXL"),
-    "SDXL by modelspec": ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, pair("x"), "SDXL"),
-    "SDXL by its second text encoder": ({}, pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "SDXL"),
+    "SDXL by its header": (
+        {"ss_base_model_version": "sdxl_base_v1-0"},
+        pair("lora_unet_conv_in"),
+        "SDXL",
+    ),
+    "SDXL by modelspec": (
+        {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
+        pair("x"),
+        "SDXL",
+    ),
+    "SDXL by its second text encoder": (
+        {},
+        pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"),
+        "SDXL",
+    ),
     "SDXL by its width": ({}, pair(f"lora_unet_{READS}", 2048), "SDXL"),
     "SDXL in diffusers' words": (
-        {}, pair(f"unet.{READS.replace('_to_k', '.to_k')}", 2048, ".lora_A", ".lora_B"), "SDXL",
+        {},
+        pair(f"unet.{READS.replace('_to_k', '.to_k')}", 2048, ".lora_A", ".lora_B"),
+        "SDXL",
     ),
     "SDXL in kohya's words": ({}, pair("lora_unet_input_blocks_4_1_proj_in"), "SDXL"),
     "SD 2 by its header": ({"ss_v2": "True"}, pair("lora_unet_conv_in"), "Stable Diffusion 2.x"),
-    "SD 2 by modelspec": ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, pair("x"),
-                          "Stable Diffusion 2.x"),
+    "SD 2 by modelspec": (
+        {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"},
+        pair("x"),
+        "Stable Diffusion 2.x",
+    ),
     "SD 2 by its width": ({}, pair(f"lora_unet_{READS}", 1024), "Stable Diffusion 2.x"),
     "Flux by its header": ({"ss_base_model_version": "flux1"}, pair("x"), "Flux"),
     "Flux in kohya's words": ({}, pair("lora_unet_double_blocks_0_img_attn_qkv"), "Flux"),
     "Flux in diffusers' words": (
-        {}, pair("transformer.single_transformer_blocks.0.attn.to_q", down=".lora_A", up=".lora_B"), "Flux",
+        {},
+        pair("transformer.single_transformer_blocks.0.attn.to_q", down=".lora_A", up=".lora_B"),
+        "Flux",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -268,8 +268,7 @@ def test_a_run_trains_both_and_says_so(train_here, tmp_path, capsys):
 
 
 def test_the_samples_are_drawn_with_the_text_encoder_in_hand(train_here, base_folder, tmp_path):
-    """What a checkpoint draws elsewhere is what the run drew, pixel by pixel as near as rounding
-    allows."""
+    """A checkpoint generates elsewhere what the run generated, up to rounding."""
     from PIL import Image, ImageChops
 
     from megaman.models.base import load_base

@@ -377,7 +377,8 @@ for how, name in json.loads(sys.argv[1]):
             results.append(megaman.models.base.load_base(name, torch.float32).native_size)
         else:
             folder = megaman.models.base.find_base(name, half=how == "half")
-            results.append(sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()))
+            files = [file for file in folder.rglob("*") if file.is_file()]
+            results.append(sorted(file.relative_to(folder).as_posix() for file in files))
     except UserError as error:
         results.append(f"UserError: {error}")
 print(json.dumps(results))

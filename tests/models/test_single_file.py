@@ -29,7 +29,7 @@ from megaman.models.base import Base, find_base, load_base, vae_identity
 from megaman.models.configs import resolve_name
 from megaman.models.typed import decode_latents, encode_pixels, scheduler_config
 
-# Published sizes, and smaller ones for what does not hang on the size.
+# Published sizes, and smaller ones for tests that do not depend on the size.
 FULL = {
     "channels": (320, 640, 1280, 1280),
     "vae_channels": (128, 256, 512, 512),
@@ -183,8 +183,7 @@ def original(
 
 
 def some_numbers(parts: dict[str, Any], dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
-    """Every tensor of the models, each with other numbers: pieces of one row, since drawing 10^9
-    takes its time."""
+    """A different value for every tensor: pieces of one row, since 10^9 random numbers take time."""
     row = (
         torch.randn(
             40_000_000 if parts["unet"].config.cross_attention_dim == 768 else 4_000_000,
@@ -351,7 +350,7 @@ def small_models() -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
 
 
 class Small:
-    """A small base in one file at small.file, to be written anew by write()."""
+    """A small base in one file at small.file, which write() writes."""
 
     def __init__(self, folder: Path):
         self.parts, self.numbers = small_models()
@@ -593,34 +592,60 @@ def zeros(*shape: int) -> torch.Tensor:
 READS = "transformer_blocks.0.attn2.to_k.weight"
 OTHERS = {
     "is Stable Diffusion 2.x, not Stable Diffusion 1.x": {
-        f"{UNET}input_blocks.1.1.{READS}": zeros(320, 1024), "cond_stage_model.model.ln_final.bias": zeros(8)},
+        f"{UNET}input_blocks.1.1.{READS}": zeros(320, 1024),
+        "cond_stage_model.model.ln_final.bias": zeros(8),
+    },
     "is Stable Diffusion 2.x, not": {f"{UNET}input_blocks.1.1.{READS}": zeros(320, 1024)},
     "is SDXL, not Stable Diffusion 1.x": {
-        f"{UNET}input_blocks.4.1.{READS}": zeros(64, 64), "conditioner.embedders.1.model.logit_scale": zeros(1)},
-    "is SDXL, not": {f"{UNET}input_blocks.4.1.{READS}": zeros(640, 2048), f"{VAE}quant_conv.bias": zeros(8)},
+        f"{UNET}input_blocks.4.1.{READS}": zeros(64, 64),
+        "conditioner.embedders.1.model.logit_scale": zeros(1),
+    },
+    "is SDXL, not": {
+        f"{UNET}input_blocks.4.1.{READS}": zeros(640, 2048),
+        f"{VAE}quant_conv.bias": zeros(8),
+    },
     "is Flux, not": {f"{UNET}double_blocks.0.img_attn.qkv.weight": zeros(6, 2)},
     "is Flux, not Stable Diffusion 1.x": {"double_blocks.0.img_attn.qkv.weight": zeros(6, 2)},
     "is Stable Diffusion 3, not": {f"{UNET}joint_blocks.0.x_block.mlp.fc1.weight": zeros(6, 2)},
     "is a ControlNet, not": {"control_model.input_blocks.0.0.weight": zeros(320, 4, 3, 3)},
-    "is for inpainting or editing (9 input channels)": {f"{UNET}input_blocks.0.0.weight": zeros(320, 9, 3, 3)},
-    "is for inpainting or editing (8 input channels)": {f"{UNET}input_blocks.0.0.weight": zeros(320, 8, 3, 3)},
+    "is for inpainting or editing (9 input channels)": {
+        f"{UNET}input_blocks.0.0.weight": zeros(320, 9, 3, 3)
+    },
+    "is for inpainting or editing (8 input channels)": {
+        f"{UNET}input_blocks.0.0.weight": zeros(320, 8, 3, 3)
+    },
     "is a LoRA, no base. Name it in --lora_path": {
-        "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": zeros(4, 320)},
-    "is a LoRA for SDXL, no base": {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": zeros(8, 4)},
-    "is a LoRA, no base": {"base_model.model.mid_block.attentions.0.proj_in.lora_A.weight": zeros(4, 320)},
-    "is a VAE alone, no base": {"encoder.conv_in.weight": zeros(128, 3, 3, 3), "quant_conv.bias": zeros(8)},
+        "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": zeros(4, 320)
+    },
+    "is a LoRA for SDXL, no base": {
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": zeros(8, 4)
+    },
+    "is a LoRA, no base": {
+        "base_model.model.mid_block.attentions.0.proj_in.lora_A.weight": zeros(4, 320)
+    },
+    "is a VAE alone, no base": {
+        "encoder.conv_in.weight": zeros(128, 3, 3, 3),
+        "quant_conv.bias": zeros(8),
+    },
     "is a VAE alone": {"first_stage_model.quant_conv.bias": zeros(8)},
-    "is one part of a base in diffusers' layout. Name the folder": {"down_blocks.0.resnets.0.conv1.bias": zeros(320)},
+    "is one part of a base in diffusers' layout. Name the folder": {
+        "down_blocks.0.resnets.0.conv1.bias": zeros(320)
+    },
     "is no Stable Diffusion 1.x: it holds 'emb_params'": {"emb_params": zeros(4, 768)},
     "is no Stable Diffusion 1.x: it is empty": {},
-    "is no Stable Diffusion 1.x: UNet2DConditionModel's conv_in.weight is 64x8x3x3 instead of 320x4x3x3": {
-        f"{UNET}input_blocks.0.0.weight": zeros(64, 8, 3, 3)},
+    "UNet2DConditionModel's conv_in.weight is 64x8x3x3 instead of 320x4x3x3": {
+        f"{UNET}input_blocks.0.0.weight": zeros(64, 8, 3, 3)
+    },
     "is no Stable Diffusion 1.x: UNet2DConditionModel's conv_in.weight is one number instead of": {
-        f"{UNET}input_blocks.0.0.weight": torch.tensor(1.0)},
-    "is no Stable Diffusion 1.x: UNet2DConditionModel's conv_in.weight is 320x4x3x3 of whole numbers": {
-        f"{UNET}input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3, dtype=torch.int8)},
-    "is incomplete: UNet2DConditionModel lacks conv_in.weight": {f"{UNET}input_blocks.0.0.bias": zeros(320)},
-}  # fmt: skip
+        f"{UNET}input_blocks.0.0.weight": torch.tensor(1.0)
+    },
+    "UNet2DConditionModel's conv_in.weight is 320x4x3x3 of whole numbers": {
+        f"{UNET}input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3, dtype=torch.int8)
+    },
+    "is incomplete: UNet2DConditionModel lacks conv_in.weight": {
+        f"{UNET}input_blocks.0.0.bias": zeros(320)
+    },
+}
 
 
 @pytest.mark.parametrize("said", OTHERS)

@@ -156,7 +156,7 @@ def test_a_chunk_ends_at_a_comma_that_is_near(base):
     tokenizer, encoder = base.tokenizer, (base.text_encoder, base.tokenizer)
 
     def first_chunk(prompt: str) -> int:
-        """The tokens in the first of two chunks, told by its states."""
+        """The number of tokens in the first of two chunks, found by its embeds."""
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         states = encode_prompt(*encoder, prompt)
         return next(n for n in range(1, 76) if torch.equal(states[:77], alone(encoder, ids[:n])))

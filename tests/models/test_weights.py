@@ -1,5 +1,4 @@
-"""Weights: the same numbers as the libraries load, each model when it is asked for, no more memory
-than it takes."""
+"""Weights: the libraries' values, each model loaded on demand, with no more memory than needed."""
 
 from __future__ import annotations
 
@@ -175,7 +174,7 @@ def test_tensors_in_portions_each_once_in_the_files_order(tmp_path, monkeypatch)
     assert sorted(name for name, _ in found) == sorted(wanted)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in found)
     size = sum(stored[name].nbytes for name in wanted)
-    assert size / 1200 <= len(opened) - 1 <= size / 1000 + 1, "the order is asked for once"
+    assert size / 1200 <= len(opened) - 1 <= size / 1000 + 1, "the order is read once"
     with real(tmp_path / "x.safetensors", framework="pt") as file:
         order = [name for name in file.offset_keys() if name in wanted]
     assert [name for name, _ in found] == order
@@ -298,7 +297,8 @@ import torch
 from megaman.models.base import load_base
 
 def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 base = load_base(sys.argv[1], torch.bfloat16)
 assert base.text_encoder and base.vae  # small: whatever the first load brings with it

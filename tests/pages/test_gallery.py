@@ -588,7 +588,8 @@ def test_the_slider_compares_strengths_and_the_grid_has_its_labels(visit):
     assert page.complaints() == []
 
 
-VISIBLE = "[...document.querySelectorAll('.card')].filter((c) => c.checkVisibility()).map((c) => c.dataset.number)"
+VISIBLE = """[...document.querySelectorAll('.card')].filter((card) => card.checkVisibility())
+    .map((card) => card.dataset.number)"""
 
 
 def type_words(page: Visit, words: str) -> None:
@@ -647,7 +648,7 @@ def test_groups(visit):
     assert page.complaints() == []
 
 
-LET_GO = "((n) => { const i = document.querySelector(`[data-number='${n}'] img`); return !i.hasAttribute('src'); })"
+UNLOADED = "((n) => !document.querySelector(`[data-number='${n}'] img`).hasAttribute('src'))"
 WHOLE = "((n) => document.querySelector(`[data-number='${n}'] img`).naturalWidth === 64)"
 
 
@@ -660,11 +661,12 @@ def test_pictures_far_away_are_let_go_and_come_back(visit, each):
         replace(PLAIN, file=f"{i}.png", prompt=f"robot {i // each}", seed=i) for i in range(400)
     ]
     page = visit(images)
-    to = "((n) => document.querySelector(`[data-number='${n}']`).scrollIntoView({behavior: 'instant'}))"
+    to = """((n) => document.querySelector(`[data-number='${n}']`)
+        .scrollIntoView({behavior: 'instant'}))"""
     page.do(f"{to}(100)")
     page.wait_for(f"{WHOLE}(100)")
     page.do(f"{to}(399)")
-    page.wait_for(f"{WHOLE}(399) && {LET_GO}(100)")
+    page.wait_for(f"{WHOLE}(399) && {UNLOADED}(100)")
     assert page.do("[...document.images].filter((i) => i.naturalWidth).length") < 200
     page.do(f"{to}(0)")
     page.wait_for(f"{WHOLE}(0)")  # and heights that were guesses are settled
@@ -676,7 +678,7 @@ def test_pictures_far_away_are_let_go_and_come_back(visit, each):
     page.wait_for("document.activeElement.closest('.card')?.dataset.number === '399'")
     page.wait_for(f"{WHOLE}(394)")
     page.do("scrollTo({top: 0, behavior: 'instant'})")
-    page.wait_for(f"{WHOLE}(0) && {LET_GO}(394)")  # the last one has the focus and is kept
+    page.wait_for(f"{WHOLE}(0) && {UNLOADED}(394)")  # the last one has the focus and is kept
     type_words(page, "robot 0" if each > 1 else "robot 399")
     page.wait_for(f"{WHOLE}({0 if each > 1 else 399})")
     page.do("dispatchEvent(new Event('beforeprint'))")
@@ -721,7 +723,8 @@ def test_favorites_survive_and_are_exported(visit, tmp_path, the_browser):
     page.click("dialog .star")
     page.key("Escape")
     page.load()
-    pressed = "[...document.querySelectorAll('.card .star')].map((star) => star.getAttribute('aria-pressed') === 'true')"
+    pressed = """[...document.querySelectorAll('.card .star')]
+        .map((star) => star.getAttribute('aria-pressed') === 'true')"""
     assert page.do(pressed) == [False, True, False, True]
     page.click("[type=checkbox]")
     assert page.do(VISIBLE) == ["1", "3"]
@@ -775,7 +778,8 @@ def test_settings_on_demand(visit):
     page.click("dialog summary")
     assert page.do("document.querySelector('dialog dl').checkVisibility()")
     terms = page.do(
-        "[...document.querySelectorAll('dialog dl div')].map((d) => [...d.children].map((c) => c.textContent))"
+        "[...document.querySelectorAll('dialog dl div')]"
+        ".map((div) => [...div.children].map((child) => child.textContent))"
     )
     assert (
         ["<b>", "</dl><script>x</script>"] in terms
@@ -831,7 +835,9 @@ def test_prompts_with_markup_run_no_script(visit):
 INTRUDERS = {
     "<script>document.title = 'taken'</script>": "document.title === 'taken'",
     "<p id=intruder onclick=\"document.title = 'taken'\">x</p>": "document.title === 'taken'",
-    "<p id=intruder style='color: rgb(255, 0, 0)'>x</p>": "getComputedStyle(intruder).color === 'rgb(255, 0, 0)'",
+    "<p id=intruder style='color: rgb(255, 0, 0)'>x</p>": (
+        "getComputedStyle(intruder).color === 'rgb(255, 0, 0)'"
+    ),
     "<img src='http://127.0.0.1/x.png'>": None,
     "<iframe src='other.html'></iframe>": None,
 }
@@ -868,13 +874,15 @@ def test_accessibility(the_browser, tmp_path, axe, dark):
         the_browser, write_gallery(tmp_path, pictures(tmp_path, images), "Robots"), dark=dark
     )
     page.do(
-        "for (const card of document.querySelectorAll('.card')) card.style.contentVisibility = 'visible'"
+        "for (const card of document.querySelectorAll('.card'))"
+        " card.style.contentVisibility = 'visible'"
     )
     page.do(axe + "; 0")
     assert page.do("axe.run().then(({passes}) => passes.length)") > 20, "something was looked at"
     serious = """axe.run().then(({violations}) => violations
         .filter(({impact}) => ["serious", "critical"].includes(impact))
-        .map(({id, nodes}) => [id, nodes.map((node) => node.html.slice(0, 200) + node.failureSummary)]))"""
+        .map(({id, nodes}) =>
+            [id, nodes.map((node) => node.html.slice(0, 200) + node.failureSummary)]))"""
     assert page.do(serious) == []
     page.click("[data-number='0'] .star")
     page.click("[data-number='0'] img")
