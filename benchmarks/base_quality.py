@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -177,10 +178,9 @@ def background_color(picture: np.ndarray) -> str:
 
 def color_share(draw: Generate, seeds: int) -> float:
     """Share of robots, in ten colors with each seed, that have the color in the prompt."""
-    prompts = [
-        f"{article(color)} robot, teal background" for color in ROBOT_COLORS for _ in range(seeds)
-    ]
-    drawn = draw(prompts, list(range(seeds)) * len(ROBOT_COLORS))
+    pairs = list(product(ROBOT_COLORS, range(seeds)))
+    prompts = [f"{article(color)} robot, teal background" for color, _ in pairs]
+    drawn = draw(prompts, [seed for _, seed in pairs])
     return float(
         np.mean(
             [figure_color(p) == prompt.split()[1] for p, prompt in zip(drawn, prompts, strict=True)]
@@ -211,8 +211,9 @@ def judge_colors(
     ]
     own = [background_color(pictures[i]) == background_of(captions[i]) for i in named]
     results["background rule on real robots"] = float(np.mean(own))
-    prompts = [f"a gray robot, {name} background" for name in PLAIN for _ in range(16)]
-    drawn = draw(prompts, list(range(16)) * len(PLAIN))
+    pairs = list(product(PLAIN, range(16)))
+    prompts = [f"a gray robot, {name} background" for name, _ in pairs]
+    drawn = draw(prompts, [seed for _, seed in pairs])
     hits = [
         background_color(p) == background_of(prompt)
         for p, prompt in zip(drawn, prompts, strict=True)
@@ -281,9 +282,7 @@ def judge_kinds(
     )
     prompts = [
         KIND_PROMPTS[kind].format(color)
-        for kind in KINDS
-        for color in ROBOT_COLORS[:8]
-        for _ in range(4)
+        for kind, color, _ in product(KINDS, ROBOT_COLORS[:8], range(4))
     ]
     wanted = torch.arange(len(KINDS)).repeat_interleave(32)
     drawn = to_tensor(

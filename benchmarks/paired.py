@@ -16,6 +16,7 @@ import json
 import runpy
 import sys
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,9 +74,8 @@ class Pairs:
         assert self._last is not None and self._optimizer is not None
         unet, inputs, keywords = self._last
         sample = inputs[0]
-        trainable = [
-            parameter for group in self._optimizer.param_groups for parameter in group["params"]
-        ]
+        groups = self._optimizer.param_groups
+        trainable = list(chain.from_iterable(group["params"] for group in groups))
         scaler = torch.amp.GradScaler(sample.device.type, enabled=sample.dtype == torch.float16)
         noise = torch.randn_like(sample, dtype=torch.float32)
         began = now()

@@ -1,11 +1,10 @@
-"""Ten prompts: drawn in batches with the LoRA fused, against diffusers' pipeline called one by one
-with the adapter.
+"""Ten prompts: in batches with the LoRA fused, and one by one in diffusers' pipeline.
 
     python benchmarks/sampling.py --lora_path megaman_demo_output/lora_weights --rounds 5
 
-The same base, LoRA, prompts, seeds, sampler, steps and guidance on both sides, alternating in one
-process, loading left out. Prints the seconds of each round, the medians and their ratio; the last
-line is JSON.
+The same base, LoRA, prompts, seeds, sampler, steps and guidance scale on both sides, alternating in
+one process, without loading. Prints the seconds of each round, the medians and their ratio; the
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import paths
@@ -37,8 +37,7 @@ NEGATIVE = "blurry, low quality"
 
 
 def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int | None):
-    """A function that draws all the prompts as generate_megaman.py does; text states are made anew
-    at each call."""
+    """A function that generates all prompts as generate_megaman.py does, text encoding included."""
     compute = choose_compute("fp16", choose_device(), unet_width(base_name))
     base = load_base(base_name, compute.dtype, memory_format=compute.torch_memory_format)
     loras = LoraStack(base, [(lora_path, 1.0)], fuse=True, rescale=True)
@@ -57,8 +56,7 @@ def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, sid
 
 
 def pipeline(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, side: int):
-    """A function that calls diffusers' pipeline for each prompt, the LoRA as an adapter beside the
-    weights."""
+    """A function that calls diffusers' pipeline for each prompt, with the LoRA as an adapter."""
     compute = choose_compute("fp16", choose_device(), unet_width(base_name))
     folder = base_name if Path(base_name).is_dir() else paths.ROOT / base_name
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=compute.dtype).to(compute.device)
@@ -66,7 +64,7 @@ def pipeline(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int,
     pipe.load_lora_weights(str(lora_path), weight_name="pytorch_lora_weights.safetensors")
     pipe.set_progress_bar_config(disable=True)
 
-    def draw() -> None:
+    def generate() -> None:
         for prompt in prompts:
             pipe(
                 prompt.text,
@@ -78,12 +76,12 @@ def pipeline(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int,
                 guidance_scale=7.5,
             )
 
-    return draw
+    return generate
 
 
-def seconds(draw) -> float:
+def seconds(generate: Callable[[], None]) -> float:
     began = time.perf_counter()
-    draw()
+    generate()
     return time.perf_counter() - began
 
 
@@ -96,9 +94,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     prompts, base_name = read_prompts(options.prompts_file)[0], base_of(options.lora_path)
-    draw, side = ours(base_name, options.lora_path, prompts, options.steps, options.side)
+    if base_name is None:
+        parser.error(f"--lora_path {options.lora_path} names no base")
+    generate, side = ours(base_name, options.lora_path, prompts, options.steps, options.side)
     sides = {
-        "ours": draw,
+        "ours": generate,
         "pipeline": pipeline(base_name, options.lora_path, prompts, options.steps, side),
     }
     for each in sides.values():  # the first call of everything is slower

@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import sys
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -326,12 +326,12 @@ def quartiles(values: dict[str, float], digits: str) -> str:
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
     """A side's rounds as one: all steps, the means of steps in a row, and the highest peaks."""
     steps = {
-        name: summary([value for each in results for value in each[name]])
+        name: summary(list(chain.from_iterable(result[name] for result in results)))
         for name in ("step_s", "step_cpu_s")
     }
     steps |= {
-        name: summary([value for each in results for value in in_a_row(each[all_of_them])])
-        for name, all_of_them in (("logged_s", "step_s"), ("logged_cpu_s", "step_cpu_s"))
+        name: summary(list(chain.from_iterable(in_a_row(result[steps_of]) for result in results)))
+        for name, steps_of in (("logged_s", "step_s"), ("logged_cpu_s", "step_cpu_s"))
     }
     peaks = {
         name: significant(max(each[name] for each in results))
@@ -426,11 +426,10 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     options.work_dir.mkdir(parents=True, exist_ok=True)
-    results = [
-        measure(case, batch, options)
-        for case in options.case
-        for batch in options.batch or CASES[case].batches
-    ]
+    results = []
+    for case in options.case:
+        batches = options.batch or CASES[case].batches
+        results += [measure(case, batch, options) for batch in batches]
     report = {"rounds": options.rounds, "results": results, "machine": machine(options.cpu)}
     print(json.dumps({"benchmark": "step_time", **report}))
 

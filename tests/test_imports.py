@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from itertools import chain
 
 import pytest
 from sources import MODULES, ROOT, SCRIPTS, at_import, imports, ours, tree
@@ -112,12 +113,8 @@ def test_torch_waits_in_truth_too(run_script, tmp_path):
 def test_only_the_scripts_print(name):
     calls = [node for node in ast.walk(tree(name)) if isinstance(node, ast.Call)]
     prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
-    where = {
-        ast.unparse(keyword.value)
-        for call in prints
-        for keyword in call.keywords
-        if keyword.arg == "file"
-    }
+    keywords = chain.from_iterable(call.keywords for call in prints)
+    where = {ast.unparse(keyword.value) for keyword in keywords if keyword.arg == "file"}
     allowed = {MAY_PRINT[name]} if name in MAY_PRINT else set()
     assert where == allowed and (prints == [] or name in MAY_PRINT)
     assert not any(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,7 @@ def test_the_rule_for_the_number_format(asked, device, bf16, width, word, why):
 def test_the_rule_for_the_memory_format():
     answers = {
         (device, word): prefers_channels_last(device, word)
-        for device in ("cpu", "cuda", "mps")
-        for word in ("no", "fp16", "bf16")
+        for device, word in product(("cpu", "cuda", "mps"), ("no", "fp16", "bf16"))
     }
     yes = {("cpu", "no"), ("cpu", "fp16"), ("cpu", "bf16"), ("cuda", "fp16"), ("cuda", "bf16")}
     assert {key for key, answer in answers.items() if answer} == yes

@@ -29,8 +29,7 @@ def test_the_dependencies_are_the_requirements_file():
 
 
 def test_every_requirement_is_pinned():
-    names = ("requirements_megaman_lora.txt", "requirements_dev.txt")
-    lines = [line for name in names for line in requirements(name)]
+    lines = requirements("requirements_megaman_lora.txt") + requirements("requirements_dev.txt")
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines)
 
 

@@ -81,8 +81,8 @@ def table(text: str) -> list[list[str]]:
 def commands(page: Path) -> list[str]:
     """Every command of the page's shell blocks, continued lines joined and chains taken apart."""
     shell = [content for language, content in blocks(page) if language in ("bash", "powershell")]
-    lines = "\n".join(shell).replace("\\\n", " ").splitlines()
-    return [command.strip() for line in lines for command in line.split("&&") if command.strip()]
+    lines = "\n".join(shell).replace("\\\n", " ").replace("&&", "\n").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def is_default(cell: str, action: argparse.Action) -> bool:
@@ -141,12 +141,9 @@ def test_the_set_up_lines_stand_at_the_top(readme):
 
 @in_both
 def test_every_option_named_in_the_text_exists(readme):
-    known = {
-        text
-        for parser, _ in SCRIPTS.values()
-        for action in parser()._actions
-        for text in action.option_strings
-    }
+    known = set()
+    for parser, _ in SCRIPTS.values():
+        known.update(*(action.option_strings for action in parser()._actions))
     known |= {f"--{name}" for name in [*prompts.OPTIONS, *prompts.WITHOUT_MEANING]}
     named = set(re.findall(r"`(--\w+)", prose(readme))) | set(
         re.findall(r"(?<=[ `])--\w+_\w+", prose(readme))

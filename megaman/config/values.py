@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from megaman.config import samplers
@@ -70,7 +71,7 @@ def sampler(value: str) -> str:
     if found := samplers.find(value):
         return found.name
     names = [entry.name for entry in samplers.SAMPLERS]
-    all_names = [name for entry in samplers.SAMPLERS for name in entry.all_names]
+    all_names = list(chain.from_iterable(entry.all_names for entry in samplers.SAMPLERS))
     suggestion = _suggestion(value, all_names)
     raise InvalidValueError(f"{quote(value)} is none of {', '.join(names)}{suggestion}")
 

@@ -92,8 +92,8 @@ def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[_Chunk]:
 
 
 def _chunk_end(input_ids: list[int], start: int, length: int, comma: list[int]) -> int:
-    """Where the chunk that begins at start ends: after at most length tokens, at a comma if the
-    prompt goes on and there is one among the last tokens."""
+    """The end of the chunk that begins at start: after at most length tokens, or at the last comma
+    of the window if the prompt is longer."""
     end = start + length
     if end >= len(input_ids) or [input_ids[end]] == comma:
         return end

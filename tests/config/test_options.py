@@ -3,11 +3,13 @@ whatever is wrong."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -178,7 +180,7 @@ def refusal(options, argv: list[str]) -> str:
 
 
 FLAGS = {
-    options: [flag for action in parser()._actions for flag in action.option_strings]
+    options: list(chain.from_iterable(action.option_strings for action in parser()._actions))
     for options, parser in (
         (parse_train_config, train_parser),
         (parse_generate_config, generate_parser),
@@ -193,15 +195,22 @@ COMMON = {
         (parse_generate_config, GenerateConfig),
     )
 }
+
+
+def takes_a_number(action: argparse.Action) -> bool:
+    parse = getattr(action.type, "__wrapped__", None)
+    return parse is side or "number" in getattr(parse, "__qualname__", "")
+
+
 FLAGS_WITH_NUMBERS = [
-    (action.option_strings[-1], options)
-    for options, parser in (
-        (parse_train_config, train_parser),
-        (parse_generate_config, generate_parser),
-    )
-    for action in parser()._actions
-    if "number" in getattr(action.type, "__qualname__", "")
-    or getattr(action.type, "__wrapped__", None) is side
+    (action.option_strings[-1], parse_train_config)
+    for action in train_parser()._actions
+    if takes_a_number(action)
+]
+FLAGS_WITH_NUMBERS += [
+    (action.option_strings[-1], parse_generate_config)
+    for action in generate_parser()._actions
+    if takes_a_number(action)
 ]
 
 
@@ -369,15 +378,13 @@ WRONG_GENERATION = {
     "--compare": ["lora"],
     "--lora_scales": ["", "a", "0,,1", "0,nan", "11"],
 }
-WRONG = [
-    (options, flag, value)
-    for options, table in (
-        (parse_train_config, WRONG_TRAINING),
-        (parse_generate_config, WRONG_GENERATION),
-    )
-    for flag, values in table.items()
-    for value in values
-]
+WRONG = []
+for options, wrong in (
+    (parse_train_config, WRONG_TRAINING),
+    (parse_generate_config, WRONG_GENERATION),
+):
+    for flag, values in wrong.items():
+        WRONG += [(options, flag, value) for value in values]
 
 
 def shown(part) -> str:
@@ -981,7 +988,7 @@ def command_lines(options) -> st.SearchStrategy[list[str]]:
     near = st.tuples(flag, st.integers(1, 9)).map(lambda pair: pair[0][: -pair[1]])
     word = flag | value | near | st.tuples(flag, value).map("=".join)
     parts = st.lists(st.tuples(flag, value) | st.tuples(word), max_size=6)
-    return parts.map(lambda parts: [word for part in parts for word in part])
+    return parts.map(lambda parts: list(chain.from_iterable(parts)))
 
 
 def check_any_command_line(options, argv: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import diffusers
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ def test_the_usual_names(word, name):
 
 
 def test_each_name_means_one_sampler_and_each_class_exists():
-    names = [word for each in SAMPLERS for word in (each.name, *each.aliases)]
+    names = list(chain.from_iterable((each.name, *each.aliases) for each in SAMPLERS))
     assert len(names) == len(set(names))
     for each in SAMPLERS:
         words = {each.name, each.title, *each.aliases, each.name.upper()}

@@ -163,8 +163,8 @@ def curves(output: Path) -> dict[str, Any]:
 
 
 def has_steps(folder: Path) -> bool:
-    """A run that was killed before its first checkpoint starts afresh, in a folder of its own:
-    those are left out."""
+    """Whether a folder of logs has steps; a run that is killed before its first checkpoint starts
+    again with another folder."""
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = log.Tags()["scalars"]
     return bool(tags) and log.Scalars(tags[0])[-1].step == has_steps.last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -58,4 +59,4 @@ def ours(names: list[str]) -> set[str]:
     """The modules of megaman among imported names: data.images, whether it or something in it was
     imported."""
     parts = [name.split(".")[1:] for name in names if name.startswith("megaman.")]
-    return {".".join(part[:length]) for part in parts for length in (1, 2)} & set(MODULES)
+    return {".".join(part[:length]) for part, length in product(parts, (1, 2))} & set(MODULES)

@@ -283,7 +283,8 @@ def comfyui_names() -> dict[str, str]:
         "time_emb_proj": "emb_layers.1",
         "conv_shortcut": "skip_connection",
     }
-    inner = [f"attn{n}.{part}" for n in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")]
+    parts = ("to_q", "to_k", "to_v", "to_out.0")
+    inner = [f"attn1.{part}" for part in parts] + [f"attn2.{part}" for part in parts]
     transformer = ["proj_in", "proj_out"]
     transformer += [
         f"transformer_blocks.0.{part}" for part in (*inner, "ff.net.0.proj", "ff.net.2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -177,8 +178,7 @@ def test_comfyui_knows_every_name_of_a_text_encoder_lora():
     ]
     known = {
         f"lora_te_text_model_encoder_layers_{number}_{layer}"
-        for number in range(12)
-        for layer in layers
+        for number, layer in product(range(12), layers)
     }
     with torch.device("meta"):
         text_encoder = CLIPTextModel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 from hypothesis import given
@@ -111,15 +111,16 @@ def weigh(node, factor: float = 1.0) -> list[tuple[str, float]]:
         return [(letter, factor) for letter in node]
     kind, inner = node
     factor *= {"(": 1.1, "[": 1 / 1.1}.get(kind, kind if isinstance(kind, float) else 1.0)
-    return [pair for child in inner for pair in weigh(child, factor)]
+    return list(chain.from_iterable(weigh(child, factor) for child in inner))
 
 
 @given(st.lists(tree, min_size=1, max_size=4))
 def test_every_letter_has_the_product_of_the_brackets_around_it(nodes):
-    wanted = [pair for node in nodes for pair in weigh(node)]
-    found = [
-        (letter, weight) for text, weight in parse("".join(map(write, nodes))) for letter in text
-    ]
+    wanted = list(chain.from_iterable(map(weigh, nodes)))
+    parsed = parse("".join(map(write, nodes)))
+    found = list(
+        chain.from_iterable(((letter, weight) for letter in text) for text, weight in parsed)
+    )
     assert [letter for letter, _ in found] == [letter for letter, _ in wanted]
     assert [weight for _, weight in found] == pytest.approx(
         [weight for _, weight in wanted], rel=1e-9
@@ -167,6 +168,6 @@ def test_anything_is_parsed(prompt):
     assert all(first[1] != second[1] for first, second in pairwise(parsed))
     if not tags(prompt):
         left = iter(prompt)
-        assert all(letter in left for text, _ in parsed for letter in text), (
+        assert all(letter in left for letter in "".join(text for text, _ in parsed)), (
             "in order, and nothing is made up"
         )

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
@@ -523,8 +524,7 @@ OPEN = "document.querySelector('dialog').open"
 def test_the_full_view_and_its_keys(visit, width):
     images = [
         replace(PLAIN, file=f"{i}{j}.png", prompt=prompt, seed=42 + j)
-        for i, prompt in enumerate(["one", "two", "three"])
-        for j in (0, 1)
+        for (i, prompt), j in product(enumerate(["one", "two", "three"]), (0, 1))
     ]
     page = visit(images, width)
     page.click("[data-number='1'] img")
@@ -623,8 +623,9 @@ def test_the_filter_by_words(visit, words, numbers):
 def test_groups(visit):
     images = [
         replace(image, prompt=prompt, seed=seed, file=f"{seed}{image.file}")
-        for prompt, seed in (("one", 10), ("two", 9), ("one", 9))
-        for image in compared(("out/a", 0.5), ("out/b", 1))
+        for (prompt, seed), image in product(
+            (("one", 10), ("two", 9), ("one", 9)), compared(("out/a", 0.5), ("out/b", 1))
+        )
     ]
     page = visit(images)
     groups = """[...document.querySelectorAll('main section')].map((section) =>
