@@ -1,7 +1,7 @@
-"""Where a run computes and how: device, number format and memory format, by a rule and with the
-reason in words.
+"""The device of a run: which one, in which dtype and memory format, by a rule and with a reason.
 
-Also the memory there is, how to go on when it runs out, and the versions that a result depends on.
+Also memory: what is free, how it is kept, and what to do when it runs out. And the versions that a
+result depends on.
 """
 
 from __future__ import annotations
@@ -25,16 +25,13 @@ import torch
 from megaman.errors import UserError, out_of_memory
 from megaman.threads import ThreadPolicy
 
-DTYPES = {
-    "no": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}  # by accelerate's words
-# Channels of a UNet's first block from which on a CPU that computes in bf16 is faster in it:
+# By accelerate's names for --mixed_precision.
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Channels of a UNet's first block from which on bf16 is faster on CPUs that have it, see
 # docs/performance.md.
-WIDE = 128
-UNUSED_CARD = (
-    "there is an NVIDIA card, but this torch cannot use it: install torch from PyTorch's CUDA index"
+MIN_WIDTH_FOR_BF16 = 128
+UNUSED_GPU = (
+    "there is an NVIDIA GPU, but this torch cannot use it: install torch from PyTorch's CUDA index"
 )
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt(3)
@@ -56,8 +53,8 @@ USABLE = 0.85  # share of the free memory; workspaces and fragmentation take the
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """Where to compute, in which precision (with the reason in words), and in which memory format:
-    contiguous or channels_last."""
+    """Where to compute, in which dtype and why, and in which memory format, contiguous or
+    channels_last."""
 
     device: torch.device
     dtype: torch.dtype
@@ -71,20 +68,21 @@ class ComputeSettings:
         return MEMORY_FORMATS[self.memory_format]
 
 
-def choose_device(wanted: str | None = None) -> torch.device:
-    """The wanted device, or the best there is; raises UserError where the wanted one is missing."""
-    if wanted is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        wanted = "cpu"  # what accelerate launch --cpu sets
-    present = {
+def choose_device(requested: str | None = None) -> torch.device:
+    """The requested device, or the best one; raises UserError if the requested one is missing."""
+    only_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if requested is None and only_cpu:  # as accelerate launch --cpu sets it
+        requested = "cpu"
+    is_present = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if wanted and not present[wanted]:
+    if requested and not is_present[requested]:
         raise UserError(
-            f"--device {wanted}: this torch sees no such device", "Leave the flag out or take cpu"
+            f"--device {requested}: this torch sees no such device", "Omit the flag or take cpu"
         )
-    return torch.device(wanted or next(name for name, there in present.items() if there))
+    return torch.device(requested or next(name for name in is_present if is_present[name]))
 
 
 def choose_compute(
@@ -107,41 +105,37 @@ def choose_compute(
     return ComputeSettings(device, DTYPES[chosen], chosen, reason, memory_format)
 
 
-def precision(asked: str, device: str, bf16: bool, width: int) -> tuple[str, str]:
-    """accelerate's word for what to compute in on a kind of device, and the reason.
+def precision(requested: str, device: str, has_bf16: bool, width: int) -> tuple[str, str]:
+    """accelerate's name of the precision on a kind of device, and the reason in words.
 
-    What is asked for is taken where the device can compute in it. On a CPU fp16 stands for the half
-    precision that pays: bf16, where the processor has instructions for it (bf16 says so) and the
-    UNet is wide enough to gain by it.
+    The requested precision is used if the device has it. On a CPU fp16 stands for the half
+    precision that is faster there: bf16, if the processor has instructions for it (has_bf16) and
+    the UNet's first block has enough channels (width).
     """
-    if asked == "no":
-        return "no", "float32 as asked for"
-    if device == "cuda" and asked == "bf16" and not bf16:
-        return "fp16", "this card has no bf16, so it uses fp16"
+    if requested == "no":
+        return "no", "float32 as requested"
+    if device == "cuda" and requested == "bf16" and not has_bf16:
+        return "fp16", "this GPU has no bf16, so it uses fp16"
     if device == "mps":
-        refused = {
-            "fp16": "fp16 needs an NVIDIA card, so mps",
-            "bf16": "bf16 is not used on mps, so it",
-        }
-        return "no", f"{refused[asked]} uses float32"
-    if device == "cpu" and asked == "fp16" and not bf16:
-        return (
-            "no",
-            "fp16 needs an NVIDIA card and bf16 a processor with instructions for it, so cpu uses float32",
-        )
-    if device == "cpu" and asked == "fp16" and width < WIDE:
-        return (
-            "no",
-            "fp16 needs an NVIDIA card and bf16 a wider UNet to be faster, so cpu uses float32",
-        )
-    if device == "cpu" and asked == "fp16":
+        reasons = {"fp16": "fp16 needs an NVIDIA GPU", "bf16": "bf16 is not used on mps"}
+        return "no", f"{reasons[requested]}, so mps uses float32"
+    if device == "cpu" and requested == "fp16":
+        return _cpu_precision(has_bf16, width)
+    return requested, f"base in {requested}, LoRA in float32"
+
+
+def _cpu_precision(has_bf16: bool, width: int) -> tuple[str, str]:
+    if not has_bf16:
+        needs = "a processor with instructions for it"
+    elif width < MIN_WIDTH_FOR_BF16:
+        needs = "a wider UNet to be faster"
+    else:
         return "bf16", "base in bf16, for which this processor has instructions, LoRA in float32"
-    return asked, f"base in {asked}, LoRA in float32"
+    return "no", f"fp16 needs an NVIDIA GPU and bf16 {needs}, so cpu uses float32"
 
 
 def prefers_channels_last(device: str, mixed_precision: str) -> bool:
-    """Whether convolutions are at least as fast with the channels last: on a CPU, and on a card's
-    tensor cores."""
+    """Whether convolutions are not slower with channels last: on CPUs and on GPUs' tensor cores."""
     return device == "cpu" or (device == "cuda" and mixed_precision != "no")
 
 
@@ -165,7 +159,7 @@ def cpu_has_bf16() -> bool:
         return False
 
 
-def unused_nvidia_card() -> bool:
+def has_unused_nvidia_gpu() -> bool:
     """Whether this machine has NVIDIA's driver, but the installed torch cannot use it."""
     return not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
 
@@ -177,13 +171,17 @@ def set_threads(policy: ThreadPolicy) -> None:
 
 
 def device_lines(compute: ComputeSettings, *more: str) -> list[str]:
-    """What to say of the device before a run: how it computes and why, what else is told, and a
-    card that lies idle."""
+    """The lines about the device before a run: how it computes, and an NVIDIA GPU that is unused.
+
+    more are further facts for the first line.
+    """
     count = torch.get_num_threads()
     threads = "1 CPU thread" if count == 1 else f"{count} CPU threads"
     facts = [compute.dtype_reason, compute.memory_format, *more, threads]
-    line = f"device     {compute.device}: {'; '.join(facts)}"
-    return [line, *([f"           {UNUSED_CARD}"] if unused_nvidia_card() else [])]
+    lines = [f"device     {compute.device}: {'; '.join(facts)}"]
+    if has_unused_nvidia_gpu():
+        lines.append(f"           {UNUSED_GPU}")
+    return lines
 
 
 def keep_freed_memory() -> None:

@@ -96,9 +96,7 @@ def test_it_says_what_will_happen(finished):
     assert re.search(r"captions +3 from \.txt files, 2 made from file names", said)
     assert re.search(r"steps +6 of 4 images \(2 x 2 accumulated x 1 process\), 4\.8 epochs", said)
     assert re.search(r"rank 4, alpha 16, [\d,]+ trainable parameters", said)
-    assert (
-        "fp16 needs an NVIDIA card" in said and "so cpu uses float32; channels_last; sdpa" in said
-    )
+    assert "fp16 needs an NVIDIA GPU" in said and "so cpu uses float32; channels_last; sdpa" in said
     assert "broken.png: not an image" in said
     assert "seed 0" in said
 
@@ -111,7 +109,7 @@ def test_the_output_is_ours_alone(finished):
     assert re.search(r"training: 100%.*loss=\d\.\d+, lr=", finished[0].stderr)
     for line in finished[0].stdout.splitlines():
         assert re.match(
-            r"(loading|skipped|images|captions|encoded|steps|LoRA|device|done|next| +there is an NVIDIA card"
+            r"(loading|skipped|images|captions|encoded|steps|LoRA|device|done|next| +there is an NVIDIA GPU"
             r"| +1 of 6| +not mirrored)\b",
             line,
         ), line

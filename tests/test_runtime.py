@@ -16,13 +16,13 @@ from megaman.lora import adapter
 from megaman.models.base import load_base
 from megaman.models.configs import unet_width
 from megaman.runtime import (
-    WIDE,
+    MIN_WIDTH_FOR_BF16,
     choose_compute,
     choose_device,
     device_lines,
+    has_unused_nvidia_gpu,
     precision,
     prefers_channels_last,
-    unused_nvidia_card,
 )
 
 CPU = torch.device("cpu")
@@ -31,18 +31,18 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("asked", "device", "bf16", "width", "word", "why"),
     [
-        ("no", "cpu", True, 320, "no", "as asked for"),
+        ("no", "cpu", True, 320, "no", "as requested"),
         ("fp16", "cpu", True, 320, "bf16", "this processor has instructions"),
-        ("fp16", "cpu", True, WIDE, "bf16", "this processor has instructions"),
-        ("fp16", "cpu", True, WIDE - 1, "no", "a wider UNet"),
+        ("fp16", "cpu", True, MIN_WIDTH_FOR_BF16, "bf16", "this processor has instructions"),
+        ("fp16", "cpu", True, MIN_WIDTH_FOR_BF16 - 1, "no", "a wider UNet"),
         ("fp16", "cpu", False, 320, "no", "a processor with instructions for it"),
         ("bf16", "cpu", False, 64, "bf16", "base in bf16, LoRA in float32"),  # insisted on
         ("bf16", "cpu", True, 320, "bf16", "base in bf16, LoRA in float32"),
-        ("no", "cuda", True, 320, "no", "as asked for"),
+        ("no", "cuda", True, 320, "no", "as requested"),
         ("fp16", "cuda", True, 64, "fp16", "base in fp16"),
         ("bf16", "cuda", True, 64, "bf16", "base in bf16"),
-        ("bf16", "cuda", False, 320, "fp16", "this card has no bf16"),
-        ("fp16", "mps", True, 320, "no", "fp16 needs an NVIDIA card, so mps uses float32"),
+        ("bf16", "cuda", False, 320, "fp16", "this GPU has no bf16"),
+        ("fp16", "mps", True, 320, "no", "fp16 needs an NVIDIA GPU, so mps uses float32"),
         ("bf16", "mps", True, 320, "no", "bf16 is not used on mps"),
     ],
 )
@@ -181,13 +181,13 @@ def test_the_best_device_there_is(monkeypatch):
 
 def test_a_card_that_torch_cannot_use(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not unused_nvidia_card()
+    assert not has_unused_nvidia_gpu()
     count = torch.get_num_threads()
     counted = "1 CPU thread" if count == 1 else f"{count} CPU threads"
     assert device_lines(choose_compute("no", CPU, 64), "seed 0") == [
-        f"device     cpu: float32 as asked for; channels_last; seed 0; {counted}"
+        f"device     cpu: float32 as requested; channels_last; seed 0; {counted}"
     ]
     for name in ("nvidia-smi", "nvidia-smi.bat"):
         (tmp_path / name).touch(mode=0o755)
-    assert unused_nvidia_card() == (not torch.cuda.is_available())
-    assert len(device_lines(choose_compute("no", CPU, 64))) == 1 + unused_nvidia_card()
+    assert has_unused_nvidia_gpu() == (not torch.cuda.is_available())
+    assert len(device_lines(choose_compute("no", CPU, 64))) == 1 + has_unused_nvidia_gpu()
