@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from itertools import chain
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -587,10 +588,8 @@ def test_a_browser_shows_the_page_from_the_disk(the_browser, nasty, tmp_path, wi
     assert visit.do("[...document.querySelectorAll('.finding')].map((finding) => finding.id)") == [
         finding.kind for finding in report.findings
     ]
-    links: list[str] = visit.do(
-        "[...document.querySelectorAll('.sheet a.picture')].map((link) => link.href)"
-    )
-    files = {Path(unquote(urlsplit(link).path)) for link in links}
+    links: Any = visit.do("[...document.querySelectorAll('.sheet a.picture')].map((a) => a.href)")
+    files = {Path(unquote(urlsplit(str(link)).path)) for link in links}
     assert files == {image.file for image in report.readable}
     assert visit.complaints() == [] and visit.requests() <= {"file", "data"}
     visit.close()
