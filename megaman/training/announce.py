@@ -1,4 +1,4 @@
-"""What a run says and records about itself before the first step."""
+"""What a run prints and records about itself before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run computes its steps: by a rule, or as the checkpoint says that it resumes from.
+"""How a run computes its steps: by a rule, or as stored in its checkpoint.
 
 These settings change the speed, the memory and the last bits of a step, never its mathematics. A
 checkpoint stores them, so that a resumed run gives the same bits.

@@ -39,40 +39,55 @@ def export_lora(
     Raises UserError if it can be saved nowhere.
     """
     run.wait_for_everyone()
-    reason = ""
+    is_in_place = True
     if run.is_main_process:
         seconds = run.elapsed
-        samples = run.output.samples_folder(training_config["total_steps"])
-        metadata = run_metadata.training_metadata(
-            training_config,
-            dataset.by_folder(),
-            scheduler_config(base.noise_scheduler).prediction_type,
-            samples / "00.png",
-            time.time() - seconds,
-            time.time(),
-        )
-        card = model_card.write_card(
-            training_config, dataset.captions, dataset.num_written_captions, samples
-        )
-        run.log.close()
-        save = partial(
-            lora_files.save_lora,
-            models=lora_files.models_by_part(adapters.unet, adapters.text_encoder),
-            base_name=adapters.base_name,
-            metadata=metadata,
-            precision=config.output.save_precision,
-            extra_files=card,
-        )
-        folder, reason = save_somewhere(run.output.lora_weights, save)
+        folder, reason = _save(config, run, base, adapters, dataset, training_config)
+        is_in_place = not reason
         if reason:
-            preferred = run.output.lora_weights
             log.info(
-                "%s cannot be written (%s): the LoRA is in %s instead", preferred, reason, folder
+                "%s cannot be written (%s): the LoRA is in %s instead",
+                run.output.lora_weights,
+                reason,
+                folder,
             )
         log.info("done in %d min %.0f s: %s", seconds // 60, seconds % 60, folder)
         log.info("next: python generate_megaman.py %s", _next_flags(config, run, folder))
     run.close()
-    return 1 if reason else 0
+    return 0 if is_in_place else 1
+
+
+def _save(
+    config: TrainConfig,
+    run: Run,
+    base: Base,
+    adapters: Adapters,
+    dataset: MegaManDataset,
+    training_config: Mapping[str, Any],
+) -> tuple[Path, str]:
+    """The folder in which the LoRA is saved, and the reason if it is not lora_weights/."""
+    samples = run.output.samples_folder(training_config["total_steps"])
+    metadata = run_metadata.training_metadata(
+        training_config,
+        dataset.by_folder(),
+        scheduler_config(base.noise_scheduler).prediction_type,
+        samples / "00.png",
+        time.time() - run.elapsed,
+        time.time(),
+    )
+    card = model_card.write_card(
+        training_config, dataset.captions, dataset.num_written_captions, samples
+    )
+    run.log.close()
+    save = partial(
+        lora_files.save_lora,
+        models=lora_files.models_by_part(adapters.unet, adapters.text_encoder),
+        base_name=adapters.base_name,
+        metadata=metadata,
+        precision=config.output.save_precision,
+        extra_files=card,
+    )
+    return save_somewhere(run.output.lora_weights, save)
 
 
 def _next_flags(config: TrainConfig, run: Run, folder: Path) -> str:

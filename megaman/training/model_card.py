@@ -231,8 +231,8 @@ def _cell(value: Any) -> str:
 def _data(config: Mapping[str, Any], num_images: int, num_written: int) -> str:
     made = num_images - num_written
     text = (
-        f"{num_images} images; {num_written} captions were written, {made} made from names of files "
-        "or folders."
+        f"{num_images} images; {num_written} captions were written, {made} made from names of "
+        "files or folders."
     )
     if config["class_pictures"]:
         text += (

@@ -98,8 +98,8 @@ class Optimizer:
 
     def set_lr(self, step: int) -> None:
         """Set the learning rates of step 1, 2, ..."""
-        for group, rate in zip(self._prepared.param_groups, self.learning_rates, strict=True):
-            group["lr"] = rate(step - 1)
+        for group, lr in zip(self._prepared.param_groups, self.learning_rates, strict=True):
+            group["lr"] = lr(step - 1)
 
     def step_if_finite(self, gradient_norm: torch.Tensor) -> torch.Tensor:
         """Take a step unless the gradients' norm is not finite, free the gradients, and return
@@ -134,11 +134,11 @@ def make_optimizer(
         weight_decay=config.adam_weight_decay,
         fused=run.device.type != "mps",
     )
-    rates = [
+    learning_rates = [
         learning_rate(config.lr_scheduler, group["lr"], schedule.warmup_steps, schedule.total_steps)
         for group in groups
     ]
-    return Optimizer(run.prepare(adamw), rates, run.scaler)
+    return Optimizer(run.prepare(adamw), learning_rates, run.scaler)
 
 
 class SkippedSteps:

@@ -108,7 +108,7 @@ class Progress:
             self._run.log.flush()
 
     def stop(self, step: int, is_saved: bool, resume_command: str) -> int:
-        """Close bar and log after a signal to stop, and say how to resume; returns the exit
+        """Close bar and log after a signal to stop, and log how to resume; returns the exit
         code."""
         self._bar.close()
         self._run.log.close()

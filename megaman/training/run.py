@@ -74,7 +74,7 @@ class Run:
     def open(
         cls, config: TrainConfig, datasets: Datasets, output: OutputFolder, policy: ThreadPolicy
     ) -> Run:
-        """Start the processes, complete the captions, and take over what a checkpoint says.
+        """Start the processes, complete the captions, and take over what a checkpoint stores.
 
         Raises UserError if the checkpoint belongs to a run with other settings.
         """

@@ -74,14 +74,14 @@ def test_the_trigger_is_one_token():
 
 @pytest.mark.parametrize(("folder", "heroes"), [("images", 24), ("held_out", 6)])
 def test_the_images(folder, heroes):
-    pictures = sorted((DEMO / folder).glob("*.png"))
+    paths = sorted((DEMO / folder).glob("*.png"))
     captions = {
-        path: path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in pictures
+        path: path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths
     }
     named = [caption for caption in captions.values() if caption.startswith("volto, ")]
     assert len(named) >= heroes
     assert all(caption.endswith(" background") for caption in captions.values())
-    assert len({Image.open(path).tobytes() for path in pictures}) == len(pictures)
+    assert len({Image.open(path).tobytes() for path in paths}) == len(paths)
 
 
 def test_no_held_out_caption_is_trained_on():
@@ -97,8 +97,8 @@ def test_the_script_draws_the_committed_images(run_script, tmp_path):
     assert done.returncode == 0, done.stderr
     for folder in ("images", "held_out"):
         drawn = {path.name for path in (tmp_path / folder).iterdir()}
-        # kept_* are the base's own images, which make_kept.py generates: other machines generate them
-        # with other rounding errors.
+        # kept_* are the base's own images, which make_kept.py generates: other machines have other
+        # rounding errors.
         assert drawn == {
             path.name for path in (DEMO / folder).iterdir() if not path.name.startswith("kept_")
         }

@@ -63,9 +63,10 @@ def finished(data, base_folder, run_script, tmp_path_factory):
         "--logging_dir",
         "logs",
     ]
-    flags = """--resolution 64 --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps 6 --save_steps 2
-        --checkpoints_total_limit 2 --validation_steps 3 --num_validation_images 2 --validation_prompt robot
-        --lora_rank 4 --lora_alpha 16 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --seed 0
+    flags = """--resolution 64 --train_batch_size 2 --gradient_accumulation_steps 2
+        --max_train_steps 6 --save_steps 2 --checkpoints_total_limit 2 --validation_steps 3
+        --num_validation_images 2 --validation_prompt robot --lora_rank 4 --lora_alpha 16
+        --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --seed 0
         --mixed_precision fp16 --random_flip --snr_gamma 5 --noise_offset 0.05"""
     done = run_script(["-c", FEW_STEPS, *folders, *flags.split()], cwd)
     assert done.returncode == 0, done.stderr
@@ -109,8 +110,8 @@ def test_the_output_is_ours_alone(finished):
     assert re.search(r"training: 100%.*loss=\d\.\d+, lr=", finished[0].stderr)
     for line in finished[0].stdout.splitlines():
         assert re.match(
-            r"(loading|skipped|images|captions|encoded|steps|LoRA|device|done|next| +there is an NVIDIA GPU"
-            r"| +1 of 6| +not mirrored)\b",
+            r"(loading|skipped|images|captions|encoded|steps|LoRA|device|done|next"
+            r"| +there is an NVIDIA GPU| +1 of 6| +not mirrored)\b",
             line,
         ), line
 
@@ -146,10 +147,10 @@ def test_step_0_is_the_base_itself(finished, base_folder):
     states = encode_captions(base.text_encoder, base.tokenizer, ["robot", ""])
     text, empty = (states[prompt].expand(2, -1, -1) for prompt in ("robot", ""))
     settings = denoise.SamplingSettings(64, 64, SAMPLING_STEPS, guidance_scale=7.5)
-    drawn = denoise.generate_images(base, denoise.PromptEmbeds(text, empty), [0, 1], settings)
-    for j, image in enumerate(drawn):
+    images = denoise.generate_images(base, denoise.PromptEmbeds(text, empty), [0, 1], settings)
+    for i, image in enumerate(images):
         first, last = (
-            Image.open(finished[1] / "out" / f"samples-{step}" / f"{j:02d}.png").convert("RGB")
+            Image.open(finished[1] / "out" / f"samples-{step}" / f"{i:02d}.png").convert("RGB")
             for step in (0, 6)
         )
         assert np.array(ImageChops.difference(first, image)).max() <= 2

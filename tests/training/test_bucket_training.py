@@ -83,14 +83,14 @@ def test_what_is_said_and_noted(data, train_here, tmp_path, capsys):
     }
     with safe_open(tmp_path / "out" / "lora_weights" / "megaman_lora.safetensors", "pt") as file:
         header = file.metadata()
-    told = {
+    expected = {
         "ss_enable_bucket": "True",
         "ss_bucket_no_upscale": "True",
         "ss_min_bucket_reso": "32",
         "ss_max_bucket_reso": "128",
         "ss_epoch": "5",
     }
-    assert {key: header[key] for key in told} == told
+    assert {key: header[key] for key in expected} == expected
     assert json.loads(header["ss_bucket_info"])["buckets"] == {
         "0": {"resolution": [40, 96], "count": 3},
         "1": {"resolution": [64, 64], "count": 4},

@@ -47,7 +47,7 @@ TAGS = CAPTION.split(", ")
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("words", "expected"),
     [
         ({}, "a robot"),
         ({"trigger": "volto"}, "volto, a robot"),
@@ -60,8 +60,8 @@ TAGS = CAPTION.split(", ")
         ({"trigger": "volto", "prefix": "art,"}, "volto, art, a robot"),
     ],
 )
-def test_affixes(words, wanted):
-    assert add_affixes("a robot", **words) == wanted
+def test_affixes(words, expected):
+    assert add_affixes("a robot", **words) == expected
 
 
 @given(st.text("ab, (.*洛", max_size=12), st.text("ab(.*洛", min_size=1, max_size=4))
@@ -276,8 +276,8 @@ def repeated(tmp_path):
     folder = tmp_path / "repeated"
     shutil.copytree(HELD_OUT, folder)
     (folder / "3_volto").mkdir()
-    for picture in sorted(folder.glob("*.png"))[:2]:
-        for file in (picture, picture.with_suffix(".txt")):
+    for image in sorted(folder.glob("*.png"))[:2]:
+        for file in (image, image.with_suffix(".txt")):
             file.rename(folder / "3_volto" / file.name)
     return folder
 

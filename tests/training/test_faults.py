@@ -221,7 +221,8 @@ def test_a_full_file_system_loses_nothing(forked, tmp_path):
     if os.system(f"mount -t tmpfs -o size=20m tmpfs '{disk}' 2>/dev/null"):
         pytest.skip("a tmpfs cannot be mounted here")
     try:
-        flags = "--max_train_steps 12 --save_steps 2 --num_validation_images 1 --validation_steps 4 --lora_rank 4"
+        flags = """--max_train_steps 12 --save_steps 2 --num_validation_images 1
+            --validation_steps 4 --lora_rank 4"""
         words = [
             "--demo",
             "--output_dir",

@@ -31,7 +31,7 @@ def test_whatever_the_batch_every_image_comes_equally_often(count, batch, seed):
         for step in range(steps)
         for place in range(batch)
     ]
-    assert {seen.count(picture) for picture in range(count)} == {3 * batch}
+    assert {seen.count(image) for image in range(count)} == {3 * batch}
 
 
 def test_epochs_and_seeds_have_their_own_order():
@@ -41,10 +41,10 @@ def test_epochs_and_seeds_have_their_own_order():
 
 
 def test_a_resumed_run_gets_the_same_images_whatever_was_asked_before():
-    undisturbed = [position_at(number, 7, 5) for number in range(100)]
-    backwards = [position_at(number, 7, 5) for number in reversed(range(100))]
+    undisturbed = [position_at(sample_index, 7, 5) for sample_index in range(100)]
+    backwards = [position_at(sample_index, 7, 5) for sample_index in reversed(range(100))]
     assert backwards[::-1] == undisturbed
-    assert [position_at(number, 7, 5) for number in range(50, 100)] == undisturbed[50:]
+    assert [position_at(sample_index, 7, 5) for sample_index in range(50, 100)] == undisturbed[50:]
 
 
 @pytest.mark.parametrize(
@@ -70,28 +70,35 @@ def test_the_steps_are_just_enough_for_the_epochs(count, batch, epochs):
     assert (steps - 1) * batch < epochs * count <= steps * batch
 
 
-def drawn(seed: int, number: int) -> bytes:
-    return torch.randn(8, generator=generator_for(seed, number)).numpy().tobytes()
+def random_numbers(seed: int, sample_index: int) -> bytes:
+    return torch.randn(8, generator=generator_for(seed, sample_index)).numpy().tobytes()
 
 
 @given(SEED, st.integers(0, 10**9))
-def test_random_numbers_depend_on_seed_and_sample_index_alone(seed, number):
+def test_random_numbers_depend_on_seed_and_sample_index_alone(seed, sample_index):
     torch.manual_seed(0)
-    first = drawn(seed, number)
+    first = random_numbers(seed, sample_index)
     torch.manual_seed(1)
-    assert drawn(seed, number) == first, "not on the global generator"
-    assert len({first, drawn(seed, number + 1), drawn(seed ^ 1, number)}) == 3
+    assert random_numbers(seed, sample_index) == first, "not on the global generator"
+    assert (
+        len({first, random_numbers(seed, sample_index + 1), random_numbers(seed ^ 1, sample_index)})
+        == 3
+    )
 
 
 def test_seed_and_sample_index_are_kept_apart():
-    draws = [drawn(seed, number) for seed in range(30) for number in range(30)]
-    assert len(set(draws)) == len(draws)
-    assert drawn(1, 11) != drawn(11, 1) and drawn(1, 12) != drawn(11, 2)
+    all_numbers = [
+        random_numbers(seed, sample_index) for seed in range(30) for sample_index in range(30)
+    ]
+    assert len(set(all_numbers)) == len(all_numbers)
+    assert random_numbers(1, 11) != random_numbers(11, 1) and random_numbers(
+        1, 12
+    ) != random_numbers(11, 2)
 
 
 PEAK, WARMUP, TOTAL = 1e-3, 20, 120
-# The learning rate at the start of the warm-up, half-way up, at its end, half-way down and at the end, as
-# shares of the peak.
+# The learning rate at the start of the warm-up, half-way up, at its end, half-way down and at the
+# end, as shares of the peak.
 SHARES = {
     "linear": [0, 0.5, 1, 0.5, 0],
     "cosine": [0, 0.5, 1, 0.5, 0],
@@ -104,9 +111,9 @@ SHARES = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_start_peak_and_end_of_every_schedule(name):
-    rate = learning_rate(name, PEAK, WARMUP, TOTAL)
+    lr = learning_rate(name, PEAK, WARMUP, TOTAL)
     steps = [0, WARMUP // 2, WARMUP, (WARMUP + TOTAL) // 2, TOTAL]
-    assert [rate(step) for step in steps] == pytest.approx(
+    assert [lr(step) for step in steps] == pytest.approx(
         [share * PEAK for share in SHARES[name]], abs=1e-12
     )
 
@@ -115,35 +122,35 @@ def test_start_peak_and_end_of_every_schedule(name):
 def test_it_is_diffusers_own_schedule_step_by_step(name):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=WARMUP, num_training_steps=TOTAL)
-    rate = learning_rate(name, PEAK, WARMUP, TOTAL)
+    lr = learning_rate(name, PEAK, WARMUP, TOTAL)
     for step in range(TOTAL):
-        assert rate(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-15)
+        assert lr(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-15)
         optimizer.step()
         schedule.step()
 
 
 @given(st.sampled_from(SCHEDULERS), st.floats(1.1e-7, 1), st.integers(0, 50), st.integers(1, 100))
 def test_no_learning_rate_leaves_its_bounds(name, peak, warmup, total):
-    rate = learning_rate(name, peak, warmup, total)
-    rates = [rate(step) for step in range(total)]
-    assert all(0 <= value <= peak * (1 + 1e-9) for value in rates)
-    rising = rates[: warmup + 1]
+    lr = learning_rate(name, peak, warmup, total)
+    lrs = [lr(step) for step in range(total)]
+    assert all(0 <= value <= peak * (1 + 1e-9) for value in lrs)
+    rising = lrs[: warmup + 1]
     assert rising == sorted(rising) or name == "constant"
-    falling = rates[warmup:]
+    falling = lrs[warmup:]
     assert falling == sorted(falling, reverse=True)
-    assert rates == [rate(step) for step in range(total)]
+    assert lrs == [lr(step) for step in range(total)]
 
 
 def test_dropout_depends_on_seed_and_micro_batch():
     """The same for the same sample index, whatever was generated in between; another for another;
     independent of the noise."""
 
-    def drawn(seed: int, number: int) -> torch.Tensor:
-        seed_dropout(seed, number)
+    def random_numbers(seed: int, sample_index: int) -> torch.Tensor:
+        seed_dropout(seed, sample_index)
         return torch.rand(8)
 
-    once = drawn(0, 5)
-    assert not torch.equal(drawn(0, 6), once)
-    assert not torch.equal(drawn(1, 5), once)
-    assert torch.equal(drawn(0, 5), once)
+    once = random_numbers(0, 5)
+    assert not torch.equal(random_numbers(0, 6), once)
+    assert not torch.equal(random_numbers(1, 5), once)
+    assert torch.equal(random_numbers(0, 5), once)
     assert not torch.equal(torch.rand(8, generator=generator_for(0, 5)), once)

@@ -219,7 +219,7 @@ def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(run_script, tmp
     assert "fits" in done.stdout
     assert "VAE decoding" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} <= {"base", "empty"}, (
-        "no folder for pictures or results"
+        "no folder for images or results"
     )
     assert not list((tmp_path / "empty").rglob("*.json"))
 

@@ -284,7 +284,7 @@ def test_bf16_trains_saves_resumes_bit_for_bit_and_generates(train, tmp_path):
         for name in ("whole", "halves")
     ]
     assert all(torch.equal(moments[0][key], moments[1][key]) for key in moments[0])
-    pictures = [
+    images = [
         (tmp_path / name / "samples-4" / "00.png").read_bytes() for name in ("whole", "halves")
     ]
-    assert pictures[0] == pictures[1]
+    assert images[0] == images[1]

@@ -53,7 +53,7 @@ def header(folder):
 
 
 def test_the_run_is_described(header):
-    told = {
+    expected = {
         "ss_steps": "2",
         "ss_max_train_steps": "2",
         "ss_seed": "0",
@@ -78,7 +78,7 @@ def test_the_run_is_described(header):
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.trigger_phrase": "volto",
     }
-    assert {key: header[key] for key in told} == told
+    assert {key: header[key] for key in expected} == expected
     assert int(header["ss_training_started_at"]) <= int(header["ss_training_finished_at"])
     assert header["modelspec.date"].endswith("+00:00")
 

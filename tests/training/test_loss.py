@@ -42,9 +42,9 @@ def test_latents_have_the_mean_and_variance_of_the_moments():
 
 def test_latents_are_those_of_diffusers_own_distribution():
     some = torch.randn(2, 8, 16, 16, generator=seeded(1))
-    wanted = DiagonalGaussianDistribution(some).sample(seeded(2)) * 0.18215
-    assert torch.equal(diffusion.sample_posterior(some, 0.18215, seeded(2)), wanted)
-    assert not torch.equal(diffusion.sample_posterior(some, 0.18215, seeded(3)), wanted)
+    expected = DiagonalGaussianDistribution(some).sample(seeded(2)) * 0.18215
+    assert torch.equal(diffusion.sample_posterior(some, 0.18215, seeded(2)), expected)
+    assert not torch.equal(diffusion.sample_posterior(some, 0.18215, seeded(3)), expected)
 
 
 def test_latents_of_a_certain_vae_are_its_mean_and_wild_ones_stay_finite():
@@ -71,7 +71,7 @@ def test_an_offset_is_constant_over_each_channel_and_as_strong_as_asked():
     shape = torch.Size((500, 4, 4, 4))
     plain, offset = (diffusion.sample_noise(shape, strength, seeded()) for strength in (0.0, 0.1))
     added = (offset - plain).flatten(2)
-    assert (added.amax(dim=2) - added.amin(dim=2)).max() < 1e-5, "one number a channel and picture"
+    assert (added.amax(dim=2) - added.amin(dim=2)).max() < 1e-5, "one number per channel and image"
     assert added[..., 0].std().item() == pytest.approx(0.1, rel=0.1)
     assert added[..., 0].mean().item() == pytest.approx(0, abs=0.01)
     assert (added[0, :, 0].unique().numel(), added[:, 0, 0].unique().numel()) == (4, 500)
@@ -133,14 +133,14 @@ def test_loss_is_the_mean_squared_error():
 
 
 def test_weights_count_image_by_image():
-    wanted = torch.zeros(2, 1, 2, 2)
+    expected = torch.zeros(2, 1, 2, 2)
     predicted = torch.stack(
         [torch.full((1, 2, 2), 1.0), torch.full((1, 2, 2), 2.0)]
     )  # errors 1 and 4
-    assert diffusion.loss(predicted, wanted) == 2.5
-    assert diffusion.loss(predicted, wanted, torch.tensor([1.0, 1.0])) == 2.5
-    assert diffusion.loss(predicted, wanted, torch.tensor([1.0, 0.25])) == 1.0
-    assert diffusion.loss(predicted, wanted, torch.tensor([0.0, 1.0])) == 2.0
+    assert diffusion.loss(predicted, expected) == 2.5
+    assert diffusion.loss(predicted, expected, torch.tensor([1.0, 1.0])) == 2.5
+    assert diffusion.loss(predicted, expected, torch.tensor([1.0, 0.25])) == 1.0
+    assert diffusion.loss(predicted, expected, torch.tensor([0.0, 1.0])) == 2.0
 
 
 def test_loss_is_computed_in_float32():

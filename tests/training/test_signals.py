@@ -20,7 +20,8 @@ from megaman.training.signals import StoppedError, StopSignal
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="signals are sent in another way there"
 )
-FLAGS = "--demo --output_dir out --logging_dir logs --max_train_steps 400 --num_validation_images 0 --lora_rank 2"
+FLAGS = """--demo --output_dir out --logging_dir logs --max_train_steps 400
+    --num_validation_images 0 --lora_rank 2"""
 
 
 def wait_for(condition, process, seconds=300):

@@ -73,8 +73,10 @@ def loss_by_hand(base, folder, numbers, seed: int) -> float:
         states = base.text_encoder(words.input_ids)[0]
         predicted = base.unet(noisy, timestep, encoder_hidden_states=states).sample
         velocity = base.noise_scheduler.config.prediction_type == "v_prediction"
-        wanted = base.noise_scheduler.get_velocity(latents, noise, timestep) if velocity else noise
-        errors.append((predicted - wanted).pow(2).mean())
+        expected = (
+            base.noise_scheduler.get_velocity(latents, noise, timestep) if velocity else noise
+        )
+        errors.append((predicted - expected).pow(2).mean())
     return float(torch.stack(errors).mean())
 
 
