@@ -144,7 +144,7 @@ def test_every_option_named_in_the_text_exists(readme):
     known = set()
     for parser, _ in SCRIPTS.values():
         known.update(*(action.option_strings for action in parser()._actions))
-    known |= {f"--{name}" for name in [*prompts.OPTIONS, *prompts.WITHOUT_MEANING]}
+    known |= {f"--{name}" for name in [*prompts.OPTIONS, *prompts.IGNORED_OPTIONS]}
     named = set(re.findall(r"`(--\w+)", prose(readme))) | set(
         re.findall(r"(?<=[ `])--\w+_\w+", prose(readme))
     )
