@@ -79,14 +79,14 @@ def test_other_formats_are_named_and_not_read(tmp_path):
 def test_linked_folders_are_named_and_not_followed(tmp_path):
     """Wherever they lead: no image comes twice, and none is skipped silently."""
     touch(tmp_path, "a.png", "sub/b.png")
-    for name, target in [("circle", "."), ("sub/up", ".."), ("beside", "sub"), (".hidden", "sub")]:
+    for name, target in [("circle", "."), ("sub/up", ".."), ("linked", "sub"), (".hidden", "sub")]:
         (tmp_path / name).symlink_to(target, target_is_directory=True)
     (tmp_path / "linked.png").symlink_to("a.png")
     assert find(tmp_path) == ["a.png", "linked.png", "sub/b.png"]
     assert others(tmp_path) == dict.fromkeys(
-        ["beside", "circle", "sub/up"], "a link to a folder, which is not followed"
+        ["linked", "circle", "sub/up"], "a link to a folder, which is not followed"
     )
-    assert find(tmp_path / "beside") == ["b.png"], "one that is named itself is"
+    assert find(tmp_path / "linked") == ["b.png"], "one that is named itself is"
 
 
 def test_subfolders_are_searched_and_hidden_things_are_not(tmp_path):

@@ -271,7 +271,7 @@ def add_links(corpus: Corpus) -> None:
     ]:
         (folder / f"{name}.png").symlink_to(f"{target}.png")
         corpus.bad[folder / f"{name}.png"] = "No such file|symbolic links"
-    for name, target in [("circle", "."), ("sub/up", ".."), ("beside", "sub")]:
+    for name, target in [("circle", "."), ("sub/up", ".."), ("linked", "sub")]:
         (folder / name).symlink_to(target, target_is_directory=True)
         corpus.bad[folder / name] = "a link to a folder"
     for name, target in [("caption_gone", "nowhere"), ("caption_itself", "caption_itself")]:

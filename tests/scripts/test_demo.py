@@ -122,7 +122,7 @@ def test_the_demo_runs_as_the_readme_says(forked, tmp_path):
     assert done.stdout.rstrip().endswith("next: python generate_megaman.py --demo")
     done = forked.run(["generate_megaman.py", "--demo", "--num_inference_steps", 2], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "each beside the base's" in done.stdout
+    assert "each next to the base's" in done.stdout
     page = (tmp_path / "generated_demo" / "index.html").read_text(encoding="utf-8")
     assert page.count("_base.png") >= 10
     config = json.loads(

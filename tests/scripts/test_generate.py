@@ -1,5 +1,4 @@
-"""generate_megaman.py as a user runs it: images that carry their settings, and the page beside
-them."""
+"""generate_megaman.py as a user runs it: images that carry their settings, and their gallery."""
 
 from __future__ import annotations
 
@@ -349,7 +348,7 @@ def test_a_checkpoint_a_file_and_several_loras(generate, plain, lora_path, base_
 
 
 def test_the_text_encoders_part_counts_and_compare_leaves_it_out(generate, base_folder, tmp_path):
-    """A kohya file for the text encoder alone changes the image, and not the base's beside it."""
+    """A kohya file for the text encoder alone changes the image, but not the base's next to it."""
     layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     width, inner = (
         load_base(str(base_folder), torch.float32)
@@ -393,8 +392,7 @@ def test_a_long_prompt_is_used_whole_and_weights_count(generate):
 
 
 def test_a_prompt_draws_the_same_whatever_stands_beside_it(generate, plain, tmp_path):
-    """A long neighbour or another size does not touch it, only the batch may round a bit
-    otherwise."""
+    """A long prompt or another size in the same run changes nothing but rounding in the batch."""
     (tmp_path / "mixed.txt").write_text(
         "a blue robot\n" + "robot, " * 100 + "red\na red robot --w 96 --h 64 --s 2\n"
     )
@@ -450,7 +448,7 @@ def test_strength_sampler_and_clip_skip(generate, plain, lora_path, tmp_path):
 
 
 def test_the_fused_lora_draws_what_the_unfused_draws(generate, tmp_path):
-    """Beside the base it is not fused, otherwise it is; the pixels agree."""
+    """With --compare base it is not fused, otherwise it is; the pixels agree."""
     fused = generate(output="fused")["megaman_000_00.png"]
     unfused = generate("--compare", "base", output="unfused")["megaman_000_00.png"]
     assert alike(fused, unfused)
@@ -505,7 +503,7 @@ def test_from_image_gives_equal_pixels(generate, again, tmp_path, flags, capsys)
 
 
 def test_from_image_says_what_is_not_as_it_was(generate, again, lora_path, tmp_path, capsys):
-    """A LoRA that moved is named by the flag; one that was trained anew is told of."""
+    """A LoRA that moved is named by the flag; one that was trained again is reported."""
     shutil.copytree(lora_path, tmp_path / "mine")
     drawn = generate("--lora_path", "mine:0.5")["megaman_000_00.png"]
     (tmp_path / "mine").rename(tmp_path / "moved")
@@ -667,8 +665,8 @@ def test_resume_draws_what_the_undisturbed_run_draws(generate, tmp_path):
 
 
 def test_too_little_memory_while_drawing(generate, again, monkeypatch, tmp_path):
-    """Fewer at once, then the VAE in tiles: the run goes on, and each image's record tells how it
-    was drawn."""
+    """Fewer at once, then the VAE in tiles: the run continues, and each image's record says how it
+    was generated."""
     from failing import fail_on
 
     fail_on(monkeypatch, UNet2DConditionModel, "forward", {2, 3})

@@ -102,7 +102,7 @@ def test_the_loss_is_that_of_the_images_and_weight_times_that_of_the_class(
     hero = loss_by_hand(base, folders / "hero", range(4), 0)
     others = loss_by_hand(base, folders / "others", range(4), batches.class_seed(0))
     assert loss == pytest.approx(hero + weight * others, rel=1e-4)
-    assert others > 0.1 * hero, "the weights can be told apart"
+    assert others > 0.1 * hero, "the weights can be distinguished"
 
 
 def test_weight_0_trains_as_without_class_images_and_1_does_not(train, folders):

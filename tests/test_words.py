@@ -1,0 +1,59 @@
+"""Names that the field's words have replaced stay out of the code, and texts are plain English."""
+
+from __future__ import annotations
+
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = re.compile(
+    "Kept|Fresh|Moments|Stamps|Hollow|Fit|Room|Drawer|Way|Encoded|Placement|Choices|CaptionStates|"
+    "MUST_MATCH|keeps_sides|recognise|too_bad|look_ahead|dress|text_states|empty_states|token_ids|"
+    "cut_off|until_it_fits|make_room|in_words|settle|tighten|draw_latents|draw_images|draw_noise|"
+    "draw_timesteps|set_strengths|layers_of|told_config|made_config|run_notes|misfit|actual_name|"
+    "asked_for"
+)
+PHRASE = re.compile(
+    r"\b(hangs? on|told|mend(?:s|ed)?|left out|leaves? out|beside|goes on|colours?|favourites?|"
+    r"neighbours?|recognised?|normalised?|licence)\b",
+    re.IGNORECASE,
+)
+COLUMN = re.compile(r"SELECT told|told TEXT")  # of a table on users' disks
+FOLDERS = ("megaman", "tests", "benchmarks")
+FILES = sorted(chain(ROOT.glob("*.py"), *((ROOT / folder).rglob("*.py") for folder in FOLDERS)))
+FILES.remove(Path(__file__).resolve())
+names = {path: path.relative_to(ROOT).as_posix() for path in FILES}
+
+
+def tokens(path: Path) -> Iterator[tokenize.TokenInfo]:
+    source = io.StringIO(path.read_text(encoding="utf-8"))
+    return tokenize.generate_tokens(source.readline)
+
+
+def is_text(token: tokenize.TokenInfo) -> bool:
+    return token.type in (tokenize.STRING, tokenize.COMMENT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=names.get)
+def test_no_name_of_the_old_dialect(path):
+    found = {
+        f"{token.string} in line {token.start[0]}"
+        for token in tokens(path)
+        if token.type == tokenize.NAME and NAMES.fullmatch(token.string)
+    }
+    assert not found
+
+
+@pytest.mark.parametrize("path", FILES, ids=names.get)
+def test_docstrings_comments_and_printed_lines_are_plain_english(path):
+    found = set()
+    for token in filter(is_text, tokens(path)):
+        matches = PHRASE.findall(COLUMN.sub("", token.string))
+        found |= {f"{phrase!r} in line {token.start[0]}" for phrase in matches}
+    assert not found
