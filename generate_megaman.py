@@ -1,9 +1,7 @@
 """Generate images with a trained LoRA and put them on a page that opens in a browser.
 
-    python generate_megaman.py --demo             the LoRA of megaman_lora.py --demo
-    python generate_megaman.py --prompts_file prompts.txt
-
-From top to bottom: the plan, base and LoRAs, batches, what is missing, images, gallery.
+python generate_megaman.py --demo             the LoRA of megaman_lora.py --demo
+python generate_megaman.py --prompts_file prompts.txt
 """
 
 import sys
@@ -15,6 +13,7 @@ if sys.version_info < (3, 11):
 
 import logging
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +21,18 @@ from megaman.config.generate import GenerateConfig, parse_generate_config
 from megaman.errors import UserError, install_logging, run_script
 from megaman.files import split_strength
 from megaman.models.configs import alias_notice, resolve_name, unet_width
-from megaman.sampling.output_folder import GalleryWriter, OutputFolder, PendingBatch
+from megaman.sampling.jobs import PendingBatch
+from megaman.sampling.output_folder import GalleryWriter, OutputFolder
 from megaman.sampling.plan import GenerationPlan, summarize
 from megaman.sampling.prompts import load_prompts
-from megaman.threads import configure_threads, threads_for_generation
+from megaman.threads import configure_threads, generation_workers, threads_for_generation
 from megaman.training.output import find_all
 
 if TYPE_CHECKING:
     from megaman.sampling.generator import ImageGenerator
 
 log = logging.getLogger("megaman.generate")
+BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> int:
     config = parse_generate_config(argv)
     plan = make_plan(config)
     folder = OutputFolder(Path(config.output.output_dir))
-    policy = configure_threads(threads_for_generation, plan.threads)  # before torch is loaded
+    width = unet_width(plan.base)
+    policy = configure_threads(partial(threads_for_generation, width), plan.threads)
 
     from megaman import runtime
     from megaman.lora.stack import LoraStack
@@ -48,9 +50,7 @@ def main(argv: list[str]) -> int:
     from megaman.sampling.limits import limits_for
 
     device = runtime.choose_device(config.compute.device)
-    compute = runtime.choose_compute(
-        plan.precision, device, unet_width(plan.base), plan.memory_format
-    )
+    compute = runtime.choose_compute(plan.precision, device, width, plan.memory_format)
     runtime.set_threads(policy)
     runtime.keep_freed_memory()
 
@@ -64,8 +64,10 @@ def main(argv: list[str]) -> int:
     jobs = plan.make_jobs(base.native_size)
     limits = limits_for(base, jobs, plan.batch_size, device)
     limits.tiling = limits.tiling or plan.vae_tiling
-    generator = ImageGenerator(base, loras, compute, limits, Sampling(plan.sampler, plan.clip_skip))
-    compare, resume = config.comparison.compare is not None, config.again.resume
+    workers = generation_workers(width, policy) if device.type == "cpu" else None
+    sampling = Sampling(plan.sampler, plan.clip_skip, workers)
+    generator = ImageGenerator(base, loras, compute, limits, sampling)
+    resume, compare = config.again.resume, config.comparison.compare is not None
     writer = GalleryWriter(folder, generator.recorder, plan.variants, jobs, resume, compare)
     batches = generator.make_batches(jobs, plan.batch_size)
     pending = writer.pending(batches, plan.is_wanted)
@@ -75,8 +77,7 @@ def main(argv: list[str]) -> int:
         log.info(f"           {warning}: the pixels may differ")
     for line in loras.summary(plan.shared_scale):
         log.info(line)
-    for line in runtime.device_lines(compute, limits.summary()):
-        log.info(line)
+    log.info("\n".join(runtime.device_lines(compute, limits.summary())))
     if policy.remark:
         log.info(f"           {policy.remark}")
     if resume:
@@ -124,17 +125,19 @@ def generate(
 
     if not pending:
         return writer.write_page()  # with the images of a killed run
-    unet_calls = sum(generator.count_unet_calls(item.batch) for item in pending)
-    variant = None
-    with tqdm(total=unet_calls * (2 if compare else 1), desc="generating", unit="step") as bar:
-        for item in pending:
-            if item.variant is not variant:
-                variant = item.variant
-                generator.set_variant(variant)
+    images = sum(len(item.batch) for item in pending) * (2 if compare else 1)
+    with tqdm(total=images, desc="generating", unit="image", bar_format=BAR_FORMAT) as bar:
+
+        def advance(part: float) -> None:
+            bar.update(min(part, images - bar.n))  # what ran out of memory counts twice
+
+        for group in generator.parallel_groups(pending):
+            generator.set_variant(group[0].variant)
+            batches = [item.batch for item in group]
             if compare:
-                images = generator.generate([item.batch], bar.update, without_lora=True)
-                writer.save_base_images(item, images)
-            writer.save_images(item, generator.generate([item.batch], bar.update))
+                without_lora = generator.generate(batches, advance, without_lora=True)
+                writer.save_base_images(group, without_lora)
+            writer.save_images(group, generator.generate(batches, advance))
             page = writer.write_page()
     return page
 

@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import paths
@@ -49,8 +50,8 @@ def ours(base_name: str, lora_path: Path, prompts: list[Prompt], steps: int, sid
     batches = generator.make_batches(make_jobs(prompts, defaults, 1), None)
 
     def generate() -> None:
-        generator.set_variant(variant)  # forgets the prompt embeddings
-        generator.generate(batches, lambda: None)
+        generator.set_variant(replace(variant))  # forgets the prompt embeddings
+        generator.generate(batches, lambda part: None)
 
     return generate, side
 

@@ -54,11 +54,26 @@ def threads_for_training(width: int, usable: int) -> int | None:
     width is the number of channels of the UNet's first block, 0 if unknown; usable is the number
     of CPUs, see `usable_cpus`.
     """
-    return 1 if 0 < width < NARROW else threads_for_generation(usable)
+    return 1 if 0 < width < NARROW else _threads_for_wide(usable)
 
 
-def threads_for_generation(usable: int) -> int | None:
-    """The thread count for generating, where batches keep threads busy; None leaves it to torch."""
+def threads_for_generation(width: int, usable: int) -> int | None:
+    """The thread count of a new generation; None leaves it to torch. For width see above.
+
+    A narrow UNet generates one batch a CPU, each with one thread (`generation_workers`), which is
+    faster than one batch with all threads, and does not wait for threads that the system holds up.
+    """
+    return 1 if 0 < width < NARROW else _threads_for_wide(usable)
+
+
+def generation_workers(width: int, policy: ThreadPolicy) -> int | None:
+    """How many batches a generation runs in parallel on a CPU; None if it runs one by one."""
+    if 0 < width < NARROW and policy.count == 1:
+        return usable_cpus()
+    return None
+
+
+def _threads_for_wide(usable: int) -> int | None:
     # torch counts the cores in the affinity mask, but does not know a container's quota.
     return usable if usable < _affinity() else None
 

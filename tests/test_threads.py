@@ -51,8 +51,9 @@ def test_the_rule_for_training(cpus, width, usable, count):
 
 
 def test_generating_uses_what_the_process_may_use(cpus):
-    assert threads_for_generation(8) is None, "torch's own count"
-    assert threads_for_generation(2) == 2, "a quota"
+    assert threads_for_generation(320, 8) is None, "torch's own count"
+    assert threads_for_generation(320, 2) == 2, "a quota"
+    assert threads_for_generation(64, 8) == 1, "a batch a CPU"
 
 
 def test_how_threads_wait_depends_on_the_system():

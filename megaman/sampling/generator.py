@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from megaman.models import text_encoding
 from megaman.models.typed import move
 from megaman.sampling import denoise
 from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
-from megaman.sampling.jobs import Job, LoraVariant, make_batches
+from megaman.sampling.jobs import Job, LoraVariant, PendingBatch, make_batches
 from megaman.sampling.records import Recorder, RunSettings
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from megaman.sampling.limits import SamplingLimits
 
 MAX_CACHED_PROMPTS = 1000  # 0.24 MB each with Stable Diffusion 1.5
-# Images at once if several batches run in parallel, which narrow bases do on a CPU. More are not
-# faster, and the number does not depend on the machine, so that equal commands give equal bits.
-PARALLEL_BATCH_SIZE = 2
+# Images at once if batches run in parallel. More are not faster, and the number does not depend on
+# the machine, so that equal commands give equal bits.
+PARALLEL_BATCH_SIZE = 3
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,16 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What all images of a run share: the sampler, A1111's clip skip, and how many batches run in
-    parallel."""
+    """What all images of a run share: the sampler, A1111's clip skip, and how many small batches
+    run in parallel (None: large batches, one by one)."""
 
     sampler: Sampler
     clip_skip: int
-    workers: int = 1
+    workers: int | None = None
+
+
+class _StoppedError(Exception):
+    """A batch stops because one that runs in parallel failed."""
 
 
 class ImageGenerator:
@@ -71,7 +76,9 @@ class ImageGenerator:
         self.base, self.loras, self.compute = base, loras, compute
         self.limits, self.sampling = limits, sampling
         self._embeds: dict[tuple[bool, str], torch.Tensor] = {}
+        self._variant: LoraVariant | None = None
         self._stop = threading.Event()
+        self._progress_lock = threading.Lock()
         move(base.unet, dtype=compute.dtype)
         move(base.text_encoder, dtype=compute.dtype)
 
@@ -91,20 +98,17 @@ class ImageGenerator:
         )
         return Recorder(settings, self.loras.hashes)
 
-    def count_unet_calls(self, batch: Sequence[Job]) -> int:
-        """How often the UNet runs for a batch."""
-        sampler, steps = self.sampling.sampler, batch[0].num_inference_steps
-        return denoise.count_unet_calls(self.base.noise_scheduler, sampler, steps)
-
     def set_variant(self, variant: LoraVariant) -> None:
         """Generate with this variant's LoRAs from here on."""
-        self.loras.set_scales(variant.scales)
-        self._embeds = {}
+        if variant is not self._variant:
+            self.loras.set_scales(variant.scales)
+            self._embeds = {}
+            self._variant = variant
 
     def make_batches(self, jobs: Sequence[Job], batch_size: int | None) -> list[list[Job]]:
         """The jobs in batches of at most batch_size, None for as many as are fast and fit."""
         largest = batch_size or len(jobs)
-        if batch_size is None and self.sampling.workers > 1:
+        if batch_size is None and self.sampling.workers is not None:
             largest = PARALLEL_BATCH_SIZE
 
         def size(job: Job) -> int:
@@ -119,21 +123,31 @@ class ImageGenerator:
             for prompt in (job.prompt, job.negative_prompt)
         )
 
+    def parallel_groups(self, pending: Sequence[PendingBatch]) -> list[list[PendingBatch]]:
+        """The batches in groups that run in parallel, each of one variant."""
+        groups = []
+        size = self.sampling.workers or 1
+        for _, batches in groupby(pending, key=lambda item: id(item.variant)):
+            alike = list(batches)
+            groups += [alike[start : start + size] for start in range(0, len(alike), size)]
+        return groups
+
     def generate(
         self,
         batches: Sequence[Sequence[Job]],
-        on_step: Callable[[], object],
+        on_progress: Callable[[float], object],
         without_lora: bool = False,
     ) -> list[GeneratedImage]:
         """The images of all batches, in order; batches run in parallel if the run has workers.
 
-        The jobs of a batch share size, steps and guidance scale. An image's batch is smaller than
+        on_progress gets the number of images, a fraction, that each step completes. The jobs of a
+        batch share size, steps and guidance scale. An image's batch is smaller than
         the one it was given in if memory was short.
         """
         disabled = self.loras.disabled() if without_lora else contextlib.nullcontext()
-        generate = partial(self._generate_batch, on_step=on_step, without_lora=without_lora)
+        generate = partial(self._generate_batch, on_progress=on_progress, without_lora=without_lora)
         with disabled:
-            if self.sampling.workers == 1 or len(batches) == 1:
+            if self.sampling.workers is None or len(batches) == 1:
                 return flatten(map(generate, batches))
             for batch in batches:  # fills the cache, since the text encoder runs in this thread
                 self._batch_embeds(batch, without_lora)
@@ -144,29 +158,42 @@ class ImageGenerator:
         generate: Callable[[Sequence[Job]], list[GeneratedImage]],
         batches: Sequence[Sequence[Job]],
     ) -> list[list[GeneratedImage]]:
-        with ThreadPoolExecutor(self.sampling.workers) as pool:
+        def run(batch: Sequence[Job]) -> list[GeneratedImage]:
             try:
-                return list(pool.map(generate, batches))
+                return generate(batch)
             except BaseException:
-                self._stop.set()  # else leaving the pool would wait for the end of each batch
+                self._stop.set()
                 raise
 
+        with ThreadPoolExecutor(self.sampling.workers) as pool:
+            futures = [pool.submit(run, batch) for batch in batches]
+            try:
+                wait(futures)
+            except KeyboardInterrupt:
+                self._stop.set()  # else leaving the pool would wait for the end of each batch
+                raise
+        errors = [error for future in futures if (error := future.exception())]
+        for error in errors:
+            if not isinstance(error, _StoppedError):
+                raise error
+        return [future.result() for future in futures]
+
     def _generate_batch(
-        self, batch: Sequence[Job], on_step: Callable[[], object], without_lora: bool
+        self, batch: Sequence[Job], on_progress: Callable[[float], object], without_lora: bool
     ) -> list[GeneratedImage]:
         images: list[GeneratedImage] = []
 
         def next_part() -> list[GeneratedImage]:
             size = self.limits.batch_size(batch[0].height, batch[0].width)
             part = batch[len(images) : len(images) + size]
-            return self._generate_at_once(part, on_step, without_lora)
+            return self._generate_at_once(part, on_progress, without_lora)
 
         while len(images) < len(batch):
             images += runtime.retry_on_oom(next_part, self.limits.reduce)
         return images
 
     def _generate_at_once(
-        self, jobs: Sequence[Job], on_step: Callable[[], object], without_lora: bool
+        self, jobs: Sequence[Job], on_progress: Callable[[float], object], without_lora: bool
     ) -> list[GeneratedImage]:
         embeds = self._batch_embeds(jobs, without_lora)
         first = jobs[0]
@@ -179,9 +206,17 @@ class ImageGenerator:
         )
         self._move_to_device(self.base.unet)
         seeds = [job.seed for job in jobs]
-        latents = denoise.generate_latents(
-            self.base, embeds, seeds, settings, partial(self._next_step, on_step)
+        unet_calls = denoise.count_unet_calls(
+            self.base.noise_scheduler, settings.sampler, settings.num_inference_steps
         )
+
+        def next_step() -> None:
+            if self._stop.is_set():
+                raise _StoppedError
+            with self._progress_lock:
+                on_progress(len(jobs) / unet_calls)
+
+        latents = denoise.generate_latents(self.base, embeds, seeds, settings, next_step)
         vae_tiling = self.limits.tiling
         self.base.vae.use_tiling = vae_tiling
         self._move_to_device(self.base.vae)
@@ -190,11 +225,6 @@ class ImageGenerator:
             GeneratedImage(job, jobs, image, vae_tiling)
             for job, image in zip(jobs, images, strict=True)
         ]
-
-    def _next_step(self, on_step: Callable[[], object]) -> None:
-        if self._stop.is_set():
-            raise InterruptedError("another batch failed")
-        on_step()
 
     def _batch_embeds(self, jobs: Sequence[Job], without_lora: bool) -> PromptEmbeds:
         """The embeddings of the jobs' prompts, all brought to the length of the longest."""

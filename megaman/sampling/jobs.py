@@ -47,6 +47,18 @@ class LoraVariant:
         return {index: strength * self.scale for index, _, strength in self.loras}
 
 
+@dataclass(frozen=True)
+class PendingBatch:
+    """A batch to generate, and those of its jobs whose images are to be saved.
+
+    It is always generated whole, so that its pixels stay the same.
+    """
+
+    variant: LoraVariant
+    batch: Sequence[Job]
+    missing: Sequence[Job]
+
+
 def make_jobs(
     prompts: Sequence[Prompt], defaults: PromptSettings, num_images_per_prompt: int
 ) -> list[Job]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from megaman.errors import UserError
 from megaman.pages import grid
 from megaman.pages.gallery import GalleryImage, read_images, variant_labels, write_gallery
 from megaman.sampling import records
-from megaman.sampling.jobs import Job, LoraVariant, base_image_file, image_file
+from megaman.sampling.jobs import Job, LoraVariant, PendingBatch, base_image_file, image_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,18 +89,6 @@ def refuse_taken(path: Path) -> None:
             f"{path} was written by another run in the meantime",
             "Give each run its own --output_dir",
         )
-
-
-@dataclass(frozen=True)
-class PendingBatch:
-    """A batch to generate, and those of its jobs whose images are to be saved.
-
-    It is always generated whole, so that its pixels stay the same.
-    """
-
-    variant: LoraVariant
-    batch: Sequence[Job]
-    missing: Sequence[Job]
 
 
 class OutputFolder:
@@ -187,25 +174,30 @@ class GalleryWriter:
         missing = sum(len(item.missing) for item in pending)
         return f"resuming   {count - missing} of {count} are there"
 
-    def save_base_images(self, pending: PendingBatch, generated: Sequence[GeneratedImage]) -> None:
+    def save_base_images(
+        self, group: Sequence[PendingBatch], generated: Sequence[GeneratedImage]
+    ) -> None:
         """Save the images without LoRA next to those of the same jobs."""
-        for item in generated:
-            if item.job in pending.missing:
-                path = self._path(item.job, pending.variant)
-                path = path.with_name(base_image_file(path.name))
-                if not self.resumed:
-                    refuse_taken(path)
-                self._save(path, item, pending.variant, without_lora=True)
-
-    def save_images(self, pending: PendingBatch, generated: Sequence[GeneratedImage]) -> None:
-        """Save the missing images and list them; raises UserError if another run took a name."""
-        for item in generated:
-            if item.job in pending.missing:
-                path = self._path(item.job, pending.variant)
+        for item in _missing(group, generated):
+            path = self._path(item.job, group[0].variant)
+            path = path.with_name(base_image_file(path.name))
+            if not self.resumed:
                 refuse_taken(path)
-                record = self._save(path, item, pending.variant, without_lora=False)
-                base_file = base_image_file(path.name) if self._compare else None
-                self._images.append(records.gallery_image(path.name, record, base_file))
+            self._save(path, item, group[0].variant, without_lora=True)
+
+    def save_images(
+        self, group: Sequence[PendingBatch], generated: Sequence[GeneratedImage]
+    ) -> None:
+        """Save the missing images of a group of batches with one variant, and list them.
+
+        Raises UserError if another run took a name.
+        """
+        for item in _missing(group, generated):
+            path = self._path(item.job, group[0].variant)
+            refuse_taken(path)
+            record = self._save(path, item, group[0].variant, without_lora=False)
+            base_file = base_image_file(path.name) if self._compare else None
+            self._images.append(records.gallery_image(path.name, record, base_file))
 
     def _save(
         self, path: Path, generated: GeneratedImage, variant: LoraVariant, without_lora: bool
@@ -234,3 +226,10 @@ class GalleryWriter:
             rows.append((label, [self._path(job, each) for each in self._variants]))
         grid.save_grid(sheet, columns, rows)
         return sheet
+
+
+def _missing(
+    group: Sequence[PendingBatch], generated: Sequence[GeneratedImage]
+) -> list[GeneratedImage]:
+    jobs = {job for item in group for job in item.missing}
+    return [item for item in generated if item.job in jobs]

@@ -59,6 +59,6 @@ def test_the_picture_carries_it(tmp_path):
     text = a1111_text(prompt, "blurry", VALUES)
     save_png(tmp_path / "a.png", Image.new("RGB", (8, 8), "red"), text)
     with Image.open(tmp_path / "a.png") as image:
-        assert image.text["parameters"] == text
+        assert image.info["parameters"] == text
         assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

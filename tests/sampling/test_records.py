@@ -4,7 +4,6 @@ a trap."""
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def test_it_is_read_back_with_the_picture(tmp_path):
     assert records.read_record(tmp_path / "a.png") == RECORD
     assert RECORD.place == 1 and [job.seed for job in RECORD.jobs()] == [42, 43]
     with Image.open(tmp_path / "a.png") as image:
-        assert image.text["parameters"] == records.parameters_text(RECORD)
+        assert image.info["parameters"] == records.parameters_text(RECORD)
         assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -210,4 +209,4 @@ def test_the_page_tells_what_drew():
     assert image.loras == ["out/lora_weights"]
     two = replace(RECORD, loras=[["a", 0.8, "x"], ["b", 1.0, "y"]])
     assert records.gallery_image("a.png", two).loras == ["a:0.8", "b:1"]
-    assert re.fullmatch(r"a:0\.8, b:1", records.gallery_image("a.png", two).settings["LoRA"])
+    assert records.gallery_image("a.png", two).settings["LoRA"] == "a:0.8, b:1"
