@@ -1,8 +1,4 @@
-"""Generate images with a trained LoRA and put them on a page that opens in a browser.
-
-python generate_megaman.py --demo             the LoRA of megaman_lora.py --demo
-python generate_megaman.py --prompts_file prompts.txt
-"""
+"""Generate images with a trained LoRA and put them on a page that opens in a browser."""
 
 import sys
 
