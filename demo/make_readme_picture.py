@@ -17,7 +17,7 @@ SIDE, GAP, CAPTION = 160, 6, 20  # pixels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gallery", type=Path, default=Path("generated_demo"))
     parser.add_argument("--output", type=Path, default=Path("docs/demo.png"))
     parser.add_argument(

@@ -57,7 +57,8 @@ ROWS, COLUMNS = np.mgrid[:CELLS, :CELLS]
 def draw_sprite(rng: np.random.Generator, colour: str | None = None) -> tuple[np.ndarray, str]:
     """Draw one sprite: RGBA uint8 [64, 64, 4] and the caption without its background."""
     colour = colour or str(rng.choice(list(COLOURS)))
-    painter = rng.choice([_robot, _mech, _portrait, _monster], p=[0.25, 0.47, 0.13, 0.15])
+    painters = [_robot, _mech, _portrait, _monster]
+    painter = painters[rng.choice(4, p=[0.25, 0.47, 0.13, 0.15])]
     kind = "monster" if painter is _monster else "robot"
     cells, words = painter(rng, np.array(COLOURS[colour]))
     if rng.random() < 0.5:
@@ -247,9 +248,11 @@ def _mech(rng: np.random.Generator, colour: np.ndarray) -> tuple[np.ndarray, lis
                 if pose == "shooting"
                 else (hand[0], max(hand[1] - 6, 2))
             )
-            _round_paint(cells, _ellipse(*spot, 1.6, 1.6), _glow(rng))
+            _round_paint(cells, _ellipse(spot[0], spot[1], 1.6, 1.6), _glow(rng))
     elif rng.random() < 0.6:
-        _round_paint(cells, _ellipse(*hand, 1.9, 1.9), second if rng.random() < 0.5 else steel)
+        _round_paint(
+            cells, _ellipse(hand[0], hand[1], 1.9, 1.9), second if rng.random() < 0.5 else steel
+        )
     view = "facing right" if sideways else "front view"
     return cells, [*words, *(word for word in head_words if rng.random() < 0.7), view]
 

@@ -41,7 +41,8 @@ def read(tmp_path):
 def test_one_prompt_a_line_in_order(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text(
-        "# mine\n\n  mega man,  blue robot \n\t# another comment\n洛克人, 藍色機器人\n   \nlast, no line end # here"
+        "# mine\n\n  mega man,  blue robot \n\t# another comment\n"
+        "洛克人, 藍色機器人\n   \nlast, no line end # here"
     )
     assert texts(path) == ["mega man, blue robot", "洛克人, 藍色機器人", "last, no line end # here"]
 
@@ -137,8 +138,8 @@ def test_kohya_options_behind_the_text(read):
 
 def test_a1111_options_quoted_as_in_a_shell(read):
     line = (
-        r'--prompt "a \"cat\", \(hat\)" --negative_prompt "low quality" --seed 1 --steps 20 --cfg_scale 7 '
-        "--width 512 --height 768"
+        r'--prompt "a \"cat\", \(hat\)" --negative_prompt "low quality" --seed 1 --steps 20 '
+        "--cfg_scale 7 --width 512 --height 768"
     )
     assert read(line) == ([Prompt(r'a "cat", \(hat\)', "low quality", 512, 768, 1, 7.0, 20)], [])
     assert read("--steps 2 --prompt a red robot --negative_prompt ''") == (

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def equal(one: Image.Image, other: Image.Image) -> bool:
 
 def alike(one: Image.Image, other: Image.Image) -> bool:
     """Equal but for float noise: no channel off by more than two steps of 255."""
-    extremes = ImageChops.difference(one, other).getextrema()
+    extremes: Any = ImageChops.difference(one, other).getextrema()
     return one.size == other.size and max(high for _, high in extremes) <= 2
 
 
@@ -124,7 +125,7 @@ def test_images_carry_their_settings(generate, tmp_path):
     generate(
         "--seed", 7, "--guidance_scale", 4, "--negative_prompt", "blurry, dark", "--compare", "base"
     )
-    text = Image.open(tmp_path / "out" / "megaman_000_00.png").text["parameters"]
+    text = Image.open(tmp_path / "out" / "megaman_000_00.png").info["parameters"]
     first, negative, last = text.split("\n")
     assert first == "a blue robot <lora:megaman_lora:1>"
     assert negative == "Negative prompt: blurry, dark"
@@ -135,7 +136,7 @@ def test_images_carry_their_settings(generate, tmp_path):
         "4",
         "64x64",
     )
-    base_text = Image.open(tmp_path / "out" / "megaman_000_00_base.png").text["parameters"]
+    base_text = Image.open(tmp_path / "out" / "megaman_000_00_base.png").info["parameters"]
     assert base_text.startswith("a blue robot\n")
 
 
@@ -145,13 +146,14 @@ def test_compare_draws_the_base_itself(generate, base_folder):
     pipe = StableDiffusionPipeline.from_pretrained(base_folder, dtype=torch.float32)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    wanted = pipe(
+    result: Any = pipe(
         "a blue robot",
         negative_prompt="blurry, low quality, distorted, deformed, ugly, bad anatomy",
         generator=torch.Generator().manual_seed(3),
         num_inference_steps=3,
         guidance_scale=5.0,
-    ).images[0]
+    )
+    wanted = result.images[0]
     assert alike(drawn["megaman_000_00_base.png"], wanted)
     assert not alike(drawn["megaman_000_00.png"], wanted)
 
@@ -170,7 +172,7 @@ def test_strengths(generate, tmp_path):
     assert alike(base, pair["megaman_000_00_base.png"]) and alike(full, pair["megaman_000_00.png"])
     assert not alike(half, base) and not alike(half, full)
     texts = [
-        Image.open(tmp_path / "out" / name).text["parameters"].split("\n")[0] for name in names[:3]
+        Image.open(tmp_path / "out" / name).info["parameters"].split("\n")[0] for name in names[:3]
     ]
     assert texts == [
         "a blue robot",
@@ -340,7 +342,7 @@ def test_a_checkpoint_a_file_and_several_loras(generate, plain, lora_path, base_
     halves = generate("--lora_path", f"{lora_path}:0.5", f"{kohya}:.5", output="halves")
     assert "strength 0.5" in generate.said
     assert alike(halves["megaman_000_00.png"], own)
-    text = Image.open(tmp_path / "halves" / "megaman_000_00.png").text["parameters"]
+    text = Image.open(tmp_path / "halves" / "megaman_000_00.png").info["parameters"]
     assert text.startswith("a blue robot <lora:megaman_lora:0.5> <lora:megaman_lora:0.5>\n")
     none = generate("--lora_path", f"{lora_path}:0", "--compare", "base", output="none")
     assert equal(none["megaman_000_00.png"], none["megaman_000_00_base.png"])
@@ -350,11 +352,8 @@ def test_a_checkpoint_a_file_and_several_loras(generate, plain, lora_path, base_
 def test_the_text_encoders_part_counts_and_compare_leaves_it_out(generate, base_folder, tmp_path):
     """A kohya file for the text encoder alone changes the image, but not the base's next to it."""
     layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
-    width, inner = (
-        load_base(str(base_folder), torch.float32)
-        .text_encoder.encoder.layers[0]
-        .mlp.fc1.weight.T.shape
-    )
+    text_encoder: Any = load_base(str(base_folder), torch.float32).text_encoder
+    width, inner = text_encoder.encoder.layers[0].mlp.fc1.weight.T.shape
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"{layer}.lora_down.weight": torch.randn(2, width, generator=generator),
@@ -367,11 +366,8 @@ def test_the_text_encoders_part_counts_and_compare_leaves_it_out(generate, base_
     none = generate("--lora_path", "words.safetensors:0", *flags, output="none")
     assert not alike(drawn["megaman_000_00.png"], drawn["megaman_000_00_base.png"])
     assert equal(drawn["megaman_000_00_base.png"], none["megaman_000_00.png"])
-    assert (
-        Image.open(tmp_path / "words" / "megaman_000_00.png")
-        .text["parameters"]
-        .startswith("a blue robot <lora:words:1>")
-    )
+    with Image.open(tmp_path / "words" / "megaman_000_00.png") as image:
+        assert image.info["parameters"].startswith("a blue robot <lora:words:1>")
 
 
 def test_a_long_prompt_is_used_whole_and_weights_count(generate):
@@ -406,7 +402,8 @@ def test_prompts_with_settings_of_their_own(generate, tmp_path):
     lines = [
         "a blue robot --n dark, red --w 72 --h 80 --d 9 --l 3 --s 2",
         "a blue robot --w 513",
-        '--prompt "a blue robot" --negative_prompt "dark, red" --width 72 --height 80 --seed 9 --cfg_scale 3 --steps 2',
+        '--prompt "a blue robot" --negative_prompt "dark, red" --width 72 --height 80'
+        " --seed 9 --cfg_scale 3 --steps 2",
         "a blue robot",
     ]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
@@ -438,7 +435,7 @@ def test_strength_sampler_and_clip_skip(generate, plain, lora_path, tmp_path):
     euler = generate("--scheduler", "Euler a", "--clip_skip", 2, output="euler")[
         "megaman_000_00.png"
     ]
-    text = Image.open(tmp_path / "euler" / "megaman_000_00.png").text["parameters"]
+    text = Image.open(tmp_path / "euler" / "megaman_000_00.png").info["parameters"]
     assert "Sampler: Euler a" in text and "Clip skip: 2" in text
     assert not alike(
         euler, generate("--scheduler", "k_euler_a", output="last")["megaman_000_00.png"]
@@ -453,7 +450,7 @@ def test_the_fused_lora_draws_what_the_unfused_draws(generate, tmp_path):
     unfused = generate("--compare", "base", output="unfused")["megaman_000_00.png"]
     assert alike(fused, unfused)
     records = [
-        json.loads(Image.open(tmp_path / name / "megaman_000_00.png").text["megaman"])
+        json.loads(Image.open(tmp_path / name / "megaman_000_00.png").info["megaman"])
         for name in ("fused", "unfused")
     ]
     assert [record["fused"] for record in records] == [True, False]
@@ -578,7 +575,7 @@ def test_two_runs_into_one_folder_lose_nothing(generate, monkeypatch, tmp_path, 
     pngs = list((tmp_path / "out").glob("*.png"))
     assert len(pngs) == 1 + bool(flags)
     assert all(
-        json.loads(Image.open(path).text["megaman"])["prompt"] == "a red cat" for path in pngs
+        json.loads(Image.open(path).info["megaman"])["prompt"] == "a red cat" for path in pngs
     )
 
 
@@ -671,7 +668,7 @@ def test_too_little_memory_while_drawing(generate, again, monkeypatch, tmp_path)
 
     fail_on(monkeypatch, UNet2DConditionModel, "forward", {2, 3})
     drawn = generate("--num_images_per_prompt", 4, "--batch_size", 4)
-    record = json.loads(Image.open(tmp_path / "out" / "megaman_000_03.png").text["megaman"])
+    record = json.loads(Image.open(tmp_path / "out" / "megaman_000_03.png").info["megaman"])
     assert len(drawn) == 4 and len(record["batch"]) == 1 and not record["vae_tiling"]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
