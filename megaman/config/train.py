@@ -517,7 +517,7 @@ def derived(values: Mapping[str, Any]) -> dict[str, Any]:
         text_encoder_lr = values["learning_rate"]
     if keep_tokens is None:  # shuffling must not move the trigger word by accident
         trigger_word = affixes["trigger_word"]
-        keep_tokens = trigger_word.count(",") + 1 if trigger_word else 0
+        keep_tokens = sum(map(trigger_word.count, ",，、")) + 1 if trigger_word else 0
     return {**affixes, "text_encoder_lr": text_encoder_lr, "keep_tokens": keep_tokens}
 
 

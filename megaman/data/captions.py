@@ -34,7 +34,16 @@ LEGACY = {"cp1252": "Windows-1252", "cp932": "Shift-JIS", "cp950": "Big5"}
 
 # Words that are wrong for a mirrored image: "right_arm" and "left-handed" count, "bright" does not.
 SIDES = re.compile(r"(?<![a-z])(left|right)(?![a-z])|[左右]", re.IGNORECASE)
+# Scripts without spaces between words, and Korean, which joins its particles to the words: Thai to
+# Myanmar, Hangul, Khmer, radicals, kana and signs, Han, Yi, Hangul, compatibility forms, kana, Han.
+UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf"
+    "\u2e80-\u2fdf\u3005-\u9fff\ua000-\ua4cf\ua960-\ua97f\uaa60-\uaa7f\uac00-\ud7ff"
+    "\uf900-\ufaff\uff65-\uffdc\U00016fe0-\U0001b2ff\U00020000-\U0003ffff]"
+)
 WESTERN = "’‘“”„…–—«»¿¡©®°€™½"  # punctuation of Western text
+
+TAG_SEPARATOR = re.compile("[,，、]")  # the last two in East Asian writing
 
 # Captions that are sentences give as many tags as images, and the header is read at every start.
 MAX_TAGS = 2000
@@ -227,8 +236,35 @@ def caption_from_name(image: Path) -> str:
 
 
 def contains(caption: str, words: str) -> bool:
-    """Whether the caption contains the words as whole words, ignoring case."""
-    return bool(re.search(rf"(?<!\w){re.escape(words.casefold())}(?!\w)", caption.casefold()))
+    """Whether the caption contains the words as whole words, ignoring case and width.
+
+    Where a script puts spaces between its words, a letter next to the words makes them part of a
+    longer one ("mega" in "megaton"). Where it does not (`UNSPACED`), what stands next to them means
+    nothing.
+    """
+    text, wanted = (unicodedata.normalize("NFKC", part).casefold() for part in (caption, words))
+    start = text.find(wanted)
+    while start >= 0:
+        end = start + len(wanted)
+        if not (_is_joined(text, start) or _is_joined(text, end)):
+            return True
+        start = text.find(wanted, start + 1)
+    return False
+
+
+def _is_joined(text: str, index: int) -> bool:
+    """Whether the characters before and at the index belong to one word."""
+    pair = text[max(index - 1, 0) : index + 1]
+    return 0 < index < len(text) and all(_is_word_letter(character) for character in pair)
+
+
+def _is_word_letter(character: str) -> bool:
+    """Whether it is a letter, digit, accent or _ of a script with spaces between its words."""
+    if UNSPACED.match(character):
+        return False
+    return (
+        character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
+    )
 
 
 def add_affixes(caption: str, trigger: str = "", prefix: str = "", suffix: str = "") -> str:
@@ -257,7 +293,7 @@ class CaptionAugmentation(NamedTuple):
             return ""
         if not self.shuffle_caption and not self.caption_tag_dropout_rate:
             return caption
-        tags = [tag.strip() for tag in caption.split(",")]
+        tags = [tag.strip() for tag in TAG_SEPARATOR.split(caption)]
         kept, others = tags[: self.keep_tokens], tags[self.keep_tokens :]
         if self.shuffle_caption:
             rng.shuffle(others)
@@ -268,7 +304,7 @@ class CaptionAugmentation(NamedTuple):
 
 def split_tags(caption: str) -> list[str]:
     """The parts of a caption between its commas, without those that are blank."""
-    return [tag for part in caption.split(",") if (tag := part.strip())]
+    return [tag for part in TAG_SEPARATOR.split(caption) if (tag := part.strip())]
 
 
 def count_tags(captions: Sequence[str]) -> Counter[str]:
@@ -282,6 +318,6 @@ def count_tags(captions: Sequence[str]) -> Counter[str]:
 def trigger_words(captions: Sequence[str]) -> str:
     """The words that call the character: the tag that more than half of the captions begin with, ""
     if there is none."""
-    first_tags = Counter(caption.split(",")[0].strip() for caption in captions)
+    first_tags = Counter(TAG_SEPARATOR.split(caption, 1)[0].strip() for caption in captions)
     words, count = first_tags.most_common(1)[0] if first_tags else ("", 0)
     return words if 2 * count > len(captions) else ""

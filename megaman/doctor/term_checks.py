@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+from megaman.data.captions import UNSPACED, split_tags
 from megaman.doctor.findings import CheckedImage, Finding, plural, shorten
 
 # Words: if the parts of a caption have at least so many (the median), they are sentences, not tags.
@@ -119,7 +120,7 @@ def split_terms(captions: Sequence[str]) -> tuple[str, list[list[str]]]:
 
 
 def _tags_of(caption: str) -> list[str]:
-    return [" ".join(part.split()) for part in caption.split(",") if part.strip()]
+    return [" ".join(tag.split()) for tag in split_tags(caption)]
 
 
 def _without_stop_words(words: Iterable[str]) -> list[str]:
@@ -144,11 +145,12 @@ def likely_typos(captions: Iterable[str]) -> dict[str, str]:
     one: antena, antenna.
 
     Two words are one letter apart if dropping one letter of either makes them equal, or swapping
-    two neighbors.
+    two neighbors. Writing without spaces has no words to compare.
     """
     counts: Counter[str] = Counter()
     for caption in captions:
-        counts.update({word for word in words_of(caption) if len(word) >= MIN_TYPO_LENGTH})
+        words = {word for word in words_of(caption) if len(word) >= MIN_TYPO_LENGTH}
+        counts.update(word for word in words if not UNSPACED.search(word))
     frequent_by_form: dict[str, set[str]] = defaultdict(set)
     for word, count in counts.items():
         if count >= MIN_FREQUENCY:

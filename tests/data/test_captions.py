@@ -4,6 +4,7 @@ is none."""
 from __future__ import annotations
 
 import os
+import random
 import unicodedata
 from pathlib import Path
 
@@ -16,11 +17,16 @@ from megaman.data.captions import (
     JOINERS,
     MAX_FILE_SIZE,
     Caption,
+    CaptionAugmentation,
+    add_affixes,
     caption_for,
     caption_from_name,
+    contains,
     decode,
     names_a_side,
+    split_tags,
     tidy,
+    trigger_words,
 )
 
 
@@ -289,3 +295,56 @@ def test_the_largest_caption_is_taken_whole(tmp_path):
 )
 def test_captions_that_name_a_side(caption, is_sided):
     assert names_a_side(caption) == is_sided
+
+
+@pytest.mark.parametrize(
+    ("caption", "trigger"),
+    [
+        ("藍色的洛克人, 站立", "洛克人"),
+        ("洛克人在跑步", "洛克人"),
+        ("青いロックマンが走る", "ロックマン"),
+        ("ロックマン10号、青い", "ロックマン"),
+        ("ﾛｯｸﾏﾝが走る", "ロックマン"),
+        ("록맨이 달린다", "록맨"),
+        ("หุ่นยนต์สีฟ้า", "สีฟ้า"),
+        ("volto在跑步", "volto"),
+        ("青いvoltoが走る", "volto"),
+        ("ＶＯＬＴＯ，站立", "volto"),
+        ("洛克人X跑步", "x"),
+        ("xvolto, volto", "volto"),
+    ],
+)
+def test_writing_without_spaces_contains_its_words(caption, trigger):
+    assert contains(caption, trigger)
+    assert add_affixes(caption, trigger) == caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "trigger"),
+    [
+        ("megaton", "mega"),
+        ("voltò", "volto"),
+        ("volto\u0301", "volto"),
+        ("volto_2", "volto"),
+        ("синие роботы", "робот"),
+        ("नीला", "नील"),
+        ("在megaton旁", "mega"),
+        ("藍色的機器人", "洛克人"),
+    ],
+)
+def test_a_part_of_a_longer_word_is_another_word(caption, trigger):
+    assert not contains(caption, trigger)
+    assert add_affixes(caption, trigger) == f"{trigger}, {caption}"
+
+
+def test_east_asian_commas_separate_tags():
+    captions = ["洛克人，站立", "洛克人、跑步", "洛克人, 跳躍"]
+    assert [split_tags(caption) for caption in captions] == [
+        ["洛克人", "站立"],
+        ["洛克人", "跑步"],
+        ["洛克人", "跳躍"],
+    ]
+    assert trigger_words(captions) == "洛克人"
+    shuffled = CaptionAugmentation(shuffle_caption=True, keep_tokens=1)
+    results = {shuffled.apply("洛克人，站立，藍色", random.Random(seed)) for seed in range(9)}
+    assert results == {"洛克人, 站立, 藍色", "洛克人, 藍色, 站立"}

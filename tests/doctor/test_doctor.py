@@ -630,3 +630,11 @@ def test_the_folder_itself_is_left_as_it_was(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     write_report(tmp_path / "out", look_at(folder))
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_writing_without_spaces_has_its_trigger_word_and_no_typos(folder):
+    captions = ["青いロボットが走る"] * 5 + ["青いロボットがが走る"]
+    for path, caption in zip(sorted(folder.glob("*.txt")), captions, strict=True):
+        path.write_text(caption, encoding="utf-8")
+    found = kinds(look_at(folder, trigger="ロボット"))
+    assert not found.keys() & {"no_trigger", "slips"}
