@@ -28,6 +28,7 @@ from megaman.config.values import (
 
 DEFAULT_NEGATIVE_PROMPT = "blurry, low quality, distorted, deformed, ugly, bad anatomy"
 DEMO_GENERATION: dict[str, Any] = {
+    "base_model": str(DEMO / "base"),  # a LoRA in a single file does not name its base
     "lora_path": ["./megaman_demo_output/lora_weights"],
     "output_dir": "./generated_demo",
     "prompts_file": str(DEMO / "prompts.txt"),

@@ -28,7 +28,7 @@ from torch import nn
 
 from megaman.errors import UserError
 from megaman.lora.adapter import ADAPTER, get_lora_config
-from megaman.lora.peft_config import MAX_ALPHA
+from megaman.lora.peft_config import KOHYA_WEIGHTS, MAX_ALPHA
 from megaman.models.identify import DOWN, KEY, OTHER_ADAPTERS, foreign_base
 
 REMEDY = "Name a LoRA that was trained on Stable Diffusion 1.x"
@@ -40,7 +40,7 @@ PREFIXES = {
     "text_encoder.": "text_encoder",
 }
 
-WEIGHTS = "megaman_lora.safetensors"
+WEIGHTS = KOHYA_WEIGHTS
 # A1111 and ComfyUI need text_model in the names of the text encoder's layers, which transformers 5
 # dropped.
 KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}

@@ -14,6 +14,7 @@ from megaman.safe_loading import conversion, refuse_pickle
 
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA_WEIGHTS = "megaman_lora.safetensors"
 # The keys that are used. PEFT has others by which it would import and download what they name.
 KEYS = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
 MAX_RANK, MAX_ALPHA = 4096, 65536
@@ -68,14 +69,26 @@ def find(path: Path) -> Path:
     return files[0] if files else path
 
 
-def base_of(folder: Path) -> str | None:
-    """The name of the base that the LoRA was trained on, if its folder has one; None for a file.
+def require(path: Path) -> None:
+    """Raise UserError if there is no LoRA at a path, without reading its tensors."""
+    found = find(path)
+    if not found.is_file():
+        read(found)
 
+
+def base_of(path: Path) -> str | None:
+    """The name of the base that the LoRA was trained on, if its folder has one.
+
+    For one of the files that training writes it is that of its folder; None for other files.
     Raises UserError if there is no LoRA, or if the base, which a stranger may have named, is
     neither on this machine nor a name on the hub.
     """
-    if find(folder).is_file():
-        return None
+    found = find(path)
+    folder = found.parent if found.is_file() else found
+    if found.is_file():
+        is_ours = found.name in (KOHYA_WEIGHTS, DIFFUSERS_WEIGHTS)
+        if not is_ours or not (folder / PEFT_CONFIG).is_file():
+            return None
     name = read(folder).get("base_model_name_or_path")
     if name in (None, ""):
         return None

@@ -14,7 +14,7 @@ from megaman.config.generate import GenerateConfig
 from megaman.errors import UserError
 from megaman.files import split_strength
 from megaman.hub import DEFAULT_BASE, is_base
-from megaman.lora.peft_config import base_of
+from megaman.lora import peft_config
 from megaman.sampling import records
 from megaman.sampling.jobs import Job, LoraVariant, make_jobs, make_variants
 from megaman.sampling.prompts import Prompt, PromptSettings
@@ -57,7 +57,9 @@ class GenerationPlan:
     ) -> GenerationPlan:
         """The plan of a command line, with its prompts and its LoRAs, each with a strength."""
         comparison = config.comparison
-        bases = filter(None, (base_of(path) for path, _ in loras))
+        for path, _ in loras:
+            peft_config.require(path)
+        bases = filter(None, (peft_config.base_of(path) for path, _ in loras))
         scale = 1.0 if comparison.lora_scale is None else comparison.lora_scale
         one_by_one = bool(comparison.checkpoints)
         variants = make_variants(loras, comparison.lora_scales or [scale], one_by_one)

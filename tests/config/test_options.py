@@ -275,7 +275,7 @@ def test_the_demos_settings_are_options_and_its_inputs_exist():
     }
     assert (Path(DEMO_TRAINING["data_dir"])).is_dir()
     assert Path(DEMO_GENERATION["prompts_file"]).is_file()
-    assert "base_model" not in DEMO_GENERATION, "the LoRA's folder names it"
+    assert DEMO_GENERATION["base_model"] == DEMO_TRAINING["pretrained_model_name"]
     assert Path(*DEMO_GENERATION["lora_path"]) == Path(DEMO_TRAINING["output_dir"], "lora_weights")
     assert DEMO_GENERATION["compare"] == "base"
 
