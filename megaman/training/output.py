@@ -3,11 +3,13 @@ replaced. Read before torch is loaded."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,9 +181,7 @@ def choose_log_dir(saved: str | None, logging_dir: str, output_dir: Path) -> Pat
     if saved and is_inside(saved, logging_dir):
         return Path(saved)
     name = f"{safe_name(output_dir.resolve().name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    candidates = [Path(logging_dir) / name]
-    candidates += [Path(logging_dir) / f"{name}-{number}" for number in range(2, 100)]
-    return next(path for path in candidates if not path.exists())
+    return _unused(Path(logging_dir) / name)
 
 
 def save_somewhere(preferred: Path, save: Callable[[Path], object]) -> tuple[Path, str]:
@@ -189,10 +189,8 @@ def save_somewhere(preferred: Path, save: Callable[[Path], object]) -> tuple[Pat
 
     Returns the folder and the reason if it is another one. Raises UserError if nothing works.
     """
-    rescue = f"megaman_lora_rescued_{time.strftime('%Y%m%d-%H%M%S')}"
-    others = [parent / rescue for parent in (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))]
     reason = ""
-    for folder in (preferred, *others):
+    for folder in _places(preferred):
         try:
             save(folder)
             return folder, reason
@@ -202,3 +200,26 @@ def save_somewhere(preferred: Path, save: Callable[[Path], object]) -> tuple[Pat
         f"The LoRA can be saved neither in {preferred} nor elsewhere ({reason})",
         "Free some space and add --resume_from_checkpoint latest",
     )
+
+
+def _places(preferred: Path) -> Iterator[Path]:
+    """The preferred folder, then a new one in each place that there is and that can be written.
+
+    A place is only looked for when it is needed: a container may have no home folder, the current
+    folder may have been deleted, and the system may have no folder for temporary files.
+    """
+    yield preferred
+    name = f"megaman_lora_rescued_{time.strftime('%Y%m%d-%H%M%S')}"
+    for find_place in (Path.cwd, Path.home, tempfile.gettempdir):
+        try:
+            place = Path(find_place())
+        except (OSError, RuntimeError):  # Path.home raises RuntimeError
+            continue
+        if place.is_absolute() and os.path.isdir(place):
+            yield _unused(place / name)
+
+
+def _unused(folder: Path) -> Path:
+    """The folder itself or, if another run has just made it, one with a number."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not os.path.lexists(path))

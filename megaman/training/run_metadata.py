@@ -165,7 +165,7 @@ def thumbnail(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
             small = image.convert("RGB")
-    except (OSError, ValueError):
+    except (OSError, ValueError, SyntaxError):  # the last is Pillow's, for a broken PNG
         return None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = io.BytesIO()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -99,7 +100,8 @@ class TrainingLog:
         """Flush and close the file."""
         self.flush()
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError, RuntimeError):  # a run is never lost for its curves
+                self._writer.close()
 
 
 def open_training_log(folder: Path, purge_step: int | None) -> TrainingLog:
