@@ -23,6 +23,7 @@ LEAVES = ["version", "errors", "schema", "files", "threads", "safe_loading", "hu
 LIGHT_PACKAGES = {"config", "pages", "doctor"}
 LIGHT_MODULES = {
     "data.images",
+    "data.png_chunks",
     "data.captions",
     "data.metadata_files",
     "data.folders",

@@ -9,9 +9,11 @@ import stat
 import struct
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from megaman.data.png_chunks import SIGNATURE, essential_png
 
 if TYPE_CHECKING:  # torch is imported when an image becomes a tensor: counting must not wait for it
     import torch
@@ -39,6 +41,16 @@ OTHER_SIGNATURES = {b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"ftyp":
 # What Pillow raises for damaged images and for odd metadata in good ones.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error)
 ORIENTATION = 0x0112  # EXIF tag
+# What undoes an orientation (EXIF 2.3); 1 is upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 JUNCTION = 0xA0000003  # Windows' IO_REPARSE_TAG_MOUNT_POINT
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
@@ -138,7 +150,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     with _open(path) as image:
         width, height = image.size
-        if _is_rotated(image):
+        if _orientation(image) in (5, 6, 7, 8):
             width, height = height, width
     short, long = sorted((width, height))
     if short < MIN_SIDE:
@@ -151,15 +163,15 @@ def image_size(path: Path) -> tuple[int, int]:
     return width, height
 
 
-def _is_rotated(image: Image.Image) -> bool:
-    """Whether the EXIF orientation swaps width and height (5 to 8). EXIF outside of the header does
-    not count, because Pillow would decode a whole PNG to find it."""
+def _orientation(image: Image.Image) -> Any:
+    """The EXIF orientation; 1, which is upright, if it is missing or cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about odd EXIF
-            return "exif" in image.info and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            # Not PngImageFile.getexif, which would decode the image to look behind its pixels.
+            return Image.Image.getexif(image).get(ORIENTATION, 1)
     except DAMAGE:
-        return False
+        return 1
 
 
 def open_image(path: Path, min_side: int | None = None) -> Image.Image:
@@ -171,17 +183,20 @@ def open_image(path: Path, min_side: int | None = None) -> Image.Image:
 
     Raises BadImageError if it cannot be read.
     """
-    with _open(path) as image, warnings.catch_warnings():
+    with _open(path, with_pixels=True) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
             if min_side:
                 image.draft(None, (min_side, min_side))
-            return _flatten(ImageOps.exif_transpose(image))
+            image.load()
+            method = UPRIGHT.get(_orientation(image))
+            return _flatten(image if method is None else image.transpose(method))
         except DAMAGE as error:
             raise BadImageError(_reason(error)) from None
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, with_pixels: bool = False) -> Image.Image:
+    """Open an image; without with_pixels, of a PNG the header alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -191,6 +206,9 @@ def _open(path: Path) -> Image.Image:
                 raise BadImageError("not a file")  # reading a pipe could block forever
             if status.st_size == 0:
                 raise BadImageError("empty, 0 bytes")
+            with open(path, "rb") as file:
+                if file.read(len(SIGNATURE)) == SIGNATURE:
+                    return _open_png(file, with_pixels)
             return Image.open(path, formats=FORMATS)
         except UnidentifiedImageError:
             raise BadImageError(_identify(path)) from None
@@ -198,6 +216,21 @@ def _open(path: Path) -> Image.Image:
             raise BadImageError("too many pixels to be opened safely") from None
         except DAMAGE as error:
             raise BadImageError(_reason(error)) from None
+
+
+def _open_png(file: BinaryIO, with_pixels: bool) -> Image.Image:
+    """A PNG from an open file, by what its pixels need alone; its number of pixels is checked
+    before they are read."""
+    with_metadata = True
+    try:
+        header = Image.open(essential_png(file, with_pixels=False), formats=["PNG"])
+    except DAMAGE:
+        with_metadata = False
+        content = essential_png(file, with_pixels=False, with_metadata=False)
+        header = Image.open(content, formats=["PNG"])
+    if not with_pixels:
+        return header
+    return Image.open(essential_png(file, with_pixels=True, with_metadata=with_metadata))
 
 
 def _reason(error: Exception) -> str:

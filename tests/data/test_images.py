@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import os
 import random
+import zlib
 from itertools import product
 from pathlib import Path
 
 import pytest
+import rotten
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFile
 
+from megaman.data.dataset import MegaManDataset
 from megaman.data.images import (
     MIN_SIDE,
     BadImageError,
@@ -22,6 +26,7 @@ from megaman.data.images import (
     image_size,
     natural_key,
     open_image,
+    to_tensor,
 )
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -518,3 +523,100 @@ def test_shrinking_averages():
         (128, 128, 128),
         1,
     )
+
+
+def with_chunks(content: bytes, *chunks: bytes, behind: bool = False) -> bytes:
+    """A PNG with more chunks before or behind its pixels."""
+    place = content.index(b"IEND") - 4 if behind else content.index(b"IDAT") - 4
+    return content[:place] + b"".join(chunks) + content[place:]
+
+
+def wrong_checksum(kind: bytes, content: bytes) -> bytes:
+    return rotten.chunk(kind, content)[:-1] + b"!"
+
+
+PNG_CONTENT = encoded("PNG", quarters())
+WORKFLOW = zlib.compress(b"1234567890," * 150_000)
+ANCILLARY = {
+    "compressed text": with_chunks(PNG_CONTENT, rotten.chunk(b"zTXt", b"workflow\0\0" + WORKFLOW)),
+    "international text": with_chunks(
+        PNG_CONTENT, rotten.chunk(b"iTXt", b"workflow\0\1\0\0\0" + WORKFLOW)
+    ),
+    "plain text": with_chunks(PNG_CONTENT, rotten.chunk(b"tEXt", b"prompt\0" + b"x" * 70_000_000)),
+    "much text": with_chunks(
+        PNG_CONTENT, *[rotten.chunk(b"tEXt", b"prompt\0" + b"x" * 900_000)] * 80
+    ),
+    "no text": with_chunks(PNG_CONTENT, rotten.chunk(b"zTXt", b"workflow\0\0no zlib")),
+    "text behind": with_chunks(
+        PNG_CONTENT, rotten.chunk(b"zTXt", b"workflow\0\0" + WORKFLOW), behind=True
+    ),
+    "checksum": with_chunks(PNG_CONTENT, wrong_checksum(b"tEXt", b"a\0b")),
+    "profile": with_chunks(PNG_CONTENT, rotten.chunk(b"iCCP", b"ICC\0\0" + WORKFLOW)),
+    "short profile": with_chunks(PNG_CONTENT, rotten.chunk(b"iCCP", b"")),
+    "short size": with_chunks(PNG_CONTENT, rotten.chunk(b"pHYs", b"\0")),
+    "short gamma": with_chunks(PNG_CONTENT, rotten.chunk(b"gAMA", b"\0")),
+    "short color": with_chunks(
+        PNG_CONTENT, rotten.chunk(b"cHRM", b"\0"), rotten.chunk(b"sRGB", b"")
+    ),
+    "short transparency": with_chunks(PNG_CONTENT, rotten.chunk(b"tRNS", b"\0")),
+    "animation": with_chunks(PNG_CONTENT, rotten.chunk(b"acTL", b"\0"), rotten.chunk(b"fcTL", b"")),
+    "exif": with_chunks(PNG_CONTENT, rotten.chunk(b"eXIf", b"no exif")),
+    "exif checksum": with_chunks(PNG_CONTENT, wrong_checksum(b"eXIf", b"MM\0*\0\0\0\x08\0\0")),
+    "old exif": with_chunks(
+        PNG_CONTENT, rotten.chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 3\nzz")
+    ),
+    "large xmp": with_chunks(
+        PNG_CONTENT, rotten.chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + WORKFLOW)
+    ),
+    "no end": PNG_CONTENT[:-12],
+    "half an end": PNG_CONTENT[:-6],
+    "something behind": with_chunks(PNG_CONTENT, b"\0" * 50, behind=True),
+}
+
+
+@pytest.mark.parametrize("name", ANCILLARY)
+def test_the_pixels_of_a_png_are_read_whatever_is_next_to_them(tmp_path, name):
+    path = tmp_path / "a.png"
+    path.write_bytes(ANCILLARY[name])
+    assert image_size(path) == (40, 24)
+    assert open_image(path).tobytes() == quarters().tobytes()
+
+
+def test_the_exif_of_a_jpeg_or_webp_cannot_keep_its_pixels_from_being_read(tmp_path):
+    for kind in ("JPEG", "WEBP"):
+        for exif in (b"Exif\0\0no exif", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"):
+            path = tmp_path / f"a.{kind.lower()}"
+            path.write_bytes(encoded(kind, quarters(), exif=exif))
+            assert image_size(path) == open_image(path).size == (40, 24)
+
+
+def turned_png(*, behind: bool, kind: str = "eXIf") -> bytes:
+    """The quarters lying on their side, with the orientation before or behind the pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = rotten.chunk(b"eXIf", content)
+    if kind == "zTXt":
+        text = f"\nexif\n{len(content) + 6:8}\n{(b'Exif' + bytes(2) + content).hex()}\n".encode()
+        chunk = rotten.chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text))
+    if kind == "iTXt":
+        text = b'<x:xmpmeta><a tiff:Orientation="6"/></x:xmpmeta>'
+        chunk = rotten.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + text)
+    lying = quarters().transpose(Image.Transpose.ROTATE_90)
+    return with_chunks(encoded("PNG", lying), chunk, behind=behind)
+
+
+@pytest.mark.parametrize("kind", ["eXIf", "zTXt", "iTXt"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_orientation_of_a_png_counts_wherever_it_stands(tmp_path, kind, behind):
+    path = tmp_path / "a.png"
+    path.write_bytes(turned_png(behind=behind, kind=kind))
+    assert image_size(path) == (40, 24)
+    assert open_image(path).tobytes() == quarters().tobytes()
+    dataset = MegaManDataset(tmp_path, None, 16, center_crop=False)
+    crops = dataset.get_crops(0, 8, False, seed=0)
+    assert len(crops) > 1
+    opened = dataset.load_crops(0, crops)
+    for crop, pixels in zip(crops, opened, strict=True):
+        expected = to_tensor(crop_and_resize(quarters(), crop.box, crop.size))
+        assert torch.equal(pixels, expected), "the random crop, not the middle one"

@@ -81,6 +81,8 @@ def good_contents() -> dict[str, bytes]:
     sideways[0x0112] = 6
     frames = [picture(seed) for seed in (2, 3, 4)]
     animated = {"save_all": True, "append_images": frames[1:], "duration": 80}
+    inflated = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100 * 2**20)))
+    small_rows = (b"\0" + bytes(32)) * 32
     deep_rows = b"".join(b"\0" + random.Random(row).randbytes(6 * 32) for row in range(32))
     names = [
         "with spaces in it",
@@ -98,6 +100,7 @@ def good_contents() -> dict[str, bytes]:
         "progressive.jpeg": encoded(picture(6), "JPEG", progressive=True),
         "sixteen_bit_gray.png": encoded(Image.new("I;16", (40, 40), 40_000), "PNG"),
         "sixteen_bit_color.png": png(32, 32, 16, 2, deep_rows),
+        "bomb_of_text.png": png(32, 32, 8, 0, small_rows, inflated),
         "gray_alpha.png": encoded(picture(7, mode="LA"), "PNG"),
         "one_bit.bmp": encoded(picture(8, mode="1"), "BMP"),
         "exif_rotated.jpg": encoded(picture(9, (64, 48)), "JPEG", exif=sideways),
@@ -120,8 +123,6 @@ def bad_contents() -> dict[str, tuple[bytes, str]]:
     frames = {"save_all": True, "append_images": [picture(1)]}
     pixels = encoded(picture(2), "PNG")
     rows = (b"\0" + bytes(15_000 // 8)) * 15_000
-    inflated = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100 * 2**20)))
-    small_rows = (b"\0" + bytes(32)) * 32
     return {
         "zero_bytes.png": (b"", "empty"),
         "text.png": (b"this is no picture", "not an image"),
@@ -146,7 +147,6 @@ def bad_contents() -> dict[str, tuple[bytes, str]]:
             "one side more than 10 times the other",
         ),
         "bomb.png": (png(15_000, 15_000, 1, 0, rows), "too many pixels"),
-        "bomb_of_text.png": (png(32, 32, 8, 0, small_rows, inflated), "damaged"),
         "kaputt äöü.png": (b"", "empty"),
         "broken 🤖👩‍🚀.png": (b"", "empty"),
         "مكسور.png": (b"", "empty"),
