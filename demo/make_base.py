@@ -34,6 +34,8 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from megaman.files import share
+
 # Stable Diffusion 1.5's; the statistics of our latents are folded into the quant convolutions
 SCALING_FACTOR = 0.18215
 # Stable Diffusion has 4: too few for two clashing colours in one latent cell (docs/lab-notes.md)
@@ -501,6 +503,8 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, work: Path) -> None:
     card."""
     half = pipeline.to(torch.float16)
     half.save_pretrained(folder, safe_serialization=True)
+    for weights in folder.rglob("*.safetensors"):
+        share(weights)
     text_config = (
         folder / "text_encoder" / "config.json"
     )  # transformers would load in the dtype that stands there

@@ -1,4 +1,4 @@
-"""Atomic writes: to a temporary name, flushed to the disk, then renamed.
+"""Atomic writes: to a temporary name, with the umask's mode, flushed to the disk, then renamed.
 
 Also the names of files and folders (what Windows refuses, which path lies inside which), and stamps
 and digests that show whether a file has changed.
@@ -6,13 +6,14 @@ and digests that show whether a file has changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -28,13 +29,14 @@ FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 MAX_NAME_LENGTH = 50  # characters, with more to be added: file systems allow 255 bytes
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to the real one; on success it replaces the real one at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
     try:
         yield temporary
+        share(temporary)
         _flush(temporary)
         os.replace(temporary, path)
         _flush_names(path.parent)
@@ -42,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; on success it replaces the real one, if there is one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,8 +89,28 @@ def _flush_tree(folder: Path) -> None:
         if path.is_dir():
             _flush_names(path)
         else:
+            share(path)
             _flush(path)
     _flush_names(folder)
+
+
+def share(path: Path) -> None:
+    """Give a file that only its owner can read, as safetensors and temporary files are made, the
+    mode of every new file here.
+
+    That mode depends on the umask and on the folder's access lists, so a file is made to see it:
+    reading the umask means changing it for all threads.
+    """
+    if os.name != "posix" or stat.S_IMODE(path.stat().st_mode) & 0o077:
+        return
+    sample = path.with_name(f"{path.name}.mode{ASIDE}")
+    # Some network drives refuse to change modes, which is no reason to lose the file.
+    with contextlib.suppress(OSError):
+        try:
+            sample.touch()
+            path.chmod(stat.S_IMODE(sample.stat().st_mode))
+        finally:
+            sample.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -60,6 +60,8 @@ def _open_or_replace(folder: Path) -> sqlite3.Connection | None:
 
 
 def _open(path: Path) -> sqlite3.Connection:
+    with contextlib.suppress(OSError):
+        path.touch()  # SQLite itself would keep others from writing it, whatever the umask says
     table = sqlite3.connect(path, timeout=TIMEOUT)
     with table:
         table.execute(
