@@ -51,6 +51,7 @@ NO_TORCH = [
     "models.configs",
     "data.problems",
     "data.images",
+    "data.png_chunks",
     "data.captions",
     "data.metadata_files",
     "data.folders",

@@ -58,7 +58,8 @@ class MegaManDataset:
     image raises BadImageError. The constructor raises UserError if data_dir is not a folder.
 
     examples has the images with all that is known about them. skipped has every file that is not
-    used, with the reason; metadata_warnings has what could not be used of metadata files.
+    used, with the reason, and sorted_out those of them that the folder's layout excludes on
+    purpose; metadata_warnings has what could not be used of metadata files.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class MegaManDataset:
         layout = read_layout(self.data_dir, config)
         self.examples: list[Example] = layout.examples
         self.skipped: dict[Path, str] = layout.skipped
+        self.sorted_out: dict[Path, str] = layout.sorted_out
         self.metadata_warnings: list[tuple[Path, str]] = layout.metadata_warnings
 
     def __len__(self) -> int:
@@ -275,15 +277,22 @@ class MegaManDataset:
         upright: dict[tuple[Box, Size], torch.Tensor] = {}
         for box, size, _ in crops:
             if (box, size) not in upright:
-                inner = box
-                if box[2] > image.width or box[3] > image.height:
-                    # The orientation is not in the header: the sides are swapped.
-                    inner = crop_boxes(*image.size, count=1, rng=None, shape=size)[0]
+                inner = self._box_in(image.size, index, box)
                 upright[box, size] = to_tensor(crop_and_resize(image, inner, size))
         return [
             upright[box, size].flip(-1) if mirrored else upright[box, size]
             for box, size, mirrored in crops
         ]
+
+    def _box_in(self, decoded: Size, index: int, box: Box) -> tuple[float, float, float, float]:
+        """The box in the decoded image, which may be smaller than the header says."""
+        if box[2] <= decoded[0] and box[3] <= decoded[1]:
+            return box
+        info = self.examples[index].info
+        width, height = info.size if info else image_size(self.examples[index].image)
+        x, y = decoded[0] / width, decoded[1] / height
+        right, bottom = min(box[2] * x, decoded[0]), min(box[3] * y, decoded[1])
+        return box[0] * x, box[1] * y, right, bottom
 
     def _target_size(self, width: int, height: int) -> Size:
         return self.buckets.size_for(width, height) if self.buckets else (self.size, self.size)

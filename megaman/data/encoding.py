@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megaman.data.dataset import Crop, MegaManDataset
 
 MAX_SHARDS = 4096  # per run: each stays mapped, and a system allows some ten thousand mappings
-VERSION = 1  # of decoding and scaling: another version gives other latents
+VERSION = 2  # of decoding and scaling: another version gives other latents
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # passes the items on and shows a bar
 

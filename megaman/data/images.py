@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from megaman.data.png_chunks import SIGNATURE, essential_png
 
@@ -20,24 +20,40 @@ if TYPE_CHECKING:  # torch is imported when an image becomes a tensor: counting 
 
 # Whatever a file's name says, no other formats, such as EPS, are tried.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-# Reported, so that nobody expects them to be used, but not read.
-OTHER_SUFFIXES = {
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".heic",
-    ".heif",
-    ".jxl",
-    ".jp2",
-    ".jfif",
-    ".tga",
+# Files named so are images, also if they are empty or damaged; any other file whose content begins
+# like one is read too.
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi"),
+    *(".png", ".apng", ".bmp", ".dib", ".webp"),
 }
+# Reported, so that nobody expects them to be used, but not read.
+OTHER_SUFFIXES = {".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga"}
+# Copies of images under these names are reported: a backup would be trained on twice.
+BACKUP_SUFFIXES = {".bak", ".old", ".orig", ".tmp", ".part", ".download", ".crdownload"}
+# Files of training sets that are no images; they are not opened if an image has their stem.
+TEXT_SUFFIXES = {".txt", ".caption"}
 MIN_SIDE = 16  # there is nothing to learn from smaller images
 MAX_ASPECT_RATIO = 10  # of anything longer, a square shows less than a tenth
-OUR_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM")
-OTHER_SIGNATURES = {b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"ftyp": "HEIC or AVIF"}
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+OUR_SIGNATURES = (b"\x89PNG", JPEG_SIGNATURE, b"RIFF", b"BM")
+OTHER_SIGNATURES = {
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"ftyp": "HEIC or AVIF",
+    b"8BPS": "Photoshop",
+    b"\xff\x0a": "JPEG XL",
+    b"JXL ": "JPEG XL",
+    b"jP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\x76\x2f\x31\x01": "OpenEXR",
+    b"qoif": "QOI",
+    b"IIU\0": "raw photo",
+    b"IIRO": "raw photo",
+}
+# What stands behind ftyp; videos have other brands.
+BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis", b"crx "}
+BMP_HEADERS = {12, 16, 40, 52, 56, 64, 108, 124}  # bytes of the header behind the file header
 # What Pillow raises for damaged images and for odd metadata in good ones.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error)
 ORIENTATION = 0x0112  # EXIF tag
@@ -52,6 +68,9 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 JUNCTION = 0xA0000003  # Windows' IO_REPARSE_TAG_MOUNT_POINT
+JPEG_SCALES = (1, 2, 4, 8)  # libjpeg decodes at a half, a quarter and an eighth of the size
+# Of a JPEG, in multiples of Pillow's limit for other formats: phones write 200 million pixels.
+MAX_JPEG_PIXELS = 4
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
@@ -109,14 +128,52 @@ def _sort_files(
     folder: Path, names: list[str], images: list[Path], skipped: dict[Path, str]
 ) -> None:
     """Add the files with these names to the images or to what is skipped; others are ignored."""
-    for name in names:
-        suffix = os.path.splitext(name)[1].lower()
-        if name.startswith("."):
-            continue
+    visible = [os.path.splitext(name) for name in names if not name.startswith(".")]
+    stems = {stem for stem, suffix in visible if suffix.lower() in SUFFIXES}
+    for stem, ending in visible:
+        path, suffix = folder / (stem + ending), ending.lower()
         if suffix in SUFFIXES:
-            images.append(folder / name)
-        elif suffix in OTHER_SUFFIXES:
-            skipped[folder / name] = f"{suffix} is not read: save it as PNG or JPG"
+            images.append(path)
+        elif suffix in TEXT_SUFFIXES and stem in stems:
+            continue
+        elif suffix in OTHER_SUFFIXES and not _has_our_content(path):
+            skipped[path] = f"{suffix} is not read: save it as PNG or JPG"
+        elif suffix in BACKUP_SUFFIXES or ending.endswith("~"):
+            if _has_our_content(path):
+                skipped[path] = "an image, but a backup by its name: rename it if you need it"
+        elif _has_our_content(path):
+            images.append(path)
+        elif kind := _other_kind(_first_bytes(path)):
+            skipped[path] = f"{kind} by its content, which is not read: save it as PNG or JPG"
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The first bytes of a regular file; none if it cannot be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""  # reading a pipe could block forever
+        with open(path, "rb", buffering=0) as file:
+            return file.read(32)
+    except OSError:
+        return b""
+
+
+def _has_our_content(path: Path) -> bool:
+    """Whether a file begins like one of FORMATS."""
+    start = _first_bytes(path)
+    if start.startswith(b"BM"):  # many texts begin so
+        return int.from_bytes(start[14:18], "little") in BMP_HEADERS and not any(start[6:10])
+    if start.startswith(b"RIFF"):
+        return start[8:12] == b"WEBP"
+    return start.startswith((SIGNATURE, JPEG_SIGNATURE))
+
+
+def _other_kind(start: bytes) -> str | None:
+    """What kind of image a file is that is not read, by its first bytes."""
+    if start[4:8] == b"ftyp" and start[8:12] not in BRANDS:
+        return None
+    keys = (start[:4], start[4:8], start[:2])
+    return next((OTHER_SIGNATURES[key] for key in keys if key in OTHER_SIGNATURES), None)
 
 
 def _is_linked(folder: Path) -> bool:
@@ -179,20 +236,34 @@ def open_image(path: Path, min_side: int | None = None) -> Image.Image:
     first frame of an animation.
 
     With min_side, a larger JPEG is decoded at a half, a quarter or an eighth of its size, but with
-    at least so many pixels per side, which takes a fraction of the time.
+    at least so many pixels per side, which takes a fraction of the time. A JPEG with more pixels
+    than are safe to decode is reduced in any case, as little as possible.
 
     Raises BadImageError if it cannot be read.
     """
     with _open(path, with_pixels=True) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
-            if min_side:
-                image.draft(None, (min_side, min_side))
+            _reduce(image, min_side)
             image.load()
             method = UPRIGHT.get(_orientation(image))
             return _flatten(image if method is None else image.transpose(method))
         except DAMAGE as error:
             raise BadImageError(_reason(error)) from None
+
+
+def _reduce(image: Image.Image, min_side: int | None) -> None:
+    """Have a JPEG decoded at a smaller size; other formats stay."""
+    width, height = image.size
+    safe_scale = next(scale for scale in JPEG_SCALES if width * height <= scale**2 * max_pixels())
+    if min_side or safe_scale > 1:
+        side = min_side or max(width, height)
+        image.draft(None, (min(side, width // safe_scale), min(side, height // safe_scale)))
+
+
+def max_pixels() -> int:
+    """The number of pixels that are safe to decode."""
+    return Image.MAX_IMAGE_PIXELS or 2**26
 
 
 def _open(path: Path, with_pixels: bool = False) -> Image.Image:
@@ -207,13 +278,17 @@ def _open(path: Path, with_pixels: bool = False) -> Image.Image:
             if status.st_size == 0:
                 raise BadImageError("empty, 0 bytes")
             with open(path, "rb") as file:
-                if file.read(len(SIGNATURE)) == SIGNATURE:
+                start = file.read(len(SIGNATURE))
+                if start == SIGNATURE:
                     return _open_png(file, with_pixels)
+            if start.startswith(JPEG_SIGNATURE):
+                return _open_jpeg(path)
             return Image.open(path, formats=FORMATS)
         except UnidentifiedImageError:
             raise BadImageError(_identify(path)) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise BadImageError("too many pixels to be opened safely") from None
+            limit = f"more than {max_pixels():,} pixels, too many pixels to be opened safely"
+            raise BadImageError(f"{limit}: make it smaller, or save it as JPG") from None
         except DAMAGE as error:
             raise BadImageError(_reason(error)) from None
 
@@ -233,6 +308,18 @@ def _open_png(file: BinaryIO, with_pixels: bool) -> Image.Image:
     return Image.open(essential_png(file, with_pixels=True, with_metadata=with_metadata))
 
 
+def _open_jpeg(path: Path) -> Image.Image:
+    """A JPEG, which may have more pixels than Image.open allows, since it can be decoded at an
+    eighth of its size."""
+    image = JpegImagePlugin.JpegImageFile(path)
+    width, height = image.size
+    if width * height > MAX_JPEG_PIXELS * max_pixels():
+        image.close()
+        limit = f"more than {MAX_JPEG_PIXELS * max_pixels():,}"
+        raise BadImageError(f"{width}x{height}, too many pixels to be opened safely, {limit}")
+    return image
+
+
 def _reason(error: Exception) -> str:
     """What the system reports about the file, or else what Pillow reports about its content."""
     strerror = getattr(error, "strerror", None)
@@ -243,10 +330,10 @@ def _identify(path: Path) -> str:
     """Why Pillow does not recognize a file as one of FORMATS, by its first bytes."""
     try:
         with open(path, "rb") as file:
-            start = file.read(12)
+            start = file.read(32)
     except OSError as error:
         return _reason(error)
-    if kind := OTHER_SIGNATURES.get(start[:4]) or OTHER_SIGNATURES.get(start[4:8]):
+    if kind := _other_kind(start):
         return f"{kind} by its content, which is not read: save it as PNG or JPG"
     if start.startswith(OUR_SIGNATURES):
         return "damaged at its beginning"
@@ -254,8 +341,8 @@ def _identify(path: Path) -> str:
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16-bit grayscale: Pillow would clip it at 255
-        image = _to_8_bit(image.convert("F"))
+    if image.mode.startswith("I"):
+        image = _to_8_bit(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         canvas = Image.new("RGBA", layer.size, "white")
@@ -265,12 +352,15 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """A float image as grayscale of 8 bits, scaled if it has more."""
-    extrema: Any = image.getextrema()
-    _, brightest = extrema
-    scale = 1 / 257 if brightest > 255 else 1
-    # In mode F, Pillow accepts no other form of function than this one.
-    return image.point(lambda value: value * scale + 0).convert("L")
+    """A 16-bit grayscale image, however dark, with 8 bits; Pillow would clip it at 255."""
+    import numpy as np
+
+    values = np.asarray(image)
+    gray = Image.fromarray((values // 257).clip(0, 255).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):  # one of 65,536 grays
+        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray
 
 
 def crop_boxes(
@@ -296,7 +386,9 @@ def crop_boxes(
     return [(left, top, left + box_width, top + box_height) for left, top in dict.fromkeys(corners)]
 
 
-def crop_and_resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+def crop_and_resize(
+    image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int]
+) -> Image.Image:
     """Cut out the box and scale it to size (width, height): area averages to shrink, Lanczos to
     enlarge, as in kohya's scripts."""
     shrinks = box[2] - box[0] >= size[0] and box[3] - box[1] >= size[1]

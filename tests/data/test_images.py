@@ -620,3 +620,135 @@ def test_the_orientation_of_a_png_counts_wherever_it_stands(tmp_path, kind, behi
     for crop, pixels in zip(crops, opened, strict=True):
         expected = to_tensor(crop_and_resize(quarters(), crop.box, crop.size))
         assert torch.equal(pixels, expected), "the random crop, not the middle one"
+
+
+def jpeg_header(width: int, height: int) -> bytes:
+    """A JPEG that claims to have this size."""
+    content = bytearray(encoded("JPEG"))
+    place = content.index(b"\xff\xc0") + 5
+    content[place : place + 4] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(content)
+
+
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path, monkeypatch):
+    """As a phone's of 108 million pixels, with a smaller limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    large = quarters(480, 320)
+    path = tmp_path / "a.jpg"
+    for progressive in (False, True):
+        turned = large.transpose(Image.Transpose.ROTATE_90)
+        path.write_bytes(encoded("JPEG", turned, quality=95, exif=lying, progressive=progressive))
+        assert image_size(path) == (480, 320)
+        image = open_image(path)
+        assert image.size == (240, 160), "a half is below the limit"
+        assert open_image(path, min_side=300).size == (240, 160)
+        assert open_image(path, min_side=50).size == (120, 80), "a quarter would do"
+        for point, color in [((20, 20), RED), ((220, 20), GREEN), ((20, 140), BLUE)]:
+            assert near(image.getpixel(point), color, 30)
+    dataset = MegaManDataset(tmp_path, None, 64, center_crop=False)
+    crops = dataset.get_crops(0, 6, True, seed=0)
+    assert len(crops) == 12
+    for crop, pixels in zip(crops, dataset.load_crops(0, crops), strict=True):
+        expected = to_tensor(crop_and_resize(large, crop.box, crop.size))
+        expected = expected.flip(-1) if crop.mirrored else expected
+        assert (pixels - expected).abs().mean() < 0.05, "the same part of the image"
+    assert dataset[0]["pixel_values"].shape == (3, 64, 64)
+
+
+def test_too_large_images_are_refused_with_the_limit_and_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for kind in ("PNG", "BMP", "WEBP"):
+        path = tmp_path / f"a.{kind.lower()}"
+        path.write_bytes(encoded(kind))
+        for function in (image_size, open_image):
+            with pytest.raises(BadImageError, match=r"1,000 pixels.*make it smaller.*JPG"):
+                function(path)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(jpeg_header(8000, 8000))
+    for function in (image_size, open_image):
+        with pytest.raises(BadImageError, match=r"8000x8000, too many pixels.*4,000"):
+            function(path)
+
+
+@pytest.mark.parametrize(("value", "gray"), [(200, 0), (255, 0), (257, 1), (771, 3), (65535, 255)])
+def test_a_dark_16_bit_gray_is_not_taken_for_8_bits(tmp_path, value, gray):
+    opened = saved(tmp_path, Image.new("I;16", (20, 20), value))
+    assert opened.getcolors() == [(400, (gray,) * 3)]
+
+
+def test_a_transparent_color_in_16_bit_gray(tmp_path):
+    row = (300).to_bytes(2, "little") * 10 + (100 * 257).to_bytes(2, "little") * 10
+    image = Image.frombytes("I;16", (20, 20), row * 20)
+    opened = saved(tmp_path, image, transparency=300)
+    assert near(opened.getpixel((2, 2)), WHITE) and near(opened.getpixel((15, 2)), (100,) * 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "b.jpe",
+        "b.jfif",
+        "b.JIF",
+        "b.jfi",
+        "b.apng",
+        "b.dib",
+        "b",
+        "b.image",
+        "b.gif",
+        "b.v2",
+        "b.txt",
+    ],
+)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "WEBP"])
+def test_what_begins_like_an_image_is_read_whatever_its_name(tmp_path, name, kind):
+    (tmp_path / name).write_bytes(encoded(kind))
+    assert (find(tmp_path), others(tmp_path)) == ([name], {})
+    assert open_image(tmp_path / name).size == (64, 48)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (encoded("GIF"), "GIF"),
+        (encoded("TIFF"), "TIFF"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC or AVIF"),
+        (b"\0\0\0\x1cftypavif" + bytes(99), "HEIC or AVIF"),
+        (b"8BPS\0\x01" + bytes(99), "Photoshop"),
+        (b"\xff\x0a" + bytes(99), "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n" + bytes(99), "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n" + bytes(99), "JPEG 2000"),
+    ],
+)
+def test_what_begins_like_another_image_is_named_whatever_its_name(tmp_path, content, kind):
+    for name in ("a", "a.image", "a.jpg_large"):
+        (tmp_path / name).write_bytes(content)
+    reason = f"{kind} by its content, which is not read: save it as PNG or JPG"
+    assert (find(tmp_path), others(tmp_path)) == (
+        [],
+        dict.fromkeys(["a", "a.image", "a.jpg_large"], reason),
+    )
+
+
+def test_a_backup_of_an_image_is_named_and_not_trained_on_twice(tmp_path):
+    for name in ("a.png", "a.png.bak", "a.png~", "b.jpg.part"):
+        (tmp_path / name).write_bytes(encoded("PNG"))
+    assert find(tmp_path) == ["a.png"]
+    assert others(tmp_path).keys() == {"a.png.bak", "a.png~", "b.jpg.part"}
+    assert all("rename it" in reason for reason in others(tmp_path).values())
+
+
+def test_what_is_no_image_is_passed_over(tmp_path):
+    for name, content in {
+        "bm.md": b"BM is how this text begins, and it goes on",
+        "sound.wav": b"RIFF\0\0\0\0WAVE",
+        "film.mp4": b"\0\0\0\x18ftypisom" + bytes(99),
+        "a.json": b"{}",
+        "empty": b"",
+        ".hidden": encoded("PNG"),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+    assert (find(tmp_path), others(tmp_path)) == ([], {})
