@@ -107,7 +107,7 @@ def train(
                 return progress.stop(step, is_saved, config.resume_command())
             if due.validate:
                 validate(step)
-    return export_lora(config, run, base, adapters, datasets.images, training_config)
+    return export_lora(config, run, base, adapters, datasets, training_config)
 
 
 def print_memory_table(config: TrainConfig) -> int:
@@ -122,21 +122,24 @@ def print_memory_table(config: TrainConfig) -> int:
 def check_data(config: TrainConfig, datasets: Datasets) -> int:
     """--check_data: a report on images and captions, without torch."""
     from megaman.data.buckets import make_buckets
-    from megaman.doctor import checks, report
+    from megaman.doctor.folders import check_folders
 
     resolution = config.data.resolution
     if config.captions.auto_caption:
         bar = partial(tqdm, desc="captioning", unit="image")
         datasets.write_captions(config.captions.auto_caption, bar)
         datasets.reload()
-    images = datasets.images
     if config.buckets.enable_bucket:  # no base is read: the limits are those of SD 1.5 or smaller
         limits = config.buckets.limits(resolution)
-        images.set_buckets(make_buckets(native=min(512, resolution), **limits))
-    bar = partial(tqdm, desc="looking", unit="image", total=len(images), disable=None)
-    result = checks.examine(images, resolution, config.captions.trigger_word or None, bar)
-    print(*report.write_report(Path(config.output.output_dir), result), sep="\n")
-    return int(config.run.strict and result.is_wrong)
+        for dataset in datasets.all:
+            dataset.set_buckets(make_buckets(native=min(512, resolution), **limits))
+    bar = partial(tqdm, desc="looking", unit="image", disable=None)
+    trigger, output_dir = config.captions.trigger_word or None, Path(config.output.output_dir)
+    lines, is_wrong = check_folders(
+        datasets.images, datasets.class_images, resolution, trigger, output_dir, bar
+    )
+    print(*lines, sep="\n")
+    return int(config.run.strict and is_wrong)
 
 
 def command() -> int:

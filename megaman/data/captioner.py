@@ -19,6 +19,7 @@ from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageP
 from megaman import hub
 from megaman.data.captions import tidy
 from megaman.data.images import BadImageError, open_image
+from megaman.data.problems import printable
 from megaman.errors import UserError, summarize_error
 from megaman.files import read_json, write_text
 from megaman.models.base import CONFIGURATION_ERRORS
@@ -41,6 +42,7 @@ REQUIRED_FILES = [
     ("tokenizer.json", "vocab.txt"),
     ("preprocessor_config.json", "processor_config.json"),
 ]
+MAX_NAMED = 8  # images in a line
 REMEDY = "Name a local folder or Salesforce/blip-image-captioning-large, or drop --auto_caption"
 
 
@@ -179,12 +181,15 @@ def caption_missing(
 ) -> None:
     """Have the model with this name write a caption for every image of the dataset without one.
 
-    The dataset itself does not change: read the folder again. No model is loaded if no caption is
-    missing. Raises UserError as `load_captioner` and `write_captions` do.
+    The dataset itself does not change: read the folder again. Images that are not trained on,
+    because a metadata file does not name them or their folder's number is 0, get none, and a line
+    names them. No model is loaded if no caption is missing. Raises UserError as `load_captioner`
+    and `write_captions` do.
     """
     extension = dataset.config.caption_extension or ".txt"
     images = [example.image for example in dataset.examples if not example.caption_from_file]
     missing = without_caption_file(images, extension)
+    _report_sorted_out(dataset)
     if not missing:
         log.info("captions   none is missing: --auto_caption has nothing to do")
         return
@@ -196,6 +201,21 @@ def caption_missing(
         extension,
     )
     release_memory()
+
+
+def _report_sorted_out(dataset: MegaManDataset) -> None:
+    """Name the images that get no caption because they are not trained on."""
+    images = list(dataset.sorted_out)
+    if images:
+        names = [printable(str(image.relative_to(dataset.data_dir))) for image in images]
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        log.info(
+            "captions   %d get none, since they are not trained on: %s%s (%s)",
+            len(names),
+            ", ".join(names[:MAX_NAMED]),
+            more,
+            dataset.sorted_out[images[0]],
+        )
 
 
 def without_caption_file(images: Iterable[Path], extension: str = ".txt") -> list[Path]:

@@ -69,10 +69,12 @@ class Example:
 
 
 class Layout(NamedTuple):
-    """The images in natural order, what is skipped and why, and warnings about metadata files."""
+    """The images in natural order, what is skipped and why, which of that is sorted out on purpose,
+    and warnings about metadata files."""
 
     examples: list[Example]
     skipped: dict[Path, str]
+    sorted_out: dict[Path, str]
     metadata_warnings: list[tuple[Path, str]]
 
 
@@ -90,15 +92,20 @@ def read_layout(folder: Path, config: FolderConfig) -> Layout:
     metadata = _MetadataFiles(folder, images)
     kohya_folder_of = cache(partial(_kohya_folder, folder))
     examples = []
+    sorted_out: dict[Path, str] = {}
     for image in images:
         number, kohya_folder = kohya_folder_of(image.parent)
         if number == 0 and kohya_folder:
-            skipped[image] = f"in {kohya_folder.name}, whose 0 means that it is not used"
+            sorted_out[image] = f"in {kohya_folder.name}, whose 0 means that it is not used"
             continue
         caption = caption_for(image, config.caption_extension)
-        if not caption.from_file and (reason := metadata.reason_to_skip(image)):
-            skipped[image] = reason
-            continue
+        if not caption.from_file:
+            if reason := metadata.refused.get(image):
+                skipped[image] = reason
+                continue
+            if reason := metadata.reason_to_sort_out(image):
+                sorted_out[image] = reason
+                continue
         if row := metadata.caption_row(image):
             caption, source = _from_metadata(row, caption, image, config.caption_extension)
         else:
@@ -107,7 +114,8 @@ def read_layout(folder: Path, config: FolderConfig) -> Layout:
         text, from_file, warning, _ = caption
         place = kohya_folder or folder
         examples.append(Example(image, text, from_file, source, repeats, place, warning))
-    return Layout(examples, skipped | metadata.missing, metadata.warnings)
+    skipped |= sorted_out | metadata.missing
+    return Layout(examples, skipped, sorted_out, metadata.warnings)
 
 
 def _from_metadata(
@@ -167,7 +175,7 @@ class _MetadataFiles:
         self.missing: dict[Path, str] = {}
         self.warnings: list[tuple[Path, str]] = []
         self._rows: dict[Path, _ImageRow] = {}
-        self._refused: dict[Path, str] = {}
+        self.refused: dict[Path, str] = {}  # images that are named in a way that cannot be used
         self._file_of: dict[Path, Path] = {}  # folder: its first metadata file
         self._images = images
         self._root = os.path.realpath(folder)
@@ -181,13 +189,11 @@ class _MetadataFiles:
         row = self._rows.get(image) if self._rows else None
         return row if row and row.caption else None
 
-    def reason_to_skip(self, image: Path) -> str | None:
-        """Why an image without a caption file is skipped: a metadata file in its folder or above
+    def reason_to_sort_out(self, image: Path) -> str | None:
+        """Why an image without a caption file is not used: a metadata file in its folder or above
         does not name it."""
         if image in self._rows:
             return None
-        if image in self._refused:
-            return self._refused[image]
         files = (self._file_of[parent] for parent in image.parents if parent in self._file_of)
         file = next(files, None)
         return file and f"{file.name} does not name it, and it has no caption file of its own"
@@ -224,7 +230,7 @@ class _MetadataFiles:
         if image is None:
             return self._add_missing(path, row, target, name)
         if not Path(os.path.realpath(image)).is_relative_to(self._root):
-            self._refused[image] = (
+            self.refused[image] = (
                 f"a link out of the folder, which {path.name} may not name (line {row.line})"
             )
             return f"{name} is a link out of the folder, which no line may name"

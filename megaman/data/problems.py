@@ -22,9 +22,9 @@ MAX_TRUNCATED = 3  # captions whose end is printed
 
 def check_usable(datasets: Iterable[MegaManDataset], skip_bad: bool) -> None:
     """Raise UserError if a dataset has no image left or, unless skip_bad, has lost more than half
-    of its files."""
+    of its files. Files that are sorted out on purpose do not count."""
     for dataset in datasets:
-        good, bad = len(dataset), len(dataset.skipped)
+        good, bad = len(dataset), len(dataset.skipped.keys() - dataset.sorted_out.keys())
         place = f"{dataset.config.flag} {dataset.data_dir}"
         if not good:
             raise UserError(

@@ -16,12 +16,15 @@ RARE_SHARE = 0.1
 
 
 def check_captions(
-    images: Sequence[CheckedImage], warnings: dict[str, tuple[Path, str]], folder: Path
+    images: Sequence[CheckedImage],
+    warnings: dict[str, tuple[Path, str]],
+    folder: Path,
+    may_share: bool = False,
 ) -> Iterator[Finding]:
     """Captions that are missing, unusable, shared by several images, or too long.
 
     warnings has for some images, by path, the caption file and what is odd about it; folder is the
-    data folder.
+    data folder. With may_share, several images may have the same caption.
     """
     details = {
         path: f"{relative_name(file, folder)} {text}" for path, (file, text) in warnings.items()
@@ -29,7 +32,7 @@ def check_captions(
     yield from _missing(images, details)
     yield from _unusable(images, details)
     yield from _odd_encoding(images, details)
-    yield from _shared(images)
+    yield from _shared(images, may_share)
     yield from _too_long(images)
 
 
@@ -75,7 +78,7 @@ def _odd_encoding(images: Sequence[CheckedImage], warnings: dict[str, str]) -> I
         )
 
 
-def _shared(images: Sequence[CheckedImage]) -> Iterator[Finding]:
+def _shared(images: Sequence[CheckedImage], may_share: bool) -> Iterator[Finding]:
     by_caption: dict[str, list[str]] = defaultdict(list)
     for image in images:
         if image.caption_from_file:
@@ -91,7 +94,7 @@ def _shared(images: Sequence[CheckedImage]) -> Iterator[Finding]:
         title = f"{plural(len(files), 'image')} with the same caption as another"
         yield Finding(
             "doubled_caption",
-            not everywhere,
+            not (everywhere or may_share),
             "every image has the same caption" if everywhere else title,
             "Name what differs; what is not named becomes part of the character",
             files,
@@ -147,6 +150,20 @@ def check_trigger(
             "no word that most captions begin with",
             "Begin every caption with the same name for the character: it will trigger the LoRA",
             [],
+        )
+
+
+def check_class_captions(images: Sequence[CheckedImage], trigger: str) -> Iterator[Finding]:
+    """Captions of class images with the trigger words, also those made from names."""
+    files = [image.path for image in images if trigger and contains(image.caption, trigger)]
+    if files:
+        yield Finding(
+            "class_trigger",
+            True,
+            f"{plural(len(files), 'caption')} of class images with the trigger word {trigger!r}",
+            "Take it out, or move the image to --data_dir: class images hold other things",
+            files,
+            {image.path: image.caption for image in images},
         )
 
 

@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megaman.data.captions import trigger_words
-from megaman.doctor.caption_checks import check_captions, check_metadata, check_trigger
+from megaman.doctor.caption_checks import (
+    check_captions,
+    check_class_captions,
+    check_metadata,
+    check_trigger,
+)
 from megaman.doctor.findings import CheckedImage, Finding, relative_name
 from megaman.doctor.image_checks import (
     check_duplicates,
     check_readable,
     check_sharpness,
     check_sizes,
+    check_sorted_out,
     count_buckets,
     count_shapes,
 )
@@ -89,30 +95,43 @@ def examine(
     resolution: int,
     trigger: str | None = None,
     progress: Callable[[Iterable[ImageStats]], Iterable[ImageStats]] = iter,
+    is_class: bool = False,
 ) -> Report:
     """Check every image and caption of a dataset, whether or not its headers have been checked.
 
     resolution is the training size in pixels, trigger the words that every caption should contain
     (None: those on which the captions agree, if any). progress can wrap the images to show a bar.
+    With is_class these are class images, which must not have the trigger words and may share
+    captions.
     """
     folder = dataset.data_dir
     inspection = _inspect(dataset, resolution, progress)
     images = inspection.images
     captions = [image.caption for image in images if image.caption_from_file]
     words = trigger_words(captions) if trigger is None else trigger
+    if is_class:
+        about_trigger = check_class_captions(images, words)
+    else:
+        about_trigger = check_trigger(images, words, inferred=trigger is None)
     term, terms = split_terms(captions)
     unreadable = [CheckedImage(relative_name(file, folder), file) for file in inspection.unreadable]
-    reasons = dict(
-        zip((image.path for image in unreadable), inspection.unreadable.values(), strict=True)
-    )
+    reasons = {
+        relative_name(file, folder): reason
+        for file, reason in inspection.unreadable.items()
+        if file not in dataset.sorted_out
+    }
+    sorted_out = {
+        relative_name(file, folder): reason for file, reason in dataset.sorted_out.items()
+    }
     findings = [
         *check_readable(reasons),
+        *check_sorted_out(sorted_out),
         *check_sizes(images, resolution, squares=dataset.buckets is None),
         *check_sharpness(images),
         *check_duplicates(images, inspection.thumbnails),
-        *check_captions(images, inspection.warnings, folder),
+        *check_captions(images, inspection.warnings, folder, may_share=is_class),
         *check_metadata(dataset.metadata_warnings, folder),
-        *check_trigger(images, words, inferred=trigger is None),
+        *about_trigger,
         *check_terms(images, term, terms, words),
     ]
     findings.sort(key=lambda finding: not finding.is_wrong)
@@ -121,7 +140,7 @@ def examine(
     return Report(
         folder,
         resolution,
-        words,
+        "" if is_class else words,
         everything,
         findings,
         term,

@@ -71,6 +71,19 @@ def check_readable(reasons: dict[str, str]) -> Iterator[Finding]:
         )
 
 
+def check_sorted_out(reasons: dict[str, str]) -> Iterator[Finding]:
+    """Files that the folder's layout excludes on purpose, by path with the reason."""
+    if reasons:
+        yield Finding(
+            "sorted_out",
+            False,
+            f"{plural(len(reasons), 'image')} sorted out: {next(iter(reasons.values()))}",
+            "Right if they are not to be trained on",
+            list(reasons),
+            reasons,
+        )
+
+
 def check_sizes(
     images: Sequence[CheckedImage], resolution: int, squares: bool
 ) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from megaman.files import write_json, write_text
 from megaman.pages.html import render
 
 PAGE, DATA = "dataset_report.html", "dataset_report.json"
+CLASS_PAGE, CLASS_DATA = "class_report.html", "class_report.json"  # of --class_data_dir
 # In both files; a later report recognizes by it what it may replace.
 MARK = "Mega Man LoRA: dataset doctor"
 WIDTH = 116  # of a line for the console
@@ -29,6 +30,7 @@ TERMS_IN_LINE = 6  # on the console
 # What a finding is called where there is little room.
 NAMES = {
     "unreadable": "cannot be used",
+    "sorted_out": "sorted out",
     "tiny": "tiny",
     "small": "small",
     "long": "far from square",
@@ -41,6 +43,7 @@ NAMES = {
     "doubled_caption": "same caption",
     "long_caption": "long caption",
     "no_trigger": "no trigger word",
+    "class_trigger": "trigger word",
     "no_agreement": "no common beginning",
     "tag_twice": "a tag twice",
     "slips": "likely typo",
@@ -49,21 +52,21 @@ NAMES = {
 }
 
 
-def write_report(folder: Path, report: Report) -> list[str]:
-    """Write dataset_report.html and dataset_report.json into folder; returns a summary as lines for
-    the console.
+def write_report(folder: Path, report: Report, page: str = PAGE, data: str = DATA) -> list[str]:
+    """Write a page and its data into folder, as dataset_report.html and dataset_report.json;
+    returns a summary as lines for the console.
 
     Raises UserError if a file of such a name exists that is not an earlier report.
     """
-    for path in (folder / PAGE, folder / DATA):
+    for path in (folder / page, folder / data):
         if os.path.lexists(path) and not _is_report(path):
             raise UserError(
                 f"{path} is not a report of this program",
                 "Move it or choose another --output_dir",
             )
-    write_json(folder / DATA, as_json(report))
-    write_text(folder / PAGE, as_page(report, folder))
-    return [*summary(report), _line("report", f"{folder / PAGE}, {folder / DATA}")]
+    write_json(folder / data, as_json(report))
+    write_text(folder / page, as_page(report, folder))
+    return [*summary(report), _line("report", f"{folder / page}, {folder / data}")]
 
 
 def _is_report(path: Path) -> bool:

@@ -73,7 +73,7 @@ def find_datasets(config: TrainConfig) -> Datasets | None:
     """Read the folders and check the images' headers.
 
     Returns None, after instructions, if the default folder has no images yet. Raises UserError if a
-    folder that was named is missing or empty. --check_data leaves class images alone.
+    folder that was named is missing or empty.
     """
     data, file_index = config.data, FileIndex(config.cache.path())
 
@@ -96,7 +96,7 @@ def find_datasets(config: TrainConfig) -> Datasets | None:
         return None
     _refuse_empty(images)
     class_images = None
-    if data.class_data_dir and not config.run.check_data:
+    if data.class_data_dir:
         class_images = load(data.class_data_dir, 1, "--class_data_dir")
         _refuse_empty(class_images)
     return Datasets(images, class_images, file_index, load_images)

@@ -17,9 +17,9 @@ from megaman.training.output import save_somewhere
 
 if TYPE_CHECKING:
     from megaman.config.train import TrainConfig
-    from megaman.data.dataset import MegaManDataset
     from megaman.models.base import Base
     from megaman.training.adapters import Adapters
+    from megaman.training.datasets import Datasets
     from megaman.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def export_lora(
     run: Run,
     base: Base,
     adapters: Adapters,
-    dataset: MegaManDataset,
+    datasets: Datasets,
     training_config: Mapping[str, Any],
 ) -> int:
     """Save the finished LoRA, in the main process, and end the run.
@@ -42,7 +42,7 @@ def export_lora(
     is_in_place = True
     if run.is_main_process:
         seconds = run.elapsed
-        folder, reason = _save(config, run, base, adapters, dataset, training_config)
+        folder, reason = _save(config, run, base, adapters, datasets, training_config)
         is_in_place = not reason
         if reason:
             log.info(
@@ -62,21 +62,22 @@ def _save(
     run: Run,
     base: Base,
     adapters: Adapters,
-    dataset: MegaManDataset,
+    datasets: Datasets,
     training_config: Mapping[str, Any],
 ) -> tuple[Path, str]:
     """The folder in which the LoRA is saved, and the reason if it is not lora_weights/."""
     samples = run.output.samples_folder(training_config["total_steps"])
     metadata = run_metadata.training_metadata(
         training_config,
-        dataset.by_folder(),
+        [dataset.by_folder() for dataset in datasets.all],
         scheduler_config(base.noise_scheduler).prediction_type,
         samples / "00.png",
         time.time() - run.elapsed,
         time.time(),
     )
+    images = datasets.images
     card = model_card.write_card(
-        training_config, dataset.captions, dataset.num_written_captions, samples
+        training_config, images.captions, images.num_written_captions, samples
     )
     run.log.close()
     save = partial(

@@ -31,7 +31,7 @@ Folders = Mapping[str, tuple[int, Sequence[str]]]  # repeats and captions by the
 
 def training_metadata(
     config: Mapping[str, Any],
-    folders: Folders,
+    folders: Sequence[Folders],
     prediction_type: str,
     sample: Path,
     started: float,
@@ -41,12 +41,12 @@ def training_metadata(
 
     Args:
         config: the content of training_config.json.
-        folders: the images that were trained on.
+        folders: the images that were trained on, and the class images if there are any.
         prediction_type: of the noise scheduler.
         sample: an image generated with the LoRA, which may be missing.
         started, ended: in seconds since 1970.
     """
-    captions = list(chain.from_iterable(texts for _, texts in folders.values()))
+    captions = list(chain.from_iterable(texts for _, texts in folders[0].values()))
     metadata = {
         **_data(config, folders),
         **_settings(config),
@@ -61,32 +61,41 @@ def training_metadata(
     return {key: str(value) for key, value in metadata.items()}
 
 
-def _data(config: Mapping[str, Any], folders: Folders) -> dict[str, Any]:
-    settings = config["settings"]
-    count = sum(repeats * len(captions) for repeats, captions in folders.values())
-    dirs = {
-        name: {"n_repeats": repeats, "img_count": len(captions)}
-        for name, (repeats, captions) in folders.items()
-    }
-    frequency = {name: count_tags(captions) for name, (_, captions) in folders.items()}
+def _data(config: Mapping[str, Any], folders: Sequence[Folders]) -> dict[str, Any]:
+    settings, images = config["settings"], folders[0]
+    count = _count(images)
+    frequency = {name: count_tags(captions) for name, (_, captions) in images.items()}
     return {
         "ss_num_train_images": count,
-        "ss_dataset_dirs": json.dumps(dirs),
-        **_class_images(config["class_pictures"], settings),
+        "ss_dataset_dirs": _dirs(images),
+        **_class_images(folders[1:], settings),
         "ss_tag_frequency": json.dumps(frequency),
         **_buckets(config["buckets"], settings, count),
     }
 
 
-def _class_images(count: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _count(folders: Folders) -> int:
+    """The images of an epoch, each as often as it is repeated."""
+    return sum(repeats * len(captions) for repeats, captions in folders.values())
+
+
+def _dirs(folders: Folders) -> str:
+    """kohya's table of folders."""
+    dirs = {
+        name: {"n_repeats": repeats, "img_count": len(captions)}
+        for name, (repeats, captions) in folders.items()
+    }
+    return json.dumps(dirs)
+
+
+def _class_images(folders: Sequence[Folders], settings: Mapping[str, Any]) -> dict[str, Any]:
     """kohya's keys for regularization images."""
-    if not count:
+    if not folders:
         return {"ss_num_reg_images": 0}
-    name = Path(settings["class_data_dir"]).resolve().name
     return {
-        "ss_num_reg_images": count,
+        "ss_num_reg_images": _count(folders[0]),
         "ss_prior_loss_weight": settings["prior_loss_weight"],
-        "ss_reg_dataset_dirs": json.dumps({name: {"n_repeats": 1, "img_count": count}}),
+        "ss_reg_dataset_dirs": _dirs(folders[0]),
     }
 
 

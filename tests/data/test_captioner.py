@@ -409,3 +409,21 @@ def test_with_check_data_it_captions_reports_and_trains_nothing(blip, bare, fork
     assert left == ["dataset_report.html", "dataset_report.json"]
     report = (tmp_path / "megaman_lora_output" / "dataset_report.json").read_text(encoding="utf-8")
     assert "without a caption" not in report, "the report is of the folder as it is now"
+
+
+def test_images_that_are_not_trained_on_get_no_caption_and_are_named(blip, bare, caplog):
+    images = sorted(bare.rglob("*.png"))
+    named = images[0].relative_to(bare).as_posix()
+    (bare / "metadata.jsonl").write_text(json.dumps({"file_name": named, "text": " "}))
+    (bare / "0_away").mkdir()
+    shutil.copy(images[0], bare / "0_away" / "x.png")
+    before = texts(bare)
+    dataset = MegaManDataset(bare, None)
+    away = {path.relative_to(bare).as_posix() for path in dataset.sorted_out}
+    assert "0_away/x.png" in away and len(away) > 1
+    with caplog.at_level("INFO"):
+        caption_missing(str(blip), dataset)
+    (line,) = [text for text in caplog.messages if "not trained on" in text]
+    assert all(name in line for name in away)
+    written = {path for path in bare.rglob("*.txt") if path.stem not in before}
+    assert all((bare / name).with_suffix(".txt") not in written for name in away)

@@ -29,9 +29,10 @@ from megaman.data.metadata_files import (
     parse_jsonl,
     read_metadata,
 )
-from megaman.data.problems import write_problems
+from megaman.data.problems import check_usable, write_problems
 from megaman.doctor.checks import examine
 from megaman.doctor.report import write_report
+from megaman.errors import UserError
 
 PICTURES = sorted((ROOT / "demo" / "images").glob("volto_*.png"))[:24]
 PAIRS = {
@@ -555,3 +556,40 @@ def test_names_that_are_no_unicode_and_names_of_controls(tmp_path):
     assert dataset.captions == ["one [2J"]
     lines = write_problems(tmp_path / "out.json", [dataset])
     assert len(dataset.skipped) == 4 and all(line.isprintable() for line in lines)
+
+
+def sorted_out_by_kohya(folder: Path) -> None:
+    place(folder, lambda number: "0_away" if number else "10_volto", ".txt")
+
+
+def sorted_out_by_metadata(folder: Path) -> None:
+    write_jsonl(folder / "metadata.jsonl", dict(list(place(folder).items())[:1]))
+
+
+def sorted_out_by_csv_below(folder: Path) -> None:
+    placed = place(folder, lambda number: "below")
+    write_csv(folder / "metadata.csv", dict(list(placed.items())[:1]))
+
+
+@pytest.mark.parametrize(
+    "layout", [sorted_out_by_kohya, sorted_out_by_metadata, sorted_out_by_csv_below]
+)
+def test_what_is_sorted_out_on_purpose_is_no_bad_file(tmp_path, layout):
+    layout(tmp_path / "images")
+    dataset = MegaManDataset(tmp_path / "images", None)
+    dataset.check()
+    assert (len(dataset), len(dataset.sorted_out), len(dataset.skipped)) == (1, 23, 23)
+    check_usable([dataset], skip_bad=False)
+    report = examine(dataset, 64)
+    assert {finding.kind: finding.is_wrong for finding in report.findings}["sorted_out"] is False
+    assert "unreadable" not in {finding.kind for finding in report.findings}
+    write_report(tmp_path / "out", report)
+    problems = json.loads((tmp_path / "out" / "dataset_report.json").read_text(encoding="utf-8"))
+    assert len(problems["pictures"]) == 24, "each is named"
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name).write_bytes(b"")
+        (tmp_path / "images" / name).with_suffix(".txt").write_text("bad")
+    dataset = MegaManDataset(tmp_path / "images", None)
+    dataset.check()
+    with pytest.raises(UserError, match="2 of the 3 files"):
+        check_usable([dataset], skip_bad=False)

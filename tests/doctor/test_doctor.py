@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 import doctor as benchmark
 
+import megaman_lora
 from megaman.data.dataset import MegaManDataset
 from megaman.doctor.caption_checks import estimate_tokens
 from megaman.doctor.checks import Report, examine
@@ -638,3 +639,55 @@ def test_writing_without_spaces_has_its_trigger_word_and_no_typos(folder):
         path.write_text(caption, encoding="utf-8")
     found = kinds(look_at(folder, trigger="ロボット"))
     assert not found.keys() & {"no_trigger", "slips"}
+
+
+@pytest.fixture
+def class_folder(tmp_path) -> Path:
+    """Three images of other robots with the same caption."""
+    place = tmp_path / "class"
+    place.mkdir()
+    for number in range(10, 13):
+        write(place, f"other_{number}.png", scene(number), "a robot")
+    return place
+
+
+def check_data(folder: Path, class_folder: Path, out: Path, *flags: str) -> int:
+    words = ["--check_data", "--data_dir", str(folder), "--class_data_dir", str(class_folder)]
+    return megaman_lora.main([*words, "--output_dir", str(out), "--resolution", "64", *flags])
+
+
+def class_findings(out: Path) -> dict[str, dict[str, Any]]:
+    content = json.loads((out / "class_report.json").read_text(encoding="utf-8"))
+    return {finding["kind"]: finding for finding in content["findings"]}
+
+
+def test_the_class_images_are_checked_too(folder, class_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert check_data(folder, class_folder, out, "--strict") == 0
+    printed = capsys.readouterr().out
+    assert f"6 images in {folder}" in printed and f"3 images in {class_folder}" in printed
+    assert not {"class_trigger", "no_trigger", "no_agreement"} & class_findings(out).keys()
+    assert (out / "class_report.html").is_file() and (out / "dataset_report.html").is_file()
+    (class_folder / "broken.png").write_bytes(b"no image")
+    (class_folder / "soft.png").write_bytes(b"")
+    assert check_data(folder, class_folder, out, "--strict") == 1
+    assert class_findings(out)["unreadable"]["files"] == ["broken.png", "soft.png"]
+    assert check_data(folder, class_folder, out) == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--trigger_word", "volto")])
+def test_class_captions_must_not_hold_the_trigger_word(folder, class_folder, tmp_path, flags):
+    """The one that is given, or the one that the captions of the images to learn agree on."""
+    (class_folder / "other_11.txt").write_text("a red volto", encoding="utf-8")
+    write(class_folder, "volto_2.png", scene(20))  # its caption is made from its name
+    assert check_data(folder, class_folder, tmp_path / "out", "--strict", *flags) == 1
+    finding = class_findings(tmp_path / "out")["class_trigger"]
+    assert finding["wrong"] and finding["files"] == ["other_11.png", "volto_2.png"]
+
+
+def test_check_data_refuses_a_class_folder_that_is_missing_or_empty(folder, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere is not a folder"):
+        check_data(folder, tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--class_data_dir .*empty holds no image"):
+        check_data(folder, tmp_path / "empty", tmp_path / "out")

@@ -219,3 +219,18 @@ def test_contradictions(flags, said, capsys):
     with pytest.raises(SystemExit):
         parse_train_config(flags)
     assert said in capsys.readouterr().err
+
+
+def test_repeats_of_class_folders_are_recorded(train, folders, tmp_path):
+    others = tmp_path / "class"
+    shutil.copytree(folders / "others", others / "5_robot")
+    first = next((others / "5_robot").glob("*.png"))
+    shutil.copy(first, others / "plain.png")
+    train("out", "--class_data_dir", others, "--max_train_steps", 1)
+    with safe_open(tmp_path / "out" / "lora_weights" / "megaman_lora.safetensors", "pt") as file:
+        header = file.metadata()
+    assert json.loads(header["ss_reg_dataset_dirs"]) == {
+        "5_robot": {"n_repeats": 5, "img_count": 3},
+        "class": {"n_repeats": 1, "img_count": 1},
+    }
+    assert (header["ss_num_train_images"], header["ss_num_reg_images"]) == ("3", "16")
