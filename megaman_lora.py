@@ -34,18 +34,17 @@ def main(argv: list[str]) -> int:
     config = parse_train_config(argv)
     if config.run.plan:
         return print_memory_table(config)
-    # With 100,000 images, Python would look through all of them for garbage again and again.
-    gc.set_threshold(50_000, 10, 10)
-    datasets = find_datasets(config)
-    if datasets is None:
-        return int(config.run.strict)  # a check should find that there are no images
+    gc.set_threshold(50_000, 10, 10)  # or 100,000 images are looked through again and again
     if config.run.check_data:
-        return check_data(config, datasets)
-    output = OutputFolder.open(config.output)
-    datasets.check(output.path, config.data.skip_bad_images)
-    rule = partial(threads.threads_for_training, unet_width(config.base.pretrained_model_name))
-    policy = threads.configure_threads(rule, saved_threads(output.checkpoint))
-    return train(config, datasets, output, policy)
+        return check_data(config)
+    with OutputFolder.open(config.output) as output:  # no other run may use it until the end
+        datasets = find_datasets(config)
+        if datasets is None:
+            return 0
+        datasets.check(output.path, config.data.skip_bad_images)
+        rule = partial(threads.threads_for_training, unet_width(config.base.pretrained_model_name))
+        policy = threads.configure_threads(rule, saved_threads(output.checkpoint))
+        return train(config, datasets, output, policy)
 
 
 def train(
@@ -119,12 +118,14 @@ def print_memory_table(config: TrainConfig) -> int:
     return 0
 
 
-def check_data(config: TrainConfig, datasets: Datasets) -> int:
+def check_data(config: TrainConfig) -> int:
     """--check_data: a report on images and captions, without torch."""
     from megaman.data.buckets import make_buckets
     from megaman.doctor.folders import check_folders
 
-    resolution = config.data.resolution
+    datasets, resolution = find_datasets(config), config.data.resolution
+    if datasets is None:
+        return int(config.run.strict)  # a check should find that there are no images
     if config.captions.auto_caption:
         bar = partial(tqdm, desc="captioning", unit="image")
         datasets.write_captions(config.captions.auto_caption, bar)

@@ -17,7 +17,17 @@ LEVELS = {
     "sampling": 4,  # leaves, config, models, pages, data, lora
     "training": 5,  # all the others
 }
-LEAVES = ["version", "errors", "schema", "files", "threads", "safe_loading", "hub", "runtime"]
+LEAVES = [
+    "version",
+    "errors",
+    "schema",
+    "files",
+    "locks",
+    "threads",
+    "safe_loading",
+    "hub",
+    "runtime",
+]
 # They load without torch: whole packages, and what data does before anything is captioned or
 # encoded.
 LIGHT_PACKAGES = {"config", "pages", "doctor"}

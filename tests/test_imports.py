@@ -14,6 +14,7 @@ STANDARD_ONLY = [
     "version",
     "errors",
     "files",
+    "locks",
     "schema",
     "threads",
     "safe_loading",

@@ -10,12 +10,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaman.errors import UserError, summarize_error
 from megaman.files import ASIDE, is_inside, read_json, remove_folder, restore_former, safe_name
+from megaman.locks import claim, is_first_process
 from megaman.threads import MAX_THREADS
 
 if TYPE_CHECKING:
@@ -38,13 +40,20 @@ class OutputFolder:
     checkpoints_total_limit: int | None = None
 
     @classmethod
-    def open(cls, config: OutputConfig) -> OutputFolder:
-        """Make or inspect the folder (see `inspect`)."""
+    @contextmanager
+    def open(cls, config: OutputConfig) -> Iterator[OutputFolder]:
+        """Make or inspect the folder (see `inspect`), which no other run may use until the end of
+        this context.
+
+        Raises UserError if another run uses it.
+        """
         path = Path(config.output_dir)
-        checkpoint, previous_outputs = inspect(
-            path, config.resume_from_checkpoint, config.overwrite_output
-        )
-        return cls(path, checkpoint, tuple(previous_outputs), config.checkpoints_total_limit)
+        with claim(path, "--output_dir"):
+            checkpoint, previous_outputs = inspect(
+                path, config.resume_from_checkpoint, config.overwrite_output
+            )
+            limit = config.checkpoints_total_limit
+            yield cls(path, checkpoint, tuple(previous_outputs), limit)
 
     @property
     def lora_weights(self) -> Path:
@@ -121,7 +130,12 @@ def _is_in(checkpoint: Path, folder: Path) -> bool:
 
 def tidy(output_dir: Path) -> None:
     """Delete the unfinished files and folders of a run that was killed while it saved, and put back
-    what it had moved aside."""
+    what it had moved aside.
+
+    Only the process with the claim does so: they could belong to a run that is saving just now.
+    """
+    if not is_first_process():
+        return
     for path in sorted(output_dir.glob(f"*{ASIDE}")):
         if re.fullmatch(rf"({OUTPUTS})\.\d+(\.former)?{ASIDE}", path.name):
             restore_former(path)
@@ -176,12 +190,23 @@ def saved_threads(checkpoint: Path | None) -> int | None:
 def choose_log_dir(saved: str | None, logging_dir: str, output_dir: Path) -> Path:
     """TensorBoard's folder: the resumed run's, or a new one, so that two runs never share a curve.
 
-    A downloaded checkpoint could name any folder: saved only counts if it is below logging_dir.
+    It is made at once, if possible, since another run may begin in the same second. A downloaded
+    checkpoint could name any folder: saved only counts if it is below logging_dir.
     """
     if saved and is_inside(saved, logging_dir):
         return Path(saved)
     name = f"{safe_name(output_dir.resolve().name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return _unused(Path(logging_dir) / name)
+    while True:
+        folder = _unused(Path(logging_dir) / name)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not os.path.lexists(folder):  # logging_dir is a file
+                return folder
+        except OSError:  # which TensorBoard's first line reports
+            return folder
+        else:
+            return folder
 
 
 def save_somewhere(preferred: Path, save: Callable[[Path], object]) -> tuple[Path, str]:

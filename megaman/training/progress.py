@@ -111,7 +111,8 @@ class Progress:
         """Close bar and log after a signal to stop, and log how to resume; returns the exit
         code."""
         self._bar.close()
-        self._run.log.close()
+        if self._run.is_main_process:  # another one's events would double the curve
+            self._run.log.close()
         folder = f": {self._run.output.checkpoint_folder(step)}" if is_saved else ""
         log.info("stopped after step %d%s", step, folder)
         log.info("to resume: %s", resume_command)

@@ -93,7 +93,7 @@ class Run:
         runtime.keep_freed_memory()
         accelerator = _start_processes(compute)
         _complete_captions(config, datasets, accelerator)
-        state = _make_state(config, datasets, saved, accelerator.num_processes)
+        state = _make_state(config, datasets, saved, accelerator)
         if different := checkpoints.differences(saved.settings, state.settings) if saved else []:
             raise UserError(
                 f"{output.checkpoint} is of another run: {'; '.join(different)}",
@@ -261,17 +261,22 @@ def _complete_captions(config: TrainConfig, datasets: Datasets, accelerator: Acc
 
 
 def _make_state(
-    config: TrainConfig, datasets: Datasets, saved: TrainState | None, world_size: int
+    config: TrainConfig, datasets: Datasets, saved: TrainState | None, accelerator: Accelerator
 ) -> TrainState:
     """The state at the start: a resumed run keeps its step, seed, time and TensorBoard folder."""
     seed = config.run.seed
     if seed is None:
         seed = saved.seed if saved else secrets.randbelow(2**31)
-    (seed,) = broadcast_object_list([seed])  # every process has generated its own
-    log_dir = choose_log_dir(
-        saved.log_dir if saved else None, config.output.logging_dir, Path(config.output.output_dir)
-    )
-    settings = _shared_settings(config, datasets, seed, world_size)
+    log_dir = None
+    if accelerator.is_main_process:
+        log_dir = choose_log_dir(
+            saved.log_dir if saved else None,
+            config.output.logging_dir,
+            Path(config.output.output_dir),
+        )
+    # Every process has generated its own seed; the first one's holds for all.
+    seed, log_dir = broadcast_object_list([seed, log_dir])
+    settings = _shared_settings(config, datasets, seed, accelerator.num_processes)
     if saved is None:
         return TrainState(0, seed, str(log_dir), 0.0, settings)
     return replace(saved, seed=seed, log_dir=str(log_dir), settings=settings)
