@@ -497,8 +497,11 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     if "crop_variants" in typed and "center_crop" not in typed:
         # With the demo's center_crop it would have no effect.
         demo = {**demo, "center_crop": False}
-    preset = PRESETS.get(typed.get("preset", ""), {})
-    values = {**parser.defaults(), **demo, **preset, **typed}
+    recipe = {**demo, **PRESETS.get(typed.get("preset", ""), {})}
+    if "num_train_epochs" in typed:
+        # With the recipe's steps, which win over epochs, they would have no effect.
+        recipe.pop("max_train_steps", None)
+    values = {**parser.defaults(), **recipe, **typed}
     config = fill(TrainConfig, {**values, **derived(values)}, explicit=typed)
     errors += contradictions(config)
     if errors:

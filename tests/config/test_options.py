@@ -793,6 +793,29 @@ def test_crop_variants_take_the_place_of_the_demos_centre():
 
 
 @pytest.mark.parametrize(
+    "recipe",
+    [
+        ["--preset", "starter"],
+        ["--preset", "quality"],
+        ["--demo"],
+        ["--demo", "--preset", "professional"],
+    ],
+    ids=shown,
+)
+def test_epochs_that_are_typed_take_the_place_of_a_recipes_steps(recipe):
+    steps = settings(parse_train_config(recipe))["max_train_steps"]
+    assert steps
+    values = settings(parse_train_config([*recipe, "--num_train_epochs", "1"]))
+    assert (values["num_train_epochs"], values["max_train_steps"]) == (1, None)
+    values = settings(parse_train_config(["--num_train_epochs=100", *recipe]))
+    assert values["max_train_steps"] is None, "typed, even if it is the default"
+    both = [*recipe, "--num_train_epochs", "1", "--max_train_steps", "7"]
+    assert settings(parse_train_config(both))["max_train_steps"] == 7
+    other = settings(parse_train_config([*recipe, "--lora_rank", "3"]))
+    assert (other["max_train_steps"], other["lora_rank"]) == (steps, 3)
+
+
+@pytest.mark.parametrize(
     "output_dir", ["pictures", "pictures/out", "./x/../pictures", "pictures/.", "link/out"]
 )
 def test_no_output_into_the_pictures(tmp_path, monkeypatch, output_dir):
