@@ -526,7 +526,7 @@ def derived(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
     """What cannot be meant together. A flag that merely has no effect, such as epochs next to
-    steps, is not an error."""
+    steps, or the prompt of sample images next to their number 0, is not an error."""
     if config.run.strict and not config.run.check_data:
         yield "--strict belongs to --check_data: add that or omit it"
     if config.run.plan and config.run.check_data:
@@ -536,9 +536,6 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
     yield from _rate_contradictions(config)
     yield from _crop_contradictions(config)
     yield from _bucket_contradictions(config.buckets, config.data.resolution)
-    if config.validation.num_validation_images == 0:
-        for name in sorted({"validation_steps", "validation_prompt"} & config.explicit):
-            yield f"--{name} and --num_validation_images 0 contradict each other: use only one"
     if "prior_loss_weight" in config.explicit and not config.data.class_data_dir:
         yield _no_effect("prior_loss_weight", "class_data_dir")
     yield from _folder_contradictions(config)
