@@ -17,8 +17,6 @@ import gc
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megaman import threads
 from megaman.config.train import TrainConfig, parse_train_config
 from megaman.data.dataset import MegaManDataset as MegaManDataset  # for users to import from here
@@ -30,7 +28,7 @@ from megaman.training.output import OutputFolder, saved_threads
 
 def main(argv: list[str]) -> int:
     """Run the command line and return the exit code."""
-    install_logging(tqdm.write)
+    install_logging()
     config = parse_train_config(argv)
     if config.run.plan:
         return print_memory_table(config)
@@ -120,6 +118,8 @@ def print_memory_table(config: TrainConfig) -> int:
 
 def check_data(config: TrainConfig) -> int:
     """--check_data: a report on images and captions, without torch."""
+    from tqdm import tqdm
+
     from megaman.data.buckets import make_buckets
     from megaman.doctor.folders import check_folders
 

@@ -84,10 +84,19 @@ class _PlainHandler(logging.Handler):
             self._write(self.format(record))
 
 
-def install_logging(write: Callable[[str], object] = print) -> None:
+def print_line(line: str) -> None:
+    """Print a line above the progress bars, if there are any."""
+    tqdm = sys.modules.get("tqdm")  # nothing else is imported for the first line of a script
+    if tqdm:
+        tqdm.tqdm.write(line)
+    else:
+        print(line)
+
+
+def install_logging(write: Callable[[str], object] = print_line) -> None:
     """Print what the package logs at level INFO and above, as plain lines on standard output.
 
-    write prints one line; tqdm.write keeps progress bars intact. A second call replaces the first.
+    write prints one line. A second call replaces the first.
     """
     logger = logging.getLogger("megaman")
     for handler in [old for old in logger.handlers if isinstance(old, _PlainHandler)]:
