@@ -120,7 +120,6 @@ def check_data(config: TrainConfig) -> int:
     """--check_data: a report on images and captions, without torch."""
     from tqdm import tqdm
 
-    from megaman.data.buckets import make_buckets
     from megaman.doctor.folders import check_folders
 
     datasets, resolution = find_datasets(config), config.data.resolution
@@ -131,9 +130,7 @@ def check_data(config: TrainConfig) -> int:
         datasets.write_captions(config.captions.auto_caption, bar)
         datasets.reload()
     if config.buckets.enable_bucket:  # no base is read: the limits are those of SD 1.5 or smaller
-        limits = config.buckets.limits(resolution)
-        for dataset in datasets.all:
-            dataset.set_buckets(make_buckets(native=min(512, resolution), **limits))
+        datasets.set_buckets(min(512, resolution), config.buckets)
     bar = partial(tqdm, desc="looking", unit="image", disable=None)
     trigger, output_dir = config.captions.trigger_word or None, Path(config.output.output_dir)
     lines, is_wrong = check_folders(

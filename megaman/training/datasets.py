@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaman.data.buckets import make_buckets
 from megaman.data.dataset import MegaManDataset
 from megaman.data.file_index import FileIndex
 from megaman.data.folders import FolderConfig
@@ -15,7 +16,7 @@ from megaman.data.problems import check_usable, write_instructions, write_proble
 from megaman.errors import UserError
 
 if TYPE_CHECKING:
-    from megaman.config.train import CaptionConfig, TrainConfig
+    from megaman.config.train import BucketConfig, CaptionConfig, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,12 @@ class Datasets:
     def add_affixes(self, config: CaptionConfig) -> None:
         """Add trigger word, prefix and suffix to the captions of the images to learn."""
         self.images.add_affixes(config.trigger_word, config.caption_prefix, config.caption_suffix)
+
+    def set_buckets(self, native_size: int, config: BucketConfig) -> None:
+        """Sort all images into buckets; native_size is the side of the base's images in pixels."""
+        limits = config.limits(self.images.size)
+        for dataset in self.all:
+            dataset.set_buckets(make_buckets(native=native_size, **limits))
 
     def check(self, output_dir: Path, skip_bad: bool) -> None:
         """Raise UserError if too few images can be used, and report the others then."""

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megaman.data import latent_cache
-from megaman.data.buckets import make_buckets
 from megaman.data.encoding import drop_damaged, encode_dataset
 from megaman.data.latent_cache import LatentCache
 from megaman.data.latents import LatentSource, OnlineLatents
@@ -42,9 +41,7 @@ def open_base(config: TrainConfig, datasets: Datasets, run: Run) -> Base:
     base = load_base(name, run.compute.dtype, run.device, run.compute.torch_memory_format)
     check_targets(base.unet_layers, config.lora.target_modules)
     if config.buckets.enable_bucket:
-        limits = config.buckets.limits(config.data.resolution)
-        for dataset in datasets.all:
-            dataset.set_buckets(make_buckets(native=base.native_size, **limits))
+        datasets.set_buckets(base.native_size, config.buckets)
     return base
 
 
