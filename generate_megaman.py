@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         log.info(writer.summary(plan.count(jobs), pending))
 
     try:
-        page = generate(generator, writer, pending, compare)
+        page = generate(generator, writer, pending)
     except KeyboardInterrupt:
         arguments = [word for word in argv if word != "--resume"]
         command = shlex.join(["python", "generate_megaman.py", *arguments, "--resume"])
@@ -114,14 +114,15 @@ def requested_loras(config: GenerateConfig) -> list[tuple[Path, float]]:
 
 
 def generate(
-    generator: "ImageGenerator", writer: GalleryWriter, pending: list[PendingBatch], compare: bool
+    generator: "ImageGenerator", writer: GalleryWriter, pending: list[PendingBatch]
 ) -> Path:
     """Generate the pending batches, each saved when it is done; returns the path of the page."""
     from tqdm import tqdm
 
     if not pending:
         return writer.write_page()  # with the images of a killed run
-    images = sum(len(item.batch) for item in pending) * (2 if compare else 1)
+    images = sum(len(item.batch) for item in pending if item.missing)
+    images += sum(len(item.batch) for item in pending if item.missing_base)
     with tqdm(total=images, desc="generating", unit="image", bar_format=BAR_FORMAT) as bar:
 
         def advance(part: float) -> None:
@@ -129,11 +130,11 @@ def generate(
 
         for group in generator.parallel_groups(pending):
             generator.set_variant(group[0].variant)
-            batches = [item.batch for item in group]
-            if compare:
-                without_lora = generator.generate(batches, advance, without_lora=True)
-                writer.save_base_images(group, without_lora)
-            writer.save_images(group, generator.generate(batches, advance))
+            for without_lora in (True, False):
+                batches = [item.batch for item in group if item.jobs_to_save(without_lora)]
+                if batches:
+                    generated = generator.generate(batches, advance, without_lora)
+                    writer.save_images(group, generated, without_lora)
             page = writer.write_page()
     return page
 

@@ -49,7 +49,8 @@ class LoraVariant:
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """A batch to generate, and those of its jobs whose images are to be saved.
+    """A batch to generate, and those of its jobs whose images, or whose images of the base alone,
+    are to be saved.
 
     It is always generated whole, so that its pixels stay the same.
     """
@@ -57,6 +58,11 @@ class PendingBatch:
     variant: LoraVariant
     batch: Sequence[Job]
     missing: Sequence[Job]
+    missing_base: Sequence[Job] = ()
+
+    def jobs_to_save(self, without_lora: bool) -> Sequence[Job]:
+        """The jobs that lack their image, or with without_lora the base's image next to it."""
+        return self.missing_base if without_lora else self.missing
 
 
 def make_jobs(

@@ -3,10 +3,15 @@ images and the page that this run writes."""
 
 from __future__ import annotations
 
+import itertools
+import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,23 +22,46 @@ from megaman.sampling import records
 from megaman.sampling.jobs import Job, LoraVariant, PendingBatch, base_image_file, image_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from megaman.sampling.generator import GeneratedImage
     from megaman.sampling.records import Record, Recorder
+
+log = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"megaman_(\d+)_\d+.*\.png")
 TITLE = "Mega Man LoRA"
 
 
-def add_unlisted(folder: Path, images: list[GalleryImage]) -> list[GalleryImage]:
+FindRecord = Callable[[Path], "Record | None"]
+
+
+def images_on_disk(folder: Path, images: list[GalleryImage]) -> list[GalleryImage]:
+    """The gallery's images without those that were deleted, each with its base's image if it is
+    there."""
+
+    def exists(file: str) -> bool:  # "./" keeps "//host/x" from naming another machine
+        return os.path.isfile(f"{folder}/./{file}")
+
+    present = []
+    for image in images:
+        if not exists(image.file):
+            continue
+        base_file = image.base_file or base_image_file(image.file)
+        has_base = exists(base_file)
+        present.append(replace(image, base_file=base_file if has_base else None))
+    return present
+
+
+def add_unlisted(
+    folder: Path, images: list[GalleryImage], find_record: FindRecord = records.find_record
+) -> list[GalleryImage]:
     """The gallery's images, and those that a killed run saved before the page listed them."""
     listed = {file for image in images for file in (image.file, image.base_file)}
     unlisted = []
     for path in sorted(folder.glob("megaman_*.png")):
         if path.name in listed or path.name.endswith("_base.png"):
             continue
-        if record := records.find_record(path):
+        record = find_record(path)
+        if record and records.is_whole(path):
             base = path.with_name(base_image_file(path.name))
             base_file = base.name if base.is_file() else None
             unlisted.append(records.gallery_image(path.name, record, base_file))
@@ -47,12 +75,16 @@ def first_free(folder: Path) -> int:
     return max((int(match[1]) for match in matches), default=-1) + 1
 
 
-def first_of_stopped(folder: Path, wanted: Sequence[tuple[int, Record]]) -> int | None:
+def first_of_stopped(
+    folder: Path,
+    wanted: Sequence[tuple[int, Record]],
+    find_record: FindRecord = records.find_record,
+) -> int | None:
     """The number of the first prompt in the run that was stopped, or None if there is no image
     of it.
 
-    wanted are the prompt indices with the records that their images would have. Each image that
-    fits votes for the number that its own number and index imply.
+    wanted are the prompt indices with the records that their images would have, also those of the
+    base. Each image that fits votes for the number that its own number and index imply.
     """
     indices: dict[tuple, list[int]] = {}
     for prompt_index, record in wanted:
@@ -60,26 +92,36 @@ def first_of_stopped(folder: Path, wanted: Sequence[tuple[int, Record]]) -> int 
     votes: Counter[int] = Counter()
     for path in folder.glob("megaman_*.png"):
         match = NUMBERED.fullmatch(path.name)
-        if match is None or path.name.endswith("_base.png"):
+        if match is None:
             continue
-        if record := records.find_record(path):
+        if record := find_record(path):
             number = int(match[1])
             fitting = indices.get(record.identity, [])
             votes.update({number - index for index in fitting if index <= number})
     return max(votes, key=lambda first: (votes[first], first)) if votes else None
 
 
-def is_complete(path: Path, record: Record) -> bool:
-    """Whether the image exists already; raises UserError if another one has its name."""
+def is_complete(path: Path, record: Record, find_record: FindRecord = records.find_record) -> bool:
+    """Whether the image exists and is whole; raises UserError if another one has its name."""
     if not path.exists():
         return False
-    found = records.find_record(path)
-    if found is None or found.identity != record.identity:
+    found = None if path.is_dir() else find_record(path)
+    is_same = found is not None and found.identity == record.identity
+    if not path.is_dir() and not records.is_whole(path) and (found is None or is_same):
+        return False
+    if not is_same:
         raise UserError(
             f"--resume: {path} is not an image that this command generates",
             "Use the flags of the stopped run, or omit --resume",
         )
     return True
+
+
+def keep_damaged(path: Path) -> Path:
+    """Rename a damaged image, so that it can be generated again; returns the free name taken."""
+    names = (f"damaged{count}_{path.name}" for count in chain([""], itertools.count(2)))
+    kept = next(name for name in names if not path.with_name(name).exists())
+    return path.rename(path.with_name(kept))
 
 
 def refuse_taken(path: Path) -> None:
@@ -99,8 +141,10 @@ class OutputFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.images = add_unlisted(path, read_images(path))
-        if not self.images and (path / "index.html").exists():
+        self.find_record = cache(records.find_record)
+        listed = read_images(path)
+        self.images = add_unlisted(path, images_on_disk(path, listed), self.find_record)
+        if not listed and not self.images and (path / "index.html").exists():
             raise UserError(
                 f"--output_dir {path} has an index.html of something else", "Name another folder"
             )
@@ -127,6 +171,7 @@ class GalleryWriter:
         compare: bool,
     ):
         self._folder, self._images = folder.path, folder.images
+        self._find_record = folder.find_record
         self._recorder, self._variants, self._jobs = recorder, variants, jobs
         self._compare = compare
         stopped = self._find_stopped() if resume else None
@@ -137,7 +182,10 @@ class GalleryWriter:
         wanted = []
         for variant, job in product(self._variants, self._jobs):
             wanted.append((job.prompt_index, self._recorder.record(job, [job], variant)))
-        return first_of_stopped(self._folder, wanted)
+            if self._compare:
+                record = self._recorder.record(job, [job], variant, without_lora=True)
+                wanted.append((job.prompt_index, record))
+        return first_of_stopped(self._folder, wanted, self._find_record)
 
     def pending(
         self, batches: Sequence[Sequence[Job]], is_wanted: Callable[[Job], bool]
@@ -145,59 +193,73 @@ class GalleryWriter:
         """The batches that lack a wanted image, variant by variant."""
         pending = []
         for variant, batch in product(self._variants, batches):
-            missing = [job for job in batch if is_wanted(job) and self._is_missing(job, variant)]
-            if missing:
-                pending.append(PendingBatch(variant, batch, missing))
-        self._forget_missing(pending)
+            wanted = [job for job in batch if is_wanted(job)]
+            missing, missing_base = (
+                [job for job in wanted if self._is_missing(job, variant, without_lora)]
+                for without_lora in (False, True)
+            )
+            if missing or missing_base:
+                pending.append(PendingBatch(variant, batch, missing, missing_base))
+        if self.resumed:
+            self._keep_damaged(pending)
         return pending
 
-    def _is_missing(self, job: Job, variant: LoraVariant) -> bool:
+    def _is_missing(self, job: Job, variant: LoraVariant, without_lora: bool) -> bool:
+        if without_lora and not self._compare:
+            return False
         if not self.resumed:
             return True
-        record = self._recorder.record(job, [job], variant)
-        return not is_complete(self._path(job, variant), record)
+        record = self._recorder.record(job, [job], variant, without_lora=without_lora)
+        path = self._path(job, variant, without_lora)
+        complete = is_complete(path, record, self._find_record)
+        if complete:
+            records.restore_thumbnail(path, record)
+        return not complete
 
-    def _forget_missing(self, pending: Sequence[PendingBatch]) -> None:
-        """Remove images from the gallery that it lists although their files were deleted."""
-        files = set()
-        for item in pending:
-            files.update(self._path(job, item.variant).name for job in item.missing)
-        self._images = [image for image in self._images if image.file not in files]
+    def _keep_damaged(self, pending: Sequence[PendingBatch]) -> None:
+        """Rename the damaged images among those to save; the gallery lists them no longer."""
+        for item, without_lora in product(pending, (False, True)):
+            for job in item.jobs_to_save(without_lora):
+                path = self._path(job, item.variant, without_lora)
+                if path.exists() and not records.is_whole(path):
+                    kept = keep_damaged(path)
+                    log.info(f"{path} is damaged: kept as {kept.name} and generated again")
+        self._images = images_on_disk(self._folder, self._images)
 
-    def _path(self, job: Job, variant: LoraVariant) -> Path:
-        return self._folder / image_file(job, variant, self.first)
+    def _path(self, job: Job, variant: LoraVariant, without_lora: bool = False) -> Path:
+        file = image_file(job, variant, self.first)
+        return self._folder / (base_image_file(file) if without_lora else file)
 
     def summary(self, count: int, pending: Sequence[PendingBatch]) -> str:
         """What a resumed run finds of the images that it would generate, count in all."""
         if not self.resumed:
             return "resuming   nothing of this run is there"
-        missing = sum(len(item.missing) for item in pending)
+        missing = sum(len({*item.missing, *item.missing_base}) for item in pending)
         return f"resuming   {count - missing} of {count} are there"
 
-    def save_base_images(
-        self, group: Sequence[PendingBatch], generated: Sequence[GeneratedImage]
-    ) -> None:
-        """Save the images without LoRA next to those of the same jobs."""
-        for item in _missing(group, generated):
-            path = self._path(item.job, group[0].variant)
-            path = path.with_name(base_image_file(path.name))
-            if not self.resumed:
-                refuse_taken(path)
-            self._save(path, item, group[0].variant, without_lora=True)
-
     def save_images(
-        self, group: Sequence[PendingBatch], generated: Sequence[GeneratedImage]
+        self,
+        group: Sequence[PendingBatch],
+        generated: Sequence[GeneratedImage],
+        without_lora: bool,
     ) -> None:
-        """Save the missing images of a group of batches with one variant, and list them.
+        """Save the missing images of a group of batches with one variant, and list them; with
+        without_lora, the base's images next to those of the same jobs.
 
         Raises UserError if another run took a name.
         """
-        for item in _missing(group, generated):
-            path = self._path(item.job, group[0].variant)
+        jobs = {job for item in group for job in item.jobs_to_save(without_lora)}
+        for item in generated:
+            if item.job not in jobs:
+                continue
+            path = self._path(item.job, group[0].variant, without_lora)
             refuse_taken(path)
-            record = self._save(path, item, group[0].variant, without_lora=False)
-            base_file = base_image_file(path.name) if self._compare else None
-            self._images.append(records.gallery_image(path.name, record, base_file))
+            record = self._save(path, item, group[0].variant, without_lora)
+            if not without_lora:
+                base_file = base_image_file(path.name) if self._compare else None
+                self._images.append(records.gallery_image(path.name, record, base_file))
+        if without_lora and self.resumed:  # images of the stopped run may have lacked the base's
+            self._images = images_on_disk(self._folder, self._images)
 
     def _save(
         self, path: Path, generated: GeneratedImage, variant: LoraVariant, without_lora: bool
@@ -226,10 +288,3 @@ class GalleryWriter:
             rows.append((label, [self._path(job, each) for each in self._variants]))
         grid.save_grid(sheet, columns, rows)
         return sheet
-
-
-def _missing(
-    group: Sequence[PendingBatch], generated: Sequence[GeneratedImage]
-) -> list[GeneratedImage]:
-    jobs = {job for item in group for job in item.missing}
-    return [item for item in generated if item.job in jobs]

@@ -6,6 +6,7 @@ A1111's parameters text and the gallery's entry are made from the same record.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,6 +28,7 @@ KEY = "megaman"  # of the PNG's text chunk
 MAX_ITEMS = 4096  # images of a batch, LoRAs, packages in versions: what a record may have
 MAX_PROMPT = 100_000  # characters
 THUMBNAIL = 256  # pixels of the longer side
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def a1111_text(prompt: str, negative_prompt: str, values: dict[str, Any]) -> str:
@@ -46,10 +48,15 @@ def _quoted(value: str) -> str:
     return value
 
 
+def needs_thumbnail(size: tuple[int, int]) -> bool:
+    """Whether an image is so large that the gallery shows a small copy: a browser keeps what it
+    has decoded in memory."""
+    return max(size) > 1.2 * THUMBNAIL
+
+
 def save_thumbnail(path: Path, image: Image.Image) -> None:
-    """Write a small WebP for the gallery if the image is much larger: a browser keeps what it has
-    decoded in memory."""
-    if max(image.size) > 1.2 * THUMBNAIL:
+    """Write a small WebP for the gallery if the image needs one."""
+    if needs_thumbnail(image.size):
         small = image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         with replacing(path) as aside:
@@ -195,6 +202,40 @@ def save(path: Path, image: Image.Image, record: Record) -> None:
     text = json.dumps(asdict(record), ensure_ascii=False)
     save_png(path, image, parameters_text(record), {KEY: text})
     save_thumbnail(path.parent / thumbnail_of(path.name), image)
+
+
+def restore_thumbnail(path: Path, record: Record) -> None:
+    """Write the thumbnail of a saved image again if it needs one that is missing or damaged."""
+    thumbnail = path.parent / thumbnail_of(path.name)
+    if not needs_thumbnail((record.width, record.height)):
+        return
+    try:
+        with Image.open(thumbnail) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError):
+        with Image.open(path, formats=["PNG"]) as image:
+            save_thumbnail(thumbnail, image)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is a PNG with all its chunks and their right checksums, up to the last one.
+
+    The pixels are not decoded. Raises OSError if the file cannot be read.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+            return False
+        while True:
+            head = file.read(8)  # the length of the chunk's data, and its type
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if len(head) < 8 or file.tell() + length + 4 > size:
+                return False
+            checksum = zlib.crc32(file.read(length), zlib.crc32(kind))
+            if checksum != int.from_bytes(file.read(4), "big"):
+                return False
+            if kind == b"IEND":
+                return True
 
 
 def parameters_text(record: Record) -> str:

@@ -67,6 +67,80 @@ def test_an_image_is_there_or_another_has_its_name(tmp_path, put):
     assert output_folder.is_complete(path, RECORD)
     with pytest.raises(UserError, match=r"--resume.*megaman_000_00"):
         output_folder.is_complete(path, replace(RECORD, seed=JOB.seed + 1))
-    path.write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(path)
     with pytest.raises(UserError, match="not an image that this command generates"):
         output_folder.is_complete(path, RECORD)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="not an image that this command generates"):
+        output_folder.is_complete(path, RECORD)
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "its signature alone": lambda content: content[:8],
+    "cut in the record": lambda content: content[:200],
+    "cut in the pixels": lambda content: content[:-20],
+    "without its end": lambda content: content[:-12],
+    "a zero for the last byte": lambda content: content[:-1] + b"\0",
+    "a tail of zeros": lambda content: content[:-40] + bytes(40),
+    "a changed pixel": lambda content: content[:-20] + b"?" + content[-19:],
+    "no image": lambda content: b"<html>",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_image_is_not_complete(tmp_path, put, damage):
+    path = tmp_path / "megaman_000_00.png"
+    put(path.name)
+    assert records.is_whole(path)
+    path.write_bytes(damage(path.read_bytes()))
+    assert not records.is_whole(path)
+    assert not output_folder.is_complete(path, RECORD)
+    assert output_folder.add_unlisted(tmp_path, []) == []
+
+
+def test_a_damaged_image_is_kept_under_a_free_name(tmp_path):
+    for content in (b"first", b"second", b"third"):
+        path = tmp_path / "megaman_000_00.png"
+        path.write_bytes(content)
+        kept = output_folder.keep_damaged(path)
+        assert not path.exists() and kept.read_bytes() == content
+    assert len(list(tmp_path.iterdir())) == 3
+    assert output_folder.first_free(tmp_path) == 0
+
+
+def test_the_page_lists_what_is_there(tmp_path, put):
+    """Neither deleted images nor the base's image of a pair that was deleted, nor a path that
+    leads elsewhere."""
+    images = []
+    for number in range(4):
+        name = f"megaman_00{number}_00"
+        put(f"{name}.png")
+        put(f"{name}_base.png", replace(RECORD, loras=[]))
+        base_file = f"{name}_base.png" if number else None  # the first was listed without it
+        images.append(records.gallery_image(f"{name}.png", RECORD, base_file))
+    (tmp_path / "megaman_001_00.png").unlink()
+    (tmp_path / "megaman_002_00_base.png").unlink()
+    images.append(replace(images[0], file=f"/{tmp_path}/megaman_000_00.png"))
+    images.append(replace(images[0], file="a" * 9999))
+    images.append(replace(images[0], file="\0"))
+    present = output_folder.images_on_disk(tmp_path, images)
+    assert [(image.file, image.base_file) for image in present] == [
+        ("megaman_000_00.png", "megaman_000_00_base.png"),
+        ("megaman_002_00.png", None),
+        ("megaman_003_00.png", "megaman_003_00_base.png"),
+    ]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"RIFF"], ids=["deleted", "empty", "cut"])
+def test_a_thumbnail_is_restored(tmp_path, content):
+    path = tmp_path / "megaman_000_00.png"
+    records.save(path, Image.new("RGB", (512, 384), "red"), RECORD)
+    thumbnail = tmp_path / "thumbnails" / "megaman_000_00.png.webp"
+    before = thumbnail.read_bytes()
+    thumbnail.unlink()
+    if content is not None:
+        thumbnail.write_bytes(content)
+    records.restore_thumbnail(path, replace(RECORD, width=512, height=384))
+    assert thumbnail.read_bytes() == before

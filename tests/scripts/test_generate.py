@@ -22,7 +22,7 @@ from megaman.lora import adapter
 from megaman.lora import files as lora_files
 from megaman.models.base import load_base
 from megaman.pages.gallery import read_images
-from megaman.sampling import denoise
+from megaman.sampling import denoise, records
 from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
 from megaman.sampling.generator import ImageGenerator
 
@@ -57,7 +57,7 @@ def generate(lora_path, tmp_path, monkeypatch, capsys):
         run.said = capsys.readouterr().out
         return {
             path.name: Image.open(path).convert("RGB")
-            for path in sorted((tmp_path / output).glob("*.png"))
+            for path in sorted((tmp_path / output).glob("[!d]*.png"))  # no damaged ones
         }
 
     return run
@@ -449,11 +449,11 @@ def test_the_fused_lora_draws_what_the_unfused_draws(generate, tmp_path):
     fused = generate(output="fused")["megaman_000_00.png"]
     unfused = generate("--compare", "base", output="unfused")["megaman_000_00.png"]
     assert alike(fused, unfused)
-    records = [
+    saved = [
         json.loads(Image.open(tmp_path / name / "megaman_000_00.png").info["megaman"])
         for name in ("fused", "unfused")
     ]
-    assert [record["fused"] for record in records] == [True, False]
+    assert [record["fused"] for record in saved] == [True, False]
 
 
 @pytest.fixture
@@ -659,6 +659,68 @@ def test_resume_draws_what_the_undisturbed_run_draws(generate, tmp_path):
             (tmp_path / "part" / "megaman_001_00.png").read_bytes()
         )
         generate(*flags, "--resume", output="part")
+
+
+def names_on_page(folder):
+    images = read_images(folder)
+    return sorted(
+        filter(None, [file for image in images for file in (image.file, image.base_file)])
+    )
+
+
+def test_resume_generates_whatever_a_pair_lacks(generate, tmp_path, monkeypatch):
+    """The base's images of a run without them, half a pair, both halves, damaged halves; what is
+    whole stays as it is, and each header is read once."""
+    flags = ["--num_images_per_prompt", 3, "--batch_size", 2]
+    whole = generate(*flags, "--compare", "base", output="whole")
+    generate(*flags)
+    folder = tmp_path / "out"
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("megaman_*.png")}
+    drawn = generate(*flags, "--compare", "base", "--resume")
+    assert "0 of 3 are there" in generate.said
+    assert drawn.keys() == whole.keys()
+    assert all(alike(drawn[name], whole[name]) for name in whole)
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert names_on_page(folder) == sorted(whole)
+
+    (folder / "megaman_000_00_base.png").unlink()
+    (folder / "megaman_000_01.png").unlink()
+    for name in ("megaman_000_01_base.png", "megaman_000_02.png"):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:-100])
+    read = []
+    find_record = records.find_record
+    monkeypatch.setattr(records, "find_record", lambda path: read.append(path) or find_record(path))
+    drawn = generate(*flags, "--compare", "base", "--resume")
+    assert "0 of 3 are there" in generate.said
+    assert len(set(read)) == len(read)
+    damaged = ["damaged_megaman_000_01_base.png", "damaged_megaman_000_02.png"]
+    assert sorted(path.name for path in folder.glob("damaged*")) == damaged
+    assert all(alike(drawn[name], whole[name]) for name in whole)
+    assert names_on_page(folder) == sorted(whole)
+    assert "damaged" in generate.said
+
+    generate(*flags, "--compare", "base", "--resume")
+    assert "3 of 3 are there" in generate.said
+    generate(*flags, "--resume")
+    assert "3 of 3 are there" in generate.said
+    assert names_on_page(folder) == sorted(whole)
+    (folder / "megaman_000_01_base.png").unlink()
+    generate("--prompts", "a red cat")
+    assert names_on_page(folder) == sorted(
+        {*whole, "megaman_001_00.png"} - {"megaman_000_01_base.png"}
+    )
+    (folder / "megaman_000_01_base.png").write_bytes((folder / "megaman_000_02.png").read_bytes())
+    with pytest.raises(UserError, match="01_base.png is not an image that this command generates"):
+        generate(*flags, "--compare", "base", "--resume")
+
+
+def test_resume_finds_a_run_of_which_the_base_images_are_left(generate, tmp_path):
+    flags = ["--num_images_per_prompt", 2, "--compare", "base"]
+    whole = generate(*flags)
+    for path in (tmp_path / "out").glob("megaman_000_0?.png"):
+        path.unlink()
+    assert generate(*flags, "--resume").keys() == whole.keys()
 
 
 def test_too_little_memory_while_drawing(generate, again, monkeypatch, tmp_path):
