@@ -7,6 +7,7 @@ import ast
 import copy
 import json
 import pickle
+import re
 import shutil
 import struct
 from itertools import chain
@@ -269,9 +270,11 @@ def test_a_file_in_place_of_a_folder(tmp_path, unet_shape, plain_lora):
     hidden = tmp_path / "style.safetensors"
     torch.save({}, hidden)
     assert "is a pickle" in lora_refusal(hidden, unet_shape)
-    assert "without its adapter_config.json" in lora_refusal(
-        plain_lora / lora_files.PEFT_WEIGHTS, unet_shape
-    )
+    alone = tmp_path / "alone" / lora_files.PEFT_WEIGHTS
+    alone.parent.mkdir()
+    shutil.copy(plain_lora / lora_files.PEFT_WEIGHTS, alone)
+    assert "without its adapter_config.json" in lora_refusal(alone, unet_shape)
+    assert peft_config.find(plain_lora / lora_files.PEFT_WEIGHTS) == plain_lora
     other = tmp_path / "notes.txt"
     other.write_text("no LoRA")
     assert "not a .safetensors" in lora_refusal(other, unet_shape)
@@ -322,19 +325,10 @@ def set_config(folder: Path, **values) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("r", value) for value in (0, -1, 3, 10**9, 10**400, 2.0, True, "2", None, [2], {})],
+        *[("r", value) for value in (0, -1, 3, 10**9, 10**400, 2.5, True, "2", None, [2], {})],
         *[
             ("lora_alpha", value)
             for value in (float("nan"), float("inf"), 10**400, 0, -4, "4", None, True, [[[4]]])
-        ],
-        *[
-            ("target_modules", value)
-            for value in (".*", "all-linear", [], None, [""], [1], ["(a+)+$"], {"to_q": 1})
-        ],
-        *[("target_modules", value) for value in (["to_q"] * 3000, ["x" * 300])],
-        *[
-            ("rank_pattern", value)
-            for value in ({"(a+)+": 2}, {"to_q": 9}, {"to_q": "2"}, [2], "x", {"to_q": [2]})
         ],
         *[
             ("alpha_pattern", value)
@@ -348,6 +342,56 @@ def set_config(folder: Path, **values) -> None:
 def test_an_odd_configuration_is_refused_by_its_key(own_lora, unet_shape, key, value):
     set_config(own_lora, **{key: value})
     assert f"adapter_config.json: {key} is not" in lora_refusal(own_lora, unet_shape)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", 2.0),
+        *[
+            ("target_modules", value)
+            for value in (".*", "all-linear", r".*attn\d\.to_[qk]", "(a+)+$", "[", [], None, [""])
+        ],
+        *[
+            ("target_modules", value)
+            for value in ([1], ["(a+)+$"], {"to_q": 1}, ["to_q"] * 3000, ["x" * 300])
+        ],
+        *[
+            ("rank_pattern", value)
+            for value in ({"(a+)+": 2}, {"[": 9}, {"to_q": "2"}, [2], "x", {"to_q": [2]})
+        ],
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_ranks_and_targets_are_those_of_the_tensors(own_lora, base_folder, monkeypatch, key, value):
+    """Whatever the configuration says of them; a pattern in it is never compiled."""
+
+    def loaded() -> dict[str, torch.Tensor]:
+        unet = fresh(base_folder)
+        lora_files.load_lora(own_lora, unet)
+        return lora_files.adapter_state(unet)
+
+    before = loaded()
+    set_config(own_lora, **{key: value})
+    compiled = []
+    for name in ("compile", "match", "fullmatch", "search"):
+        function = getattr(re, name)
+        monkeypatch.setattr(
+            re, name, lambda p, *a, f=function, **k: compiled.append(p) or f(p, *a, **k)
+        )
+    after = loaded()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    patterns = [value] if isinstance(value, str | float | None) else list(value)
+    assert not set(patterns) - {"to_q"} & set(compiled)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("LOHA", "'LOHA'"), ("IA3", "'IA3'"), ("x" * 99, f"'{'x' * 30}'")]
+)
+def test_another_adapter_is_refused_by_its_type(own_lora, unet_shape, kind, said):
+    set_config(own_lora, peft_type=kind)
+    assert f"peft_type is not LORA but {said}" in lora_refusal(own_lora, unet_shape)
 
 
 def test_nothing_that_a_configuration_names_is_imported_or_fetched(
@@ -491,7 +535,8 @@ def spare(unet_shape) -> list:
     return [copy.deepcopy(unet_shape)]
 
 
-KEYS = [*peft_config.KEYS, "peft_type", "base_model_name_or_path", "auto_mapping"]
+KEYS = [*peft_config.KEYS, "target_modules", "rank_pattern", "peft_type"]
+KEYS += ["base_model_name_or_path", "auto_mapping"]
 near_value = st.sampled_from(
     [2, 4, "LORA", ["to_q", "conv_in"], {"to_q": 2}, True, "to_q", float("nan"), 2**70]
 )

@@ -32,16 +32,15 @@ from megaman.files import replacing_folder, write_json
 from megaman.lora import formats as lora_formats
 from megaman.lora import peft_config
 from megaman.lora.adapter import ADAPTER, adapter_name, get_lora_config, set_scales
-from megaman.lora.peft_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG
+from megaman.lora.formats import PEFT_PREFIX
+from megaman.lora.peft_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from megaman.safe_loading import check_safetensors
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
 TEXT_ENCODER = "text_encoder"  # the model, and its folder
-PEFT_PREFIX = "base_model.model."
 # diffusers before 0.42 needs the text_model. that transformers 5 dropped; newer ones accept both.
 DIFFUSERS_PREFIXES = {"unet": "unet.", TEXT_ENCODER: "text_encoder.text_model."}
 Tensors = dict[str, torch.Tensor]
@@ -169,6 +168,8 @@ def read_tensors(path: Path) -> Tensors:
             f"{path} cannot be loaded ({error})", "Take a checkpoint, or train again"
         ) from None
     for name, tensor in tensors.items():
+        if name.startswith(lora_formats.EMBEDDINGS):
+            continue  # not used
         if name.endswith(".alpha") and not tensor.is_complex():  # kohya's may be whole numbers
             tensor = tensors[name] = tensor.float()
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
@@ -238,6 +239,7 @@ def _read_file(path: Path, file: Path, models: Mapping[str, nn.Module]) -> dict[
     """The adapters in a file in kohya's or diffusers' layout, by model; checked against it."""
     tensors, metadata = read_tensors(file), read_metadata(file)
     lora_formats.refuse_foreign(path, metadata, tensors)
+    tensors = lora_formats.without_extras(path, tensors)
     adapters = {}
     for part, (state, alphas) in lora_formats.to_peft(path, tensors, models).items():
         ranks = _check_shapes(file, state, models[part])
@@ -248,7 +250,7 @@ def _read_file(path: Path, file: Path, models: Mapping[str, nn.Module]) -> dict[
             config = lora_formats.config_from_tensors(state, alphas)
         adapters[part] = _Adapter(config, state)
     if not adapters:
-        raise UserError(f"{file} holds no tensor", "Name another LoRA in --lora_path")
+        raise UserError(f"{file} holds no tensor of a LoRA", "Name another in --lora_path")
     return adapters
 
 
@@ -262,9 +264,10 @@ def _read_folder(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, _Ad
 
 def _read_peft(folder: Path, model: nn.Module) -> _Adapter:
     config = peft_config.read(folder)
+    peft_config.require_lora_type(folder, config)
     tensors = read_tensors(folder / PEFT_WEIGHTS)
     lora_formats.refuse_foreign(folder, {}, tensors)
-    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    state = lora_formats.from_peft(folder, lora_formats.without_extras(folder, tensors), model)
     ranks = _check_shapes(folder, state, model)
     return _Adapter(peft_config.validate(folder, config, ranks), state)
 
@@ -316,11 +319,14 @@ def restore(model: nn.Module, state: Tensors, adapter: str = ADAPTER) -> None:
         )
 
 
-def _check_shapes(folder: Path, state: Tensors, model: nn.Module) -> set[int]:
-    """The ranks of a LoRA; raises UserError if a pair A, B does not fit its layer in the model."""
+def _check_shapes(folder: Path, state: Tensors, model: nn.Module) -> dict[str, int]:
+    """The rank of each layer of a LoRA.
+
+    Raises UserError if a pair A, B does not fit its layer in the model.
+    """
     layers = dict(model.named_modules())
     modules = dict.fromkeys(name.partition(".lora_")[0] for name in state)
-    ranks = set()
+    ranks = {}
     for module in modules:
         weight = getattr(layers.get(module), "weight", None)
         a, b = (state.get(f"{module}.lora_{side}.weight") for side in "AB")
@@ -329,7 +335,7 @@ def _check_shapes(folder: Path, state: Tensors, model: nn.Module) -> set[int]:
                 f"The LoRA in {folder} was made for another base ({module[:200]!r} differs)",
                 "Name its own base in --base_model",
             )
-        ranks.add(len(a))
+        ranks[module] = len(a)
     if not ranks:
         raise UserError(
             f"{folder / PEFT_WEIGHTS} holds no tensor", "Name another LoRA folder in --lora_path"

@@ -7,6 +7,8 @@ diffusers        unet.M.lora_A.weight
 diffusers 0.2x   unet.M.lora.down.weight
                  text_encoder.….lora_linear_layer.up.weight
 diffusers 0.1x   unet.….attn1.processor.to_q_lora.down.weight
+ComfyUI          diffusion_model.AUTHORS_M.lora_up.weight, .alpha (see authors_names)
+                 text_encoders.clip_l.transformer.text_model.M.lora_up.weight
 
 And the reverse: PEFT's tensors to kohya's layout, which A1111 and ComfyUI read.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -28,9 +31,13 @@ from torch import nn
 
 from megaman.errors import UserError
 from megaman.lora.adapter import ADAPTER, get_lora_config
-from megaman.lora.peft_config import KOHYA_WEIGHTS, MAX_ALPHA
-from megaman.models.identify import DOWN, KEY, OTHER_ADAPTERS, foreign_base
+from megaman.lora.authors_names import authors_names
+from megaman.lora.peft_config import KOHYA_WEIGHTS, MAX_ALPHA, exact_pattern
+from megaman.models.identify import DOWN, KEY, foreign_base, other_adapter
 
+log = logging.getLogger(__name__)
+
+PEFT_PREFIX = "base_model.model."
 REMEDY = "Name a LoRA that was trained on Stable Diffusion 1.x"
 PREFIXES = {
     "lora_unet_": "unet",
@@ -38,7 +45,16 @@ PREFIXES = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "text_encoder.": "text_encoder",
+    "diffusion_model.": "unet",
+    "model.diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "clip_l.transformer.": "text_encoder",
+    "cond_stage_model.transformer.": "text_encoder",
 }
+# What some files hold next to a LoRA, by the beginning of a key and by the end of one.
+EMBEDDINGS = "bundle_emb."
+BIASES_AND_NORMS = (".diff", ".diff_b", ".w_norm", ".b_norm", ".bias")
+UNUSED_LAYERS = ("text_projection", "logit_scale")  # Stable Diffusion 1.x does without them
 
 WEIGHTS = KOHYA_WEIGHTS
 # A1111 and ComfyUI need text_model in the names of the text encoder's layers, which transformers 5
@@ -55,6 +71,55 @@ def refuse_foreign(
 
 
 Layers = tuple[dict[str, torch.Tensor], dict[str, float]]  # PEFT's tensors, alphas by layer
+
+
+def without_extras(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file's layers; what else it holds is named in a line, as far as it matters.
+
+    That are textual inversion embeddings, trained biases and norms, and layers that Stable
+    Diffusion 1.x does not use.
+    """
+    plain, embeddings, others = {}, [], []
+    for key, tensor in tensors.items():
+        if key.startswith(EMBEDDINGS):
+            embeddings.append(key.split(".")[1])
+        elif tensor.ndim < 2 and key.endswith(BIASES_AND_NORMS):
+            if tensor.any():
+                others.append(key)
+        elif not any(layer in key for layer in UNUSED_LAYERS):
+            plain[key] = tensor
+    ignored = []
+    if embeddings:
+        names = list(dict.fromkeys(embeddings))
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        ignored.append(f"the bundled embeddings {', '.join(names[:5])[:300]}{more}")
+    if others:
+        ignored.append(f"trained biases and norms ({len(others)} tensors)")
+    if ignored:
+        log.info(f"{path}: {' and '.join(ignored)} are ignored; its LoRA is used")
+    return plain
+
+
+def from_peft(
+    folder: Path, tensors: Mapping[str, torch.Tensor], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """The tensors of PEFT's file under the model's own names of its layers.
+
+    Raises UserError for anything but a plain LoRA.
+    """
+    layers = {name for name, _ in model.named_modules()}
+    state = {}
+    for key, tensor in tensors.items():
+        match = _match(folder, key.removeprefix(PEFT_PREFIX))
+        if match["side"] not in ("lora_A", "lora_B"):
+            raise UserError(f"{folder} is no PEFT folder: it holds {key[:200]!r}", REMEDY)
+        layer = match["layer"]
+        # transformers 5 dropped text_model. from the names of the text encoder's layers.
+        for other in (layer.removeprefix("text_model."), f"text_model.{layer}"):
+            if layer not in layers and other in layers:
+                layer = other
+        state[f"{layer}.{match['side']}.weight"] = tensor
+    return state
 
 
 def to_peft(
@@ -88,11 +153,14 @@ def to_peft(
 
 def _match(path: Path, key: str) -> re.Match[str]:
     """The parts of a key; raises UserError for one of another adapter than a plain LoRA."""
-    if kind := next((kind for part, kind in OTHER_ADAPTERS.items() if part in key), None):
+    if kind := other_adapter(key):
+        article = "an" if kind.startswith(("OFT", "IA3")) else "a"
         raise UserError(
-            f"{path} is a {kind}, not a plain LoRA", "Name a LoRA, or convert it to one"
+            f"{path} is {article} {kind}, not a plain LoRA", "Name a LoRA, or convert it to one"
         )
     match = KEY.fullmatch(key)
+    if match is None and key.endswith(".weight"):
+        raise UserError(f"{path} is no LoRA: it holds the whole layer {key[:200]!r}", REMEDY)
     if match is None:
         raise UserError(f"{path} is no LoRA: it holds {key[:200]!r}", REMEDY)
     return match
@@ -101,14 +169,19 @@ def _match(path: Path, key: str) -> re.Match[str]:
 def _layers_by_underscores(model: nn.Module) -> dict[str, str]:
     """The names of a model's layers by kohya's form of them.
 
-    The text encoder's have no text_model_ here, as transformers 5 names them.
+    The text encoder's have no text_model_ here, as transformers 5 names them. The UNet's are also
+    there by their authors' names.
     """
-    names = (
+    names = [
         name
         for name, layer in model.named_modules()
         if isinstance(getattr(layer, "weight", None), torch.Tensor)
-    )
-    return {name.replace(".", "_").removeprefix("text_model_"): name for name in names}
+    ]
+    found = {name.replace(".", "_").removeprefix("text_model_"): name for name in names}
+    for theirs, name in authors_names(name for name, _ in model.named_modules()).items():
+        if name in names:
+            found[theirs.replace(".", "_")] = name
+    return found
 
 
 def _locate(layer: str) -> tuple[str, str]:
@@ -171,18 +244,13 @@ def config_from_tensors(
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": list(ranks),
-        "rank_pattern": _pattern(ranks, rank),
-        "alpha_pattern": _pattern(layer_alphas, alpha),
+        "rank_pattern": exact_pattern(ranks, rank),
+        "alpha_pattern": exact_pattern(layer_alphas, alpha),
     }
 
 
 def _most_common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
-
-
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The values that differ from the default, by a regular expression for their layer."""
-    return {f"^{re.escape(name)}$": value for name, value in values.items() if value != default}
 
 
 def to_kohya(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from megaman.safe_loading import conversion, refuse_pickle
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "megaman_lora.safetensors"
-# The keys that are used. PEFT has others by which it would import and download what they name.
-KEYS = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
+PEFT_WEIGHTS = "adapter_model.safetensors"
+# The keys that are used. Ranks and target modules are those of the tensors, so that no pattern of a
+# stranger is compiled. PEFT has other keys by which it would import and download what they name.
+KEYS = ("r", "lora_alpha", "use_rslora", "alpha_pattern")
 MAX_RANK, MAX_ALPHA = 4096, 65536
 MAX_NAMES = 2000  # Stable Diffusion has about 300 layers that can have a LoRA
 # PEFT reads these as regular expressions; only module names are allowed, which match fast.
@@ -45,8 +48,9 @@ def read(folder: Path) -> dict[str, Any]:
 def find(path: Path) -> Path:
     """The LoRA at a path: a folder with adapter_config.json, or a .safetensors file.
 
-    In a folder without adapter_config.json it is diffusers' file, or the only file. Raises
-    UserError for a file of another kind, and for a folder with several LoRAs.
+    For PEFT's file in such a folder it is the folder. In a folder without adapter_config.json it
+    is diffusers' file, or the only file. Raises UserError for a file of another kind, and for a
+    folder with several LoRAs.
     """
     if path.is_file():
         refuse_pickle(path, conversion(path))
@@ -55,7 +59,8 @@ def find(path: Path) -> Path:
                 f"{path} is not a .safetensors file",
                 "Name a LoRA's file or folder in --lora_path",
             )
-        return path
+        is_peft = path.name == PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).is_file()
+        return path.parent if is_peft else path
     if not path.is_dir() or (path / PEFT_CONFIG).is_file():
         return path
     if (path / DIFFUSERS_WEIGHTS).is_file():
@@ -102,24 +107,43 @@ def base_of(path: Path) -> str | None:
     return name
 
 
-def validate(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str, Any]:
-    """The arguments for LoraConfig; raises UserError if they do not match the tensors' ranks."""
-    patterns = {name: content.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    values = {"peft_type": "LORA", "use_rslora": False, **content, **patterns}
+def require_lora_type(folder: Path, content: dict[str, Any]) -> None:
+    """Raise UserError, naming what it is, if a configuration is that of another adapter."""
+    kind = content.get("peft_type", "LORA")
+    if isinstance(kind, str) and kind != "LORA":
+        raise UserError(
+            f"{folder / PEFT_CONFIG}: peft_type is not LORA but {kind[:30]!r}: it is no plain LoRA",
+            REMEDY,
+        )
 
-    def is_known_rank(value: Any) -> bool:
-        return type(value) is int and value in ranks
+
+def validate(folder: Path, content: dict[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The arguments for LoraConfig, for tensors of these ranks by layer.
+
+    Ranks and target modules are those of the tensors, whatever the configuration says of them.
+    Raises UserError if the rest is not valid.
+    """
+    has_pattern = isinstance(content.get("rank_pattern"), dict) and bool(content["rank_pattern"])
+    alpha_pattern = content.get("alpha_pattern") or {}
+    rank = content.get("r")
+    if isinstance(rank, float) and rank.is_integer():
+        rank = int(rank)
+    values = {
+        "peft_type": "LORA",
+        "use_rslora": False,
+        **content,
+        "r": rank,
+        "alpha_pattern": alpha_pattern,
+    }
 
     def is_rank(value: Any) -> bool:
-        return _is_rank(value) and (value in ranks or bool(patterns["rank_pattern"]))
+        return _is_rank(value) and (value in ranks.values() or has_pattern)
 
     checks = {
         "peft_type": schema.one_of("LORA"),
         "r": is_rank,
         "lora_alpha": _is_strength,
-        "target_modules": schema.list_of(_is_module, least=1, most=MAX_NAMES),
         "use_rslora": schema.instance(bool),
-        "rank_pattern": schema.mapping(is_known_rank, _is_module, MAX_NAMES),
         "alpha_pattern": schema.mapping(_is_strength, _is_module, MAX_NAMES),
     }
     if invalid := schema.first_invalid(values, checks):
@@ -127,7 +151,16 @@ def validate(folder: Path, content: dict[str, Any], ranks: set[int]) -> dict[str
             f"{folder / PEFT_CONFIG}: {invalid} is not valid for a LoRA with these tensors",
             REMEDY,
         )
-    return {key: content[key] for key in KEYS if content.get(key)}
+    return {
+        **{key: values[key] for key in KEYS if values.get(key)},
+        "target_modules": list(ranks),
+        "rank_pattern": exact_pattern(ranks, rank),
+    }
+
+
+def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """The values that differ from the default, by a regular expression for their layer alone."""
+    return {f"^{re.escape(name)}$": value for name, value in values.items() if value != default}
 
 
 def _is_module(value: Any) -> bool:

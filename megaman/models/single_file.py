@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from megaman.errors import UserError
 from megaman.files import read_json
 from megaman.models.configs import SD15
-from megaman.models.identify import BY_WIDTH, KEY, OTHER_ADAPTERS, foreign_base
+from megaman.models.identify import BY_WIDTH, EMBEDDING, KEY, foreign_base, other_adapter
 from megaman.models.weights import (
     BaseParts,
     LazyModel,
@@ -196,7 +196,7 @@ def refuse_others(path: Path, metadata: Mapping[str, str], tensors: Mapping[str,
 
 
 def _is_of_an_adapter(key: str) -> bool:
-    return KEY.fullmatch(key) is not None or any(part in key for part in OTHER_ADAPTERS)
+    return KEY.fullmatch(key) is not None or other_adapter(key) not in (None, EMBEDDING)
 
 
 def _refuse_inpainting(path: Path, tensors: Mapping[str, Tensor]) -> None:

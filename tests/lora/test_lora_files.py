@@ -210,6 +210,48 @@ def test_a_lora_of_another_base_is_refused(trained, base_folder, tmp_path):
     assert dict(wide.named_modules()).keys() == before
 
 
+PEFT_EXTRAS = {
+    "is a DoRA": ("conv_in.lora_magnitude_vector", (64,)),
+    "is a DoRA, not": ("conv_in.lora_magnitude_vector.weight", (64,)),
+    "embedding layer": ("conv_in.lora_embedding_A", (4, 64)),
+    "whole layer 'conv_in.weight'": ("conv_in.weight", (64, 4, 3, 3)),
+    "no PEFT folder": ("conv_in.lora_up.weight", (64, 4)),
+    "is no LoRA": ("conv_in.lora_E", (64, 1)),
+}
+
+
+@pytest.mark.parametrize("said", PEFT_EXTRAS)
+def test_a_peft_folder_that_is_no_plain_lora_says_what_it_is(trained, base_folder, tmp_path, said):
+    key, shape = PEFT_EXTRAS[said]
+    folder = tmp_path / "lora"
+    shutil.copytree(trained[3], folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"base_model.model.{key}"] = torch.ones(shape)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=re.escape(said)):
+        lora_files.load_lora(folder, fresh_unet(base_folder))
+
+
+def test_a_peft_folder_with_biases_is_read_without_them(trained, base_folder, tmp_path, caplog):
+    folder = tmp_path / "lora"
+    shutil.copytree(trained[3], folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.conv_in.bias"] = torch.ones(64)
+    tensors["base_model.model.conv_in.lora_B.bias"] = torch.ones(64)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    unet = fresh_unet(base_folder)
+    with caplog.at_level("INFO"):
+        lora_files.load_lora(folder, unet)
+    assert difference(unet, trained[1]) <= TOLERANCE
+    assert "biases and norms (2 tensors) are ignored" in caplog.text
+
+
+def test_pefts_file_stands_for_its_folder(trained, base_folder):
+    unet = fresh_unet(base_folder)
+    lora_files.load_lora(trained[3] / "adapter_model.safetensors", unet)
+    assert difference(unet, trained[1]) <= TOLERANCE
+
+
 @pytest.mark.parametrize("broken", ["missing", "no config", "no weights", "cut weights"])
 def test_what_is_no_lora_ends_in_a_line(trained, base_folder, tmp_path, broken):
     folder = tmp_path / "lora"

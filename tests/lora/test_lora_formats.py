@@ -8,7 +8,9 @@ import re
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -18,7 +20,9 @@ from megaman.errors import UserError
 from megaman.lora import adapter
 from megaman.lora import files as lora_files
 from megaman.lora import formats as lora_formats
+from megaman.lora.authors_names import authors_names
 from megaman.models import identify
+from megaman.models.configs import SD15
 from megaman.models.typed import unet_config
 from megaman.models.weights import build
 
@@ -33,6 +37,16 @@ UNET_LAYERS = [
     "proj_in",
 ]
 TEXT_LAYERS = ["q_proj", "out_proj", "fc1"]
+
+
+def authors_of(base_folder) -> dict[str, str]:
+    """The authors' names of the demo base's layers."""
+    unet = build(UNet2DConditionModel, UNet2DConditionModel.load_config(base_folder / "unet"))
+    names = authors_names(name for name, _ in unet.named_modules())
+    return {name: theirs for theirs, name in names.items()}
+
+
+AUTHORS = authors_of(ROOT / "demo" / "base")
 
 
 class Models:
@@ -197,6 +211,99 @@ def test_diffusers_files_of_every_age(base_folder, tmp_path, words):
     assert apart(loaded(base_folder, (tmp_path, 1.0)), Models(base_folder).merge(made)) <= TOLERANCE
 
 
+def in_comfyuis_words(part: str, layer: str) -> tuple[str, str, str]:
+    """As ComfyUI's node LoraSave writes them: the UNet's layers as their authors named them."""
+    if part == "unet":
+        stem = f"diffusion_model.{AUTHORS[layer]}"
+    else:
+        stem = f"text_encoders.clip_l.transformer.text_model.{layer.removeprefix('text_model.')}"
+    return stem, ".lora_down", ".lora_up"
+
+
+def in_authors_words_flat(part: str, layer: str) -> tuple[str, str, str]:
+    if part == "unet":
+        return f"lora_unet_{AUTHORS[layer].replace('.', '_')}", ".lora_down", ".lora_up"
+    return in_kohyas_words(part, layer)
+
+
+def in_pefts_raw_words(part: str, layer: str) -> tuple[str, str, str]:
+    """With PEFT's name of the adapter left in, as a plain state dict has it."""
+    stem, down, up = in_diffusers_words(part, layer)
+    return stem, f"{down}.default", f"{up}.default"
+
+
+@pytest.mark.parametrize("words", [in_comfyuis_words, in_authors_words_flat])
+def test_files_with_the_authors_names_of_layers(made, base_folder, tmp_path, words):
+    header = {"ss_base_model_version": "sd_v1"}  # SDXL's layers have such names, too
+    save_file(made.named(words), tmp_path / "style.safetensors", header)
+    found = loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
+    assert apart(found, Models(base_folder).merge(made)) <= TOLERANCE
+
+
+def test_keys_with_the_name_of_an_adapter(base_folder, tmp_path):
+    made = Made(base_folder, dtype=torch.float32, scaled=False)
+    save_file(made.named(in_pefts_raw_words), tmp_path / "style.safetensors")
+    found = loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
+    assert apart(found, Models(base_folder).merge(made)) <= TOLERANCE
+
+
+def test_the_authors_names_are_those_of_diffusers_own_conversion():
+    """Every tensor of Stable Diffusion 1.5's UNet, by diffusers' conversion of a checkpoint."""
+    config = json.loads((SD15 / "unet.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**{k: v for k, v in config.items() if k[0] != "_"})
+    names = authors_names(name for name, _ in unet.named_modules())
+    ours = {name: theirs for theirs, name in names.items()}
+    tensors = {}
+    for key in unet.state_dict():
+        layer, _, end = key.rpartition(".")
+        tensors[f"model.diffusion_model.{ours[layer]}.{end}"] = key
+    assert len(tensors) == 686
+    converted = convert_ldm_unet_checkpoint(dict(tensors), config)
+    assert {key: value for key, value in converted.items() if key != value} == {}
+    assert len(converted) == 686
+
+
+def pair(
+    stem: str, width: int = 4, down: str = ".lora_down", up: str = ".lora_up"
+) -> dict[str, torch.Tensor]:
+    return {f"{stem}{down}.weight": torch.ones(2, width), f"{stem}{up}.weight": torch.ones(4, 2)}
+
+
+EXTRAS = {
+    "embeddings": (
+        {
+            "bundle_emb.volto.string_to_param.*": torch.ones(2, 64),
+            "bundle_emb.volto.step": torch.tensor(5),
+            "bundle_emb.other.clip_l": torch.full((1, 64), float("nan")),
+        },
+        "the bundled embeddings volto, other are ignored",
+    ),
+    "biases": (
+        {
+            "diffusion_model.out.2.diff_b": torch.ones(4),
+            "lora_unet_conv_norm_out.w_norm": torch.ones(64),
+            "lora_unet_conv_norm_out.diff": torch.ones(64),
+        },
+        "trained biases and norms (3 tensors) are ignored",
+    ),
+    "biases of zero": ({"diffusion_model.out.2.diff_b": torch.zeros(4)}, ""),
+    "a projection that is not used": (pair("text_encoders.clip_l.transformer.text_projection"), ""),
+    "the same in kohya's words": (pair("lora_te_text_projection"), ""),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_what_stands_next_to_a_plain_lora_is_named(made, base_folder, tmp_path, caplog, name):
+    extras, line = EXTRAS[name]
+    save_file({**extras, **made.named(in_kohyas_words)}, tmp_path / "style.safetensors")
+    with caplog.at_level("INFO"):
+        found = loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
+    assert apart(found, Models(base_folder).merge(made)) <= TOLERANCE
+    lines = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
+    assert len(lines) == bool(line) and all(line in each for each in lines)
+
+
 @pytest.mark.filterwarnings("error:Already found")
 def test_several_loras_each_at_its_strength(made, base_folder, tmp_path):
     other = Made(base_folder, seed=1)
@@ -235,12 +342,6 @@ def test_a_folder_with_several_files_asks_which(made, base_folder, tmp_path):
         save_file(made.named(in_kohyas_words), tmp_path / f"{name}.safetensors")
     with pytest.raises(UserError, match=r"several LoRAs \(one.safetensors, other.safetensors\)"):
         loaded(base_folder, (tmp_path, 1.0))
-
-
-def pair(
-    stem: str, width: int = 4, down: str = ".lora_down", up: str = ".lora_up"
-) -> dict[str, torch.Tensor]:
-    return {f"{stem}{down}.weight": torch.ones(2, width), f"{stem}{up}.weight": torch.ones(4, 2)}
 
 
 READS = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -298,6 +399,13 @@ OTHER_ADAPTERS = {
     "LoHa": {"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)},
     "LoKr": {"lora_unet_conv_in.lokr_w1": torch.ones(2, 2)},
     "DoRA": {**pair("lora_unet_conv_in"), "lora_unet_conv_in.dora_scale": torch.ones(4, 1)},
+    "an OFT": {"lora_unet_conv_in.oft_blocks": torch.ones(2, 2)},
+    "BOFT": {"lora_unet_conv_in.boft_blocks": torch.ones(2, 2)},
+    "an IA3": {"lora_unet_conv_in.ia3_l": torch.ones(2, 2)},
+    "GLoRA": {"lora_unet_conv_in.a1.weight": torch.ones(2, 2)},
+    "textual inversion embedding": {"emb_params": torch.ones(2, 64)},
+    "whole weight differences": {"diffusion_model.out.2.diff": torch.ones(4, 64, 3, 3)},
+    "the whole layer": {**pair("lora_unet_conv_in"), "unet.conv_out.weight": torch.ones(4, 64)},
     "no LoRA": {"model.diffusion_model.out.2.weight": torch.ones(4)},
     "another base": pair("lora_unet_no_such_layer"),
     "not a valid alpha": {
@@ -305,6 +413,7 @@ OTHER_ADAPTERS = {
         "lora_unet_conv_in.alpha": torch.tensor(-1.0),
     },
     "holds no tensor": {},
+    "holds no tensor of a LoRA": {"bundle_emb.volto.string_to_param.*": torch.ones(2, 64)},
 }
 
 
