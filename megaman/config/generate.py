@@ -18,8 +18,8 @@ from megaman.config.values import (
     STEPS,
     folder,
     lora,
-    name,
     number,
+    path,
     sampler,
     side,
     strengths,
@@ -51,7 +51,7 @@ class ModelConfig:
     base_model: str | None = flag(
         None,
         "the base: a name on the hub, a local folder or a .safetensors file (default: the LoRA's)",
-        name,
+        path,
         metavar="NAME",
         common=True,
     )
@@ -91,7 +91,7 @@ class PromptConfig:
         common=True,
     )
     prompts_file: str | None = flag(
-        None, "a file with one prompt a line; # begins a comment", name, metavar="FILE", common=True
+        None, "a file with one prompt a line; # begins a comment", path, metavar="FILE", common=True
     )
     negative_prompt: str = flag(
         DEFAULT_NEGATIVE_PROMPT, "what the images should not show", text, common=True
@@ -167,7 +167,7 @@ class ComparisonConfig:
         common=True,
     )
     checkpoints: str | None = flag(
-        None, "generate with every checkpoint of this training output", name, metavar="FOLDER"
+        None, "generate with every checkpoint of this training output", path, metavar="FOLDER"
     )
 
 
@@ -179,7 +179,7 @@ class AgainConfig:
         False, "continue the stopped run of the same flags; nothing is generated twice", common=True
     )
     from_image: str | None = flag(
-        None, "generate an image again, with all the settings that it carries", name, metavar="PNG"
+        None, "generate an image again, with all the settings that it carries", path, metavar="PNG"
     )
 
 

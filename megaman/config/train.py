@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaman.config.cli import Parser, fill, flag, flags_of, resume_command, settings_of
-from megaman.config.values import SEED, extension, folder, name, number, side, text
+from megaman.config.values import SEED, extension, folder, name, number, path, side, text
 from megaman.files import path_within
 from megaman.hub import DEFAULT_BASE, PROJECT
 
@@ -119,7 +119,7 @@ class BaseConfig:
     pretrained_model_name: str = flag(
         DEFAULT_BASE,
         "a name on the hub, a local folder or a .safetensors file",
-        name,
+        path,
         metavar="NAME",
         common=True,
     )
@@ -132,14 +132,14 @@ class DataConfig:
     data_dir: str = flag(
         "./megaman_images",
         "the images, each with an optional caption in NAME.txt",
-        name,
+        path,
         metavar="FOLDER",
         common=True,
     )
     class_data_dir: str | None = flag(
         None,
         "regularization images: what the base should still generate as before",
-        name,
+        path,
         metavar="FOLDER",
     )
     dataset_repeats: int = flag(1, "times that an epoch sees every image", number(int, 1, 10**5))
@@ -182,7 +182,7 @@ class CaptionConfig:
     auto_caption: str | None = flag(
         None,
         "BLIP (a name on the hub or a folder) writes missing captions",
-        name,
+        path,
         metavar="MODEL",
         common=True,
     )
@@ -393,7 +393,7 @@ class OutputConfig:
         None, "checkpoints kept; older ones are deleted", COUNT
     )
     resume_from_checkpoint: str | None = flag(
-        None, "resume from a checkpoint", name, metavar="latest|FOLDER", common=True
+        None, "resume from a checkpoint", path, metavar="latest|FOLDER", common=True
     )
     save_precision: str = flag(
         "float", "precision of lora_weights/", choices=("float", "fp16", "bf16")

@@ -17,6 +17,9 @@ from megaman.files import refused_by_windows, split_strength
 
 WINDOWS = os.name == "nt"
 MAX_STRENGTH = 10  # far beyond the strength at which a LoRA yields noise
+# What comes along when a path is copied from a window, and is not seen: marks of the direction of
+# writing and spaces without a width.
+INVISIBLE = "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
 IMAGE_EXTENSION = re.compile(r"(.*\.)?(jpe?g|png|bmp|webp|gif|tiff?|avif|hei[cf])")
 
 
@@ -94,23 +97,48 @@ def name(value: str) -> str:
     return text(value)
 
 
+def path(value: str) -> str:
+    """A path, or a name on the hub. ~ and ~user are home folders, which shells do not replace in
+    --flag=~/folder; no folder called ~ is ever made."""
+    expanded = os.path.expanduser(name(value))
+    is_there = os.path.lexists(expanded)
+    if not is_there and (_is_blank(value[0]) or _is_blank(value[-1])):
+        raise InvalidValueError(f"{quote(value)} begins or ends with a blank: remove it")
+    if expanded.startswith("~"):  # unchanged
+        home = re.split(r"[/\\]", expanded)[0]
+        if home == "~":
+            raise InvalidValueError("there is no home folder: write the whole path instead of ~")
+        if not is_there:
+            raise InvalidValueError(
+                f"no user is called {quote(home[1:])}: put ./ in front if {quote(home)} is a folder"
+            )
+    return text(expanded)
+
+
+def _is_blank(character: str) -> bool:
+    return character.isspace() or character in INVISIBLE
+
+
 def lora(value: str) -> str:
-    """NAME or NAME:STRENGTH, as one word."""
-    path, strength = split_strength(value)
+    """PATH or PATH:STRENGTH, as one word."""
+    if not os.path.lexists(name(value)):
+        value = os.path.expanduser(value)
+    place, strength = split_strength(value)
     if abs(strength) > MAX_STRENGTH:
         limits = f"-{MAX_STRENGTH} to {MAX_STRENGTH}"
         raise InvalidValueError(f"a strength of {strength:g} is out of range: {limits}")
-    name(path)
+    path(place)
     return text(value)
 
 
 def folder(value: str) -> str:
     """A folder that is created if it is missing; on Windows, one whose name is allowed there."""
-    if WINDOWS and (part := refused_by_windows(name(value))):
+    place = path(value)
+    if WINDOWS and (part := refused_by_windows(place)):
         raise InvalidValueError(
             f"Windows takes no folder of the name {quote(part)}: choose another"
         )
-    return name(value)
+    return place
 
 
 def extension(value: str) -> str:

@@ -618,7 +618,7 @@ def test_words_after_a_list():
         "out/NUL.txt",
         "ab:c",
         "out/..x./y",
-        "ends ",
+        "ends /out",
         "ends.",
         "lpt¹",
         "what?",
