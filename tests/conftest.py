@@ -1,4 +1,4 @@
-"""What several test files share: the base, the scripts as processes, a folder of pictures."""
+"""What several test files share: the base, the scripts as processes, a folder of images."""
 
 from __future__ import annotations
 
@@ -25,20 +25,16 @@ needs_browser = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["ACCELERATE_USE_CPU"] = (
-    "true"  # the tests compare pixels and weights, also on machines with a card
-)
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # side by side, a thread each: more would wait for each other
+# The tests compare pixels and weights, on machines with a GPU as well.
+os.environ["ACCELERATE_USE_CPU"] = "true"
+# One thread per worker: more would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 CACHE = tempfile.TemporaryDirectory(prefix="megaman-tests-")
-os.environ["XDG_CACHE_HOME"] = (
-    CACHE.name
-)  # encoded pictures are shared by the tests and leave no trace
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # no test may depend on a network; test_base.py's processes talk to their own server
-)
+# Encoded images are shared by the tests and leave no trace.
+os.environ["XDG_CACHE_HOME"] = CACHE.name
+# No test may depend on a network; test_base.py's processes talk to their own server.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # The same examples on every machine, however slow it is: a test that fails does so because of the
 # code.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)

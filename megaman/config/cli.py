@@ -180,9 +180,7 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(flag.split("=")[0])
             if action is None:
                 errors.append(self._unknown(flag, words))
-            elif (
-                flag.partition("=")[2] == "--"
-            ):  # argparse drops the dashes and gives an empty list
+            elif flag.partition("=")[2] == "--":  # argparse drops the dashes: an empty list
                 errors.append(f"{flag}: '--' is no value")
             else:
                 errors += self._read_flag(action, [flag, *words], values)

@@ -42,9 +42,8 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT_ENCODER = "cond_stage_model.transformer."
 PARTS = {UNET: "UNet", VAE: "VAE", TEXT_ENCODER: "text encoder"}
-MAX_TENSORS = (
-    2000  # of one part; the UNet has 686, and diffusers compares all names with all blocks
-)
+# Of one part; the UNet has 686, and diffusers compares all names with all blocks
+MAX_TENSORS = 2000
 # Other files, by the prefix of a name in them.
 OTHER_KINDS = {
     "conditioner.": "SDXL",
