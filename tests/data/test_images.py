@@ -741,7 +741,7 @@ def test_a_backup_of_an_image_is_named_and_not_trained_on_twice(tmp_path):
 
 def test_what_is_no_image_is_passed_over(tmp_path):
     for name, content in {
-        "bm.md": b"BM is how this text begins, and it goes on",
+        "bm.md": b"BM is how this text begins, and it continues",
         "sound.wav": b"RIFF\0\0\0\0WAVE",
         "film.mp4": b"\0\0\0\x18ftypisom" + bytes(99),
         "a.json": b"{}",
