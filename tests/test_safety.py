@@ -542,6 +542,7 @@ near_value = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no-op")
 @given(st.dictionaries(st.sampled_from(KEYS), json_value | near_value, max_size=3) | json_value)
 def test_any_configuration_is_refused_in_one_line_or_harmless(

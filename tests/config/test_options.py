@@ -1036,6 +1036,7 @@ def check_any_command_line(options, argv: list[str]) -> None:
 many = hypothesis.settings(max_examples=max(250, hypothesis.settings().max_examples))
 
 
+@pytest.mark.slow
 @many
 @given(command_lines(parse_train_config))
 def test_any_training_command_line_is_options_help_or_lines(argv):

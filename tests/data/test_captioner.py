@@ -213,6 +213,7 @@ def test_damaged_pictures_and_pictures_of_one_stem(blip, bare):
     assert set(texts(bare)) == {"0", "2", "3", "4"}
 
 
+@pytest.mark.slow
 def test_too_little_memory_halves_the_batch(blip, bare, monkeypatch):
     captioner = load_captioner(str(blip))
     pixels = torch.stack(

@@ -304,6 +304,7 @@ def test_what_stands_next_to_a_plain_lora_is_named(made, base_folder, tmp_path, 
     assert len(lines) == bool(line) and all(line in each for each in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:Already found")
 def test_several_loras_each_at_its_strength(made, base_folder, tmp_path):
     other = Made(base_folder, seed=1)

@@ -775,6 +775,7 @@ PIECES = [
 SHAPES = st.lists(st.integers(0, 3), max_size=5)
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(st.lists(st.sampled_from(PIECES), max_size=7).map("".join), SHAPES, max_size=6)
 )

@@ -133,6 +133,7 @@ any_image = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.lists(any_image, max_size=4))
 def test_images_json_gives_back_what_was_written(images):
@@ -149,6 +150,7 @@ def shape_of_a_plain_page() -> list:
         ).shape()
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(odd_text, odd_text, odd_text, odd_text.filter(bool))
 def test_what_people_write_is_text_and_never_markup(prompt, value, title, file):

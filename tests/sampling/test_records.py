@@ -62,6 +62,7 @@ odd_marks = st.sampled_from(list("abc ,:\"\\\n\r\t()[]<>{}洛克人🤖é'"))
 odd = st.text(odd_marks | st.characters(blacklist_categories=["Cs"]), max_size=80)
 
 
+@pytest.mark.slow
 @settings(max_examples=1000)
 @given(prompt=odd, negative=odd, name=odd.map(str.strip).filter(bool))
 def test_a1111_reads_a_thousand_prompts(prompt, negative, name):

@@ -60,6 +60,7 @@ def test_stable_diffusion_fits_where_it_is_known_to_fit(sd15):
     assert sd15.validation_peak(True) < sd15.validation_peak(False) <= 3.0 * GB
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_a_quarter_of_the_activations(sd15):
     assert sd15.activations(1, True) < sd15.activations(1, False) / 3
     assert sd15.activations(4, False) == pytest.approx(4 * sd15.activations(1, False), rel=1e-6)
