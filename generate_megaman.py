@@ -96,7 +96,8 @@ def make_plan(config: GenerateConfig) -> GenerationPlan:
     """The plan of the image in --from_image, or else of the command line."""
     if config.again.from_image:
         return GenerationPlan.from_image(config, Path(config.again.from_image))
-    prompts = load_prompts(config.prompts.prompts, config.prompts.prompts_file)
+    texts = config.prompts
+    prompts = load_prompts(texts.prompts, texts.prompts_file, texts.negative_prompt)
     return GenerationPlan.from_config(config, prompts, requested_loras(config))
 
 

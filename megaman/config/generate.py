@@ -5,6 +5,7 @@ Contradictions are refused here, before a heavy import.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ DEMO_GENERATION: dict[str, Any] = {
     "num_inference_steps": 20,
     "compare": "base",
 }
+DASHED = re.compile(r"[\u2010-\u2015\u2212]+[a-z]\w*(=.*)?", flags=re.DOTALL)
 # The flags that may be given with --from_image.
 WITH_FROM_IMAGE = {"from_image", "output_dir", "device", "lora_path", "base_model"}
 
@@ -236,6 +238,9 @@ def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
 def contradictions(config: GenerateConfig) -> Iterator[str]:
     """A line for each pair of flags that exclude each other."""
     comparison = config.comparison
+    for word in (*(config.prompts.prompts or ()), *config.model.lora_path):
+        if DASHED.fullmatch(word):
+            yield f"{word} begins with a long dash, as editors make it: write two hyphens"
     if config.prompts.prompts and config.prompts.prompts_file:
         yield "--prompts and --prompts_file contradict each other: use only one"
     if comparison.compare and (comparison.lora_scales or comparison.checkpoints):

@@ -15,6 +15,24 @@ PIECES = re.compile(
 )
 TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 
+# What A1111 or its extensions understand and this project does not, by what it is called. Brackets
+# behind a backslash are text.
+UNSUPPORTED = {
+    "a break between chunks": re.compile(r"\bBREAK\b"),
+    "a combination of prompts": re.compile(r"\bAND\b"),
+    "prompt editing": re.compile(r"(?<!\\)\[[^\[\]]*:\s*\d*\.?\d+\s*\]"),
+    "alternating words": re.compile(r"(?<!\\)\[[^\[\]]*\|[^\[\]]*\]"),
+    "a choice of words": re.compile(r"(?<!\\)\{[^{}]*\}"),
+    "a wildcard": re.compile(r"__[\w./*-]+?__"),
+    "an embedding": re.compile(r"\bembedding:[^\s,()]+", re.IGNORECASE),
+}
+
+
+def unsupported(prompt: str) -> dict[str, str]:
+    """The first example of each kind of syntax in a prompt that is read as plain words."""
+    matches = {kind: pattern.search(prompt) for kind, pattern in UNSUPPORTED.items()}
+    return {kind: match[0] for kind, match in matches.items() if match}
+
 
 def parse(prompt: str) -> list[tuple[str, float]]:
     r"""The prompt's parts in order, each with its weight, by the rules of A1111 and kohya's

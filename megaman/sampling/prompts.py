@@ -7,8 +7,9 @@ import difflib
 import logging
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,23 @@ IGNORED_OPTIONS = {
     "do_not_save_grid", "ow", "oh", "nw", "nh", "ct", "cl", "t", "nl", "am", "c", "f", "g", "i",
     "ss", "cn", "glt", "glr", "gle", "gls", "glsn", "glus", "dsd1", "dst1", "dsd2", "dst2", "dsr",
 }  # fmt: skip
+_NAMES = "|".join(sorted({*OPTIONS, *IGNORED_OPTIONS}))
+# Editors make one long dash of two hyphens, and some a hyphen that does not break.
+CORRECTED_DASHES = re.compile(
+    rf"(^|\s)(?:[\u2010-\u2015\u2212\ufe58\uff0d]{{1,2}}|-[\u2010-\u2015])"
+    rf"({_NAMES})(?=\s|$)",
+    re.IGNORECASE,
+)
 OPTION = re.compile(r"--(?=[A-Za-z])")  # dashes alone, as in "a robot -- blue", are text
 
 
-def load_prompts(typed: Sequence[str] | None, file: str | None) -> list[Prompt]:
+def load_prompts(
+    typed: Sequence[str] | None, file: str | None, negative_prompt: str | None = None
+) -> list[Prompt]:
     """The typed prompts, or else those of a file, or else the ten that come with the project.
 
-    Lines that are skipped, and LoRA tags, which are ignored, are logged.
+    Logged are lines that are skipped, LoRA tags, which are ignored, and syntax that is not
+    understood, also in the negative prompt of all.
     """
     if typed:
         prompts = [Prompt(text) for text in typed]
@@ -107,7 +118,21 @@ def load_prompts(typed: Sequence[str] | None, file: str | None) -> list[Prompt]:
     tags = [tag for prompt in prompts for tag in prompt_weights.tags(prompt.text)]
     if tags:
         log.info(f"{', '.join(dict.fromkeys(tags))} in a prompt ignored: name LoRAs in --lora_path")
+    log_unsupported([negative_prompt or "", *chain.from_iterable(map(_texts, prompts))])
     return prompts
+
+
+def _texts(prompt: Prompt) -> tuple[str, str]:
+    return prompt.text, prompt.negative_prompt or ""
+
+
+def log_unsupported(texts: Iterable[str]) -> None:
+    """Log a line for each kind of syntax that other programs understand in a prompt."""
+    examples: dict[str, str] = {}
+    for prompt in texts:
+        examples = {**prompt_weights.unsupported(prompt), **examples}
+    for kind, example in examples.items():
+        log.info(f"{example[:100]} in a prompt: {kind} is not supported, it is read as words")
 
 
 def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
@@ -125,10 +150,15 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
     no valid line.
     """
     prompts, warnings = [], []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    # Not splitlines, which would split at characters that word processors put into a line.
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", _read_text(path)), start=1):
         line = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", line).split())
         if not line or line.startswith("#"):
             continue
+        typed = line
+        line = _with_hyphens(line)
+        if line != typed:
+            warnings.append(f"line {number}: its long dashes are read as --")
         try:
             prompt, ignored = _parse(line)
         except InvalidValueError as error:
@@ -148,6 +178,17 @@ def _no_prompts(path: Path, warnings: list[str]) -> UserError:
         return UserError(f"--prompts_file {path} has no prompt", remedy)
     more = f" (and {len(warnings) - 1} more like it)" if len(warnings) > 1 else ""
     return UserError(f"--prompts_file {path} has no valid line: {warnings[0]}{more}")
+
+
+def _with_hyphens(line: str) -> str:
+    """The line with -- for the dashes that editors put in its place in front of an option.
+
+    In A1111's kind of line the curly quotation marks become straight ones, too.
+    """
+    corrected = CORRECTED_DASHES.sub(r"\1--\2", line)
+    if corrected != line and OPTION.match(corrected):
+        corrected = re.sub("[\u201c-\u201f]", '"', corrected)
+    return corrected
 
 
 def _parse(line: str) -> tuple[Prompt, list[str]]:

@@ -6,6 +6,7 @@ A1111's parameters text and the gallery's entry are made from the same record.
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -96,8 +97,9 @@ class RunSettings:
 class Record:
     """Everything that an image's pixels depend on.
 
-    loras are (path, strength, hash), lora_scale multiplies all strengths; batch are the images
-    generated together, each as (prompt, negative prompt, seed), and place is this one's index.
+    loras are (absolute path, strength, hash), lora_scale multiplies all strengths; batch are the
+    images generated together, each as (prompt, negative prompt, seed), and place is this one's
+    index.
     """
 
     prompt: str
@@ -124,8 +126,11 @@ class Record:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What the user chose, whatever the image was generated with and on."""
-        loras = tuple(map(tuple, self.loras))
+        """What the user chose, whatever the image was generated with and on.
+
+        A LoRA counts by its hash: it may be named in many ways, and may have moved.
+        """
+        loras = tuple((strength, digest) for _, strength, digest in self.loras)
         return (
             self.prompt,
             self.negative_prompt,
@@ -178,7 +183,9 @@ class Recorder:
         loras: list[list[Any]] = []
         if not without_lora:
             for _, path, strength in variant.loras:
-                loras.append([path.as_posix(), strength, self.hashes[path]])
+                # Not resolved: on Windows that leads from a drive's letter to another machine.
+                absolute = Path(os.path.abspath(path)).as_posix()
+                loras.append([absolute, strength, self.hashes[path]])
         return Record(
             prompt=job.prompt,
             negative_prompt=job.negative_prompt,

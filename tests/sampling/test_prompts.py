@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaman.errors import UserError
-from megaman.sampling.prompts import BUILT_IN, Prompt, read_prompts
+from megaman.sampling.prompts import BUILT_IN, Prompt, load_prompts, read_prompts
 
 
 def texts(path: Path) -> list[str]:
@@ -97,7 +97,76 @@ def test_utf_16_with_its_mark(tmp_path, encoding):
 def test_control_characters_and_exotic_line_ends(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("blue\x07 \x1b[31mrobot\x0bsecond\u2028third\x7f\x9b\u202e".encode())
-    assert texts(path) == ["blue [31mrobot", "second", "third \u202e"]
+    assert texts(path) == ["blue [31mrobot second third \u202e"]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\f", "\v", "\x85", "\x1c", "\x1d", "\x1e"])
+def test_a_line_ends_with_a_line_end_alone(read, mark):
+    prompts, warnings = read(f"a blue{mark}robot{mark}--w 64\nb")
+    assert [prompt.text for prompt in prompts] == ["a blue robot", "b"]
+    assert prompts[0].width == 64 and not warnings
+
+
+@pytest.mark.parametrize("dash", ["—", "–", "―", "−", "——", "––", "-–", "‑‑", "－－"])
+def test_a_dash_that_an_editor_corrected_begins_an_option(read, dash):
+    prompts, warnings = read(
+        f"a robot {dash}n bad, ugly {dash}w 64\n"
+        f"{dash}prompt “a cat” {dash}negative_prompt “low quality” {dash}steps 5\n"
+        f"a robot {dash} blue, {dash}hero\n"
+        f"a b{dash}n c\n"
+    )
+    assert prompts == [
+        Prompt("a robot", negative_prompt="bad, ugly", width=64),
+        Prompt("a cat", negative_prompt="low quality", num_inference_steps=5),
+        Prompt(f"a robot {dash} blue, {dash}hero"),
+        Prompt(f"a b{dash}n c"),
+    ]
+    assert len(warnings) == 2
+    assert warnings[0].endswith("line 1: its long dashes are read as --")
+
+
+UNSUPPORTED = {
+    "a cat BREAK a dog": "BREAK",
+    "a cat AND a dog :0.5": "AND",
+    "a [cat:dog:0.5]": "[cat:dog:0.5]",
+    "a [dog:10] on grass": "[dog:10]",
+    "a [dog::.5]": "[dog::.5]",
+    "a [cat|dog]": "[cat|dog]",
+    "a {red|blue} cat": "{red|blue}",
+    "a {2$$red|blue|green} cat": "{2$$red|blue|green}",
+    "{{masterpiece}}": "{masterpiece}",
+    "a __color__ cat": "__color__",
+    "a __art/style-2__ cat": "__art/style-2__",
+    "embedding:easynegative, cat": "embedding:easynegative",
+}
+
+
+@pytest.mark.parametrize("prompt", UNSUPPORTED)
+def test_syntax_that_is_not_understood_gets_a_line(caplog, prompt):
+    with caplog.at_level("INFO"):
+        load_prompts([prompt, prompt], None)
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.startswith(f"{UNSUPPORTED[prompt]} in a prompt: ")
+        assert line.endswith("is not supported, it is read as words")
+        caplog.clear()
+        load_prompts(["a cat"], None, negative_prompt=prompt)
+        assert [record.getMessage() for record in caplog.records] == [line]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat and a dog, break, Band, BREAKFAST",
+        "(a cat:1.3), [dim], ((x)), a: b",
+        r"\[a:0.5\], \{a\}",
+        "snake_case__name, __init",
+        "16:9, a|b",
+    ],
+)
+def test_plain_words_and_weights_get_no_line(caplog, prompt):
+    with caplog.at_level("INFO"):
+        load_prompts([prompt], None)
+    assert not caplog.records
 
 
 def test_a_file_that_is_too_large(tmp_path):

@@ -203,11 +203,11 @@ def test_the_page_tells_what_drew():
         "guidance": 7.5,
         "sampler": "Euler a",
         "clip skip": 2,
-        "LoRA": "out/lora_weights",
+        "LoRA": Path("out/lora_weights").absolute().as_posix(),
         "strength": "0.4",
         "base": "demo/base",
     }
-    assert image.loras == ["out/lora_weights"]
+    assert image.loras == [Path("out/lora_weights").absolute().as_posix()]
     two = replace(RECORD, loras=[["a", 0.8, "x"], ["b", 1.0, "y"]])
     assert records.gallery_image("a.png", two).loras == ["a:0.8", "b:1"]
     assert records.gallery_image("a.png", two).settings["LoRA"] == "a:0.8, b:1"

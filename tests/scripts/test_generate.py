@@ -519,6 +519,23 @@ def test_from_image_says_what_is_not_as_it_was(generate, again, lora_path, tmp_p
         again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved", "moved")
 
 
+def test_from_image_and_resume_from_another_folder(
+    generate, again, lora_path, tmp_path, monkeypatch
+):
+    """A LoRA named by a relative path is found from anywhere, and is the same under any name."""
+    shutil.copytree(lora_path, tmp_path / "mine")
+    drawn = generate("--lora_path", "mine")["megaman_000_00.png"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert equal(
+        again(tmp_path / "out" / "megaman_000_00.png", output=str(tmp_path / "again")), drawn
+    )
+    generate("--resume", "--lora_path", "../elsewhere/../mine", output=tmp_path / "out")
+    assert "1 of 1 are there" in generate.said
+    (image,) = read_images(tmp_path / "out")
+    assert image.loras == [(tmp_path / "mine").as_posix()]
+
+
 def test_from_image_when_the_base_moved(generate, again, tmp_path):
     """The record still says which base it was; the flag says where it lies now."""
     shutil.copytree(ROOT / "demo" / "base", tmp_path / "mine")
@@ -753,6 +770,8 @@ def test_too_little_memory_while_drawing(generate, again, monkeypatch, tmp_path)
         (["--from_image", "empty.txt"], 1, "empty.txt"),
         (["--scheduler", "eulr"], 2, "did you mean euler"),
         (["--demo", "--checkpoints", "nothing"], 1, "nothing"),
+        (["--prompts", "a", "—seed", "5"], 2, "—seed begins with a long dash"),
+        (["--lora_path", "a", "–seed=5"], 2, "–seed=5 begins with a long dash"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
