@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import logging
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, cast
 
 RUN_FAILED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+# What writing to a closed pipe, a closed terminal, a closed descriptor or a closed socket answers;
+# Windows says EINVAL for the first.
+NO_READER = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESHUTDOWN}
+if os.name == "nt":
+    NO_READER.add(errno.EINVAL)
 
 
 class UserError(Exception):
@@ -35,9 +44,17 @@ def run_script(
     What a user can cause becomes one line on stderr; saves_memory is the remedy when memory runs
     out. Any other exception passes through.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file name that the console cannot show is no reason to stop.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    with _forgiving_output() as lost:
+        code = _run(main, argv, saves_memory)
+        _flush_output()
+        if lost and not code:
+            reason = summarize_error(lost[0])
+            print(f"error: standard output cannot be written ({reason})", file=sys.stderr)
+            code = RUN_FAILED
+    return code
+
+
+def _run(main: Callable[[list[str]], int], argv: list[str], saves_memory: str) -> int:
     try:
         return main(argv)
     except UserError as error:
@@ -51,7 +68,7 @@ def run_script(
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        line, code = _disk_reason(error), RUN_FAILED
+        line, code = _system_reason(error), RUN_FAILED
     print(f"error: {line}", file=sys.stderr)
     return code
 
@@ -62,17 +79,107 @@ def _memory_reason(error: Exception) -> str:
     return f"out of memory ({reason})"
 
 
-def _disk_reason(error: OSError) -> str:
+def _system_reason(error: OSError) -> str:
     reason = error.strerror or str(error)
-    place = f" ({error.filename})" if error.filename else ""
-    return f"{reason}{place}. Free some space or choose a writable folder"
+    if error.filename:
+        return f"{reason} ({error.filename}). Free some space or choose a writable folder"
+    return f"{reason}. Free some space" if error.errno in DISK_FULL else reason
+
+
+_lost_output: list[OSError] = []  # why lines are missing that somebody will look for
+
+
+class _ForgivingStream:
+    """Standard output or error, which nobody may read any more: a run continues all the same.
+
+    When the reader is gone, as with | head -1 or a closed terminal, the rest goes nowhere; also
+    what libraries write to the descriptor, and what Python flushes at the end. Other errors, such
+    as a full disk, are the caller's unless is_optional.
+    """
+
+    def __init__(self, stream: TextIO, is_optional: bool):
+        self._stream, self._is_optional = stream, is_optional
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except ValueError:
+            if not self._stream.closed:
+                raise
+        except OSError as error:
+            if error.errno in NO_READER:
+                discard(self._stream)
+            elif not self._is_optional:
+                raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def discard(stream: TextIO) -> None:
+    """Let everything that is written to a stream from now on, and what it has buffered, go
+    nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        descriptor, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _forgiving_output() -> Iterator[list[OSError]]:
+    """Within this, output that nobody reads stops nothing; yields why other output was lost."""
+    _open_closed_descriptors()
+    former = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name that the console cannot show is no reason to stop.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout = cast(TextIO, _ForgivingStream(former[0] or _nowhere(), is_optional=False))
+    sys.stderr = cast(TextIO, _ForgivingStream(former[1] or _nowhere(), is_optional=True))
+    _lost_output.clear()
+    try:
+        yield _lost_output
+    finally:
+        _flush_output()  # once more, after SystemExit
+        sys.stdout, sys.stderr = former
+
+
+def _open_closed_descriptors() -> None:
+    """Open those of standard input, output and error that are closed, as with >&-.
+
+    Else the next file that is opened, a LoRA perhaps, would be what libraries print into.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
+
+
+def _flush_output() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _lost_output.append(error)
+        discard(sys.stdout)
+    sys.stderr.flush()
 
 
 class _PlainHandler(logging.Handler):
     """Passes the bare message of a record to a function, in the main process only.
 
-    A line that cannot be written raises OSError as print does: logging's own handlers would hide
-    that standard output is closed or on a full disk.
+    A line that cannot be written, as on a full disk, does not stop the run; run_script reports it
+    at the end.
     """
 
     def __init__(self, write: Callable[[str], object]):
@@ -80,8 +187,13 @@ class _PlainHandler(logging.Handler):
         self._write = write
 
     def emit(self, record: logging.LogRecord) -> None:
-        if os.environ.get("RANK", "0") == "0":  # set by torchrun and accelerate launch
+        if os.environ.get("RANK", "0") != "0":  # set by torchrun and accelerate launch
+            return
+        try:
             self._write(self.format(record))
+        except OSError as error:
+            if error.errno not in NO_READER:
+                _lost_output.append(error)
 
 
 def print_line(line: str) -> None:

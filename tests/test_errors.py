@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
+from tqdm import tqdm
 
 from megaman.errors import UserError, install_logging, run_script
 
@@ -91,10 +97,179 @@ def test_only_the_main_process_prints(logger, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_a_line_that_cannot_be_printed_is_an_error(logger):
+def test_a_line_that_cannot_be_printed_is_an_error_at_the_end(logger, capsys):
+    """A full disk under the log costs its lines, not the run."""
+
     def write(line: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    install_logging(write)
-    with pytest.raises(OSError, match="No space left"):
+    def main(argv):
+        install_logging(write)
         logger.info("step 1")
+        logger.info("step 2")
+        return 0
+
+    assert run_script(main, []) == 1
+    said = capsys.readouterr().err
+    assert said == "error: standard output cannot be written (No space left on device)\n"
+
+
+# Output that nobody reads
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "Broken pipe"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset"), "Connection reset"),
+        (TimeoutError(errno.ETIMEDOUT, "Timed out"), "Timed out"),
+        (OSError(errno.EINVAL, "Invalid argument"), "Invalid argument"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_without_a_file_gets_no_remedy_about_disks(capsys, error, line):
+    assert run_script(failing(error), []) == 1
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+class Gone(io.StringIO):
+    """A stream whose reader is gone."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+    flush = write  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET])
+def test_a_run_continues_when_nobody_reads_its_output(monkeypatch, logger, name, number):
+    gone = Gone(number)
+    monkeypatch.setattr(gone, "flush", lambda: gone.write(""))
+    monkeypatch.setattr(sys, name, gone)
+    done = []
+
+    def main(argv):
+        install_logging(tqdm.write)
+        for _ in tqdm(range(3), mininterval=0):
+            logger.info("logged")
+            print("printed")
+            print("error", file=sys.stderr, flush=True)
+            done.append(1)
+        return 0
+
+    assert run_script(main, []) == 0
+    assert len(done) == 3
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("kind", ["none", "closed"])
+def test_a_run_without_output_at_all(monkeypatch, logger, name, kind):
+    stream = None
+    if kind == "closed":
+        stream = io.StringIO()
+        stream.close()
+    monkeypatch.setattr(sys, name, stream)
+
+    def main(argv):
+        install_logging(tqdm.write)
+        for _ in tqdm(range(3), mininterval=0):
+            logger.info("logged")
+            print("error", file=sys.stderr)
+        return 0
+
+    assert run_script(main, []) == 0
+
+
+def test_a_full_disk_under_stderr_stops_nothing(monkeypatch):
+    gone = Gone(errno.ENOSPC)
+    monkeypatch.setattr(gone, "flush", lambda: gone.write(""))
+    monkeypatch.setattr(sys, "stderr", gone)
+    assert run_script(lambda argv: print("error", file=sys.stderr) or 0, []) == 0
+
+
+def test_the_streams_come_back():
+    before = sys.stdout, sys.stderr
+    with pytest.raises(SystemExit):
+        run_script(failing(SystemExit(2)), [])
+    assert (sys.stdout, sys.stderr) == before
+
+
+SCRIPT = """
+import contextlib, os, sys
+from tqdm import tqdm
+from megaman.errors import install_logging, run_script
+import logging
+def main(argv):
+    install_logging(tqdm.write)
+    log = logging.getLogger("megaman.x")
+    for number in tqdm(range(2000), mininterval=0):
+        log.info("line %d", number)
+    with open("result", "wb") as file:
+        for descriptor in (1, 2):  # as a library does
+            with contextlib.suppress(OSError):
+                os.write(descriptor, b"directly")
+        file.write(b"whole")
+    if argv:
+        print("help")
+        raise SystemExit(0)
+    return 0
+sys.exit(run_script(main, sys.argv[1:]))
+"""
+SHELL_ENDINGS = ["| head -1", "2>&1 | head -1", "2>&1 >/dev/null | head -c 9", ">&-", "2>&-"]
+SHELL_ENDINGS += [">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", "| true", "2>&1 | true"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a shell and /dev/full")
+@pytest.mark.parametrize("words", ["", "--help"])
+@pytest.mark.parametrize("ending", SHELL_ENDINGS)
+def test_in_a_shell(tmp_path, ending, words):
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    command = f"set -o pipefail; {sys.executable} script.py {words} {ending}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Exception" not in done.stderr and "Broken" not in done.stderr
+    assert (tmp_path / "result").read_bytes() == b"whole"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_is_reported_at_the_end(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "script.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_both_scripts_in_front_of_head(tmp_path, base_folder):
+    flags = "--num_validation_images 0 --max_train_steps 2 --target_modules to_q --output_dir out"
+    train = f"{ROOT / 'megaman_lora.py'} --demo {flags}"
+    generate = f"{ROOT / 'generate_megaman.py'} --demo --lora_path out/lora_weights"
+    few = "--prompts robot --num_inference_steps 2 --output_dir images"
+    for command in (train, f"{generate} {few}"):
+        line = f"set -o pipefail; {sys.executable} {command} 2>&1 | head -1"
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+    assert (tmp_path / "out" / "lora_weights" / "megaman_lora.safetensors").is_file()
+    assert len(list((tmp_path / "images").glob("*.png"))) >= 1
