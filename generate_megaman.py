@@ -19,10 +19,10 @@ from megaman.files import split_strength
 from megaman.models.configs import alias_notice, resolve_name, unet_width
 from megaman.sampling.jobs import PendingBatch
 from megaman.sampling.output_folder import GalleryWriter, OutputFolder
-from megaman.sampling.plan import GenerationPlan, summarize
+from megaman.sampling.plan import GenerationPlan, plural, summarize
 from megaman.sampling.prompts import load_prompts
 from megaman.threads import configure_threads, generation_workers, threads_for_generation
-from megaman.training.output import find_all
+from megaman.training.output import different_loras, find_all
 
 if TYPE_CHECKING:
     from megaman.sampling.generator import ImageGenerator
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         log.info(f"           {warning}: the pixels may differ")
     for line in loras.summary(plan.shared_scale):
         log.info(line)
-    log.info("\n".join(runtime.device_lines(compute, limits.summary())))
+    log.info("\n".join(runtime.device_lines(compute, limits.summary(max(map(len, batches))))))
     if policy.remark:
         log.info(f"           {policy.remark}")
     if resume:
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         return 130
     if len(plan.variants) > 1:
         log.info(f"the comparison as one picture: {writer.write_grid()}")
-    log.info(f"{plan.count(jobs)} images; open {page.resolve().as_uri()} in a browser")
+    log.info(f"{plural(plan.count(jobs), 'image')}; open {page.resolve().as_uri()} in a browser")
     return 0
 
 
@@ -107,7 +107,7 @@ def requested_loras(config: GenerateConfig) -> list[tuple[Path, float]]:
         named = map(split_strength, config.model.lora_path)
         return [(Path(path), strength) for path, strength in named]
     folder = Path(config.comparison.checkpoints)
-    loras = [path for path in [*find_all(folder), folder / "lora_weights"] if path.is_dir()]
+    loras = different_loras(find_all(folder), folder / "lora_weights")
     if not loras:
         remedy = "Name the --output_dir of a training run"
         raise UserError(f"--checkpoints {folder} has no checkpoint", remedy)

@@ -56,9 +56,9 @@ class SamplingLimits:
                 "Lower --height and --width",
             )
 
-    def summary(self) -> str:
-        """The limits in the words of the device line."""
-        measures = [f"{max(1, self.pixels // self.largest)} at once"]
+    def summary(self, largest_batch: int) -> str:
+        """The limits in the words of the device line, for a run with batches up to this size."""
+        measures = [f"{min(largest_batch, max(1, self.pixels // self.largest))} at once"]
         if self.tiling:
             measures.append("the VAE in tiles")
         if self.offload:

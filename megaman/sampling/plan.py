@@ -100,7 +100,7 @@ class GenerationPlan:
             paths = [split_strength(path)[0] for path in config.model.lora_path]
         if len(paths) != len(source.loras):
             raise UserError(
-                f"--lora_path: the image was generated with {len(source.loras)} LoRAs",
+                f"--lora_path: the image was generated with {plural(len(source.loras), 'LoRA')}",
                 "Name as many, in the same order",
             )
         if not config.model.base_model and not is_base(source.base):
@@ -182,9 +182,10 @@ def summarize(plan: GenerationPlan, config: GenerateConfig, jobs: Sequence[Job])
         )
     prompts = 1 + max(job.prompt_index for job in jobs)
     parts = [
-        f"images     {len(jobs)}: {prompts} prompts x {config.prompts.num_images_per_prompt}",
+        f"images     {len(jobs)}: "
+        f"{plural(prompts, 'prompt')} x {config.prompts.num_images_per_prompt}",
         _distinct(f"{job.width}x{job.height}" for job in jobs),
-        f"{_distinct(job.num_inference_steps for job in jobs)} steps of {plan.sampler.title}",
+        f"{_steps(jobs)} of {plan.sampler.title}",
         f"guidance {_distinct(f'{job.guidance_scale:g}' for job in jobs)}",
         f"seed {jobs[0].seed}",
     ]
@@ -193,8 +194,20 @@ def summarize(plan: GenerationPlan, config: GenerateConfig, jobs: Sequence[Job])
     if len(plan.variants) > 1:
         scales = len({variant.scale for variant in plan.variants})
         loras = len(plan.variants) // scales
-        parts.append(f"each {len(plan.variants)} times: {loras} LoRAs x {scales} strengths")
+        factors = [plural(loras, "LoRA")] if loras > 1 else []
+        factors += [plural(scales, "strength")] if scales > 1 else []
+        parts.append(f"each {len(plan.variants)} times: {' x '.join(factors)}")
     return ", ".join(parts)
+
+
+def plural(count: int, noun: str) -> str:
+    """The count and the noun, in the plural unless the count is 1."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _steps(jobs: Sequence[Job]) -> str:
+    steps = {job.num_inference_steps for job in jobs}
+    return plural(*steps, "step") if len(steps) == 1 else f"{_distinct(steps)} steps"
 
 
 def _distinct(values: Iterable[object]) -> str:

@@ -4,24 +4,35 @@ replaced. Read before torch is loaded."""
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaman.errors import UserError, summarize_error
-from megaman.files import ASIDE, is_inside, read_json, remove_folder, restore_former, safe_name
+from megaman.files import (
+    ASIDE,
+    digest_of,
+    is_inside,
+    read_json,
+    remove_folder,
+    restore_former,
+    safe_name,
+)
 from megaman.locks import claim, is_first_process
 from megaman.threads import MAX_THREADS
 
 if TYPE_CHECKING:
     from megaman.config.train import OutputConfig
+
+log = logging.getLogger(__name__)
 
 # The files and folders that a run writes and may replace.
 OUTPUTS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"
@@ -150,6 +161,31 @@ def find_all(output_dir: Path) -> list[Path]:
     paths = output_dir.glob("checkpoint-*")
     named = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted([path for path in named if (path / STATE).is_file()], key=step_of)
+
+
+def different_loras(checkpoints: Sequence[Path], finished: Path) -> list[Path]:
+    """The checkpoints and the finished LoRA, which is skipped if it is missing or equals one."""
+    if not finished.is_dir():
+        return list(checkpoints)
+    content = _peft_content(finished)
+    equal = [path for path in checkpoints if content and _peft_content(path) == content]
+    if equal:
+        log.info(f"{finished} equals {equal[-1].name}, which stands for it")
+        return list(checkpoints)
+    return [*checkpoints, finished]
+
+
+def _peft_content(folder: Path) -> dict[str, Any]:
+    """What a LoRA's images depend on, by file: hashes of the weights, and the configurations."""
+    content: dict[str, Any] = {}
+    for path in sorted(folder.glob("**/adapter_model.safetensors")):
+        content[path.relative_to(folder).as_posix()] = digest_of(path)
+    for path in sorted(folder.glob("**/adapter_config.json")):
+        config = read_json(path)
+        if isinstance(config, dict):
+            config = {**config, "base_model_name_or_path": None}
+        content[path.relative_to(folder).as_posix()] = config
+    return content
 
 
 def step_of(checkpoint: Path) -> int:

@@ -163,8 +163,8 @@ def test_strengths(generate, tmp_path):
     pair = generate("--compare", "base", "--seed", 3, output="pair")
     drawn = generate("--lora_scales", "0,0.5,1", "--seed", 3, "--num_images_per_prompt", 2)
     assert (
-        "2: 1 prompts x 2, 64x64" in generate.said
-        and "each 3 times: 1 LoRAs x 3 strengths" in generate.said
+        "2: 1 prompt x 2, 64x64" in generate.said
+        and "each 3 times: 3 strengths" in generate.said
     )
     names = [f"megaman_000_0{j}_{scale}.png" for j in (0, 1) for scale in ("0", "0.5", "1")]
     assert set(drawn) == {"grid_000.png", *names}
@@ -215,6 +215,7 @@ def test_every_checkpoint_at_one_seed(generate, lora_path, base_folder, tmp_path
         if state:
             (folder / state).write_text("{}")
     drawn = generate("--checkpoints", training, lora=None)
+    assert "each 3 times: 3 LoRAs\n" in generate.said
     names = [
         f"megaman_000_00_{name}.png" for name in ("checkpoint-40", "checkpoint-5", "lora_weights")
     ]
@@ -228,6 +229,15 @@ def test_every_checkpoint_at_one_seed(generate, lora_path, base_folder, tmp_path
         "checkpoint-40",
         "lora_weights",
     ]
+    shutil.rmtree(training / "lora_weights")
+    shutil.copytree(training / "checkpoint-40", training / "lora_weights")
+    (training / "lora_weights" / "adapter_config.json").write_text(
+        (training / "checkpoint-40" / "adapter_config.json").read_text().replace("demo", "other")
+    )
+    once = generate("--checkpoints", training, lora=None, output="once")
+    assert set(once) == {"grid_000.png", *names[:2]}
+    assert "equals checkpoint-40, which stands for it" in generate.said
+    assert "each 2 times: 2 LoRAs\n" in generate.said
     with pytest.raises(UserError, match="has no checkpoint"):
         generate("--checkpoints", tmp_path / "nothing", lora=None)
 
@@ -301,6 +311,17 @@ def test_existing_images_stay_and_the_page_grows(generate, tmp_path):
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert all(text in page for text in (*both, "a blue robot", "a red robot"))
     assert len(first) == 1
+
+
+def test_counts_are_those_of_the_run(generate):
+    generate("--num_inference_steps", 1, "--lora_scales", "0,1")
+    assert "images     1: 1 prompt x 1, 64x64, 1 step of" in generate.said
+    assert "each 2 times: 2 strengths\n" in generate.said and " 1 at once" in generate.said
+    assert "\n2 images; open" in generate.said
+    generate("--num_images_per_prompt", 5, "--batch_size", 2, output="two")
+    assert "1 prompt x 5, " in generate.said and " 2 at once" in generate.said
+    generate(output="one")
+    assert "3 steps of" in generate.said and "\n1 image; open" in generate.said
 
 
 def test_ten_built_in_prompts(generate):
@@ -515,7 +536,7 @@ def test_from_image_says_what_is_not_as_it_was(generate, again, lora_path, tmp_p
         )
     assert not equal(again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved"), drawn)
     assert "LoRA moved was" in capsys.readouterr().out
-    with pytest.raises(UserError, match="generated with 1 LoRAs"):
+    with pytest.raises(UserError, match=r"generated with 1 LoRA\."):
         again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved", "moved")
 
 
