@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaman.config.generate import GenerateConfig, parse_generate_config
-from megaman.errors import UserError, install_logging, run_script
+from megaman.errors import UserError, install_logging, plural, run_script
 from megaman.files import split_strength
 from megaman.models.configs import alias_notice, resolve_name, unet_width
 from megaman.sampling.jobs import PendingBatch
 from megaman.sampling.output_folder import GalleryWriter, OutputFolder
-from megaman.sampling.plan import GenerationPlan, plural, summarize
+from megaman.sampling.plan import GenerationPlan, summarize
 from megaman.sampling.prompts import load_prompts
 from megaman.threads import configure_threads, generation_workers, threads_for_generation
 from megaman.training.output import different_loras, find_all

@@ -230,3 +230,8 @@ def out_of_memory(error: Exception) -> bool:
     """
     is_memory_error = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
     return is_memory_error or "not enough memory" in str(error) or "out of memory" in str(error)
+
+
+def plural(count: int, noun: str) -> str:
+    """The count and the noun, in the plural unless the count is 1."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

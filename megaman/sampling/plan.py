@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megaman.config import samplers
 from megaman.config.generate import GenerateConfig
-from megaman.errors import UserError
+from megaman.errors import UserError, plural
 from megaman.files import split_strength
 from megaman.hub import DEFAULT_BASE, is_base
 from megaman.lora import peft_config
@@ -198,11 +198,6 @@ def summarize(plan: GenerationPlan, config: GenerateConfig, jobs: Sequence[Job])
         factors += [plural(scales, "strength")] if scales > 1 else []
         parts.append(f"each {len(plan.variants)} times: {' x '.join(factors)}")
     return ", ".join(parts)
-
-
-def plural(count: int, noun: str) -> str:
-    """The count and the noun, in the plural unless the count is 1."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _steps(jobs: Sequence[Job]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megaman.data.captions import CaptionAugmentation, tidy, trigger_words
+from megaman.errors import plural
 from megaman.hub import HUB_NAME
 
 MAX_SAMPLES = 4
@@ -140,7 +141,7 @@ def _describe_base(base: str) -> _Base:
     name = base if is_on_hub or is_demo else tidy(Path(base).name) or "base"
     link = f"[{name}](https://huggingface.co/{name})" if is_on_hub else code(name)
     if is_demo:
-        link = "the small base that comes with the project (`demo/base`)"
+        link = "the small one in the folder `demo/base` of the project Mega Man LoRA"
     license_ = LICENSES.get(base, UNKNOWN_LICENSE)
     return _Base(name, link, is_on_hub, is_single_file, license_)
 
@@ -175,11 +176,10 @@ def _introduction(
 ) -> Iterator[str]:
     settings = config["settings"]
     yield f"# A LoRA for {code(base.name)}"
-    trained = f"A LoRA for Stable Diffusion 1.x, trained on {len(captions)} images with the base "
+    images = plural(len(captions), "image")
+    yield f"A LoRA for Stable Diffusion 1.x, trained on {images}. Its base is {base.link}."
     if settings["train_text_encoder"]:
-        yield f"{trained}{base.link}. It changes the UNet and the text encoder."
-    else:
-        yield f"{trained}{base.link}."
+        yield "It changes the UNet and the text encoder."
     if trigger := _trigger(settings, captions):
         yield f"Use {code(trigger)} in the prompt: most of the captions begin with it."
     if samples:
@@ -193,12 +193,15 @@ def _introduction(
 
 
 def _loading(settings: Mapping[str, Any], base: _Base) -> Iterator[str]:
-    source = json.dumps(base.name, ensure_ascii=False)
+    name = base.name if base.is_on_hub else f"PATH/TO/{base.name}"
+    source = json.dumps(name, ensure_ascii=False)
     load = f"from_pretrained({source}"
     if base.is_single_file:
         load = f"from_single_file({source}"
     yield "## How to load it"
     yield "This folder holds the same LoRA in three layouts, each with its strength."
+    if not base.is_on_hub:
+        yield "The base is not on the hub: write where it is in place of `PATH/TO`."
     yield DIFFUSERS.format(load=load)
     yield PEFT.format(load=load, subfolder="" if base.is_single_file else ', subfolder="unet"')
     if settings["train_text_encoder"] and not base.is_single_file:
@@ -231,13 +234,14 @@ def _cell(value: Any) -> str:
 def _data(config: Mapping[str, Any], num_images: int, num_written: int) -> str:
     made = num_images - num_written
     text = (
-        f"{num_images} images; {num_written} captions were written, {made} made from names of "
-        "files or folders."
+        f"{plural(num_images, 'image')}; {plural(num_written, 'caption')} "
+        f"{'was' if num_written == 1 else 'were'} written, {made} made from names of files or "
+        "folders."
     )
     if config["class_pictures"]:
         text += (
-            f" In addition {config['class_pictures']} regularization images, whose loss has the "
-            f"weight {config['settings']['prior_loss_weight']:g}."
+            f" In addition {plural(config['class_pictures'], 'regularization image')}, whose loss "
+            f"has the weight {config['settings']['prior_loss_weight']:g}."
         )
     return (
         f"## Data\n\n{text} This card does not say where the images come from and who owns them: "
@@ -253,7 +257,7 @@ def _license(base: _Base) -> str:
             f"The base is under [{name}]({address}), whose terms also apply to what is made with "
             "it."
         )
-    return f"## Base and license\n\nBase: {base.link}. {terms}"
+    return f"## Base and license\n\nThe base is {base.link}. {terms}"
 
 
 def code(value: Any) -> str:

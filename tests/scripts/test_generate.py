@@ -163,8 +163,7 @@ def test_strengths(generate, tmp_path):
     pair = generate("--compare", "base", "--seed", 3, output="pair")
     drawn = generate("--lora_scales", "0,0.5,1", "--seed", 3, "--num_images_per_prompt", 2)
     assert (
-        "2: 1 prompt x 2, 64x64" in generate.said
-        and "each 3 times: 3 strengths" in generate.said
+        "2: 1 prompt x 2, 64x64" in generate.said and "each 3 times: 3 strengths" in generate.said
     )
     names = [f"megaman_000_0{j}_{scale}.png" for j in (0, 1) for scale in ("0", "0.5", "1")]
     assert set(drawn) == {"grid_000.png", *names}

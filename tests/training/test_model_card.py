@@ -95,6 +95,34 @@ def test_a_local_base_is_named_without_its_path(tmp_path):
     assert "base_model" not in card.data.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("base", "link", "source"),
+    [
+        (
+            "demo/base",
+            "the small one in the folder `demo/base` of the project",
+            "PATH/TO/demo/base",
+        ),
+        ("/home/me/my base", "`my base`", "PATH/TO/my base"),
+        ("/home/me/mine.safetensors", "`mine.safetensors`", "PATH/TO/mine.safetensors"),
+        ("some/base", "[some/base](https://huggingface.co/some/base)", "some/base"),
+    ],
+)
+def test_the_base_is_named_once_and_where_it_is(tmp_path, base, link, source):
+    text = card_of(tmp_path / "none", base=base).text
+    assert f"trained on 3 images. Its base is {link}" in text
+    assert f"The base is {link}" in text and "the base the" not in text
+    paths = re.findall(r'from_(?:pretrained|single_file)\("(.*?)"', text)
+    assert paths == [source, source]
+    assert ("in place of `PATH/TO`" in text) == source.startswith("PATH/TO")
+
+
+def test_one_image_is_one_image(tmp_path):
+    text = card_of(tmp_path / "none", ["a cat"], 1, class_pictures=1).text
+    assert "trained on 1 image." in text and "1 image; 1 caption was written, 0 made" in text
+    assert "1 regularization image, whose" in text
+
+
 def test_it_says_how_to_load_in_each_program(tmp_path):
     text = card_of(tmp_path / "none").text
     sources = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
