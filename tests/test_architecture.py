@@ -35,6 +35,8 @@ LIGHT_MODULES = {
     "data.images",
     "data.png_chunks",
     "data.captions",
+    "data.csv_table",
+    "data.legacy_encodings",
     "data.metadata_files",
     "data.folders",
     "data.buckets",

@@ -53,6 +53,8 @@ NO_TORCH = [
     "data.problems",
     "data.images",
     "data.png_chunks",
+    "data.csv_table",
+    "data.legacy_encodings",
     "data.captions",
     "data.metadata_files",
     "data.folders",

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megaman.data.legacy_encodings import guess
+
 COMMON_ENDING = "video game character, high quality"
 # File names run words together that captions keep apart.
 SPELLINGS = {
@@ -28,9 +30,6 @@ MAX_FILE_SIZE = 2**20  # bytes; 10,000 words are a tenth of it
 # Invisible, but emoji and right-to-left text need them.
 JOINERS = "\u200c\u200d\u200e\u200f\u061c"
 INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode's controls, format characters and lone surrogates
-# Encodings that a text may be in if it is not Unicode: Python's name and the usual one. The first
-# wins a tie.
-LEGACY = {"cp1252": "Windows-1252", "cp932": "Shift-JIS", "cp950": "Big5"}
 
 # Words that are wrong for a mirrored image: "right_arm" and "left-handed" count, "bright" does not.
 SIDES = re.compile(r"(?<![a-z])(left|right)(?![a-z])|[左右]", re.IGNORECASE)
@@ -41,12 +40,18 @@ UNSPACED = re.compile(
     "\u2e80-\u2fdf\u3005-\u9fff\ua000-\ua4cf\ua960-\ua97f\uaa60-\uaa7f\uac00-\ud7ff"
     "\uf900-\ufaff\uff65-\uffdc\U00016fe0-\U0001b2ff\U00020000-\U0003ffff]"
 )
-WESTERN = "’‘“”„…–—«»¿¡©®°€™½"  # punctuation of Western text
 
 TAG_SEPARATOR = re.compile("[,，、]")  # the last two in East Asian writing
 
 # Captions that are sentences give as many tags as images, and the header is read at every start.
 MAX_TAGS = 2000
+
+
+class UnknownEncodingError(ValueError):
+    """Bytes that are not Unicode, in an encoding that cannot be determined."""
+
+    def __init__(self) -> None:
+        super().__init__("is not UTF-8, and its encoding cannot be determined: save it as UTF-8")
 
 
 class Caption(NamedTuple):
@@ -74,6 +79,9 @@ def caption_for(image: Path, extension: str | None = None) -> Caption:
     except OSError as error:
         reason = error.strerror or error
         warning = f"cannot be read ({reason}): the caption was made from the image's name"
+        return Caption(caption_from_name(image), False, (path, warning))
+    except UnknownEncodingError as error:
+        warning = f"{error}. The caption was made from the image's name"
         return Caption(caption_from_name(image), False, (path, warning))
     text = tidy(text)
     if not text:
@@ -142,8 +150,10 @@ def decode(content: bytes) -> tuple[str, str | None]:
     """The text, and the name of its encoding if that had to be guessed.
 
     UTF-8 with or without a byte order mark and UTF-16 with one are certain. A text in which about
-    every second byte is zero is UTF-16 without a mark. Of the encodings in LEGACY the one in which
-    the text looks most like writing is chosen (`plausibility`).
+    every second byte is zero is UTF-16 without a mark. Any other is in the
+    encoding in which it looks most like writing (`legacy_encodings.guess`).
+
+    Raises UnknownEncodingError if none is clearly the most likely.
     """
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", errors="replace"), None
@@ -152,22 +162,10 @@ def decode(content: bytes) -> tuple[str, str | None]:
     try:
         return content.decode("utf-8-sig"), None
     except UnicodeDecodeError:
-        return _guess(content)
-
-
-def _guess(content: bytes) -> tuple[str, str]:
-    """The text in the most plausible of the LEGACY encodings, and the encoding's name."""
-    best = float("-inf")
-    choice = (content.decode("cp1252", errors="replace"), LEGACY["cp1252"])
-    for encoding, name in LEGACY.items():
-        try:
-            text = content.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        score = plausibility(text, encoding)
-        if score > best:
-            best, choice = score, (text, name)
-    return choice
+        guessed = guess(content)
+    if guessed is None:
+        raise UnknownEncodingError
+    return guessed
 
 
 def _byte_order(content: bytes) -> str | None:
@@ -179,46 +177,6 @@ def _byte_order(content: bytes) -> str | None:
     if even_zeros == odd_zeros:
         return None
     return "le" if odd_zeros > even_zeros else "be"
-
-
-def plausibility(text: str, encoding: str) -> float:
-    """From -1 to 1: the share of the characters beyond ASCII that look like writing in this
-    encoding, minus the share that do not.
-
-    In Windows-1252 those are accented letters and typographic marks: one, or two next to a plain
-    letter. In Shift-JIS and Big5 they are kana, punctuation and the characters of the first level,
-    the everyday half of either standard; but a single one next to a plain letter is an accented
-    letter of another encoding.
-    """
-    good = total = 0
-    for run in re.finditer(r"[^\x00-\x7f]+", text):
-        total += len(run[0])
-        neighbors = text[max(run.start() - 1, 0) : run.start()] + text[run.end() : run.end() + 1]
-        in_word = any(character.isalpha() for character in neighbors)
-        good += _count_plausible(run[0], in_word, encoding)
-    return (2 * good - total) / total if total else 0.0
-
-
-def _count_plausible(run: str, in_word: bool, encoding: str) -> int:
-    """How many characters of a run beyond ASCII look like writing; in_word: next to a plain
-    letter."""
-    if encoding == "cp1252":
-        if len(run) > 2 or (len(run) == 2 and not in_word):
-            return 0
-        return len([mark for mark in run if mark in WESTERN or (mark.isalpha() and mark != "ƒ")])
-    if len(run) == 1 and in_word:
-        return 0
-    return len([mark for mark in run if _is_everyday(mark.encode(encoding), encoding)])
-
-
-def _is_everyday(code: bytes, encoding: str) -> bool:
-    """Whether a character is in the part of Shift-JIS or Big5 that everyday writing uses, by the
-    first byte of its code."""
-    if len(code) != 2:
-        return False  # half-width katakana: any high byte could be one
-    if encoding == "cp932":
-        return 0x81 <= code[0] <= 0x83 or 0x88 <= code[0] <= 0x98
-    return 0xA1 <= code[0] <= 0xC6
 
 
 def caption_from_name(image: Path) -> str:

@@ -59,7 +59,8 @@ class MegaManDataset:
 
     examples has the images with all that is known about them. skipped has every file that is not
     used, with the reason, and sorted_out those of them that the folder's layout excludes on
-    purpose; metadata_warnings has what could not be used of metadata files.
+    purpose; metadata_warnings has what could not be used of metadata files, unread_metadata what is
+    wrong with those on which images depend that have no other caption.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class MegaManDataset:
         self.skipped: dict[Path, str] = layout.skipped
         self.sorted_out: dict[Path, str] = layout.sorted_out
         self.metadata_warnings: list[tuple[Path, str]] = layout.metadata_warnings
+        self.unread_metadata: dict[Path, str] = layout.unread_metadata
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -70,12 +70,14 @@ class Example:
 
 class Layout(NamedTuple):
     """The images in natural order, what is skipped and why, which of that is sorted out on purpose,
-    and warnings about metadata files."""
+    warnings about metadata files, and what is wrong with those that are not understood although
+    images depend on them."""
 
     examples: list[Example]
     skipped: dict[Path, str]
     sorted_out: dict[Path, str]
     metadata_warnings: list[tuple[Path, str]]
+    unread_metadata: dict[Path, str]
 
 
 def read_layout(folder: Path, config: FolderConfig) -> Layout:
@@ -84,7 +86,8 @@ def read_layout(folder: Path, config: FolderConfig) -> Layout:
     A caption comes from the metadata file (`metadata_files.NAMES`) of the image's folder, or of the
     nearest one above, that names the image; else from the caption file with the image's stem; else
     from the name of kohya's folder 10_name; else from the image's name. Below a metadata file, an
-    image that is neither named there nor has a caption file is skipped, as in imagefolder.
+    image that is neither named there nor has a caption file is skipped, as in imagefolder; so is
+    every image without a caption file below a metadata file that is not understood.
 
     The number of the nearest folder 10_name below the given one multiplies the repeats.
     """
@@ -100,7 +103,7 @@ def read_layout(folder: Path, config: FolderConfig) -> Layout:
             continue
         caption = caption_for(image, config.caption_extension)
         if not caption.from_file:
-            if reason := metadata.refused.get(image):
+            if reason := metadata.reason_to_refuse(image):
                 skipped[image] = reason
                 continue
             if reason := metadata.reason_to_sort_out(image):
@@ -115,7 +118,7 @@ def read_layout(folder: Path, config: FolderConfig) -> Layout:
         place = kohya_folder or folder
         examples.append(Example(image, text, from_file, source, repeats, place, warning))
     skipped |= sorted_out | metadata.missing
-    return Layout(examples, skipped, sorted_out, metadata.warnings)
+    return Layout(examples, skipped, sorted_out, metadata.warnings, metadata.needed)
 
 
 def _from_metadata(
@@ -175,7 +178,10 @@ class _MetadataFiles:
         self.missing: dict[Path, str] = {}
         self.warnings: list[tuple[Path, str]] = []
         self._rows: dict[Path, _ImageRow] = {}
-        self.refused: dict[Path, str] = {}  # images that are named in a way that cannot be used
+        self.needed: dict[Path, str] = {}  # files that are not understood: what is wrong with them
+        self._refused: dict[Path, str] = {}  # images that are named in a way that cannot be used
+        self._unread: dict[Path, str] = {}
+        self._with_bad_lines: set[Path] = set()
         self._file_of: dict[Path, Path] = {}  # folder: its first metadata file
         self._images = images
         self._root = os.path.realpath(folder)
@@ -189,13 +195,30 @@ class _MetadataFiles:
         row = self._rows.get(image) if self._rows else None
         return row if row and row.caption else None
 
+    def reason_to_refuse(self, image: Path) -> str | None:
+        """Why an image without a caption file cannot be used: its line in a metadata file is not
+        certain, or the file is not understood, or has such lines and does not name it."""
+        if image in self._rows or image in self._refused:
+            return self._refused.get(image)
+        file = self._nearest_file(image)
+        if file in self._unread:
+            self.needed[file] = self._unread[file]
+            return f"{file.name} is not understood, and it has no caption file of its own"
+        if file in self._with_bad_lines:
+            return f"{file.name} does not name it in a line that can be read"
+        return None
+
+    def _nearest_file(self, image: Path) -> Path | None:
+        """The metadata file that counts for an image."""
+        files = (self._file_of[parent] for parent in image.parents if parent in self._file_of)
+        return next(files, None)
+
     def reason_to_sort_out(self, image: Path) -> str | None:
         """Why an image without a caption file is not used: a metadata file in its folder or above
         does not name it."""
         if image in self._rows:
             return None
-        files = (self._file_of[parent] for parent in image.parents if parent in self._file_of)
-        file = next(files, None)
+        file = self._nearest_file(image)
         return file and f"{file.name} does not name it, and it has no caption file of its own"
 
     @cached_property
@@ -205,8 +228,13 @@ class _MetadataFiles:
 
     def _read(self, path: Path) -> None:
         metadata = read_metadata(path)
-        if metadata.rows is not None:
-            self._file_of.setdefault(path.parent, path)
+        if metadata.rows is None:
+            self._unread[path] = metadata.warnings[-1] if metadata.warnings else "is empty"
+        if metadata.has_bad_lines:
+            self._with_bad_lines.add(path)
+        earlier = self._file_of.get(path.parent)
+        if earlier is None or (earlier in self._unread and metadata.rows is not None):
+            self._file_of[path.parent] = path
         warnings = [*metadata.warnings, *self._add_rows(path, metadata.rows or [])]
         self.warnings += [(path, warning) for warning in warnings[:MAX_WARNINGS]]
         if len(warnings) > MAX_WARNINGS:
@@ -230,7 +258,7 @@ class _MetadataFiles:
         if image is None:
             return self._add_missing(path, row, target, name)
         if not Path(os.path.realpath(image)).is_relative_to(self._root):
-            self.refused[image] = (
+            self._refused[image] = (
                 f"a link out of the folder, which {path.name} may not name (line {row.line})"
             )
             return f"{name} is a link out of the folder, which no line may name"
@@ -239,6 +267,9 @@ class _MetadataFiles:
             if earlier.file != path:
                 return None  # the nearest file counts
             return f"{name} was named in line {earlier.line} already, which counts"
+        if row.problem:
+            self._refused[image] = f"{path.name}, line {row.line}: {row.problem}"
+            return f"{name}: {row.problem}"
         self._rows[image] = _ImageRow(path, row.line, row.caption)
         return None if row.caption else f"no caption for {name}"
 

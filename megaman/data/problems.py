@@ -22,10 +22,15 @@ MAX_TRUNCATED = 3  # captions whose end is printed
 
 def check_usable(datasets: Iterable[MegaManDataset], skip_bad: bool) -> None:
     """Raise UserError if a dataset has no image left or, unless skip_bad, has lost more than half
-    of its files. Files that are sorted out on purpose do not count."""
+    of its files or a metadata file is not understood. Files that are sorted out on purpose do not
+    count."""
     for dataset in datasets:
         good, bad = len(dataset), len(dataset.skipped.keys() - dataset.sorted_out.keys())
         place = f"{dataset.config.flag} {dataset.data_dir}"
+        if dataset.unread_metadata and not skip_bad:
+            file, problem = next(iter(dataset.unread_metadata.items()))
+            remedy = "Fix it, or train on images with a caption of their own by --skip_bad_images"
+            raise UserError(f"{printable(f'{file} {problem}')}", remedy)
         if not good:
             raise UserError(
                 f"{place} holds no image that can be used", "Put JPG, PNG, BMP or WebP there"

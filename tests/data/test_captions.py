@@ -28,6 +28,7 @@ from megaman.data.captions import (
     tidy,
     trigger_words,
 )
+from megaman.data.metadata_files import read_metadata
 
 
 def read_caption(picture: Path) -> str | None:
@@ -210,11 +211,29 @@ CHINESE = """
     藍 · 藍, 紅 · 跳躍 · 站立，正面，白色背景 · 一個戴著頭盔的藍色機器人向右跑 · 「洛克人」 ·
     戰鬥姿勢 · 手砲 · robot 機器人 blue · 機器人01 · 洛克人X，白色盔甲 · 這是一張圖片 · 我的 ·
     的 · 夜晚星空"""
+SIMPLIFIED = """
+    机器人 · 机器人, 蓝色头盔 · 洛克人, 蓝色机器人 · 蓝 · 跳跃 · mega man, 蓝色盔甲 ·
+    一位穿着红色外套的少女 ·
+    教室里, 黄昏 · 微风吹过麦田 · 赛博朋克城市夜景 · 樱花树下 ·
+    机甲战士 · 女孩, 长发, 微笑 · 坐在椅子上"""
+KOREAN = """
+    록맨 · 파란 로봇, 헬멧 · mega man, 파란 로봇 · 서 있는 모습, 정면 · 빨간 외투를 입은 소녀 ·
+    밀밭에 부는 바람 · 사이버펑크 도시 야경 · 기계 전사 · 겨울, 눈 풍경 · 자동차, 도로, 일몰"""
+EUC_JAPANESE = """
+    ロックマン · 青いロボット、ヘルメット · mega man、青い装甲 · 赤いコートを着た少女 · 教室, 夕方 ·
+    麦畑を吹き抜ける風 · 眠る赤ん坊 · 桜の木の下 · ボス · 正面、白背景 · 女の子, 長い髪, 笑顔"""
+RUSSIAN = """
+    синий робот, шлем · робот · mega man, синий · СИНИЙ РОБОТ · мой · я · девушка в красном пальто ·
+    ветер над полем · ночной город · чёрные волосы · зима, снег · хлопець у синій броні"""
 IN_LEGACY: list[tuple[str, str, str]] = []
 for encoding, name, texts in [
     ("cp1252", "Windows-1252", WESTERN),
     ("shift_jis", "Shift-JIS", JAPANESE),
     ("big5", "Big5", CHINESE),
+    ("gbk", "GBK", SIMPLIFIED),
+    ("euc_kr", "EUC-KR", KOREAN),
+    ("euc_jp", "EUC-JP", EUC_JAPANESE),
+    ("cp1251", "Windows-1251", RUSSIAN),
 ]:
     IN_LEGACY += [(encoding, name, text.strip()) for text in texts.split("·")]
 
@@ -348,3 +367,28 @@ def test_east_asian_commas_separate_tags():
     shuffled = CaptionAugmentation(shuffle_caption=True, keep_tokens=1)
     results = {shuffled.apply("洛克人，站立，藍色", random.Random(seed)) for seed in range(9)}
     assert results == {"洛克人, 站立, 藍色", "洛克人, 藍色, 站立"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["赤".encode("euc_jp"), b"\x81\x8d\xff", bytes(range(128, 160)), "αγόρι".encode("cp1253")],
+)
+def test_a_caption_in_an_encoding_that_is_unknown_is_not_used(tmp_path, content):
+    (tmp_path / "robot.txt").write_bytes(content)
+    caption = caption_for(tmp_path / "robot.png")
+    assert (caption.text, caption.from_file) == (f"robot, {COMMON_ENDING}", False)
+    path, text = warning_of(caption)
+    assert (
+        path == tmp_path / "robot.txt" and "encoding cannot be determined: save it as UTF-8" in text
+    )
+
+
+def test_a_metadata_file_in_an_encoding_that_is_unknown_is_not_understood(tmp_path):
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,\x81\x8d\xff\n")
+    metadata = read_metadata(tmp_path / "metadata.csv")
+    assert metadata.rows is None and "encoding cannot be determined" in metadata.warnings[0]
+    for encoding, text in [("gbk", "蓝色机器人, 站立"), ("cp949", "파란 로봇, 헬멧")]:
+        (tmp_path / "metadata.csv").write_bytes(f"file_name,text\na.png,{text}\n".encode(encoding))
+        assert [row.caption for row in read_metadata(tmp_path / "metadata.csv").rows or []] == [
+            text
+        ]

@@ -593,3 +593,118 @@ def test_what_is_sorted_out_on_purpose_is_no_bad_file(tmp_path, layout):
     dataset.check()
     with pytest.raises(UserError, match="2 of the 3 files"):
         check_usable([dataset], skip_bad=False)
+
+
+@pytest.mark.parametrize(
+    ("lines", "caption"),
+    [
+        (["file_name,text", "a.png,volto, blue robot, running"], "volto, blue robot, running"),
+        (["file_name,text", "a.png,volto,blue robot"], "volto,blue robot"),
+        (["file_name;text", "a.png;volto; blue robot"], "volto; blue robot"),
+        (["file_name|text", "a.png|volto, blue robot"], "volto, blue robot"),
+        (["sep=;", "file_name;text", "a.png;volto, blue robot"], "volto, blue robot"),
+        (["file_name, text", 'a.png, "volto, blue robot"'], "volto, blue robot"),
+        (["file_name,text", "a.png,“volto, blue robot”"], "volto, blue robot"),
+        (["file_name,text", "a.png,'volto, blue robot'"], "volto, blue robot"),
+        (["file_name,text", r'a.png,"volto, \"blue\" robot"'], 'volto, "blue" robot'),
+        (["file_name,text", 'a.png,volto,"blue" robot'], 'volto,"blue" robot'),
+        (["file_name,text,width", "a.png,volto, blue robot,64"], "volto, blue robot"),
+        (["file_name,width,text", "a.png,64,volto,blue robot"], "volto,blue robot"),
+        (["file_name,split,text", "a.png,train,volto, blue robot"], "volto, blue robot"),
+        (["text,file_name", "volto, blue robot,a.png"], "volto, blue robot"),
+        (["file_name,text,,", "a.png,volto, blue,robot"], "volto, blue,robot"),
+        (["file_name,text", "a.png,volto,,"], "volto"),
+        (["File Name,Caption", "a.png,volto, blue robot"], "volto, blue robot"),
+        (["a.png,volto, blue robot"], "volto, blue robot"),
+    ],
+)
+def test_a_table_as_people_write_it(lines, caption):
+    metadata = parse_csv("\n".join(lines))
+    assert metadata.warnings == []
+    assert rows_of(metadata) == [Row(len(lines), "a.png", caption)]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["file_name,text,split", "a.png,volto,blue,train"],
+        ["file_name,text,split", "a.png,volto, blue"],
+        ["file_name,split,text", "a.png,train,volto,blue"],
+        ["file_name,text,caption", "a.png,volto,blue,red"],
+        ["file_name,width,text", "a.png,64"],
+        ["file_name,text", 'a.png,"volto', 'b.png,blue"'],
+    ],
+)
+def test_a_row_that_is_not_certain_is_reported_and_not_used(tmp_path, lines):
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    header = lines[0].split(",")
+    good = {"file_name": "c.png", "text": "good", "caption": "good", "split": "x", "width": "1"}
+    lines = [*lines, ",".join(good[column] for column in header)]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    dataset = MegaManDataset(tmp_path, None)
+    assert dataset.captions == ["good"]
+    assert any(text.startswith("line 2: ") for _, text in dataset.metadata_warnings)
+    assert "line" in dataset.skipped[tmp_path / "a.png"] and dataset.sorted_out == {}
+    findings = {finding.kind: finding.is_wrong for finding in examine(dataset, 64).findings}
+    assert findings["metadata"] and findings["unreadable"]
+    (tmp_path / "a.txt").write_text("its own", encoding="utf-8")
+    assert MegaManDataset(tmp_path, None).captions == ["its own", "good"]
+
+
+OBJECTS = [{"filename": "a.png", "text": "one"}, {"filename": "b.png", "text": "two"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(OBJECTS),
+        json.dumps(OBJECTS, indent=2),
+        "\n".join(json.dumps(entry, indent=2) for entry in OBJECTS),
+        ",\n".join(map(json.dumps, OBJECTS)),
+        json.dumps({"images": OBJECTS}, indent=1),
+        json.dumps({"a.png": "one", "b.png": {"caption": "two"}}),
+        '{"image": "a.png", "caption": "one"}\n{"image": "b.png", "caption": "two"}',
+        '{"Image Path": "a.png", "prompt": "one"}\n{"file": "b.png", "description": "two"}',
+        '{"file_name": "a.png", "text": null, "tags": ["one"]}\n{"path": "./b.png", "text": "two"}',
+    ],
+)
+def test_json_as_people_write_it(tmp_path, content):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text(content, encoding="utf-8")
+    dataset = MegaManDataset(tmp_path, None)
+    assert (dataset.captions, dataset.num_written_captions) == (["one", "two"], 2)
+    assert (dataset.metadata_warnings, dataset.skipped) == ([], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.jsonl", "no JSON at all"),
+        ("metadata.jsonl", "[]"),
+        ("metadata.jsonl", '{"file_name": "a.png", "label": 3}'),
+        ("metadata.jsonl", '{"id": 1, "text": "one"}'),
+        ("metadata.csv", "id,url\n1,somewhere"),
+        ("metadata.csv", "file_name,label\na.png,3"),
+        ("metadata.csv", '{"file_name": "a.png", "text": "one"}'),
+    ],
+)
+def test_a_metadata_file_that_is_not_understood_ends_the_run(tmp_path, name, content):
+    for image in ("a.png", "sub/b.png"):
+        (tmp_path / image).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / image)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    dataset = MegaManDataset(tmp_path, None)
+    assert dataset.captions == [], "none is made from a name"
+    with pytest.raises(UserError, match=rf"{name} .*") as error:
+        check_usable([dataset], skip_bad=False)
+    assert "--skip_bad_images" in str(error.value.remedy)
+    (tmp_path / "a.txt").write_text("its own", encoding="utf-8")
+    dataset = MegaManDataset(tmp_path, None)
+    assert dataset.captions == ["its own"]
+    with pytest.raises(UserError, match=name):
+        check_usable([dataset], skip_bad=False)
+    check_usable([dataset], skip_bad=True)
+    (tmp_path / "sub" / "b.txt").write_text("its own", encoding="utf-8")
+    check_usable([MegaManDataset(tmp_path, None)], skip_bad=False)
