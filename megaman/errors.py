@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
@@ -44,6 +45,8 @@ def run_script(
     What a user can cause becomes one line on stderr; saves_memory is the remedy when memory runs
     out. Any other exception passes through.
     """
+    # numpy warns thousands of times of how diffusers' samplers hand tensors to it.
+    warnings.filterwarnings("ignore", "__array", DeprecationWarning)
     with _forgiving_output() as lost:
         code = _run(main, argv, saves_memory)
         _flush_output()

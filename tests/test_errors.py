@@ -8,12 +8,17 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
 from conftest import ROOT
+from diffusers import DDPMScheduler
 from tqdm import tqdm
 
+from megaman.config import samplers
 from megaman.errors import UserError, install_logging, run_script
+from megaman.sampling import denoise
 
 
 def failing(error: BaseException):
@@ -112,6 +117,27 @@ def test_a_line_that_cannot_be_printed_is_an_error_at_the_end(logger, capsys):
     assert run_script(main, []) == 1
     said = capsys.readouterr().err
     assert said == "error: standard output cannot be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("setting", ["default", "always", "error"])
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS, ids=lambda sampler: sampler.name)
+def test_numpys_warnings_of_diffusers_samplers_reach_nobody(sampler, setting, capsys):
+    """On Python 3.12 they are shown, here with python -W."""
+
+    def main(argv):
+        scheduler = denoise.make_sampler(DDPMScheduler(), sampler)
+        scheduler.set_timesteps(3)
+        sample = torch.zeros(1, 4, 8, 8)
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(sample, timestep, sample).prev_sample
+        return 0
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        warnings.simplefilter(setting)
+        assert run_script(main, []) == 0
+    assert [str(warning.message) for warning in caught if "__array" in str(warning.message)] == []
+    assert "__array" not in capsys.readouterr().err
 
 
 # Output that nobody reads

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from sources import MODULES, SCRIPTS, imports, tree
 
 from megaman.version import VERSION
 
@@ -26,6 +27,19 @@ def requirements(name: str) -> list[str]:
 
 def test_the_dependencies_are_the_requirements_file():
     assert PYPROJECT["project"]["dependencies"] == requirements("requirements_megaman_lora.txt")
+
+
+def test_what_the_package_imports_is_required():
+    """Not by way of another package alone, which may drop it."""
+    imported: set[str] = set()
+    for name in [*MODULES, *SCRIPTS]:
+        imported |= {module.split(".")[0] for module in imports(tree(name))}
+    others = imported - set(sys.stdlib_module_names) - {"megaman"} - set(SCRIPTS)
+    names = {
+        line.partition("==")[0].lower() for line in requirements("requirements_megaman_lora.txt")
+    }
+    assert {"psutil", "torch"} <= others
+    assert {{"PIL": "pillow"}.get(name, name) for name in others} <= names
 
 
 def test_every_requirement_is_pinned():

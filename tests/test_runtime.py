@@ -3,6 +3,7 @@ emulated."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import platform
 from itertools import product
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaman import runtime
 from megaman.errors import UserError
 from megaman.lora import adapter
 from megaman.models.base import load_base
@@ -191,3 +193,16 @@ def test_a_card_that_torch_cannot_use(tmp_path, monkeypatch):
         (tmp_path / name).touch(mode=0o755)
     assert has_unused_nvidia_gpu() == (not torch.cuda.is_available())
     assert len(device_lines(choose_compute("no", CPU, 64))) == 1 + has_unused_nvidia_gpu()
+
+
+@pytest.mark.parametrize(
+    "version", ["2.13.0", "2.13.0+cu130", "2.13.0+rocm7.1", "2.14.0.dev20261128"]
+)
+def test_the_recorded_versions_are_the_packages_own(monkeypatch, version):
+    """torch from the package index reports 2.13.0+cu130 and is the package 2.13.0."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: version if name == "torch" else real(name)
+    )
+    assert runtime.package_versions()["torch"] == version
