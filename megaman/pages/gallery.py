@@ -16,12 +16,16 @@ from typing import Any
 
 from megaman import schema
 from megaman.errors import UserError
-from megaman.files import read_json, write_json, write_text
+from megaman.files import read_json, split_strength, write_json, write_text
 from megaman.pages.html import href, render
 
 IMAGES, PAGE = "images.json", "index.html"
 THUMBNAILS = "thumbnails"
 MAX_RUN = 60  # sections in a group: full rows with 1 to 6 side by side
+GENERIC = re.compile(
+    r"lora_weights|checkpoint-\d+"
+    r"|(megaman_lora|pytorch_lora_weights|adapter_model)\.safetensors"
+)
 TINY = 256  # pixels of width below which images are enlarged
 
 
@@ -99,6 +103,23 @@ def _image(path: Path, number: int, record: Any) -> GalleryImage:
 def _broken(path: Path, reason: str) -> UserError:
     message = f"{path} is not a gallery's list of images: {reason}"
     return UserError(message, "Remove it or choose another --output_dir")
+
+
+def title_of(images: Sequence[GalleryImage]) -> str:
+    """The names of the LoRAs, for the page's title.
+
+    A folder that training leaves has a name like all others, so its parent's stands for it.
+    """
+    names: dict[str, None] = {}
+    for image in images:
+        for lora in image.loras or [str(image.settings.get("LoRA", ""))]:
+            path, _ = split_strength(lora)
+            parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")]
+            while len(parts) > 1 and GENERIC.fullmatch(parts[-1]):
+                parts.pop()
+            names |= dict.fromkeys(parts[-1:])
+    shown = [name.removesuffix(".safetensors") for name in names][:3]
+    return f"Images of {', '.join(shown)}" if shown else "Generated images"
 
 
 def thumbnail_of(file: str) -> str:

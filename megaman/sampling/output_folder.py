@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from megaman.errors import UserError
 from megaman.pages import grid
-from megaman.pages.gallery import GalleryImage, read_images, variant_labels, write_gallery
+from megaman.pages.gallery import GalleryImage, read_images, title_of, variant_labels, write_gallery
 from megaman.sampling import records
 from megaman.sampling.jobs import Job, LoraVariant, PendingBatch, base_image_file, image_file
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"megaman_(\d+)_\d+.*\.png")
-TITLE = "Mega Man LoRA"
 
 
 FindRecord = Callable[[Path], "Record | None"]
@@ -274,7 +273,7 @@ class GalleryWriter:
     def write_page(self) -> Path:
         """Write the gallery; returns the path of the page."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        return write_gallery(self._folder, self._images, TITLE)
+        return write_gallery(self._folder, self._images, title_of(self._images))
 
     def write_grid(self) -> Path:
         """Write the comparison as one image: a column a variant, a row a job."""

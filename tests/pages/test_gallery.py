@@ -30,6 +30,7 @@ from megaman.pages.gallery import (
     command,
     read_images,
     thumbnail_of,
+    title_of,
     variant_labels,
     write_gallery,
 )
@@ -457,6 +458,21 @@ def test_a_command_names_loras_that_drew_together():
     assert (options["lora_path"], options["lora_scale"]) == (["my loras/a:0.8", "b:-0.5"], 0.5)
 
 
+@pytest.mark.parametrize(
+    ("loras", "title"),
+    [
+        (["/w/volto_out/lora_weights"], "Images of volto_out"),
+        (["/w/volto_out/checkpoint-40", "/w/volto_out/lora_weights"], "Images of volto_out"),
+        (["volto/lora_weights/megaman_lora.safetensors:0.5"], "Images of volto"),
+        (["C:\\loras\\zero.safetensors", "./x/lora_weights"], "Images of zero, x"),
+        (["lora_weights"], "Images of lora_weights"),
+        ([], "Generated images"),
+    ],
+)
+def test_the_title_names_the_loras(loras, title):
+    assert title_of([replace(PLAIN, settings={}, loras=[lora]) for lora in loras]) == title
+
+
 # In a real browser, from the disk.
 
 
@@ -747,6 +763,73 @@ def test_favorites_survive_and_are_exported(visit, tmp_path, the_browser):
     assert second.do(pressed) == [False] * 4, "another gallery has its own"
     page.click("[data-number='1'] .star")
     assert page.do(VISIBLE) == ["3"] and page.complaints() == []
+
+
+TABLE = """[...document.querySelectorAll('tr')].filter((row) => row.checkVisibility())
+    .map((row) => [...row.cells].filter((cell) => cell.checkVisibility()).length)"""
+
+
+@needs_browser
+def test_a_comparison_without_its_hidden_images_has_no_gaps(visit):
+    images = [
+        replace(image, seed=seed, file=f"{seed}{image.file}")
+        for seed, image in product((1, 2, 3), compared(("out/a", 0.5), ("out/a", 1), ("out/a", 2)))
+    ]
+    page = visit(images)
+    assert page.do(TABLE) == [4, 4, 4, 4]
+    page.click("[data-number='4'] .star")
+    page.click("[type=checkbox]")
+    assert page.do(TABLE) == [2, 2] and page.do(VISIBLE) == ["4"]
+    page.click("[type=checkbox]")
+    assert page.do(TABLE) == [4, 4, 4, 4] and page.complaints() == []
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "side"), [(1920, 256), (1440, 256), (390, 128)])
+def test_a_comparison_uses_the_window(visit, width, side):
+    page = visit(compared(("out/a", 0), ("out/a", 0.5), ("out/a", 1)), width)
+    drawn = "[...document.images].map((image) => image.getBoundingClientRect().width)"
+    assert page.do(drawn) == [side] * 3
+    assert page.do("document.documentElement.scrollWidth") <= width
+
+
+@needs_browser
+def test_pairs_fill_a_wide_window(visit):
+    robots = [replace(ROBOTS[0], prompt=f"robot {i}", seed=i) for i in range(6)]
+    page = visit(robots, 1920)
+    right = page.do(
+        "Math.max(...[...document.querySelectorAll('.card')].map((c) => "
+        "c.getBoundingClientRect().right))"
+    )
+    assert right >= 0.85 * 1920
+
+
+@needs_browser
+def test_keys_for_the_star_and_the_slider(visit):
+    page = visit(ROBOTS)
+    page.click("[data-number='1'] img")
+    cut = "document.querySelector('.stage').style.getPropertyValue('--cut')"
+    for key, wanted in ((".", "55%"), (".", "60%"), (",", "55%")):
+        page.send("Input.dispatchKeyEvent", type="keyDown", key=key)
+        assert page.do(cut) == wanted
+    page.send("Input.dispatchKeyEvent", type="keyDown", key="f")
+    starred = "document.querySelector(\"[data-number='1'] .star\").getAttribute('aria-pressed')"
+    assert page.do(starred) == "true"
+    page.key("Escape")
+    page.wait_for("document.activeElement.closest('.card')?.dataset.number === '1'")
+    page.send("Input.dispatchKeyEvent", type="keyDown", key="F")
+    assert page.do(starred) == "false"
+    type_words(page, "f")
+    assert page.do(starred) == "false" and page.complaints() == []
+
+
+@needs_browser
+def test_every_button_of_the_page_has_a_label_of_its_own(visit):
+    page = visit(ROBOTS + compared(("out/a", 0), ("out/a", 1), seed=99))
+    labels = page.do(
+        "[...document.querySelectorAll('main button')].map((b) => b.getAttribute('aria-label'))"
+    )
+    assert None not in labels and len(set(labels)) == len(labels)
 
 
 @needs_browser
