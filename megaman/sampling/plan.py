@@ -202,7 +202,7 @@ def summarize(plan: GenerationPlan, config: GenerateConfig, jobs: Sequence[Job])
 
 def _steps(jobs: Sequence[Job]) -> str:
     steps = {job.num_inference_steps for job in jobs}
-    return plural(*steps, "step") if len(steps) == 1 else f"{_distinct(steps)} steps"
+    return plural(steps.pop(), "step") if len(steps) == 1 else f"{_distinct(steps)} steps"
 
 
 def _distinct(values: Iterable[object]) -> str:
