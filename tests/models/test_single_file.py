@@ -551,7 +551,7 @@ def test_from_training_to_images_with_the_file_alone(small, train_here, monkeypa
         assert file.metadata()["ss_sd_model_name"] == "tiny-v1.safetensors"
     card = (lora / "README.md").read_text(encoding="utf-8")
     assert "# A LoRA for `tiny-v1.safetensors`" in card
-    assert 'StableDiffusionPipeline.from_single_file("tiny-v1.safetensors")' in card
+    assert 'StableDiffusionPipeline.from_single_file("PATH/TO/tiny-v1.safetensors")' in card
     assert str(small.folder) not in card and "base_model:" not in card
     monkeypatch.chdir(small.folder)
     words = [
