@@ -1,7 +1,7 @@
 """The openly licensed art the base is trained on: fetched from the packages that carry it,
 captioned, at 64 px.
 
-Everything comes from PyPI and npm; nothing of it is kept in this repository. Licences and credits:
+Everything comes from PyPI and npm; none of it is kept in this repository. Licenses and credits:
 CREDITS.md.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from backgrounds import NAMES as BACKGROUNDS
 from backgrounds import draw_background
 from PIL import Image
-from sprites import COLOURS, draw_sprite
+from sprites import COLORS, draw_sprite
 from tqdm import tqdm
 
 SIZE = 64
@@ -69,7 +69,7 @@ SET1_FACES = {
     "10": "square head",
 }
 SET2_HORNED = {4, 6, 7, 15}
-SET4_COLOURS = [
+SET4_COLORS = [
     "brown",
     "green",
     "black",
@@ -99,16 +99,16 @@ SET4_ACCESSORIES = {
     14: "headphones",
 }
 
-# Share of each kind among the training pictures.
+# Share of each kind among the training images.
 MIX = {
-    "robot": 0.28,
-    "sprite": 0.42,
-    "robot head": 0.08,
-    "person": 0.06,
-    "monster": 0.05,
-    "cat": 0.05,
-    "thumb": 0.02,
-    "emoji": 0.04,
+    "robot": 0.19,
+    "sprite": 0.60,
+    "robot head": 0.06,
+    "person": 0.05,
+    "monster": 0.04,
+    "cat": 0.04,
+    "thumb": 0.01,
+    "emoji": 0.01,
 }
 
 NODE_SCRIPT = """
@@ -117,10 +117,10 @@ import { pixelArt, thumbs } from '@dicebear/collection';
 import { Resvg } from '@resvg/resvg-js';
 import { readFileSync, writeFileSync, mkdirSync } from 'node:fs';
 
-const COLOURS = JSON.parse(process.argv[2]);
+const COLORS = JSON.parse(process.argv[2]);
 const SKIPPED = /light|dark|medium|flag|family|man|woman|person|people|o-clock|squared|input|button|keycap/;
-const names = Object.keys(COLOURS);
-const hex = (name) => COLOURS[name].map((v) => v.toString(16).padStart(2, '0')).join('');
+const names = Object.keys(COLORS);
+const hex = (name) => COLORS[name].map((v) => v.toString(16).padStart(2, '0')).join('');
 const save = (kind, index, svg) => {
   const image = new Resvg(svg, { fitTo: { mode: 'width', value: 128 } }).render();
   writeFileSync(`out/${kind}_${String(index).padStart(5, '0')}.png`, image.asPng());
@@ -154,8 +154,8 @@ Drawn = tuple[Image.Image, str]  # RGBA at SIZE x SIZE, and its caption without 
 
 
 def fetch(folder: Path) -> None:
-    """Get the packages into folder and render the vector art once; does nothing where that was
-    done."""
+    """Get the packages into folder and render the vector art; does nothing if that was done
+    before."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "robohash").is_dir():
         pip = [
@@ -179,44 +179,41 @@ def fetch(folder: Path) -> None:
         (folder / "render.js").write_text(NODE_SCRIPT, encoding="utf-8")
         npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", *NODE_PACKAGES]
         subprocess.run(npm, cwd=folder, check=True)
-        subprocess.run(["node", "render.js", json.dumps(COLOURS)], cwd=folder, check=True)
+        subprocess.run(["node", "render.js", json.dumps(COLORS)], cwd=folder, check=True)
 
 
-def make_pictures(folder: Path, count: int, seed: int) -> tuple[np.ndarray, list[str], list[str]]:
-    """Compose count different pictures: uint8 [count, 64, 64, 3], their captions and their
-    kinds."""
+def compose_images(folder: Path, count: int, seed: int) -> tuple[np.ndarray, list[str], list[str]]:
+    """Compose count different images: uint8 [count, 64, 64, 3], their captions and their kinds."""
     rng = np.random.default_rng(seed)
     painters = _painters(folder)
     kinds, shares = list(MIX), np.array(list(MIX.values()))
-    pictures, captions, drawn_kinds = np.empty((count, SIZE, SIZE, 3), np.uint8), [], []
-    for index in tqdm(range(count), desc="composing pictures", unit="picture"):
+    images, captions, kinds_drawn = np.empty((count, SIZE, SIZE, 3), np.uint8), [], []
+    for index in tqdm(range(count), desc="composing images", unit="image"):
         kind = str(rng.choice(kinds, p=shares / shares.sum()))
         figure, caption = painters[kind](rng)
         background = "white" if rng.random() < 0.2 else str(rng.choice(BACKGROUNDS))
         canvas = Image.fromarray(draw_background(background, rng)).convert("RGBA")
         canvas.alpha_composite(figure)
-        pictures[index] = np.asarray(canvas.convert("RGB"))
+        images[index] = np.asarray(canvas.convert("RGB"))
         captions.append(f"{caption}, {background} background")
-        drawn_kinds.append("pixel monster" if kind == "sprite" and "monster" in caption else kind)
-    return pictures, captions, drawn_kinds
+        kinds_drawn.append("pixel monster" if kind == "sprite" and "monster" in caption else kind)
+    return images, captions, kinds_drawn
 
 
 def _painters(folder: Path) -> dict[str, Callable[[np.random.Generator], Drawn]]:
     sets = folder / "robohash" / "sets"
     set1 = {
-        colour.name: _layers(colour)
-        for colour in sorted((sets / "set1").iterdir())
-        if colour.is_dir()
+        color.name: _layers(color) for color in sorted((sets / "set1").iterdir()) if color.is_dir()
     }
     set2, set3, set4 = (_layers(sets / name) for name in ("set2", "set3", "set4"))
-    head_colours = [_nearest_colour(image) for image in set3["BaseFace"].values()]
-    face_colours = [_nearest_colour(image) for image in set2["FaceColors"].values()]
-    body_colours = [_nearest_colour(image) for image in set2["BodyColors"].values()]
+    head_colors = [_nearest_color(image) for image in set3["BaseFace"].values()]
+    face_colors = [_nearest_color(image) for image in set2["FaceColors"].values()]
+    body_colors = [_nearest_color(image) for image in set2["BodyColors"].values()]
     rendered = json.loads((folder / "out" / "captions.json").read_text(encoding="utf-8"))
 
     def robot(rng: np.random.Generator) -> Drawn:
-        colour = str(rng.choice(list(set1)))
-        chosen, figure = _compose(rng, set1[colour])
+        color = str(rng.choice(list(set1)))
+        chosen, figure = _compose(rng, set1[color])
         words = [
             table[chosen[part][-2:]]
             for part, table in (
@@ -226,30 +223,28 @@ def _painters(folder: Path) -> dict[str, Callable[[np.random.Generator], Drawn]]
             )
         ]
         kept = [word for word in words if word and rng.random() < 0.7]
-        return figure, ", ".join([f"{_a(colour.replace('grey', 'gray'))} robot", *kept])
+        return figure, ", ".join([f"{_a(color.replace('grey', 'gray'))} robot", *kept])
 
     def robot_head(rng: np.random.Generator) -> Drawn:
         chosen, figure = _compose(rng, set3)
         return (
             figure,
-            f"{_a(head_colours[list(set3['BaseFace']).index(chosen['BaseFace'])])} robot head",
+            f"{_a(head_colors[list(set3['BaseFace']).index(chosen['BaseFace'])])} robot head",
         )
 
     def monster(rng: np.random.Generator) -> Drawn:
-        face = int(rng.integers(len(face_colours)))
-        alike = [i for i, colour in enumerate(body_colours) if colour == face_colours[face]] or [
-            face
-        ]
+        face = int(rng.integers(len(face_colors)))
+        alike = [i for i, color in enumerate(body_colors) if color == face_colors[face]] or [face]
         fixed = {"FaceColors": face, "BodyColors": int(rng.choice(alike))}
         chosen, figure = _compose(rng, set2, fixed)
         horns = ", horns" if list(set2["Faces"]).index(chosen["Faces"]) in SET2_HORNED else ""
-        return figure, f"{_a(face_colours[face])} monster{horns}"
+        return figure, f"{_a(face_colors[face])} monster{horns}"
 
     def cat(rng: np.random.Generator) -> Drawn:
         chosen, figure = _compose(rng, set4)
         accessory = SET4_ACCESSORIES.get(list(set4["accessories"]).index(chosen["accessories"]))
-        colour = SET4_COLOURS[list(set4["body"]).index(chosen["body"])]
-        return figure, f"{_a(colour)} cat" + (f", {accessory}" if accessory else "")
+        color = SET4_COLORS[list(set4["body"]).index(chosen["body"])]
+        return figure, f"{_a(color)} cat" + (f", {accessory}" if accessory else "")
 
     def sprite(rng: np.random.Generator) -> Drawn:
         cells, caption = draw_sprite(rng)
@@ -314,20 +309,20 @@ def _a(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def _nearest_colour(image: Image.Image) -> str:
-    """The colour word for a flat part: nearest in hue where it has one, else by lightness."""
+def _nearest_color(image: Image.Image) -> str:
+    """The color word for a flat part: nearest in hue where it has one, else by lightness."""
     pixels = np.asarray(image).reshape(-1, 4)
     mean = np.median(pixels[pixels[:, 3] > 200][:, :3], axis=0)
     if np.ptp(mean) < 40:
         return "black" if mean.mean() < 80 else "gray" if mean.mean() < 200 else "white"
     chromatic = {
         name: np.array(rgb)
-        for name, rgb in COLOURS.items()
+        for name, rgb in COLORS.items()
         if name not in ("white", "gray", "black")
     }
 
     def distance(rgb: np.ndarray) -> float:
-        a, b = (colour - colour.mean() for colour in (mean, rgb))
+        a, b = (color - color.mean() for color in (mean, rgb))
         return (
             -float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
             + abs(mean.mean() - rgb.mean()) / 400

@@ -27,7 +27,7 @@ NAMES = [*PLAIN, *SCENES]
 
 
 def draw_background(name: str, rng: np.random.Generator) -> np.ndarray:
-    """Draw one background: uint8 [64, 64, 3]. Plain colours vary a little in shade, scenes in their
+    """Draw one background: uint8 [64, 64, 3]. Plain colors vary a little in shade, scenes in their
     layout."""
     if name in PLAIN:
         shade = np.clip(np.array(PLAIN[name]) + rng.integers(-6, 7, 3), 0, 255)
@@ -36,11 +36,11 @@ def draw_background(name: str, rng: np.random.Generator) -> np.ndarray:
     return cells.repeat(2, axis=0).repeat(2, axis=1)
 
 
-def _bands(colours: list[tuple[int, int, int]], edges: list[int]) -> np.ndarray:
+def _bands(colors: list[tuple[int, int, int]], edges: list[int]) -> np.ndarray:
     """Fill the grid with horizontal bands; edges[i] is the row at which band i + 1 begins."""
     cells = np.empty((CELLS, CELLS, 3), np.uint8)
-    for colour, start, stop in zip(colours, [0, *edges], [*edges, CELLS], strict=True):
-        cells[start:stop] = colour
+    for color, start, stop in zip(colors, [0, *edges], [*edges, CELLS], strict=True):
+        cells[start:stop] = color
     return cells
 
 
@@ -56,11 +56,11 @@ def _starry_night(rng: np.random.Generator) -> np.ndarray:
 def _green_hills(rng: np.random.Generator) -> np.ndarray:
     cells = _bands([(126, 200, 246), (160, 216, 250)], [11])
     across = np.arange(CELLS)
-    for base, height, colour in ((17, 4, (86, 178, 84)), (24, 3, (58, 148, 64))):
+    for base, height, color in ((17, 4, (86, 178, 84)), (24, 3, (58, 148, 64))):
         skyline = base + np.round(
             height * np.sin(across / rng.uniform(3.4, 5.5) + rng.uniform(0, 6))
         ).astype(int)
-        cells[np.arange(CELLS)[:, None] >= skyline[None, :]] = colour
+        cells[np.arange(CELLS)[:, None] >= skyline[None, :]] = color
     row, column = rng.integers(2, 6), rng.integers(1, 24)
     cells[row : row + 2, column : column + 6] = (248, 252, 255)
     return cells

@@ -2,7 +2,7 @@
 
 An autoencoder that has only seen a few kinds of sprites learns those sprites. These pictures hold
 what pixel art is made of (flat cells, one-cell lines, shading in ramps, dark outlines, stripes,
-checks, glints) in every colour and order, so that it can carry a character that nobody has drawn
+checks, glints) in every color and order, so that it can carry a character that nobody has drawn
 yet. They have no captions: the UNet never sees them.
 """
 
@@ -33,7 +33,7 @@ def draw_mosaic(rng: np.random.Generator) -> np.ndarray:
         if rng.random() < 0.6:
             cells[_grown(mask)] = outline
         _shade(cells, mask, ramps[rng.integers(len(ramps))], rng)
-        if rng.random() < 0.6:  # a panel of another colour in it
+        if rng.random() < 0.6:  # a panel of another color in it
             inlay = mask & _near(mask, rng)
             _shade(cells, inlay, ramps[rng.integers(len(ramps))], rng)
     if rng.random() < 0.3:  # many characters are symmetrical
@@ -51,7 +51,7 @@ def _near(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _ramp(rng: np.random.Generator, hue: float) -> np.ndarray:
-    """Four shades of one colour from light to dark, the hue turning a little on the way: uint8 [4,
+    """Four shades of one color from light to dark, the hue turning a little on the way: uint8 [4,
     3]."""
     saturation = rng.choice([rng.uniform(0, 0.25), rng.uniform(0.5, 1)], p=[0.25, 0.75])
     value, turn = rng.uniform(0.45, 1), rng.uniform(-0.05, 0.05)

@@ -72,7 +72,7 @@ def test_the_trigger_is_one_token():
     )
 
 
-@pytest.mark.parametrize(("folder", "heroes"), [("images", 24), ("held_out", 6)])
+@pytest.mark.parametrize(("folder", "heroes"), [("images", 49), ("held_out", 8)])
 def test_the_images(folder, heroes):
     paths = sorted((DEMO / folder).glob("*.png"))
     captions = {

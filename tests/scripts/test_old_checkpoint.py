@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from conftest import ROOT
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -17,7 +16,7 @@ FLAGS = """--pretrained_model_name demo/base --max_train_steps 4 --save_steps 2 
 
 def test_a_checkpoint_of_an_early_version_resumes(train_here, tmp_path, capsys):
     shutil.copytree(HERE / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
-    data = ["--data_dir", ROOT / "demo" / "held_out"]
+    data = ["--data_dir", HERE / "early_images"]  # demo/held_out as it was then
     resumed = train_here(
         tmp_path, "out", *data, *FLAGS.split(), "--resume_from_checkpoint", "latest"
     )

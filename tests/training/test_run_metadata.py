@@ -61,7 +61,7 @@ def test_the_run_is_described(header):
         "ss_epoch": "1",
         "ss_lr_scheduler": "cosine",
         "ss_lr_warmup_steps": "1",
-        "ss_num_train_images": "6",
+        "ss_num_train_images": "8",
         "ss_resolution": "(64, 64)",
         "ss_mixed_precision": "no",
         "ss_network_dim": "4",
@@ -89,12 +89,12 @@ def test_the_tables_are_json(header):
         for path in sorted((ROOT / "demo" / "held_out").glob("*.txt"))
     ]
     counted = json.loads(header["ss_tag_frequency"])["held_out"]
-    assert counted["volto"] == len(captions) == 6
+    assert counted["volto"] == len(captions) == 8
     assert set(counted) == {tag.strip() for caption in captions for tag in caption.split(",")}
-    assert json.loads(header["ss_dataset_dirs"]) == {"held_out": {"n_repeats": 1, "img_count": 6}}
+    assert json.loads(header["ss_dataset_dirs"]) == {"held_out": {"n_repeats": 1, "img_count": 8}}
     assert json.loads(header["ss_bucket_info"])["buckets"]["0"] == {
         "resolution": [64, 64],
-        "count": 6,
+        "count": 8,
     }
     assert json.loads(header["ss_network_args"]) == {}
 

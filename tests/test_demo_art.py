@@ -1,0 +1,68 @@
+"""The demo's art: poses with silhouettes of their own,and enough images of each."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "demo"))
+
+import make_images
+from rig import EXPRESSIONS, FRONT_POSES, POSES, SIDE_POSES
+from sprites import COLORS, draw_sprite
+
+
+def silhouette(pose: str, view: str) -> np.ndarray:
+    return make_images.draw_hero(pose, view).cells[..., 3] > 0
+
+
+@pytest.mark.parametrize(("view", "poses"), [("front", FRONT_POSES), ("side", SIDE_POSES)])
+def test_every_pose_has_a_silhouette_of_its_own(view, poses):
+    masks = {pose: silhouette(pose, view) for pose in poses}
+    for first in masks:
+        for second in masks:
+            if first < second:
+                differing = (masks[first] ^ masks[second]).sum()
+                assert differing > 0.1 * masks[first].sum(), (first, second)
+
+
+def test_at_least_three_images_show_each_pose_and_expression():
+    words = Counter(word for image in make_images.IMAGES for word in image.words.split(", "))
+    assert all(words[name] >= 3 for name in (*POSES, *EXPRESSIONS))
+
+
+def test_the_hero_has_four_flat_colors():
+    colors = {
+        tuple(cell[:3])
+        for pose in FRONT_POSES
+        for cell in make_images.draw_hero(pose, "front").cells.reshape(-1, 4)
+        if cell[3]
+    }
+    assert colors - {(52, 50, 70)} == set(make_images.PALETTE)  # besides the shadow on the ground
+
+
+def test_captions_of_sprites_name_pose_or_expression_and_view():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        sprite, caption = draw_sprite(rng)
+        words = caption.split(", ")
+        assert sprite.shape == (64, 64, 4)
+        assert words[1].split()[0] in COLORS
+        if "monster" in caption:
+            continue
+        if "portrait" in words:
+            assert set(words) & set(EXPRESSIONS)
+        else:
+            assert set(words) & set(POSES)
+            assert set(words) & {"front view", "back view", "facing right", "facing left"}
+
+
+def test_a_larger_canvas_shows_the_same_pose():
+    small = make_images.draw_hero("running", "side").cells[..., 3] > 0
+    large = make_images.draw_hero("running", "side", scale=2).cells[..., 3] > 0
+    shrunk = large.reshape(32, 2, 32, 2).mean(axis=(1, 3)) >= 0.5
+    assert (shrunk ^ small).sum() < 0.25 * small.sum()
