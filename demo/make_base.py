@@ -2,13 +2,21 @@
 # pyright: reportOptionalCall=false, reportOptionalOperand=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # diffusers' models are built here from scratch, and its annotations of them are wrong.
-"""Make the embedded base, demo/base/: art -> captioned pictures -> tokenizer -> VAE -> UNet and
-text encoder -> export.
+"""Make the embedded base, demo/base/: art -> captioned images -> tokenizer -> VAE -> UNet and text
+encoder -> export.
 
-    python demo/make_base.py       about two hours on two cores; run again to resume
+    python demo/make_base.py                                            # from nothing
+    python demo/make_base.py --continue_from demo/base --vae_steps 0    # from the committed base
+    python demo/make_base.py --export                                   # write the trained base
 
-Every stage keeps what it made in --work_dir and is skipped once complete. A stage's random numbers
-come from the seed and its step, so that a stopped and resumed run sees the same batches.
+The first two stop after --unet_steps, and at any time with Ctrl+C or SIGTERM: then they save and
+end. Run again with the same --work_dir, they resume, whatever they started from. UNet and text
+encoder train at a constant rate, so a run is usable wherever it stops; --export lets the rate decay
+for a few hundred steps on a copy of the weights, which takes minutes, and leaves the run itself as
+it was.
+
+A step's random numbers come from the seed and the step alone, so that a resumed run sees the same
+batches.
 """
 
 from __future__ import annotations
@@ -18,14 +26,18 @@ import json
 import math
 import os
 import shutil
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from art import SIZE, fetch, make_pictures
+from art import SIZE, compose_images, fetch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from mosaics import draw_mosaic
 from PIL import Image
@@ -34,72 +46,97 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megaman.files import share
 
-# Stable Diffusion 1.5's; the statistics of our latents are folded into the quant convolutions
+# Stable Diffusion 1.5's; the statistics of our latents are folded into the quant convolutions.
 SCALING_FACTOR = 0.18215
-# Stable Diffusion has 4: too few for two clashing colours in one latent cell (docs/lab-notes.md)
+# Stable Diffusion has 4: too few for two clashing colors in a latent cell (docs/lab-notes.md).
 LATENT_CHANNELS = 8
 POSITIONS = 77
 VOCABULARY = 3200
-HELD_OUT = 1024  # pictures at the end of the list that no stage trains on
-# Words that the demo's and the documentation's prompts use: whole tokens, though the base's own
-# captions lack them.
+HELD_OUT = 1024  # images at the end of the list that no stage trains on
+# Words of the demo's and the documentation's prompts: whole tokens, even if the base's own captions
+# lack them.
 EXTRA_WORDS = Path(__file__).with_name("words.txt")
 
+BATCH_SIZE = 16
+UNET_RATE = 4e-4
+WARMUP_STEPS = 300
+AVERAGE_DECAY = 0.9995
+MIN_SNR_STEPS = 4000  # of a run from nothing
+SAVE_STEPS = 250
+SHEET_STEPS = 2000
+
 SHEET_PROMPTS = [
-    "a blue robot, white background", "a red robot, antenna, green background",
-    "a green robot, navy background", "a yellow robot, purple background",
-    "pixel art, blue robot, running, facing right, green hills background",
-    "pixel art, red robot, shooting, arm cannon, facing left, starry night background",
-    "pixel art, pink robot, standing, white background",
+    "a blue robot, white background",
+    "a red robot, antenna, green background",
+    "pixel art, blue robot, running, round helmet, visor, facing right, green hills background",
+    "pixel art, red robot, shooting, arm cannon, square helmet, facing left, "
+    "starry night background",
+    "pixel art, pink robot, standing, front view, white background",
+    "pixel art, yellow robot, waving, front view, purple background",
+    "pixel art, green robot, arms raised, front view, orange background",
+    "pixel art, purple robot, kneeling, facing right, white background",
+    "pixel art, teal robot, jumping, facing left, pink background",
+    "pixel art, white robot, flying, facing right, navy background",
+    "pixel art, orange robot, sitting, front view, teal background",
+    "pixel art, gray robot, aiming up, arm cannon, facing right, yellow background",
+    "pixel art, blue robot, portrait, happy, yellow background",
+    "pixel art, green robot, portrait, angry, white background",
     "pixel art, green monster, teal background",
-    "a purple robot head, white background", "an orange cat, hat, blue background",
-    "a green monster, sunset background", "a pixel art person, red shirt, city background",
-]  # fmt: skip
+    "an orange cat, hat, blue background",
+]
 
 
-@dataclass
-class Stage:
-    """Where a stage keeps its state, and how it is written so that a stop never leaves half a
-    file."""
+class StopSignal:
+    """Set by SIGTERM or Ctrl+C; loops look at it between two steps."""
 
-    folder: Path
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
 
-    def load(self, name: str) -> dict | None:
-        path = self.folder / f"{name}.pt"
-        return torch.load(path, weights_only=True) if path.is_file() else None
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = True
 
-    def save(self, name: str, state: dict) -> None:
-        aside = self.folder / f"{name}.pt.aside"
-        torch.save(state, aside)
-        os.replace(aside, self.folder / f"{name}.pt")
 
-    def log(self, name: str, **values: float) -> None:
-        with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+def load_state(path: Path) -> dict | None:
+    return torch.load(path, weights_only=True, map_location="cpu") if path.is_file() else None
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Write aside and rename, so that a stop never leaves half a file."""
+    aside = path.with_suffix(".aside")
+    torch.save(state, aside)
+    os.replace(aside, path)
+
+
+def append_log(path: Path, **values: float) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
 
 
 def make_data(work: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    pictures_file, captions_file = work / "pictures.npy", work / "captions.json"
+    images_file, captions_file = work / "images.npy", work / "captions.json"
     if not captions_file.is_file():
         fetch(work / "art")
-        pictures, captions, kinds = make_pictures(work / "art", count, seed)
-        np.save(pictures_file, pictures)
-        captions_file.write_text(
-            json.dumps({"captions": captions, "kinds": kinds}), encoding="utf-8"
-        )
+        images, captions, kinds = compose_images(work / "art", count, seed)
+        np.save(images_file, images)
+        content = json.dumps({"captions": captions, "kinds": kinds})
+        captions_file.write_text(content, encoding="utf-8")
     captions = json.loads(captions_file.read_text(encoding="utf-8"))["captions"]
-    return np.load(pictures_file, mmap_mode="r"), captions
+    return np.load(images_file, mmap_mode="r"), captions
 
 
 def make_mosaics(work: Path, count: int, seed: int) -> np.ndarray:
-    """Pictures for the VAE alone: uint8 [count, 64, 64, 3]."""
+    """Images for the VAE alone: uint8 [count, 64, 64, 3]."""
     path = work / "mosaics.npy"
     if not path.is_file():
         rng = np.random.default_rng((seed, 3))
         mosaics = [
-            draw_mosaic(rng) for _ in tqdm(range(count), desc="composing mosaics", unit="picture")
+            draw_mosaic(rng) for _ in tqdm(range(count), desc="composing mosaics", unit="image")
         ]
         aside = work / "mosaics.aside.npy"
         np.save(aside, np.stack(mosaics))
@@ -143,9 +180,9 @@ def make_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _clip_vocabulary(learnt: dict[str, int], alphabet: list[str]) -> dict[str, int]:
+def _clip_vocabulary(learned: dict[str, int], alphabet: list[str]) -> dict[str, int]:
     """CLIP's order: bytes, bytes that end a word, merges, then the two special tokens."""
-    merged = [token for token, _ in sorted(learnt.items(), key=lambda item: item[1])]
+    merged = [token for token, _ in sorted(learned.items(), key=lambda item: item[1])]
     basic = [*alphabet, *(f"{character}</w>" for character in alphabet)]
     tokens = [
         *basic,
@@ -176,9 +213,9 @@ def new_vae() -> AutoencoderKL:
 
 def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Absolute and squared error, those of hues too (of 4 x 4 averages, and of the difference
-    between the channels: small beside that of light and dark, it would be left for last), and a
+    between the channels: small next to that of light and dark, it would be learned last), and a
     light KL term."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(pixels.device.type, torch.bfloat16):
         moments = vae.quant_conv(vae.encoder(pixels)).float()
         mean, logvar = moments.chunk(2, dim=1)
         latents = mean + torch.exp(0.5 * logvar.clamp(-20, 4)) * torch.randn_like(mean)
@@ -196,21 +233,39 @@ def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     )
 
 
+@dataclass(frozen=True)
+class VaeData:
+    """What the VAE learns from: images, of which the last HELD_OUT are never trained on, and
+    mosaics."""
+
+    images: np.ndarray
+    mosaics: np.ndarray
+
+    def batch(self, rng: np.random.Generator, whole: bool) -> np.ndarray:
+        """Three parts images and five parts mosaics; unless whole, crops of half the side, and
+        three times as many: they teach the same textures at a quarter of the cost."""
+        size = self.images.shape[1]
+        parts = 1 if whole else 3
+        from_images = rng.integers(0, len(self.images) - HELD_OUT, parts * 3)
+        from_mosaics = rng.integers(0, len(self.mosaics), parts * 5)
+        batch = np.concatenate(
+            [self.images[np.sort(from_images)], self.mosaics[np.sort(from_mosaics)]]
+        )
+        if whole:
+            return batch
+        top, left = rng.integers(0, size // 2 + 1, 2)
+        return batch[:, top : top + size // 2, left : left + size // 2]
+
+
 def train_vae(
-    stage: Stage,
-    vae: AutoencoderKL,
-    pictures: np.ndarray,
-    mosaics: np.ndarray,
-    steps: int,
-    seed: int,
-) -> AutoencoderKL:
-    """Train the VAE, three parts on pictures and five on mosaics, for four steps of five on crops
-    of half the side."""
-    vae = vae.to(memory_format=torch.channels_last).train()
+    work: Path, vae: AutoencoderKL, data: VaeData, steps: int, seed: int, stop: StopSignal
+) -> bool:
+    """Train the VAE, four steps of five on crops; False if stopped before the last step."""
+    vae.to(memory_format=torch.channels_last).train()
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=1e-4)
-    start, train_count = 0, len(pictures) - HELD_OUT
-    if state := stage.load("vae"):
+    start = 0
+    if state := load_state(work / "vae.pt"):
         vae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -218,75 +273,69 @@ def train_vae(
         range(start, steps), desc="VAE", initial=start, total=steps, unit="step", mininterval=10
     )
     for step in bar:
-        rng = np.random.default_rng((seed, 1, step))
         torch.manual_seed(seed * 1_000_003 + step)
-        whole = step % 5 == 4
-        part = 1 if whole else 3
-        chosen = [
-            source[np.sort(rng.integers(0, count, part * share))]
-            for source, count, share in ((pictures, train_count, 3), (mosaics, len(mosaics), 5))
-        ]
-        batch = np.concatenate(chosen)
-        if not whole:  # crops of half the side teach the same textures at a quarter of the cost
-            top, left = rng.integers(0, SIZE // 2 + 1, 2)
-            batch = batch[:, top : top + SIZE // 2, left : left + SIZE // 2]
-        set_rate(optimizer, 1.5e-3, step, steps, warmup=200, decay_from=0.3)
-        loss = vae_loss(vae, to_tensor(batch))
+        batch = data.batch(np.random.default_rng((seed, 1, step)), whole=step % 5 == 4)
+        decayed = max(step / steps - 0.3, 0) / 0.7  # from 30 % the rate falls along a cosine
+        rate = 1.5e-3 * min((step + 1) / 200, 1) * (0.5 + 0.5 * math.cos(math.pi * decayed))
+        set_rate(optimizer, rate)
+        loss = vae_loss(vae, to_tensor(batch).to(vae.device))
         loss.backward()
         clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            psnr = vae_psnr(vae, pictures[-256:])
+        done = step + 1
+        if done % 500 == 0 or done == steps:
+            psnr = vae_psnr(vae, data.images[-256:])
             bar.set_postfix(psnr=f"{psnr:.2f}")
-            stage.log("vae", step=step + 1, loss=loss.item(), held_out_psnr=psnr, time=time.time())
-            stage.save(
-                "vae",
-                {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
+            append_log(
+                work / "vae.jsonl",
+                step=done,
+                loss=loss.item(),
+                held_out_psnr=psnr,
+                time=time.time(),
             )
-    return vae.eval()
+        if done % 500 == 0 or done == steps or stop.received:
+            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            save_state(work / "vae.pt", state)
+        if stop.received and done < steps:
+            return False
+    vae.eval()
+    return True
 
 
-def set_rate(
-    optimizer: torch.optim.Optimizer,
-    peak: float,
-    step: int,
-    steps: int,
-    warmup: int,
-    decay_from: float,
-) -> None:
-    """Warm up, hold, and from the share decay_from of the run fall to zero along a cosine."""
-    share = max(step / steps - decay_from, 0) / (1 - decay_from)
-    rate = peak * min((step + 1) / warmup, 1) * (0.5 + 0.5 * math.cos(math.pi * share))
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W] in -1 ... 1, channels last."""
-    pixels = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in -1 to 1, channels last."""
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     return pixels.to(memory_format=torch.channels_last).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def vae_psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB after encoding (to the mean) and
+def vae_psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
+    """Mean over images of the peak signal-to-noise ratio in dB after encoding (to the mean) and
     decoding."""
     ratios = []
-    for batch in np.array_split(pictures, max(len(pictures) // 32, 1)):
-        pixels = to_tensor(batch)
+    for batch in np.array_split(images, max(len(images) // 32, 1)):
+        pixels = to_tensor(batch).to(vae.device)
         decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
         ratios.append(10 * torch.log10(4 / ((decoded - pixels) ** 2).mean(dim=(1, 2, 3))))
     return float(torch.cat(ratios).mean())
 
 
 @torch.no_grad()
-def fold_statistics(vae: AutoencoderKL, pictures: np.ndarray) -> None:
+def fold_statistics(vae: AutoencoderKL, images: np.ndarray) -> None:
     """Shift and scale the latents, channel by channel, so that latents * 0.18215 have mean 0 and
     deviation 1."""
-    sample = pictures[np.linspace(0, len(pictures) - HELD_OUT - 1, 4096).astype(int)]
+    sample = images[np.linspace(0, len(images) - HELD_OUT - 1, 4096).astype(int)]
     means = torch.cat(
-        [vae.encode(to_tensor(batch)).latent_dist.mode() for batch in np.array_split(sample, 128)]
+        [
+            vae.encode(to_tensor(batch).to(vae.device)).latent_dist.mode()
+            for batch in np.array_split(sample, 128)
+        ]
     )
     shift, spread = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
     gain = 1 / (spread * SCALING_FACTOR)
@@ -299,25 +348,15 @@ def fold_statistics(vae: AutoencoderKL, pictures: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def encode_pictures(
-    stage: Stage, vae: AutoencoderKL, vae_steps: int, pictures: np.ndarray
-) -> np.ndarray:
-    """Scaled latent means of every picture, float16 [N, 8, 16, 16], kept on disk for this state of
-    the VAE."""
-    path = stage.folder / f"latents-{vae_steps}.npy"
+def encode_images(path: Path, vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """Scaled latent means of every image, float16 [N, 8, 16, 16]; kept on disk."""
     if not path.is_file():
-        latents = [
-            (
-                vae.encode(to_tensor(pictures[start : start + 64])).latent_dist.mode()
-                * SCALING_FACTOR
-            )
-            .half()
-            .numpy()
-            for start in tqdm(
-                range(0, len(pictures), 64), desc="encoding", unit="batch", mininterval=10
-            )
-        ]
-        aside = stage.folder / "latents.aside.npy"
+        latents = []
+        for start in tqdm(range(0, len(images), 64), desc="encoding", unit="batch", mininterval=10):
+            pixels = to_tensor(images[start : start + 64]).to(vae.device)
+            mean = vae.encode(pixels).latent_dist.mode() * SCALING_FACTOR
+            latents.append(mean.half().cpu().numpy())
+        aside = path.with_suffix(".aside.npy")
         np.save(aside, np.concatenate(latents))
         os.replace(aside, path)
     return np.load(path)
@@ -364,103 +403,226 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def train_unet(
-    stage: Stage,
-    latents: np.ndarray,
-    captions: list[str],
-    tokenizer: CLIPTokenizer,
-    vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    steps: int,
-    seed: int,
-    peak_rate: float,
-    min_snr: float,
-) -> None:
-    """Train UNet and text encoder together; leaves their moving averages in them.
+@dataclass(frozen=True)
+class LatentData:
+    """What UNet and text encoder learn from: scaled latents [N, 8, 16, 16] and token ids [N, 77];
+    the last HELD_OUT are never trained on. empty_ids are those of no caption at all."""
 
-    Epsilon prediction, timesteps stratified over the batch, a tenth of the captions empty (Ho &
-    Salimans 2022, arXiv 2207.12598). For the share min_snr of the steps min-SNR weights with gamma
-    5 (Hang et al. 2023, arXiv 2303.09556): they bring shapes and colours early. Then none: they
-    leave so little weight on low noise that flat areas stay grainy.
+    latents: torch.Tensor
+    input_ids: torch.Tensor
+    empty_ids: torch.Tensor
+
+    @classmethod
+    def from_captions(
+        cls,
+        latents: np.ndarray,
+        captions: list[str],
+        tokenizer: CLIPTokenizer,
+        device: torch.device,
+    ) -> LatentData:
+        tokens = tokenizer(
+            [*captions, ""],
+            padding="max_length",
+            truncation=True,
+            max_length=POSITIONS,
+            return_tensors="pt",
+        )
+        ids = tokens.input_ids.to(device)
+        return cls(torch.from_numpy(latents).to(device), ids[:-1], ids[-1])
+
+    def batch(self, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random latents with their token ids; one caption in ten is empty, which guidance needs
+        (Ho & Salimans 2022, arXiv 2207.12598)."""
+        chosen = torch.from_numpy(rng.integers(0, len(self.latents) - HELD_OUT, BATCH_SIZE))
+        chosen = chosen.to(self.latents.device)
+        ids = self.input_ids[chosen]
+        ids[torch.from_numpy(rng.random(BATCH_SIZE) < 0.1)] = self.empty_ids
+        return self.latents[chosen].float(), ids
+
+
+class DenoiserTrainer:
+    """UNet and text encoder, trained together to predict the noise, with a moving average of their
+    weights.
+
+    Timesteps are stratified over the batch. A run from nothing begins with min-SNR weights, gamma 5
+    (Hang et al. 2023, arXiv 2303.09556), which bring shapes and colors early; kept on, they would
+    leave flat areas grainy.
     """
-    scheduler = new_scheduler()
-    unet.to(memory_format=torch.channels_last)
-    both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    parameters = list(both.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
-    )
-    average = {name: value.detach().clone() for name, value in both.state_dict().items()}
-    start, train_count, batch_size = 0, len(latents) - HELD_OUT, 16
-    if state := stage.load("unet"):
-        both.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, start = state["average"], state["step"]
-    tokens = tokenizer(
-        [*captions, ""],
-        padding="max_length",
-        truncation=True,
-        max_length=POSITIONS,
-        return_tensors="pt",
-    )
-    input_ids, empty = tokens.input_ids[:-1], tokens.input_ids[-1]
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weights = snr.clamp(max=5.0) / snr
-    started, losses = time.time(), []
-    bar = tqdm(
-        range(start, steps), desc="UNet", initial=start, total=steps, unit="step", mininterval=10
-    )
-    for step in bar:
-        rng = np.random.default_rng((seed, 2, step))
-        torch.manual_seed(seed * 1_000_003 + step)
-        chosen = rng.integers(0, train_count, batch_size)
-        clean = torch.from_numpy(latents[chosen].astype(np.float32))
-        ids = input_ids[chosen].clone()
-        ids[torch.from_numpy(rng.random(batch_size) < 0.1)] = empty
-        noise = torch.randn_like(clean)
-        timesteps = torch.from_numpy(
-            ((np.arange(batch_size) + rng.random(batch_size)) / batch_size * 1000).astype(int)
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        data: LatentData,
+        seed: int,
+        min_snr_steps: int,
+    ) -> None:
+        unet.to(memory_format=torch.channels_last)
+        self.model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+        self.parameters = list(self.model.parameters())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=UNET_RATE, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
         )
-        noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(
-            memory_format=torch.channels_last
+        self.data, self.seed, self.min_snr_steps = data, seed, min_snr_steps
+        self.device = data.latents.device
+        self.scheduler = new_scheduler()
+        snr = self.scheduler.alphas_cumprod / (1 - self.scheduler.alphas_cumprod)
+        self.min_snr_weights = snr.clamp(max=5.0) / snr
+        self.step = 0
+
+    def state(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "step": self.step,
+            "min_snr_steps": self.min_snr_steps,
+        }
+
+    def restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average = [value.to(self.device) for value in state["average"]]
+        self.step, self.min_snr_steps = state["step"], state["min_snr_steps"]
+
+    def train_step(self, rate: float) -> torch.Tensor:
+        """One step of 16 images; returns the mean squared error of the noise."""
+        rng = np.random.default_rng((self.seed, 2, self.step))
+        clean, ids = self.data.batch(rng)
+        noise = self._noise(clean.shape, self.seed * 1_000_003 + self.step)
+        timesteps = (np.arange(BATCH_SIZE) + rng.random(BATCH_SIZE)) / BATCH_SIZE * 1000
+        timesteps = torch.from_numpy(timesteps.astype(int))
+        squared = self._squared_error(clean, ids, noise, timesteps)
+        loss = squared
+        if self.step < self.min_snr_steps:
+            loss = squared * self.min_snr_weights[timesteps].to(self.device)
+        set_rate(self.optimizer, rate)
+        loss.mean().backward()
+        clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        decay = min(AVERAGE_DECAY, self.step / (self.step + 20))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        return squared.mean().detach()
+
+    def _noise(self, shape: torch.Size, seed: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+    def _squared_error(
+        self, clean: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Per image, of the predicted noise."""
+        timesteps = timesteps.to(self.device)
+        noisy = self.scheduler.add_noise(clean, noise, timesteps)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        prompt_embeds = self.model["text_encoder"](ids).last_hidden_state
+        noise_pred = self.model["unet"](noisy, timesteps, prompt_embeds).sample
+        return ((noise_pred - noise) ** 2).mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def held_out_loss(self, count: int = 256) -> float:
+        """The error on images that were never trained on, with the same noise and timesteps every
+        time."""
+        start = len(self.data.latents) - HELD_OUT
+        errors = []
+        for first in range(0, count, 64):
+            rows = slice(start + first, start + first + 64)
+            timesteps = torch.arange(64) * 1000 // 64
+            noise = self._noise(self.data.latents[rows].shape, first)
+            clean = self.data.latents[rows].float()
+            errors.append(self._squared_error(clean, self.data.input_ids[rows], noise, timesteps))
+        return float(torch.cat(errors).mean())
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within, the model has the averages as its weights."""
+        with torch.no_grad():
+            own = [parameter.clone() for parameter in self.parameters]
+            torch._foreach_copy_(self.parameters, self.average)
+            yield
+            torch._foreach_copy_(self.parameters, own)
+
+
+class DenoiserRun:
+    """A DenoiserTrainer with what it writes: its state, its curve, sample sheets and snapshots."""
+
+    def __init__(
+        self,
+        trainer: DenoiserTrainer,
+        pipeline: StableDiffusionPipeline,
+        work: Path,
+        snapshot_hours: float,
+    ) -> None:
+        self.trainer, self.pipeline, self.work = trainer, pipeline, work
+        self.snapshot_seconds = snapshot_hours * 3600
+        self.losses: list[torch.Tensor] = []
+
+    def train(self, steps: int, stop: StopSignal) -> None:
+        """Train at a constant rate up to `steps` or the stop signal."""
+        trainer = self.trainer
+        last_snapshot = time.monotonic()
+        bar = tqdm(
+            range(trainer.step, steps),
+            desc="UNet",
+            initial=trainer.step,
+            total=steps,
+            unit="step",
+            mininterval=30,
         )
-        set_rate(optimizer, peak_rate, step, steps, warmup=300, decay_from=0.5)
-        noise_pred = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
-        squared = ((noise_pred - noise) ** 2).mean(dim=(1, 2, 3))
-        (squared * weights[timesteps] if step < min_snr * steps else squared).mean().backward()
-        clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(0.999, (1 + step) / (20 + step))
-        for name, value in both.state_dict().items():
-            if value.is_floating_point():
-                average[name].lerp_(value, 1 - decay)
-        losses.append(squared.mean().detach())
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            loss = float(torch.stack(losses[-250:]).mean())
-            bar.set_postfix(loss=f"{loss:.4f}")
-            stage.log(
-                "unet", step=step + 1, loss=loss, time=time.time(), seconds=time.time() - started
-            )
-            stage.save(
-                "unet",
-                {
-                    "model": both.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average,
-                    "step": step + 1,
-                },
-            )
-        if (step + 1) % 2000 == 0 or step + 1 == steps:
-            kept = {name: value.clone() for name, value in both.state_dict().items()}
-            both.load_state_dict(average)
-            draw_sheet(
-                assemble(tokenizer, text_encoder, vae, unet), stage.folder / f"sheet-{step + 1}.png"
-            )
-            both.load_state_dict(kept)
-    both.load_state_dict(average)
-    both.eval()
+        for step in bar:
+            self.losses.append(trainer.train_step(UNET_RATE * min((step + 1) / WARMUP_STEPS, 1)))
+            done = trainer.step
+            ending = stop.received or done == steps
+            if done % SAVE_STEPS == 0 or ending:
+                bar.set_postfix(loss=f"{self.log():.4f}")
+                save_state(self.work / "unet.pt", trainer.state())
+            if done % (SHEET_STEPS // 2) == 0:
+                with trainer.averaged_weights():
+                    append_log(
+                        self.work / "held_out.jsonl", step=done, loss=trainer.held_out_loss()
+                    )
+            if done % SHEET_STEPS == 0:
+                with trainer.averaged_weights():
+                    draw_sheet(self.pipeline, self.work / f"sheet-{done:06d}.png")
+            if ending or time.monotonic() - last_snapshot > self.snapshot_seconds:
+                self.write_snapshot()
+                last_snapshot = time.monotonic()
+            if stop.received:
+                break
+
+    def log(self) -> float:
+        loss = float(torch.stack(self.losses).mean())
+        self.losses.clear()
+        values = {
+            "step": self.trainer.step,
+            "loss": loss,
+            "time": time.time(),
+            "cpu_seconds": time.process_time(),
+        }
+        append_log(self.work / "unet.jsonl", **values)
+        return loss
+
+    def write_snapshot(self) -> None:
+        """The averaged weights as a base of its own; the two newest are kept."""
+        folder = self.work / "snapshots" / f"step-{self.trainer.step:06d}"
+        with self.trainer.averaged_weights():
+            save_half(self.pipeline, folder)
+        for old in sorted(folder.parent.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
+    def decay(self, steps: int) -> None:
+        """Let the rate fall to zero over `steps`: the end that a schedule would have had. Nothing
+        of it is saved."""
+        bar = tqdm(range(steps), desc="decay", unit="step", mininterval=30)
+        losses = [self.trainer.train_step(UNET_RATE * (1 - step / steps)) for step in bar]
+        last = float(torch.stack(losses[-100:]).mean())
+        print(
+            f"loss over the last steps of the decay {last:.4f}, "
+            f"held out {self.trainer.held_out_loss():.4f}"
+        )
 
 
 def assemble(
@@ -482,7 +644,7 @@ def assemble(
     )
 
 
-def draw_sheet(pipeline: StableDiffusionPipeline, path: Path, across: int = 6) -> None:
+def draw_sheet(pipeline: StableDiffusionPipeline, path: Path, across: int = 4) -> None:
     """Samples of SHEET_PROMPTS, a row a prompt, the seeds 0 ... across - 1 side by side, at twice
     their size."""
     pipeline.set_progress_bar_config(disable=True)
@@ -490,7 +652,7 @@ def draw_sheet(pipeline: StableDiffusionPipeline, path: Path, across: int = 6) -
     for row, prompt in enumerate(SHEET_PROMPTS):
         generators = [torch.Generator().manual_seed(seed) for seed in range(across)]
         images = pipeline(
-            [prompt] * across, generator=generators, num_inference_steps=20, guidance_scale=5.0
+            [prompt] * across, generator=generators, num_inference_steps=20, guidance_scale=4.0
         ).images
         for column, image in enumerate(images):
             large = image.resize((SIZE * 2, SIZE * 2), Image.Resampling.NEAREST)
@@ -498,90 +660,157 @@ def draw_sheet(pipeline: StableDiffusionPipeline, path: Path, across: int = 6) -
     sheet.save(path)
 
 
-def export(pipeline: StableDiffusionPipeline, folder: Path, work: Path) -> None:
-    """Write the base in fp16 in diffusers' layout, with the sample sheet and the curves of its
-    card."""
-    half = pipeline.to(torch.float16)
-    half.save_pretrained(folder, safe_serialization=True)
-    for weights in folder.rglob("*.safetensors"):
+def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Write the pipeline in fp16 in diffusers' layout; the pipeline itself keeps its precision."""
+    parts = {name: getattr(pipeline, name) for name in ("vae", "unet", "text_encoder")}
+    kept = {
+        name: {key: value.clone() for key, value in part.state_dict().items()}
+        for name, part in parts.items()
+    }
+    aside = folder.with_name(folder.name + ".aside")
+    pipeline.to(torch.float16).save_pretrained(aside, safe_serialization=True)
+    pipeline.to(torch.float32)
+    for name, part in parts.items():
+        part.load_state_dict(kept[name])
+    for weights in aside.rglob("*.safetensors"):
         share(weights)
-    text_config = (
-        folder / "text_encoder" / "config.json"
-    )  # transformers would load in the dtype that stands there
+    # transformers would load in the dtype named there
+    text_config = aside / "text_encoder" / "config.json"
     content = text_config.read_text(encoding="utf-8").replace(
         '"dtype": "float16"', '"dtype": "float32"'
     )
     text_config.write_text(content, encoding="utf-8")
-    curves = {
-        name: [
-            json.loads(line)
-            for line in (work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        for name in ("vae", "unet")
-    }
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def export(run: DenoiserRun, folder: Path, decay_steps: int) -> None:
+    """Decay, then replace the weights in `folder`, with the sample sheet and the curves of its
+    card."""
+    run.decay(decay_steps)
+    written = run.work / "export"
+    save_half(run.pipeline, written)
+    shutil.copytree(written, folder, dirs_exist_ok=True)
+    curves = {}
+    for name in ("vae", "unet", "held_out"):
+        path = run.work / f"{name}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        curves[name] = [json.loads(line) for line in lines]
     (folder / "training_curve.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
-    shutil.copy(
-        max(work.glob("sheet-*.png"), key=lambda path: int(path.stem.split("-")[1])),
-        folder / "samples.png",
+    draw_sheet(run.pipeline, folder / "samples.png", across=6)
+    print(
+        f"The base is in {folder}: "
+        f"{run.trainer.step - decay_steps} steps and {decay_steps} of decay"
     )
+
+
+def prepare_vae(
+    args: argparse.Namespace, images: np.ndarray, stop: StopSignal
+) -> AutoencoderKL | None:
+    """The finished VAE: from --work_dir, or taken over, trained and folded. None if stopped."""
+    finished = args.work_dir / "vae"
+    if not finished.is_dir():
+        if args.continue_from:
+            vae = AutoencoderKL.from_pretrained(args.continue_from / "vae", dtype=torch.float32)
+        else:
+            torch.manual_seed(args.seed)
+            vae = new_vae()
+        vae.to(args.device)
+        if args.vae_steps:
+            mosaics = make_mosaics(args.work_dir, args.images // 2, args.seed)
+            data = VaeData(images, mosaics)
+            if not train_vae(args.work_dir, vae, data, args.vae_steps, args.seed, stop):
+                return None
+            fold_statistics(vae, images)
+        vae.save_pretrained(finished)
+    return AutoencoderKL.from_pretrained(finished).to(args.device).eval()
+
+
+def prepare_run(
+    args: argparse.Namespace, vae: AutoencoderKL, images: np.ndarray, captions: list[str]
+) -> DenoiserRun:
+    """Tokenizer, UNet and text encoder: new, from --continue_from, or as an earlier run left them
+    in --work_dir."""
+    tokenizer_folder, state = args.work_dir / "tokenizer", load_state(args.work_dir / "unet.pt")
+    if args.continue_from and not tokenizer_folder.is_dir():
+        shutil.copytree(args.continue_from / "tokenizer", tokenizer_folder)
+    tokenizer = make_tokenizer(tokenizer_folder, captions[:-HELD_OUT])
+    if args.continue_from and not state:
+        unet = UNet2DConditionModel.from_pretrained(
+            args.continue_from / "unet", dtype=torch.float32
+        )
+        text_encoder = CLIPTextModel.from_pretrained(
+            args.continue_from / "text_encoder", dtype=torch.float32
+        )
+    else:
+        torch.manual_seed(args.seed)
+        unet, text_encoder = new_unet(), new_text_encoder(len(tokenizer))
+    latents = encode_images(args.work_dir / "latents.npy", vae, images)
+    data = LatentData.from_captions(latents, captions, tokenizer, args.device)
+    trainer = DenoiserTrainer(
+        unet.to(args.device),
+        text_encoder.to(args.device),
+        data,
+        args.seed,
+        0 if args.continue_from else MIN_SNR_STEPS,
+    )
+    if state:
+        trainer.restore(state)
+    pipeline = assemble(tokenizer, text_encoder, vae, unet)
+    return DenoiserRun(trainer, pipeline, args.work_dir, args.snapshot_hours)
+
+
+def parse_args() -> argparse.Namespace:
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--work_dir",
+        type=Path,
+        default=here / ".work",
+        help="everything that a run needs to resume",
+    )
+    add("--output_dir", type=Path, default=here / "base", help="where --export writes")
+    add("--continue_from", type=Path, help="a finished base whose weights to begin with")
+    add("--images", type=int, default=40_000)
+    add("--vae_steps", type=int, default=18_000)
+    add("--unet_steps", type=int, default=30_000)
+    add("--seed", type=int, default=0)
+    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    add(
+        "--snapshot_hours",
+        type=float,
+        default=2.0,
+        help="between averaged weights in --work_dir/snapshots",
+    )
+    add(
+        "--export",
+        action="store_true",
+        help="decay and write the base, without training it further",
+    )
+    add("--decay_steps", type=int, default=600)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    here = Path(__file__).parent
-    parser.add_argument("--work_dir", type=Path, default=here / ".work")
-    parser.add_argument("--output_dir", type=Path, default=here / "base")
-    parser.add_argument("--pictures", type=int, default=40_000)
-    parser.add_argument("--vae_steps", type=int, default=18_000)
-    parser.add_argument("--unet_steps", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--continue_from",
-        type=Path,
-        help="a base that was made before: go on from its weights, with a new optimizer",
-    )
-    args = parser.parse_args()
+    args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    stage = Stage(args.work_dir)
-
-    pictures, captions = make_data(args.work_dir, args.pictures + HELD_OUT, args.seed)
-    mosaics = make_mosaics(args.work_dir, args.pictures // 2, args.seed)
-    if args.continue_from:
-        tokenizer = CLIPTokenizer.from_pretrained(args.continue_from / "tokenizer")
-        vae, unet, text_encoder = (
-            kind.from_pretrained(args.continue_from / part, dtype=torch.float32)
-            for kind, part in (
-                (AutoencoderKL, "vae"),
-                (UNet2DConditionModel, "unet"),
-                (CLIPTextModel, "text_encoder"),
-            )
-        )
-        unet_rate, min_snr = 4e-4, 0.0
-    else:
-        tokenizer = make_tokenizer(args.work_dir / "tokenizer", captions[:-HELD_OUT])
-        torch.manual_seed(args.seed)
-        vae, unet, text_encoder = new_vae(), new_unet(), new_text_encoder(len(tokenizer))
-        unet_rate, min_snr = 6e-4, 0.65
-    vae = train_vae(stage, vae, pictures, mosaics, args.vae_steps, args.seed)
-    fold_statistics(vae, pictures)
-    latents = encode_pictures(stage, vae, args.vae_steps, pictures)
-    train_unet(
-        stage,
-        latents,
-        captions,
-        tokenizer,
-        vae,
-        unet,
-        text_encoder,
-        args.unet_steps,
-        args.seed,
-        unet_rate,
-        min_snr,
-    )
-    export(assemble(tokenizer, text_encoder, vae, unet), args.output_dir, args.work_dir)
+    stop = StopSignal()
+    images, captions = make_data(args.work_dir, args.images + HELD_OUT, args.seed)
+    vae = prepare_vae(args, images, stop)
+    if vae is None:
+        print("Stopped while training the VAE; run again to resume")
+        return
+    run = prepare_run(args, vae, images, captions)
+    if args.export:
+        export(run, args.output_dir, args.decay_steps)
+        return
+    run.train(args.unet_steps, stop)
     print(
-        f"The base is in {args.output_dir}; "
-        f"held-out VAE quality {vae_psnr(vae.float(), pictures[-512:]):.2f} dB"
+        f"{run.trainer.step} of {args.unet_steps} steps; "
+        "run again to resume, or with --export to write the base"
     )
 
 

@@ -1,4 +1,5 @@
-"""The demo's art: poses with silhouettes of their own,and enough images of each."""
+"""The demo's art: poses with silhouettes of their own, enough images of each, and a base maker
+that may stop."""
 
 from __future__ import annotations
 
@@ -66,3 +67,28 @@ def test_a_larger_canvas_shows_the_same_pose():
     large = make_images.draw_hero("running", "side", scale=2).cells[..., 3] > 0
     shrunk = large.reshape(32, 2, 32, 2).mean(axis=(1, 3)) >= 0.5
     assert (shrunk ^ small).sum() < 0.25 * small.sum()
+
+
+def test_a_resumed_training_of_the_base_takes_the_same_steps():
+    import make_base
+    import torch
+
+    rng = np.random.default_rng(0)
+    count = make_base.HELD_OUT + 32
+    latents = torch.from_numpy(rng.normal(size=(count, 8, 16, 16)).astype(np.float16))
+    ids = torch.from_numpy(rng.integers(0, 90, (count, make_base.POSITIONS)))
+    data = make_base.LatentData(latents, ids, ids[0])
+
+    def trainer() -> make_base.DenoiserTrainer:
+        torch.manual_seed(0)
+        return make_base.DenoiserTrainer(
+            make_base.new_unet(), make_base.new_text_encoder(100), data, 0, 1
+        )
+
+    through = trainer()
+    losses = [float(through.train_step(1e-4)) for _ in range(3)]
+    first, second = trainer(), trainer()
+    assert float(first.train_step(1e-4)) == losses[0]
+    second.restore(first.state())
+    assert [float(second.train_step(1e-4)) for _ in range(2)] == losses[1:]
+    assert all(torch.equal(a, b) for a, b in zip(second.average, through.average, strict=True))
