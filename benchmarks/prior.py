@@ -21,7 +21,7 @@ from pathlib import Path
 import paths
 import torch
 from backgrounds import PLAIN
-from base_quality import drawer, figure_color
+from base_quality import figure_color, generator
 from held_out import measure
 
 from megaman.errors import run_script
@@ -105,7 +105,7 @@ def measured(lora: Path | None) -> dict[str, float]:
     if lora:
         lora_files.load_lora(lora, base.unet)
     prompts = [PROMPT.format(GROUNDS[i % len(GROUNDS)]) for i in range(SAMPLES)]
-    drawn = [figure_color(picture) for picture in drawer(base)(prompts, range(SAMPLES))]
+    drawn = [figure_color(image) for image in generator(base)(prompts, range(SAMPLES))]
     gains = measure(lora, paths.ROOT / "demo" / "held_out")["gain"] if lora else [0.0]
     return {"red": drawn.count("red"), "blue": drawn.count("blue"), "gain": sum(gains) / len(gains)}
 
