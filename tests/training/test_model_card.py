@@ -59,8 +59,8 @@ def test_a_run_leaves_its_card(train_here, tmp_path):
         assert (folder / file).read_bytes() == (
             tmp_path / "out" / "samples-1" / f"{number:02d}.png"
         ).read_bytes()
-    assert "trained on 6 images" in card.text
-    assert "6 captions were written, 0 made from names of files or folders" in card.text
+    assert "trained on 8 images" in card.text
+    assert "8 captions were written, 0 made from names of files or folders" in card.text
     rows = dict(re.findall(r"^\| (\S+) \| `(.+)` \|$", card.text, flags=re.MULTILINE))
     assert (rows["lora_rank"], rows["lora_dropout"], rows["steps"], rows["seed"]) == (
         "4",
