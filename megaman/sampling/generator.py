@@ -16,6 +16,7 @@ import torch
 from megaman import runtime
 from megaman.models import text_encoding
 from megaman.models.typed import move
+from megaman.models.vae_tiling import enable_vae_tiling, tile_side
 from megaman.sampling import denoise
 from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
 from megaman.sampling.jobs import Job, LoraVariant, PendingBatch, make_batches
@@ -78,7 +79,8 @@ class ImageGenerator:
         self._embeds: dict[tuple[bool, str], torch.Tensor] = {}
         self._variant: LoraVariant | None = None
         self._stop = threading.Event()
-        self._progress_lock = threading.Lock()
+        self._progress_lock, self._decode_lock = threading.Lock(), threading.Lock()
+        self._own_tile = base.vae.tile_sample_min_size
         move(base.unet, dtype=compute.dtype)
         move(base.text_encoder, dtype=compute.dtype)
 
@@ -218,9 +220,13 @@ class ImageGenerator:
 
         latents = denoise.generate_latents(self.base, embeds, seeds, settings, next_step)
         vae_tiling = self.limits.tiling
-        self.base.vae.use_tiling = vae_tiling
         self._move_to_device(self.base.vae)
-        images = denoise.decode(self.base.vae, latents)
+        with self._decode_lock if vae_tiling else contextlib.nullcontext():  # tiles are the VAE's
+            if vae_tiling:
+                side = max(first.height, first.width)
+                tile = tile_side(self._own_tile, side, self.base.vae_scale_factor)
+                enable_vae_tiling(self.base.vae, tile)
+            images = denoise.decode(self.base.vae, latents)
         return [
             GeneratedImage(job, jobs, image, vae_tiling)
             for job, image in zip(jobs, images, strict=True)

@@ -19,10 +19,10 @@ from megaman.errors import UserError, summarize_error
 from megaman.files import replacing_folder
 from megaman.models.text_encoding import encode_captions
 from megaman.models.typed import add_noise, predict_noise, scheduler_config
+from megaman.models.vae_tiling import enable_vae_tiling
 from megaman.sampling import denoise
 from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
 from megaman.training import loss as diffusion
-from megaman.training.memory_plan import enable_vae_tiling
 from megaman.training.signals import StoppedError
 
 if TYPE_CHECKING:

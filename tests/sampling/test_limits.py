@@ -74,5 +74,11 @@ def test_the_figures_of_a_base(base_folder):
     base = load_base(str(base_folder), torch.float32)
     assert runtime.parameter_bytes(base.unet) == 4 * base.unet.num_parameters()
     small, large = (measure_needs(base, pixels) for pixels in (64 * 64, 128 * 128))
-    assert large == replace(small, unet_pass=4 * small.unet_pass, decode=4 * small.decode)
+    assert large == replace(
+        small,
+        unet_pass=4 * small.unet_pass,
+        decode=4 * small.decode,
+        decode_tile=4 * small.decode_tile,
+    )
+    assert small.decode_tile * 4 == small.decode
     assert 0 < runtime.free_memory(torch.device("cpu")) < 2**50
