@@ -23,8 +23,8 @@ import os, sys, time
 from pathlib import Path
 from megaman.locks import claim
 with claim(Path(sys.argv[1]), "--output_dir"):
-    if len(sys.argv) > 2 and os.fork() == 0:
-        time.sleep(60)  # as a worker that outlives its run
+    if len(sys.argv) > 2 and os.fork():  # a worker outlives its run: it says when it has begun
+        time.sleep(60)
     print("claimed", flush=True)
     time.sleep(60)
 """

@@ -493,7 +493,8 @@ def test_names_and_captions_are_text_and_never_markup(nasty, tmp_path):
         and "<img src=x" not in page
         and page.count("<style>") == page.count("</style>") == 1
     )
-    assert "49" not in page.split("</style>")[1].split("{{")[0][:2000] and "{{ 7 * 7 }}" in page
+    body = page.split("</style>")[1].replace(str(nasty), "")  # the folder's path may hold a 49
+    assert "49" not in body.split("{{")[0][:2000] and "{{ 7 * 7 }}" in page
     data = json.loads((tmp_path / "out" / DATA).read_text(encoding="utf-8"))
     assert data["trigger_word"] == NASTY and data["wrong"]
 
