@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megaman.data.captions import MAX_TOKENS, contains
-from megaman.doctor.findings import CheckedImage, Finding, plural, relative_name, shorten
+from megaman.doctor.findings import CheckedImage, Finding, relative_name, shorten
+from megaman.errors import plural
 
 # If at most this share of the captions lacks what the others begin with, it was forgotten.
 RARE_SHARE = 0.1

@@ -78,8 +78,3 @@ def shorten(words: Sequence[str], limit: int = 8) -> str:
     """The first words of a list, and how many more there are."""
     shown = ", ".join(words[:limit])
     return f"{shown} and {len(words) - limit} more" if len(words) > limit else shown
-
-
-def plural(count: int, noun: str) -> str:
-    """The count and the noun, in the plural unless the count is 1."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

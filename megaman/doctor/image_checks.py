@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megaman.doctor.duplicates import Pair, near_duplicates
-from megaman.doctor.findings import CheckedImage, Finding, plural
+from megaman.doctor.findings import CheckedImage, Finding
+from megaman.errors import plural
 
 if TYPE_CHECKING:
     from megaman.data.buckets import Buckets

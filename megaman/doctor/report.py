@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 from megaman.data.problems import printable
 from megaman.doctor.checks import Report
-from megaman.doctor.findings import CheckedImage, Finding, plural, shorten
-from megaman.errors import UserError
+from megaman.doctor.findings import CheckedImage, Finding, shorten
+from megaman.errors import UserError, plural
 from megaman.files import write_json, write_text
 from megaman.pages.html import render
 

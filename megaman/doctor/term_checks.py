@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from megaman.data.captions import UNSPACED, split_tags
-from megaman.doctor.findings import CheckedImage, Finding, plural, shorten
+from megaman.doctor.findings import CheckedImage, Finding, shorten
+from megaman.errors import plural
 
 # Words: if the parts of a caption have at least so many (the median), they are sentences, not tags.
 MIN_SENTENCE = 5

@@ -29,7 +29,8 @@ LIBRARIES = [
     "megaman.data.encoding",
     "megaman.sampling.denoise",
 ]
-LIBRARIES += [
+# Modules that load what the scripts import in functions, and the scripts.
+OURS = [
     "megaman.training.validation",
     "megaman.sampling.generator",
     "generate_megaman",
@@ -181,7 +182,7 @@ def serve() -> None:
     os.set_inheritable(answers, False)
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
-    for library in LIBRARIES:  # with no work done yet that a fork could not take along
+    for library in [*LIBRARIES, *OURS]:  # with no work done yet that a fork could not take along
         importlib.import_module(library)
     for line in sys.stdin:
         order = json.loads(line)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
+from forking import LIBRARIES
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -38,17 +39,8 @@ from megaman.training.checkpoint import OPTIMIZER, read_train_state
 from megaman.training.output import find_all
 from megaman.training.run_metadata import TIMES
 
-for library in (
-    "accelerate",
-    "torch.utils.tensorboard",
-    "megaman.models.base",
-    "megaman.data.latents",
-    "megaman.data.encoding",
-    "megaman.sampling.denoise",
-):
-    importlib.import_module(
-        library
-    )  # here, once; with no work done yet that a fork could not take along
+for library in LIBRARIES:  # here, once; with no work done yet that a fork could not take along
+    importlib.import_module(library)
 
 
 def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
