@@ -72,7 +72,6 @@ def train(
         fixed=[config.validation.validation_prompt, ""],
         varied=config.captions.varies_tags,
         trained=config.lora.train_text_encoder,
-        device=run.device,
     )
     latents = encode_latents(base, datasets, config, run)
 

@@ -171,9 +171,8 @@ class CaptionEmbeddings:
         fixed: Sequence[str],
         varied: bool,
         trained: bool,
-        device: torch.device,
     ):
-        self._tokenizer, self._device = base.tokenizer, device
+        self._tokenizer, self._device = base.tokenizer, base.device
         self._text_encoder: nn.Module | None = base.text_encoder
         is_cached = not (varied or trained or exceeds_cache(base.text_encoder, captions))
         texts = [*captions, *fixed] if is_cached else fixed

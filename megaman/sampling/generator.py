@@ -81,10 +81,10 @@ class ImageGenerator:
         self._progress_lock = threading.Lock()
         move(base.unet, dtype=compute.dtype)
         move(base.text_encoder, dtype=compute.dtype)
+        self.recorder = self._make_recorder()
 
-    @property
-    def recorder(self) -> Recorder:
-        """Makes the records of this generator's images."""
+    def _make_recorder(self) -> Recorder:
+        """What makes the records of this generator's images."""
         settings = RunSettings(
             scheduler=self.sampling.sampler.name,
             clip_skip=self.sampling.clip_skip,
