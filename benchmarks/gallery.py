@@ -19,7 +19,7 @@ from browser import Browser, Visit, chromium
 from PIL import Image
 
 from megaman.pages.gallery import GalleryImage, thumbnail_of, write_gallery
-from megaman.sampling.records import save_thumbnail
+from megaman.sampling.png import save_thumbnail
 
 PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0"
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from megaman.data.images import SUFFIXES
+from megaman.data.image_files import SUFFIXES
 
 DELIMITERS = ",;\t|"  # spreadsheets in much of Europe write semicolons
 NOT_CSV = "not CSV, such as a quotation mark too many or too few"

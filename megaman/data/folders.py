@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megaman.data.captions import Caption, caption_file, caption_for, tidy
-from megaman.data.images import ImageInfo, find_images
+from megaman.data.image_files import find_images
+from megaman.data.images import ImageInfo
 from megaman.data.metadata_files import NAMES, Row, inner_path, read_metadata
 
 MAX_REPEATS = 1000  # 2024_summer is a name

@@ -17,7 +17,7 @@ from megaman.data.captions import (
     tidy,
 )
 from megaman.data.csv_table import read_table
-from megaman.data.images import SUFFIXES
+from megaman.data.image_files import SUFFIXES
 
 NAMES = ("metadata.jsonl", "metadata.csv")  # if both name an image, the first counts
 # Names of keys and columns without spaces, hyphens and underscores; the first that is there counts.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from megaman.errors import UserError
 from megaman.pages import grid
 from megaman.pages.gallery import GalleryImage, read_images, title_of, variant_labels, write_gallery
-from megaman.sampling import records
+from megaman.sampling import png, records
 from megaman.sampling.jobs import Job, LoraVariant, PendingBatch, base_image_file, image_file
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add_unlisted(
         if path.name in listed or path.name.endswith("_base.png"):
             continue
         record = find_record(path)
-        if record and records.is_whole(path):
+        if record and png.is_whole(path):
             base = path.with_name(base_image_file(path.name))
             base_file = base.name if base.is_file() else None
             unlisted.append(records.gallery_image(path.name, record, base_file))
@@ -106,7 +106,7 @@ def is_complete(path: Path, record: Record, find_record: FindRecord = records.fi
         return False
     found = None if path.is_dir() else find_record(path)
     is_same = found is not None and found.identity == record.identity
-    if not path.is_dir() and not records.is_whole(path) and (found is None or is_same):
+    if not path.is_dir() and not png.is_whole(path) and (found is None or is_same):
         return False
     if not is_same:
         raise UserError(
@@ -220,7 +220,7 @@ class GalleryWriter:
         for item, without_lora in product(pending, (False, True)):
             for job in item.jobs_to_save(without_lora):
                 path = self._path(job, item.variant, without_lora)
-                if path.exists() and not records.is_whole(path):
+                if path.exists() and not png.is_whole(path):
                     kept = keep_damaged(path)
                     log.info(f"{path} is damaged: kept as {kept.name} and generated again")
         self._images = images_on_disk(self._folder, self._images)

@@ -7,75 +7,25 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from megaman import schema
 from megaman.config import samplers
 from megaman.errors import UserError
-from megaman.files import is_network, replacing
+from megaman.files import is_network
 from megaman.pages.gallery import GalleryImage, thumbnail_of
 from megaman.sampling.jobs import Job, LoraVariant
+from megaman.sampling.png import a1111_text, needs_thumbnail, save_png, save_thumbnail
 from megaman.threads import MAX_THREADS
 
 KEY = "megaman"  # of the PNG's text chunk
 MAX_ITEMS = 4096  # images of a batch, LoRAs, packages in versions: what a record may have
 MAX_PROMPT = 100_000  # characters
-THUMBNAIL = 256  # pixels of the longer side
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-def a1111_text(prompt: str, negative_prompt: str, values: dict[str, Any]) -> str:
-    """A1111's text: the prompt, the negative prompt, then one line of "Name: value" pairs.
-
-    A value with a comma, a colon, a quote or a line break in it becomes a JSON string, as A1111
-    writes and reads it.
-    """
-    pairs = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items())
-    negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
-    return f"{prompt}\n{negative}{pairs}"
-
-
-def _quoted(value: str) -> str:
-    if any(mark in value for mark in ',:"\n'):
-        return json.dumps(value, ensure_ascii=False)
-    return value
-
-
-def needs_thumbnail(size: tuple[int, int]) -> bool:
-    """Whether an image is so large that the gallery shows a small copy: a browser keeps what it
-    has decoded in memory."""
-    return max(size) > 1.2 * THUMBNAIL
-
-
-def save_thumbnail(path: Path, image: Image.Image) -> None:
-    """Write a small WebP for the gallery if the image needs one."""
-    if needs_thumbnail(image.size):
-        small = image.copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        with replacing(path) as aside:
-            small.save(aside, format="WEBP", quality=85)
-
-
-def save_png(
-    path: Path,
-    image: Image.Image,
-    parameters: str,
-    others: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Write the image with its parameters text and other texts by key, in one step."""
-    info = PngInfo()
-    for key, text in {"parameters": parameters, **others}.items():
-        info.add_itxt(key, text)
-    with replacing(path) as aside:
-        image.save(aside, format="PNG", pnginfo=info)
 
 
 @dataclass(frozen=True)
@@ -222,27 +172,6 @@ def restore_thumbnail(path: Path, record: Record) -> None:
     except (OSError, ValueError, SyntaxError):
         with Image.open(path, formats=["PNG"]) as image:
             save_thumbnail(thumbnail, image)
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file is a PNG with all its chunks and their right checksums, up to the last one.
-
-    The pixels are not decoded. Raises OSError if the file cannot be read.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
-            return False
-        while True:
-            head = file.read(8)  # the length of the chunk's data, and its type
-            length, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if len(head) < 8 or file.tell() + length + 4 > size:
-                return False
-            checksum = zlib.crc32(file.read(length), zlib.crc32(kind))
-            if checksum != int.from_bytes(file.read(4), "big"):
-                return False
-            if kind == b"IEND":
-                return True
 
 
 def parameters_text(record: Record) -> str:

@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFile
 
 from megaman.data.dataset import MegaManDataset
+from megaman.data.image_files import find_images, natural_key
 from megaman.data.images import (
     MIN_SIDE,
     BadImageError,
     crop_and_resize,
     crop_boxes,
-    find_images,
     image_size,
-    natural_key,
     open_image,
     to_tensor,
 )

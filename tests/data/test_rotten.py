@@ -25,7 +25,8 @@ from megaman.data.captions import JOINERS, caption_for, caption_from_name
 from megaman.data.dataset import MegaManDataset
 from megaman.data.encoding import encode_dataset
 from megaman.data.file_index import FileIndex
-from megaman.data.images import find_images, open_image
+from megaman.data.image_files import find_images
+from megaman.data.images import open_image
 from megaman.data.latent_cache import LatentCache
 from megaman.data.problems import check_usable, printable, write_problems
 from megaman.data.vae_encoder import EncodingConfig

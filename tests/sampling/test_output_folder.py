@@ -10,7 +10,7 @@ from PIL import Image
 from test_records import JOB, RECORD
 
 from megaman.errors import UserError
-from megaman.sampling import output_folder, records
+from megaman.sampling import output_folder, png, records
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ DAMAGE = {
 def test_a_damaged_image_is_not_complete(tmp_path, put, damage):
     path = tmp_path / "megaman_000_00.png"
     put(path.name)
-    assert records.is_whole(path)
+    assert png.is_whole(path)
     path.write_bytes(damage(path.read_bytes()))
-    assert not records.is_whole(path)
+    assert not png.is_whole(path)
     assert not output_folder.is_complete(path, RECORD)
     assert output_folder.add_unlisted(tmp_path, []) == []
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megaman.sampling.records import a1111_text, save_png, save_thumbnail
+from megaman.sampling.png import a1111_text, save_png, save_thumbnail
 
 A1111_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 

@@ -15,7 +15,7 @@ from test_png import A1111_PAIR, read_pairs
 
 from megaman.config import samplers
 from megaman.errors import UserError
-from megaman.sampling import records
+from megaman.sampling import png, records
 from megaman.sampling.jobs import Job, make_variants
 from megaman.sampling.records import KEY, Record, Recorder, RunSettings
 
@@ -107,7 +107,7 @@ def test_any_record_is_read_or_refused_in_a_line(tmp_path_factory, data):
     content = asdict(RECORD)
     name = data.draw(st.sampled_from(sorted(content)))
     content[name] = data.draw(json_value)
-    records.save_png(folder / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(content)})
+    png.save_png(folder / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(content)})
     try:
         record = records.read_record(folder / "a.png")
     except UserError as error:
@@ -143,7 +143,7 @@ def test_any_record_is_read_or_refused_in_a_line(tmp_path_factory, data):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_no_image_of_ours_can_say_is_refused(tmp_path, changes, named):
-    records.save_png(
+    png.save_png(
         tmp_path / "a.png",
         Image.new("RGB", (8, 8)),
         "",
@@ -156,8 +156,8 @@ def test_what_no_image_of_ours_can_say_is_refused(tmp_path, changes, named):
 def test_other_files_are_refused_in_a_line(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png", format="JPEG")
-    records.save_png(tmp_path / "half.png", Image.new("RGB", (8, 8)), "", {KEY: '{"prompt":'})
-    records.save_png(tmp_path / "old.png", Image.new("RGB", (8, 8)), "", {KEY: '{"prompt": "a"}'})
+    png.save_png(tmp_path / "half.png", Image.new("RGB", (8, 8)), "", {KEY: '{"prompt":'})
+    png.save_png(tmp_path / "old.png", Image.new("RGB", (8, 8)), "", {KEY: '{"prompt": "a"}'})
     (tmp_path / "text.png").write_text("no picture")
     reasons = {
         "plain": "no record",
@@ -175,7 +175,7 @@ def test_other_files_are_refused_in_a_line(tmp_path):
 def test_an_earlier_record_tells_no_memory_format(tmp_path):
     later = ("memory_format", "threads")
     earlier = {key: value for key, value in asdict(RECORD).items() if key not in later}
-    records.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(earlier)})
+    png.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(earlier)})
     assert records.read_record(tmp_path / "a.png").memory_format == "contiguous"
     assert records.read_record(tmp_path / "a.png").threads == 0
 
