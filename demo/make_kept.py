@@ -4,7 +4,7 @@ draws today.
     python demo/make_kept.py       once demo/base/ is made; writes images/kept_*.png
 
 Without them "a blue robot" would soon be the hero as well, since its captions say "blue robot" too.
-Training on the model's own pictures of the wider class beside the new ones is DreamBooth's prior
+Training on the model's own pictures of the wider class next to the new ones is DreamBooth's prior
 preservation (Ruiz et al. 2022, arXiv 2208.12242).
 """
 

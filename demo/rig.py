@@ -2,7 +2,7 @@
 expressions.
 
 sprites.py gives it many looks for the base, make_images.py one more for the demo's hero. Colors are
-flat and shapes are large, so that a small UNet can learn them and a pose can be told by its
+flat and shapes are large, so that a small UNet can learn them and a pose can be recognized by its
 silhouette alone.
 
 Coordinates are in cells from the top left corner. Every pose is drawn from the front, from the back
