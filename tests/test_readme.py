@@ -12,6 +12,7 @@ from typing import cast
 
 import pytest
 
+from megaman.config import options_page
 from megaman.config.generate import generate_parser, parse_generate_config
 from megaman.config.train import PRESETS, parse_train_config, train_parser
 from megaman.data import problems
@@ -99,24 +100,30 @@ def is_default(cell: str, action: argparse.Action) -> bool:
     return parse(code[1]) == action.default
 
 
-@in_both
+def test_the_options_page_is_what_its_script_writes():
+    written = options_page.PAGE.read_bytes()
+    assert written == options_page.options_page().encode(), (
+        "run python -m megaman.config.options_page"
+    )
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_table_of_flags_is_the_parser(readme, script):
-    rows = table(section(readme, f"`{script}`"))
-    cells = {flag.strip("`"): default for flag, default, _ in rows}
+def test_the_options_page_is_the_parser(script):
+    text = options_page.PAGE.read_text(encoding="utf-8")
+    _, _, part = text.partition(f"\n## `{script}`\n")
+    rows = re.findall(
+        r"^\| `(--\w+)`(?: †)? \| (.+?) \| (.+) \|$", part.partition("\n## ")[0], re.M
+    )
     actions = {
         action.option_strings[-1]: action
         for action in SCRIPTS[script][0]()._actions
         if action.dest not in HELP
     }
-    assert list(cells) == list(actions)
-    wrong = {
-        flag: cells[flag] for flag, action in actions.items() if not is_default(cells[flag], action)
-    }
-    assert not wrong
+    assert {flag for flag, _, _ in rows} == set(actions)
+    assert len(rows) == len(actions)
+    assert [flag for flag, default, _ in rows if not is_default(default, actions[flag])] == []
     for flag, _, meaning in rows:
-        choices = actions[flag.strip("`")].choices or []
-        assert all(f"`{choice}`" in meaning for choice in choices), flag
+        assert all(choice in meaning for choice in actions[flag].choices or []), flag
 
 
 @of_every_page

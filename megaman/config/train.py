@@ -351,7 +351,7 @@ class ComputeConfig:
         "auto", "of the convolutions", choices=("auto", "contiguous", "channels_last")
     )
     enable_xformers_memory_efficient_attention: bool = flag(
-        False, "xformers' attention instead of torch's own (sdpa); for NVIDIA GPUs"
+        False, "use xformers' attention instead of torch's own (sdpa); for NVIDIA GPUs"
     )
     compile: bool = flag(False, "compile the UNet's repeated blocks; for NVIDIA GPUs")
     gradient_checkpointing: bool = flag(False, "less memory, slower steps", common=True)

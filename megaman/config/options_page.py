@@ -1,0 +1,160 @@
+"""Write docs/options.md, every flag of both scripts by section, from the fields of the configs.
+
+    python -m megaman.config.options_page
+
+The page is never edited by hand. A flag's meaning is its help text; DETAILS adds what --help has
+no room for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from megaman.config import samplers
+from megaman.config.cli import groups_of
+from megaman.config.generate import GenerateConfig
+from megaman.config.train import TrainConfig
+from megaman.hub import PROJECT
+
+PAGE = PROJECT / "docs" / "options.md"
+SCRIPTS = {"megaman_lora.py": TrainConfig, "generate_megaman.py": GenerateConfig}
+DEFAULT_IN_WORDS = re.compile(r" \(default: (.+)\)$")  # at the end of a help text
+HEAD = """\
+<!-- Written by `python -m megaman.config.options_page`: do not edit, run it again. -->
+
+# Options
+
+Every flag of both scripts. `--help` shows those that most runs use, `--help_all` all of them, and
+`--version` the version. A flag may be written `--flag value` or `--flag=value`; the last one wins.
+A mistyped flag or a value out of range ends the script before anything is loaded (exit code 2).
+
+Sections of [`megaman_lora.py`](#megaman_lorapy): {train_sections}.
+Sections of [`generate_megaman.py`](#generate_megamanpy): {generate_sections}.
+
+† A resumed run must have the same value as the run that it continues.
+"""
+# Sentences for the page alone, by script and flag.
+DETAILS = {
+    "megaman_lora.py": {
+        "demo": "Other flags still win over its settings",
+        "pretrained_model_name": "Stable Diffusion 1.x. The name `runwayml/stable-diffusion-v1-5` "
+        "has left the hub; the same weights are taken from "
+        "`stable-diffusion-v1-5/stable-diffusion-v1-5`",
+        "dataset_repeats": "Multiplies the number of kohya's folders such as `10_volto`",
+        "resolution": "With buckets, the number of pixels of its square is the most that an image "
+        "has",
+        "lora_rank": "How much the LoRA can hold, and how large its file is",
+        "use_rslora": "[rsLoRA](https://arxiv.org/abs/2312.03732); choose a lower alpha with it",
+        "lora_dropout": "Against memorizing; 0.1 is usual",
+        "target_modules": "Matched by the end of their names; convolutions too, such as `conv1`",
+        "lr_warmup_steps": "The default shrinks to a tenth of a short run; `constant` has no "
+        "warmup",
+        "snr_gamma": "[Min-SNR](https://arxiv.org/abs/2303.09556)",
+        "noise_offset": "For very dark or very bright images",
+        "mixed_precision": "If the device cannot compute in it, another is used and reported. On a "
+        "CPU `fp16` means bf16 if that is faster, else float32",
+        "memory_format": "`auto` is `channels_last` on a CPU, and on NVIDIA GPUs in half "
+        "precision",
+        "enable_xformers_memory_efficient_attention": "Needs `pip install xformers`",
+        "compile": "The first steps take minutes longer",
+        "vram_limit": "On a CPU it only affects `--plan`",
+        "dataloader_num_workers": "With `--no_cache`, threads that decode them during training",
+        "overwrite_output": "Without it, a finished run is never replaced",
+        "save_precision": "`fp16` halves the files",
+    },
+    "generate_megaman.py": {
+        "lora_path": "Files of kohya's scripts, A1111, ComfyUI and diffusers too",
+        "prompts_file": "A line may bring its own settings",
+        "guidance_scale": "At 1 or less the negative prompt has no effect",
+        "scheduler": "One of " + ", ".join(f"`{entry.name}`" for entry in samplers.SAMPLERS),
+        "clip_skip": "1 is the last layer, which diffusers calls 0",
+        "from_image": "Only `--output_dir`, `--device`, `--base_model` and `--lora_path` go with "
+        "it",
+    },
+}  # fmt: skip
+
+
+def options_page() -> str:
+    """The text of docs/options.md."""
+    links = {script: _section_links(config) for script, config in SCRIPTS.items()}
+    head = HEAD.format(
+        train_sections=links["megaman_lora.py"], generate_sections=links["generate_megaman.py"]
+    )
+    return head + "".join(_script(script) for script in SCRIPTS)
+
+
+def _section_links(config_type: type) -> str:
+    """The sections' names; GitHub's anchors of equal headings are numbered, so only the training
+    script's, which come first, are linked."""
+    names = [group.__doc__ or "" for group in groups_of(config_type).values()]
+    if config_type is not TrainConfig:
+        return ", ".join(names)
+    return ", ".join(f"[{name}](#{_anchor(name)})" for name in names)
+
+
+def _anchor(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _script(script: str) -> str:
+    parts = [f"\n## `{script}`\n"]
+    for group in groups_of(SCRIPTS[script]).values():
+        rows = "\n".join(_rows(group, DETAILS[script]))
+        table = f"| Flag | Default | Meaning |\n| --- | --- | --- |\n{rows}\n"
+        parts.append(f"\n### {group.__doc__}\n\n{table}")
+    return "".join(parts)
+
+
+def _rows(group: type, details: dict[str, str]) -> Iterator[str]:
+    for config_field in fields(group):
+        mark = " †" if config_field.metadata["flag"].resume else ""
+        meaning = _meaning(config_field, details.get(config_field.name))
+        cells = [f"`--{config_field.name}`{mark}", _default(config_field), meaning]
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _default(config_field: Field) -> str:
+    """In backticks as it is typed, or in words if nothing typed would be the same."""
+    if phrase := DEFAULT_IN_WORDS.search(config_field.metadata["flag"].help):
+        return _with_code(phrase[1])
+    if config_field.default is False:
+        return "off"
+    if config_field.default is None or config_field.default == "":
+        return "none"
+    return f"`{_typed(config_field.default)}`"
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(value)
+    if isinstance(value, float) and 0 < value < 0.001:
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _meaning(config_field: Field, detail: str | None) -> str:
+    flag = config_field.metadata["flag"]
+    unit = ", in GB" if flag.metavar == "GB" else ""
+    sentences = [DEFAULT_IN_WORDS.sub("", flag.help) + unit]
+    unnamed = [word for word in flag.choices or () if word not in flag.help]
+    if unnamed:
+        sentences.append("One of " + ", ".join(f"`{word}`" for word in flag.choices))
+    if detail:
+        sentences.append(detail)
+    text = ". ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+    return _with_code(text)
+
+
+def _with_code(text: str) -> str:
+    """Flags in words are set as code."""
+    return re.sub(r"(?<![`\w-])--\w+", r"`\g<0>`", text)
+
+
+if __name__ == "__main__":
+    Path(PAGE).write_text(options_page(), encoding="utf-8", newline="\n")
