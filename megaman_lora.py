@@ -94,7 +94,7 @@ def train(
             optimizer.set_lr(step)
             loss = training_step.accumulate(step)
             norm = run.clip_gradients(adapters.parameters, config.optimizer.max_grad_norm)
-            progress.record(step, loss, optimizer.step_if_finite(norm))
+            progress.record(step, loss, norm, optimizer.step_if_finite(norm))
             due = progress.due(step)
             if due.log:
                 progress.flush(step)

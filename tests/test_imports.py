@@ -30,6 +30,7 @@ STANDARD_ONLY = [
     "sampling.prompts",
     "sampling.jobs",
     "training.output",
+    "training.history",
     "training.signals",
     "training.datasets",
 ]

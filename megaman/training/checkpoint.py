@@ -20,6 +20,7 @@ from megaman.errors import UserError
 from megaman.files import read_json, replacing_folder, write_json
 from megaman.lora import adapter as lora
 from megaman.lora import files as lora_files
+from megaman.training.history import HISTORY, RunHistory
 from megaman.training.output import STATE
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ class TrainState:
 
 
 def save(
-    folder: Path, adapters: Adapters, optimizer: torch.optim.Optimizer, state: TrainState
+    folder: Path,
+    adapters: Adapters,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    history: RunHistory | None = None,
 ) -> None:
     """Write a checkpoint; the folder appears complete or not at all."""
     with replacing_folder(folder) as aside:
@@ -64,6 +69,8 @@ def save(
         lora_files.write_tensors(
             aside / OPTIMIZER, _optimizer_tensors(_parameters(adapters), optimizer)
         )
+        if history is not None:
+            history.save(aside / HISTORY)
         write_json(aside / STATE, asdict(state))
 
 

@@ -35,7 +35,8 @@ def validates_at_start(run: Run, schedule: Schedule, validation_steps: int) -> b
     was killed before."""
     start = run.state.step
     is_due = start % validation_steps == 0 or start == schedule.total_steps
-    return start == 0 or (is_due and not run.output.samples_folder(start).exists())
+    is_done = run.output.samples_folder(start).exists() and start in run.history.samples
+    return start == 0 or (is_due and not is_done)
 
 
 class Progress:
@@ -56,6 +57,7 @@ class Progress:
         self._first, self._last = run.state.step + 1, schedule.total_steps
         self._save_steps, self._validation_steps = save_steps, validation_steps
         self._losses: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
         self._finite: list[torch.Tensor] = []
         self._skipped = SkippedSteps()
         self._bar = run.progress_bar(
@@ -67,9 +69,13 @@ class Progress:
         yield from range(self._first, self._last + 1)
         self._bar.close()
 
-    def record(self, step: int, loss: torch.Tensor, is_finite: torch.Tensor) -> None:
-        """Note the loss of a step and whether its gradients were finite (0-d)."""
+    def record(
+        self, step: int, loss: torch.Tensor, norm: torch.Tensor, is_finite: torch.Tensor
+    ) -> None:
+        """Note the loss of a step, the norm of its gradients before clipping, and whether that was
+        finite (0-d)."""
         self._losses.append(loss)
+        self._norms.append(norm)
         self._finite.append(is_finite)
         self._bar.update()
         if step == self._first and self._run.device.type == "cpu":
@@ -100,8 +106,13 @@ class Progress:
                 ", ".join(map(str, skipped)),
                 self._skipped.total,
             )
-        self._losses, self._finite = [], []
-        lr = self._learning_rates[0](step - 1)
+        norms = torch.stack(self._norms).tolist()  # equal in all processes
+        lrs = [
+            [lr(done) for lr in self._learning_rates] for done in range(step - len(losses), step)
+        ]
+        self._run.history.add_steps(losses, norms, lrs)
+        self._losses, self._norms, self._finite = [], [], []
+        lr = lrs[-1][0]
         self._bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", lr=f"{lr:.2e}")
         self._run.log.add_steps(step, losses, self._learning_rates)
         if self._run.is_main_process:

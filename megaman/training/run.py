@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import time
@@ -23,6 +24,7 @@ from megaman import runtime
 from megaman.errors import UserError, summarize_error
 from megaman.models.configs import resolve_name, unet_width
 from megaman.training import checkpoint as checkpoints
+from megaman.training import history as histories
 from megaman.training.checkpoint import TrainState
 from megaman.training.compute import INDENT, REQUESTS, choose_training_compute, to_record
 from megaman.training.memory_plan import fit_to_memory, memory_limit
@@ -45,10 +47,11 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """The processes of a run, how they compute, its state, its folder, its log and its stop signal.
+    """The processes of a run, how they compute, its state, its folder, its log, its history and its
+    stop signal.
 
-    state changes with every checkpoint, compute when memory runs out; the rest stays. notes are
-    lines to print about how the run computes.
+    state changes with every checkpoint, compute when memory runs out, history with every step; the
+    rest stays. notes are lines to print about how the run computes.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Run:
         self.is_main_process: bool = accelerator.is_main_process
         self.compute, self.state, self.output = compute, state, output
         self.log, self.notes = training_log, notes
+        self.history = histories.restore(output.checkpoint, state.step)
         self.stop_signal = StopSignal()
         self._elapsed_before, self._started = state.elapsed, time.monotonic()
 
@@ -156,7 +160,7 @@ class Run:
         )
         folder = self.output.checkpoint_folder(step)
         try:
-            checkpoints.save(folder, adapters, optimizer, self.state)
+            checkpoints.save(folder, adapters, optimizer, self.state, self.history)
             self.output.prune_checkpoints(step)
         except (OSError, UserError) as error:
             log.info(
@@ -166,6 +170,14 @@ class Run:
             )
             return False
         return True
+
+    def save_history(self, step: int) -> None:
+        """Add to this step's checkpoint, if there is one, what was evaluated or generated after it
+        was saved."""
+        folder = self.output.checkpoint_folder(step)
+        if self.is_main_process and folder.is_dir():
+            with contextlib.suppress(OSError):  # a resumed run evaluates once more
+                self.history.save(folder / histories.HISTORY)
 
     @contextmanager
     def training(self) -> Iterator[None]:

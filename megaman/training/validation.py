@@ -22,6 +22,7 @@ from megaman.models.typed import add_noise, predict_noise, scheduler_config
 from megaman.sampling import denoise
 from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
 from megaman.training import loss as diffusion
+from megaman.training.history import Sample
 from megaman.training.memory_plan import enable_vae_tiling
 from megaman.training.signals import StoppedError
 
@@ -111,6 +112,19 @@ class Validation:
             self._release_vae()
         return images
 
+    def records(self, folder: Path) -> list[Sample]:
+        """The sample images that are in a step's folder."""
+        settings: dict[str, str | int | float] = {
+            "steps": NUM_INFERENCE_STEPS,
+            "guidance": GUIDANCE_SCALE,
+        }
+        files = [folder / f"{i:02d}.png" for i in range(len(self._settings.seeds))]
+        return [
+            Sample(f"{folder.name}/{file.name}", self._settings.prompt, seed, settings=settings)
+            for file, seed in zip(files, self._settings.seeds, strict=True)
+            if file.is_file()
+        ]
+
     def _models_in_training(self) -> list[nn.Module]:
         if self._prompt_embeds is None:
             return [self._base.unet, self._base.text_encoder]
@@ -174,6 +188,8 @@ def make_validation(
         if run.is_main_process:
             images = validation.generate(step, run.output.samples_folder(step))
             run.log.add_images("validation", map(np.asarray, images), step)
+            run.history.add_samples(step, validation.records(run.output.samples_folder(step)))
+            run.save_history(step)
 
     return validate
 

@@ -66,6 +66,9 @@ def test_resumed_equals_undisturbed(train, tmp_path, how):
     folders = [tmp_path / name / "checkpoint-5" for name in ("whole", "halves")]
     whole, halves = (load_file(folder / "optimizer.safetensors") for folder in folders)
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    records = [json.loads((folder / "run_history.json").read_text()) for folder in folders]
+    assert records[0] == records[1]
+    assert len(records[0]["loss"]) == len(records[0]["gradient_norm"]) == 5
 
     (folder,) = (tmp_path / "logs-halves").iterdir()
     (other,) = (tmp_path / "logs-whole").iterdir()
