@@ -28,7 +28,8 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     from diffusers import UNet2DConditionModel
 
     from megaman import runtime
-    from megaman.config.train import DEFAULT_TARGETS, MemoryRequest
+    from megaman.config.presets import DEFAULT_TARGETS
+    from megaman.config.settings import MemoryRequest
     from megaman.hub import DEFAULT_BASE
     from megaman.lora import adapter
     from megaman.models.configs import read_configs, unet_width

@@ -14,7 +14,8 @@ import pytest
 
 from megaman.config import options_page
 from megaman.config.generate import generate_parser, parse_generate_config
-from megaman.config.train import PRESETS, parse_train_config, train_parser
+from megaman.config.presets import PRESETS
+from megaman.config.train import parse_train_config, train_parser
 from megaman.data import problems
 from megaman.sampling import prompts
 

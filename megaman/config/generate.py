@@ -12,7 +12,7 @@ from typing import Any
 
 from megaman.config import samplers
 from megaman.config.cli import Parser, fill, flag, settings_of
-from megaman.config.train import DEMO
+from megaman.config.presets import DEMO
 from megaman.config.values import (
     GUIDANCE,
     SEED,

@@ -166,3 +166,9 @@ def side(value: str) -> int:
 SEED = number(int, 0, 2**63 - 1)
 STEPS = number(int, 1, 999)
 GUIDANCE = number(float, 0, 100)
+MANY = 10**9  # more steps than any run has; "never" for what happens every so many steps
+COUNT = number(int, 1, MANY)
+COUNT_OR_ZERO = number(int, 0, MANY)
+SHARE = number(float, 0, 0.999999)
+PROBABILITY = number(float, 0, 1)
+RATE = number(float, 0, 1, exclusive=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megaman.config.train import contradiction
+from megaman.config.image_settings import contradiction
 from megaman.errors import UserError
 
 GRAIN = 8  # pixels per side of one latent cell in every Stable Diffusion 1.x

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from megaman.config.train import LoraConfig
+    from megaman.config.learning_settings import LoraConfig
     from megaman.models.base import Base
 
 

@@ -15,7 +15,7 @@ from megaman.training.compute import INDENT, dtype_name, to_record
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from megaman.config.train import TrainConfig
+    from megaman.config.settings import TrainConfig
     from megaman.models.base import Base
     from megaman.training.adapters import Adapters
     from megaman.training.optimizer import Schedule

@@ -16,7 +16,8 @@ from megaman.data.problems import check_usable, write_instructions, write_proble
 from megaman.errors import UserError
 
 if TYPE_CHECKING:
-    from megaman.config.train import BucketConfig, CaptionConfig, TrainConfig
+    from megaman.config.image_settings import BucketConfig, CaptionConfig
+    from megaman.config.settings import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from megaman.training import model_card, run_metadata
 from megaman.training.output import save_somewhere
 
 if TYPE_CHECKING:
-    from megaman.config.train import TrainConfig
+    from megaman.config.settings import TrainConfig
     from megaman.models.base import Base
     from megaman.training.adapters import Adapters
     from megaman.training.datasets import Datasets

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from megaman import runtime
-from megaman.config.train import MemoryRequest
+from megaman.config.settings import MemoryRequest
 from megaman.errors import UserError, summarize_error
 from megaman.lora import adapter
 from megaman.models.base import CONFIGURATION_ERRORS

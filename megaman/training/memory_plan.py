@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from megaman import runtime
-from megaman.config.train import ComputeConfig, MemoryRequest
+from megaman.config.run_settings import ComputeConfig
+from megaman.config.settings import MemoryRequest
 from megaman.errors import UserError, summarize_error
 from megaman.models.configs import read_configs, resolve_name
 from megaman.runtime import DTYPES, choose_compute, choose_device

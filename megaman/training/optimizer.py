@@ -15,7 +15,7 @@ from diffusers.optimization import get_scheduler
 from megaman.errors import UserError
 
 if TYPE_CHECKING:
-    from megaman.config.train import OptimizerConfig
+    from megaman.config.learning_settings import OptimizerConfig
     from megaman.data.batches import Batches
     from megaman.training.adapters import Adapters
     from megaman.training.run import Run

@@ -30,7 +30,7 @@ from megaman.locks import claim, is_first_process
 from megaman.threads import MAX_THREADS
 
 if TYPE_CHECKING:
-    from megaman.config.train import OutputConfig
+    from megaman.config.run_settings import OutputConfig
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from megaman.models.configs import alias_notice, resolve_name
 from megaman.models.text_encoding import truncated_text
 
 if TYPE_CHECKING:
-    from megaman.config.train import TrainConfig
+    from megaman.config.settings import TrainConfig
     from megaman.models.base import Base
     from megaman.training.datasets import Datasets
     from megaman.training.run import Run

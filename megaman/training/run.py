@@ -34,7 +34,7 @@ from megaman.training.signals import StopSignal
 from megaman.training.tensorboard import TrainingLog, open_training_log
 
 if TYPE_CHECKING:
-    from megaman.config.train import TrainConfig
+    from megaman.config.settings import TrainConfig
     from megaman.threads import ThreadPolicy
     from megaman.training.adapters import Adapters
     from megaman.training.compute import TrainingCompute

@@ -17,7 +17,7 @@ from megaman.runtime import retry_on_oom
 from megaman.training import loss as diffusion
 
 if TYPE_CHECKING:
-    from megaman.config.train import LossConfig
+    from megaman.config.learning_settings import LossConfig
     from megaman.data.batches import MicroBatch
     from megaman.models.base import Base
     from megaman.models.text_encoding import CaptionEmbeddings

@@ -16,7 +16,8 @@ from megaman.training import loss as diffusion
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megaman.config.train import OptimizerConfig, TrainConfig
+    from megaman.config.learning_settings import OptimizerConfig
+    from megaman.config.settings import TrainConfig
     from megaman.data.batches import MicroBatch
     from megaman.data.dataset import MegaManDataset
     from megaman.data.latents import LatentSource

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler
     from torch import nn
 
-    from megaman.config.train import TrainConfig
+    from megaman.config.settings import TrainConfig
     from megaman.models.base import Base
     from megaman.models.text_encoding import CaptionEmbeddings
     from megaman.training.run import Run

@@ -25,7 +25,9 @@ from megaman.config.generate import (
     generate_parser,
     parse_generate_config,
 )
-from megaman.config.train import DEMO_TRAINING, ORDER, TrainConfig, parse_train_config, train_parser
+from megaman.config.presets import DEMO_TRAINING
+from megaman.config.settings import ORDER, TrainConfig
+from megaman.config.train import parse_train_config, train_parser
 from megaman.config.values import side
 from megaman.version import VERSION
 

@@ -10,7 +10,9 @@ import pytest
 from megaman.config import values
 from megaman.config.cli import flags_of
 from megaman.config.generate import GenerateConfig, parse_generate_config
-from megaman.config.train import CacheConfig, TrainConfig, parse_train_config
+from megaman.config.image_settings import CacheConfig
+from megaman.config.settings import TrainConfig
+from megaman.config.train import parse_train_config
 
 PATHS = {
     parse_train_config: [

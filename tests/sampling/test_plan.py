@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megaman.config.generate import parse_generate_config
-from megaman.config.train import DEMO
+from megaman.config.presets import DEMO
 from megaman.errors import UserError
 from megaman.files import split_strength
 from megaman.hub import DEFAULT_BASE

@@ -14,7 +14,7 @@ from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS, learned_alike
 from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaman.config.train import DEFAULT_TARGETS
+from megaman.config.presets import DEFAULT_TARGETS
 from megaman.errors import UserError
 from megaman.models.base import load_base
 from megaman.models.text_encoding import encode_captions

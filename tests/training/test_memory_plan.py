@@ -11,7 +11,8 @@ import torch
 from conftest import FEW_TARGETS, ROOT, learned_alike
 
 from megaman import runtime
-from megaman.config.train import DEFAULT_TARGETS, DEMO_TRAINING, MemoryRequest
+from megaman.config.presets import DEFAULT_TARGETS, DEMO_TRAINING
+from megaman.config.settings import MemoryRequest
 from megaman.errors import UserError
 from megaman.hub import DEFAULT_BASE
 from megaman.models.configs import read_configs

@@ -9,7 +9,8 @@ from diffusers.optimization import get_scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.config.train import POLYNOMIAL_END, SCHEDULERS
+from megaman.config.contradictions import POLYNOMIAL_END
+from megaman.config.learning_settings import SCHEDULERS
 from megaman.data.batches import epoch_order, generator_for, position_at, seed_dropout
 from megaman.training.optimizer import learning_rate, total_steps
 

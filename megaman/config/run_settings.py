@@ -1,0 +1,99 @@
+"""Settings of training: the run itself, its base, how it computes, and what it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaman.config.cli import flag
+from megaman.config.presets import DEFAULT_PROMPT, PRESETS
+from megaman.config.values import COUNT, SEED, folder, number, path, text
+from megaman.hub import DEFAULT_BASE
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run"""
+
+    preset: str | None = flag(
+        None, "a recipe; flags that are typed win", choices=tuple(PRESETS), common=True
+    )
+    demo: bool = flag(False, "everything embedded: a whole run in minutes", common=True)
+    check_data: bool = flag(False, "report on images and captions, train nothing", common=True)
+    plan: bool = flag(False, "show the memory that it would need, train nothing", common=True)
+    strict: bool = flag(False, "with --check_data: exit 1 if something is wrong")
+    seed: int | None = flag(
+        None, "makes a run repeatable (default: a random one)", SEED, common=True
+    )
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Base model"""
+
+    pretrained_model_name: str = flag(
+        DEFAULT_BASE,
+        "a name on the hub, a local folder or a .safetensors file",
+        path,
+        metavar="NAME",
+        common=True,
+    )
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Speed and memory"""
+
+    mixed_precision: str = flag(
+        "fp16", "precision of the frozen base", choices=("no", "fp16", "bf16"), common=True
+    )
+    memory_format: str = flag(
+        "auto", "of the convolutions", choices=("auto", "contiguous", "channels_last")
+    )
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "use xformers' attention instead of torch's own (sdpa); for NVIDIA GPUs"
+    )
+    compile: bool = flag(False, "compile the UNet's repeated blocks; for NVIDIA GPUs")
+    gradient_checkpointing: bool = flag(False, "less memory, slower steps", common=True)
+    vram_limit: float | None = flag(
+        None,
+        "GPU memory to stay within (default: what is free)",
+        number(float, 0, 1024, exclusive=True),
+        metavar="GB",
+        common=True,
+    )
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Sample images"""
+
+    validation_prompt: str = flag(DEFAULT_PROMPT, "what the sample images show", text, common=True)
+    validation_steps: int = flag(100, "steps between sample images", COUNT, common=True)
+    num_validation_images: int = flag(
+        4, "sample images each time; 0 for none", number(int, 0, 1000), common=True
+    )
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Output and checkpoints"""
+
+    output_dir: str = flag(
+        "./megaman_lora_output",
+        "checkpoints, samples and the LoRA go here",
+        folder,
+        metavar="FOLDER",
+        common=True,
+    )
+    overwrite_output: bool = flag(False, "delete the outputs of an earlier run in --output_dir")
+    logging_dir: str = flag("./logs", "TensorBoard's folder", folder, metavar="FOLDER")
+    save_steps: int = flag(500, "steps between checkpoints", COUNT, common=True)
+    checkpoints_total_limit: int | None = flag(
+        None, "checkpoints kept; older ones are deleted", COUNT
+    )
+    resume_from_checkpoint: str | None = flag(
+        None, "resume from a checkpoint", path, metavar="latest|FOLDER", common=True
+    )
+    save_precision: str = flag(
+        "float", "precision of lora_weights/", choices=("float", "fp16", "bf16")
+    )
