@@ -15,7 +15,6 @@ if sys.version_info < (3, 11):
 
 import gc
 from functools import partial
-from pathlib import Path
 
 from megaman import threads
 from megaman.config.train import TrainConfig, parse_train_config
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> int:
         return print_memory_table(config)
     gc.set_threshold(50_000, 10, 10)  # or 100,000 images are looked through again and again
     if config.run.check_data:
-        return check_data(config)
+        return print_data_report(config)
     with OutputFolder.open(config.output) as output:  # no other run may use it until the end
         datasets = find_datasets(config)
         if datasets is None:
@@ -115,28 +114,16 @@ def print_memory_table(config: TrainConfig) -> int:
     return 0
 
 
-def check_data(config: TrainConfig) -> int:
-    """--check_data: a report on images and captions, without torch."""
+def print_data_report(config: TrainConfig) -> int:
+    """--check_data: what is wrong with images and captions, without torch."""
     from tqdm import tqdm
 
-    from megaman.doctor.folders import check_folders
+    from megaman.training.data_check import check_data
 
-    datasets, resolution = find_datasets(config), config.data.resolution
-    if datasets is None:
-        return int(config.run.strict)  # a check should find that there are no images
-    if config.captions.auto_caption:
-        bar = partial(tqdm, desc="captioning", unit="image")
-        datasets.write_captions(config.captions.auto_caption, bar)
-        datasets.reload()
-    if config.buckets.enable_bucket:  # no base is read: the limits are those of SD 1.5 or smaller
-        datasets.set_buckets(min(512, resolution), config.buckets)
-    bar = partial(tqdm, desc="looking", unit="image", disable=None)
-    trigger, output_dir = config.captions.trigger_word or None, Path(config.output.output_dir)
-    lines, is_wrong = check_folders(
-        datasets.images, datasets.class_images, resolution, trigger, output_dir, bar
-    )
-    print(*lines, sep="\n")
-    return int(config.run.strict and is_wrong)
+    lines, exit_code = check_data(config, partial(tqdm, disable=None))
+    for line in lines:
+        print(line)
+    return exit_code
 
 
 def command() -> int:

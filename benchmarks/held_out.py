@@ -72,7 +72,7 @@ def measure(lora_path: Path, held_out: Path) -> dict:
     from megaman.lora import peft_config
     from megaman.models import text_encoding
     from megaman.models.base import load_base
-    from megaman.training.validation import gain, held_out_loss
+    from megaman.training.held_out import gain, held_out_loss
 
     base_name = peft_config.base_of(lora_path)
     if base_name is None:

@@ -78,10 +78,15 @@ def loss_weights(
     return min_snr_weights(snr(noise_scheduler.alphas_cumprod, timesteps), gamma, prediction_type)
 
 
+def image_losses(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean squared error of each image, [B], in float32."""
+    return (noise_pred.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
+
+
 def loss(
     noise_pred: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Mean squared error over the images, each multiplied by its weight [B] if there are any;
     float32 throughout."""
-    squared = (noise_pred.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
+    squared = image_losses(noise_pred, target)
     return (squared if weights is None else squared * weights.to(squared.device)).mean()

@@ -1,5 +1,5 @@
 """Sample images during training: the same prompt with the same seeds, generated with the LoRA as it
-is, in samples-N/. Also the denoising loss on images that were not trained on."""
+is, in samples-N/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,16 +18,13 @@ from megaman import runtime
 from megaman.errors import UserError, summarize_error
 from megaman.files import replacing_folder
 from megaman.models.text_encoding import encode_captions
-from megaman.models.typed import add_noise, predict_noise, scheduler_config
 from megaman.sampling import denoise
 from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
-from megaman.training import loss as diffusion
 from megaman.training.history import Sample
 from megaman.training.memory_plan import enable_vae_tiling
 from megaman.training.signals import StoppedError
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
     from torch import nn
 
     from megaman.config.settings import TrainConfig
@@ -192,40 +189,3 @@ def make_validation(
             run.save_history(step)
 
     return validate
-
-
-@torch.no_grad()
-def held_out_loss(
-    unet: nn.Module,
-    noise_scheduler: DDPMScheduler,
-    latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    seed: int,
-    num_samples: int = 8,
-) -> float:
-    """Mean loss over num_samples timesteps per image, spread evenly over the schedule, with noise
-    from the seed.
-
-    latents is [N, 4, h, w], scaled; prompt_embeds [N, positions, width]. The same seed gives the
-    same noise and timesteps, so two models can be compared.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    device, dtype = cast(Any, unet).device, cast(Any, unet).dtype
-    num_train_timesteps = scheduler_config(noise_scheduler).num_train_timesteps
-    losses = []
-    for i in range(num_samples):
-        position = (i + torch.rand(len(latents), generator=generator)) / num_samples
-        timesteps = (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
-        noise = torch.randn(latents.shape, generator=generator)
-        noisy = add_noise(noise_scheduler, latents, noise, timesteps).to(device, dtype)
-        noise_pred = predict_noise(
-            unet, noisy, timesteps.to(device), prompt_embeds.to(device, dtype)
-        )
-        target = diffusion.target(noise_scheduler, latents, noise, timesteps).to(device)
-        losses.append(diffusion.loss(noise_pred, target))
-    return float(torch.stack(losses).mean())
-
-
-def gain(without: Sequence[float], with_lora: Sequence[float]) -> list[float]:
-    """The share by which the LoRA lowers each loss."""
-    return [1 - after / before for before, after in zip(without, with_lora, strict=True)]

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from diffusers import DDPMScheduler
 
-from megaman.training.validation import gain, held_out_loss
+from megaman.training.held_out import gain, held_out_loss
 
 
 class Guesser(torch.nn.Module):
