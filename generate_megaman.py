@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     pending = writer.pending(batches, plan.is_wanted)
 
     log.info(summarize(plan, config, jobs))
-    for warning in plan.warnings(generator.recorder, len(batches)):
+    for warning in plan.warnings(generator.recorder, len(batches), limits.tiling):
         log.info(f"           {warning}: the pixels may differ")
     for line in loras.summary(plan.shared_scale):
         log.info(line)

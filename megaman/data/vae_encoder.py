@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ from megaman.data.file_index import FileIndex
 from megaman.errors import UserError
 from megaman.files import stamp_of
 from megaman.models.base import vae_identity
-from megaman.models.typed import encode_pixels
+from megaman.models.typed import encode_pixels, vae_config
+from megaman.models.vae_tiling import enable_vae_tiling, tile_side
 from megaman.runtime import retry_on_oom
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class VaeEncoder:
         self.vae = vae
         is_cuda = vae.device.type == "cuda"
         self._max_pixels = MAX_PIXELS_CUDA if is_cuda else MAX_PIXELS_OTHERS
+        self._tiled, self._own_tile = False, vae.tile_sample_min_size
+        self._scale_factor = 2 ** (len(vae_config(vae).block_out_channels) - 1)
 
     def batch_size(self, size: Size) -> int:
         """How many images of this size in pixels are encoded together."""
@@ -68,6 +72,9 @@ class VaeEncoder:
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         height, width = pixel_values.shape[2:]
+        if self._tiled:
+            tile = tile_side(self._own_tile, math.isqrt(height * width), self._scale_factor)
+            enable_vae_tiling(self.vae, tile)
         parts = pixel_values.split(self.batch_size((width, height)))
         parts = [part.to(self.vae.device, self.vae.dtype, non_blocking=True) for part in parts]
         return torch.cat([encode_pixels(self.vae, part).parameters.float() for part in parts])
@@ -75,8 +82,8 @@ class VaeEncoder:
     def _reduce_memory(self) -> None:
         if self._max_pixels > 1:
             self._max_pixels = 1
-        elif not self.vae.use_tiling:
-            self.vae.enable_tiling()
+        elif not self._tiled:
+            self._tiled = True
         else:
             raise UserError(
                 "The VAE needs more memory than there is",

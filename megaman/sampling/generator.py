@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -16,6 +17,7 @@ import torch
 from megaman import runtime
 from megaman.models import text_encoding
 from megaman.models.typed import move
+from megaman.models.vae_tiling import enable_vae_tiling, tile_side
 from megaman.sampling import denoise
 from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
 from megaman.sampling.jobs import Job, LoraVariant, PendingBatch, make_batches
@@ -40,12 +42,13 @@ PARALLEL_BATCH_SIZE = 3
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """An image with its job and with the jobs of its batch, which its last bits depend on."""
+    """An image with its job and with what its last bits depend on: the jobs of its batch, and the
+    side in pixels of the VAE's tiles, 0 for none."""
 
     job: Job
     batch: Sequence[Job]
     image: Image.Image
-    vae_tiling: bool
+    vae_tile: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class ImageGenerator:
         self._embeds: dict[tuple[bool, str], torch.Tensor] = {}
         self._variant: LoraVariant | None = None
         self._stop = threading.Event()
-        self._progress_lock = threading.Lock()
+        self._progress_lock, self._decode_lock = threading.Lock(), threading.Lock()
+        self._own_tile = base.vae.tile_sample_min_size
         move(base.unet, dtype=compute.dtype)
         move(base.text_encoder, dtype=compute.dtype)
         self.recorder = self._make_recorder()
@@ -217,14 +221,21 @@ class ImageGenerator:
                 on_progress(len(jobs) / unet_calls)
 
         latents = denoise.generate_latents(self.base, embeds, seeds, settings, next_step)
-        vae_tiling = self.limits.tiling
-        self.base.vae.use_tiling = vae_tiling
+        vae_tile = self._vae_tile(first.height * first.width)
         self._move_to_device(self.base.vae)
-        images = denoise.decode(self.base.vae, latents)
+        with self._decode_lock if vae_tile else contextlib.nullcontext():  # the tile is the VAE's
+            enable_vae_tiling(self.base.vae, vae_tile)
+            images = denoise.decode(self.base.vae, latents)
         return [
-            GeneratedImage(job, jobs, image, vae_tiling)
+            GeneratedImage(job, jobs, image, vae_tile)
             for job, image in zip(jobs, images, strict=True)
         ]
+
+    def _vae_tile(self, pixels: int) -> int:
+        """Side of the VAE's tiles for an image of so many pixels; 0 if it is decoded as a whole."""
+        if not self.limits.tiling:
+            return 0
+        return tile_side(self._own_tile, math.isqrt(pixels), self.base.vae_scale_factor)
 
     def _batch_embeds(self, jobs: Sequence[Job], without_lora: bool) -> PromptEmbeds:
         """The embeddings of the jobs' prompts, all brought to the length of the longest."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from megaman import runtime
 from megaman.errors import UserError
 from megaman.models.typed import unet_config, vae_config
+from megaman.models.vae_tiling import tile_side
 from megaman.runtime import USABLE
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def measure_needs(base: Base, pixels: int) -> MemoryNeeds:
     """The needs of images of so many pixels."""
     unet, vae = base.unet, base.vae
     latent_cells = pixels // base.vae_scale_factor**2
+    tile = tile_side(vae.tile_sample_min_size, math.isqrt(pixels), base.vae_scale_factor)
     unet_bytes = unet_config(unet).block_out_channels[0] * unet.dtype.itemsize * UNET_PASS
     vae_bytes = vae_config(vae).block_out_channels[0] * vae.dtype.itemsize * VAE_PASS
     return MemoryNeeds(
@@ -102,7 +104,7 @@ def measure_needs(base: Base, pixels: int) -> MemoryNeeds:
         text_encoder=runtime.parameter_bytes(base.text_encoder),
         unet_pass=2 * latent_cells * unet_bytes,
         decode=pixels * vae_bytes,
-        decode_tile=vae.tile_sample_min_size**2 * vae_bytes,
+        decode_tile=tile**2 * vae_bytes,
     )
 
 

@@ -264,7 +264,7 @@ class GalleryWriter:
         self, path: Path, generated: GeneratedImage, variant: LoraVariant, without_lora: bool
     ) -> Record:
         record = self._recorder.record(
-            generated.job, generated.batch, variant, generated.vae_tiling, without_lora
+            generated.job, generated.batch, variant, generated.vae_tile, without_lora
         )
         self._folder.mkdir(parents=True, exist_ok=True)
         records.save(path, generated.image, record)

@@ -142,13 +142,16 @@ class GenerationPlan:
         """Whether the image of a job is saved."""
         return self.wanted is None or job.image_index == self.wanted
 
-    def warnings(self, recorder: Recorder, batches: int) -> list[str]:
+    def warnings(self, recorder: Recorder, batches: int, vae_tiling: bool) -> list[str]:
         """What differs from when the image was generated, which may change its pixels."""
         if self.source is None:
             return []
         warnings = []
         if batches > 1:
             warnings.append("there is memory for a smaller batch only")
+        if vae_tiling and not self.source.vae_tile:  # with vae_tiling, an earlier rule's tiles
+            other = "other " if self.source.vae_tiling else ""
+            warnings.append(f"the VAE decodes in {other}tiles")
         before, now = self.source, recorder.run
         pairs = [(name, getattr(before, name), getattr(now, name)) for name in COMPARED]
         for package, version in before.versions.items():

@@ -73,6 +73,7 @@ class Record:
     versions: dict[str, str]
     memory_format: str = "contiguous"  # earlier records lack it
     threads: int = 0  # CPU threads of torch; 0: earlier records lack it
+    vae_tile: int = 0  # pixels a side; 0 with vae_tiling: an earlier record, the VAE's own tile
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -126,7 +127,7 @@ class Recorder:
         job: Job,
         batch: Sequence[Job],
         variant: LoraVariant,
-        vae_tiling: bool = False,
+        vae_tile: int = 0,
         without_lora: bool = False,
     ) -> Record:
         """The record of a job's image, or with without_lora of the base's image next to it."""
@@ -148,7 +149,8 @@ class Recorder:
             lora_scale=1.0 if without_lora else variant.scale,
             batch=[[each.prompt, each.negative_prompt, each.seed] for each in batch],
             place=batch.index(job),
-            vae_tiling=vae_tiling,
+            vae_tiling=vae_tile > 0,
+            vae_tile=vae_tile,
             **vars(self.run),
         )
 
@@ -312,4 +314,5 @@ CHECKS = {
     "versions": schema.mapping(_is_text),
     "memory_format": schema.one_of("contiguous", "channels_last"),
     "threads": schema.whole(0, MAX_THREADS),
+    "vae_tile": schema.whole(0, 8192),
 }

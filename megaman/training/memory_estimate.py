@@ -24,6 +24,7 @@ from megaman.lora import adapter
 from megaman.models.base import CONFIGURATION_ERRORS
 from megaman.models.configs import BASE_REMEDY
 from megaman.models.typed import decode_latents, move, predict_noise, unet_config, vae_config
+from megaman.models.vae_tiling import tile_side
 from megaman.training import loss as diffusion
 from megaman.training.fake_models import FakeModels, norms_in_float32, tensor_bytes
 from megaman.training.memory_saving import checkpoint_gradients, keep_activations
@@ -160,8 +161,7 @@ class MemoryEstimate:
     def vae_tile(self) -> int:
         """Side in pixels of the VAE's tiles if sample images are tiled: the VAE's own, or half of
         an image's."""
-        side = min(self.vae.tile_sample_min_size, self.resolution // 2)
-        return max(side // self.vae_scale_factor, 1) * self.vae_scale_factor
+        return tile_side(self.vae.tile_sample_min_size, self.resolution, self.vae_scale_factor)
 
     def summary(self, batch_size: int, checkpointing: bool, tiled: bool) -> str:
         """The parts of the peak in GB. Activations and VAE decoding never exist at the same

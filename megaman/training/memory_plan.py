@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL
 
 from megaman import runtime
 from megaman.config.run_settings import ComputeConfig
@@ -158,17 +157,6 @@ def _largest_fitting(
             if size <= bound:
                 return candidate
     return None
-
-
-def enable_vae_tiling(vae: AutoencoderKL, tile: int) -> None:
-    """Have the VAE work in tiles of this side in pixels; 0 changes nothing.
-
-    Only for sample images: the latents of the training images are encoded without.
-    """
-    if tile:
-        vae.enable_tiling()
-        vae.tile_latent_min_size = tile * vae.tile_latent_min_size // vae.tile_sample_min_size
-        vae.tile_sample_min_size = tile
 
 
 def memory_limit(device: torch.device, vram_limit: float | None) -> float:

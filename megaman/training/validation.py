@@ -18,10 +18,10 @@ from megaman import runtime
 from megaman.errors import UserError, summarize_error
 from megaman.files import replacing_folder
 from megaman.models.text_encoding import encode_captions
+from megaman.models.vae_tiling import enable_vae_tiling
 from megaman.sampling import denoise
 from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
 from megaman.training.history import Sample
-from megaman.training.memory_plan import enable_vae_tiling
 from megaman.training.signals import StoppedError
 
 if TYPE_CHECKING:

@@ -85,3 +85,19 @@ def test_an_interrupted_batch_stops_the_others_at_their_next_step(make_generator
     with pytest.raises(KeyboardInterrupt):
         generator.generate(batches, interrupt)
     assert len(steps) <= 4, "not the 12 steps of all batches"
+
+
+def test_the_vae_decodes_in_tiles_of_half_a_side(make_generator, monkeypatch):
+    """Its own tile would do nothing for images of up to its size."""
+    generator = make_generator(None)
+    vae, sizes = generator.base.vae, []
+    own = vae.tile_sample_min_size, vae.tile_latent_min_size
+    decode = vae.decoder.forward
+    monkeypatch.setattr(vae.decoder, "forward", lambda z: sizes.append(z.shape[2:]) or decode(z))
+    generator.limits.tiling = True
+    (image,) = generator.generate([JOBS[:1]], lambda part: None)
+    assert image.vae_tile == 32 and image.image.size == (64, 64)
+    half = 32 // generator.base.vae_scale_factor
+    assert len(sizes) > 1 and all(max(size) <= half for size in sizes)
+    vae.use_tiling = False
+    vae.tile_sample_min_size, vae.tile_latent_min_size = own

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megaman import runtime
 from megaman.errors import UserError
 from megaman.models.base import load_base
+from megaman.models.vae_tiling import tile_side
 from megaman.sampling.limits import MemoryNeeds, SamplingLimits, measure_needs, plan_limits
 
 GB = 10**9
@@ -70,9 +71,24 @@ def test_limits_get_tighter_step_by_step_and_then_refuse():
     assert seen == [(1, False, False), (1, True, False), (1, True, True)]
 
 
+@pytest.mark.parametrize(
+    ("own", "side", "tile"),
+    [(512, 512, 256), (512, 2048, 512), (512, 300, 144), (64, 64, 32), (64, 8, 16)],
+)
+def test_the_side_of_a_tile(own, side, tile):
+    """Half an image's side, at most the VAE's own, and two latents at least."""
+    assert tile_side(own, side, 8) == tile
+
+
 def test_the_figures_of_a_base(base_folder):
     base = load_base(str(base_folder), torch.float32)
     assert runtime.parameter_bytes(base.unet) == 4 * base.unet.num_parameters()
     small, large = (measure_needs(base, pixels) for pixels in (64 * 64, 128 * 128))
-    assert large == replace(small, unet_pass=4 * small.unet_pass, decode=4 * small.decode)
+    assert large == replace(
+        small,
+        unet_pass=4 * small.unet_pass,
+        decode=4 * small.decode,
+        decode_tile=4 * small.decode_tile,
+    )
+    assert small.decode_tile * 4 == small.decode
     assert 0 < runtime.free_memory(torch.device("cpu")) < 2**50

@@ -570,15 +570,21 @@ def test_from_image_when_the_base_moved(generate, again, tmp_path):
 
 
 def test_from_image_with_less_memory_than_then(generate, again, monkeypatch, tmp_path, capsys):
-    """The batch is drawn in parts, of which the wanted image is written alone, and a line says
-    so."""
-    drawn = generate("--num_images_per_prompt", 3, "--batch_size", 3)
-    monkeypatch.setattr(runtime, "free_memory", lambda device: 0)
-    for name, image in drawn.items():
-        assert alike(again(tmp_path / "out" / name), image), name
-    assert (
-        capsys.readouterr().out.count("memory for a smaller batch only: the pixels may differ") == 3
-    )
+    """The batch is generated in parts and in tiles, of which the wanted image is written alone, and
+    lines say so."""
+    drawn = generate("--num_images_per_prompt", 2, "--batch_size", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "free_memory", lambda device: 0)
+        for name, image in drawn.items():
+            assert again(tmp_path / "out" / name).size == image.size
+        output = capsys.readouterr().out
+        for reason in ("memory for a smaller batch only", "the VAE decodes in tiles"):
+            assert output.count(f"{reason}: the pixels may differ") == 2
+        tiled = generate(output="tiled")["megaman_000_00.png"]
+    capsys.readouterr()
+    assert equal(again(tmp_path / "tiled" / "megaman_000_00.png"), tiled)
+    assert "may differ" not in capsys.readouterr().out
+    assert not equal(generate(output="whole")["megaman_000_00.png"], tiled)
 
 
 def test_an_image_that_was_deleted_is_on_the_page_once(generate, tmp_path):

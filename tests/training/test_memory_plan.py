@@ -16,10 +16,11 @@ from megaman.config.settings import MemoryRequest
 from megaman.errors import UserError
 from megaman.hub import DEFAULT_BASE
 from megaman.models.configs import read_configs
+from megaman.models.vae_tiling import enable_vae_tiling
 from megaman.training.compute import MicroBatching
 from megaman.training.fake_models import FakeModels, tensor_bytes
 from megaman.training.memory_estimate import GB, RESIDENT, MemoryEstimate
-from megaman.training.memory_plan import enable_vae_tiling, plan_memory
+from megaman.training.memory_plan import plan_memory
 
 DEMO_BASE = str(ROOT / "demo" / "base")
 

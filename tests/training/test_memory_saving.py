@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megaman.data.vae_encoder import VaeEncoder
 from megaman.errors import UserError, out_of_memory
+from megaman.models.base import load_base
 from megaman.training import compute
 
 # With a large epsilon AdamW steps in proportion to the gradients, so rounding errors stay small.
@@ -166,7 +168,7 @@ def test_validation_generates_one_by_one_and_is_then_skipped(
 
 def test_encoding_is_tried_again_in_smaller_parts(train_here, tmp_path, monkeypatch):
     whole = train_here(tmp_path, "whole", *FIXED, "--random_flip", "--cache_dir", "one")
-    fail_on(monkeypatch, AutoencoderKL, "encode", {1, 4})
+    fail_on(monkeypatch, AutoencoderKL, "encode", {1})
     short = train_here(tmp_path, "short", *FIXED, "--random_flip", "--cache_dir", "two")
     encoded = [moments(tmp_path / name) for name in ("one", "two")]
     assert encoded[0].keys() == encoded[1].keys() and len(encoded[0]) > 8, (
@@ -180,6 +182,17 @@ def test_encoding_is_tried_again_in_smaller_parts(train_here, tmp_path, monkeypa
     assert learned_alike(whole, short)
     config = json.loads((tmp_path / "short" / "training_config.json").read_text(encoding="utf-8"))
     assert config["settings"]["train_batch_size"] == 1
+
+
+def test_tiles_that_encode_are_smaller_than_the_image(base_folder, monkeypatch):
+    """The VAE's own tile would save nothing for an image of the training size."""
+    vae = load_base(str(base_folder), torch.float32).vae
+    sizes, encode = [], vae.encoder.forward
+    monkeypatch.setattr(vae.encoder, "forward", lambda x: sizes.append(x.shape[2:]) or encode(x))
+    fail_on(monkeypatch, AutoencoderKL, "encode", {1, 2})
+    latents = VaeEncoder(vae).encode(torch.zeros(1, 3, 64, 64))
+    assert latents.shape[2:] == (16, 16)
+    assert len(sizes) > 1 and max(map(max, sizes)) == 32
 
 
 def test_an_encoding_that_never_fits_ends_in_a_line(train_here, tmp_path, monkeypatch):
