@@ -27,6 +27,7 @@ STANDARD_ONLY = [
     "config.run_settings",
     "config.settings",
     "config.contradictions",
+    "config.config_file",
     "config.train",
     "config.generate",
     "models.prompt_weights",

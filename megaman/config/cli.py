@@ -59,7 +59,7 @@ def flag(
     """A field of a config group; the flag has the field's name."""
     if "choices" in options:
         type = choice(*options["choices"])
-    return field(default=_frozen(default), metadata={"flag": Flag(help, type, **options)})
+    return field(default=frozen(default), metadata={"flag": Flag(help, type, **options)})
 
 
 def groups_of(config_type: type) -> dict[str, type]:
@@ -79,7 +79,7 @@ def fill(config_type: type[Config], values: Mapping[str, Any], explicit: Iterabl
     groups: dict[str, Any] = {}
     for name, group in groups_of(config_type).items():
         flags = [config_field.name for config_field in fields(group)]
-        groups[name] = group(**{flag: _frozen(values[flag]) for flag in flags})
+        groups[name] = group(**{flag: frozen(values[flag]) for flag in flags})
     return cast(Any, config_type)(**groups, explicit=frozenset(explicit))
 
 
@@ -92,7 +92,8 @@ def settings_of(config: Any) -> dict[str, Any]:
     return settings
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
+    """A value as a config holds it."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -219,11 +220,8 @@ class Parser(argparse.ArgumentParser):
         if not word:
             return f"{quote(' '.join(values))} belongs to no flag"
         flag = word.split("=")[0]
-        name = flag.strip("-")
         names = [known[2:] for known in self._option_string_actions if known.startswith("--")]
-        near = [known for known in names if len(name) > 2 and known.startswith(name)]
-        near += difflib.get_close_matches(name[:100], names, n=1, cutoff=0.7)
-        suggestion = f", did you mean --{near[0]}" if near else ""
+        suggestion = nearest(flag.strip("-"), names, prefix="--")
         return f"{flag[:100]} is not a flag{suggestion}"
 
     def refuse(self, errors: Iterable[str]) -> NoReturn:
@@ -231,6 +229,14 @@ class Parser(argparse.ArgumentParser):
         lines = [f"error: {' '.join(error.split())[:400]}" for error in dict.fromkeys(errors)]
         print("\n".join(lines) + f". See {self.prog} --help", file=sys.stderr)
         raise SystemExit(WRONG_USAGE)
+
+
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """ ", did you mean NAME" for the name next to a mistyped one, or nothing if none is near."""
+    names = list(names)
+    near = [known for known in names if len(name) > 2 and known.startswith(name)]
+    near += difflib.get_close_matches(name[:100], names, n=1, cutoff=0.7)
+    return f", did you mean {prefix}{near[0]}" if near else ""
 
 
 def _add(section: argparse._ArgumentGroup, config_field: Field) -> None:

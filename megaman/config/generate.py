@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megaman.config import samplers
 from megaman.config.cli import Parser, fill, flag, settings_of
+from megaman.config.config_file import merge, read_config_file
 from megaman.config.presets import DEMO
+from megaman.config.settings import TrainConfig
 from megaman.config.values import (
     GUIDANCE,
     SEED,
@@ -40,7 +43,16 @@ DEMO_GENERATION: dict[str, Any] = {
 }
 DASHED = re.compile(r"[\u2010-\u2015\u2212]+[a-z]\w*(=.*)?", flags=re.DOTALL)
 # The flags that may be given with --from_image.
-WITH_FROM_IMAGE = {"from_image", "output_dir", "device", "lora_path", "base_model"}
+WITH_FROM_IMAGE = {"from_image", "config", "output_dir", "device", "lora_path", "base_model"}
+
+# Pairs of flags of which a typed one takes the place of the other in --config.
+EXCLUSIVE = (
+    ("prompts", "prompts_file"),
+    ("lora_scale", "lora_scales"),
+    ("compare", "lora_scales"),
+    ("compare", "checkpoints"),
+    ("lora_path", "checkpoints"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,9 @@ class ModelConfig:
 
     demo: bool = flag(
         False, "the embedded base with the LoRA that megaman_lora.py --demo trained", common=True
+    )
+    config: str | None = flag(
+        None, "flags from a TOML or JSON file", path, metavar="FILE", common=True
     )
     base_model: str | None = flag(
         None,
@@ -218,12 +233,18 @@ def generate_parser() -> Parser:
 
 
 def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
-    """The config of a command line: the plain defaults, then --demo's, then the typed flags.
+    """The config of a command line: the plain defaults, then --demo's, then the flags of --config,
+    then the typed ones.
 
     All errors are reported together, with exit code 2.
     """
     parser = generate_parser()
     typed, errors = parser.read(argv)
+    if typed.get("config"):
+        file_path = Path(typed["config"])
+        file = read_config_file(file_path, GenerateConfig, "megaman_lora.py", TrainConfig)
+        errors += file.errors
+        typed = merge(file.values, typed, EXCLUSIVE)
     demo = DEMO_GENERATION if typed.get("demo") else {}
     if "prompts" in typed:
         demo = {**demo, "prompts_file": None}

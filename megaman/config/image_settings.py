@@ -43,7 +43,7 @@ class DataConfig:
     )
     random_flip: bool = flag(
         False,
-        "mirror images at random, unless the caption says left or right",
+        "mirror images unless a caption says left or right",
         common=True,
         resume=True,
     )

@@ -17,7 +17,7 @@ from typing import Any
 from megaman.config import samplers
 from megaman.config.cli import groups_of
 from megaman.config.generate import GenerateConfig
-from megaman.config.train import TrainConfig
+from megaman.config.settings import TrainConfig
 from megaman.hub import PROJECT
 
 PAGE = PROJECT / "docs" / "options.md"
@@ -40,6 +40,11 @@ Sections of [`generate_megaman.py`](#generate_megamanpy): {generate_sections}.
 # Sentences for the page alone, by script and flag.
 DETAILS = {
     "megaman_lora.py": {
+        "config": "Or of an earlier run: its `training_config.json`. Typed flags win. Keys are the "
+        "flags' names without dashes, lists where a flag takes several words, `true` and `false` "
+        "for switches; relative paths are relative to the working directory. From a "
+        "`training_config.json` the flags that were typed count as typed, and its seed is used: "
+        "with another `--output_dir` the run is repeated",
         "demo": "Other flags still win over its settings",
         "pretrained_model_name": "Stable Diffusion 1.x. The name `runwayml/stable-diffusion-v1-5` "
         "has left the hub; the same weights are taken from "
@@ -47,6 +52,7 @@ DETAILS = {
         "dataset_repeats": "Multiplies the number of kohya's folders such as `10_volto`",
         "resolution": "With buckets, the number of pixels of its square is the most that an image "
         "has",
+        "random_flip": "At random, at every visit",
         "lora_rank": "How much the LoRA can hold, and how large its file is",
         "use_rslora": "[rsLoRA](https://arxiv.org/abs/2312.03732); choose a lower alpha with it",
         "lora_dropout": "Against memorizing; 0.1 is usual",
@@ -67,6 +73,7 @@ DETAILS = {
         "save_precision": "`fp16` halves the files",
     },
     "generate_megaman.py": {
+        "config": "As for `megaman_lora.py`",
         "lora_path": "Files of kohya's scripts, A1111, ComfyUI and diffusers too",
         "prompts_file": "A line may bring its own settings",
         "guidance_scale": "At 1 or less the negative prompt has no effect",

@@ -17,6 +17,13 @@ class RunConfig:
     preset: str | None = flag(
         None, "a recipe; flags that are typed win", choices=tuple(PRESETS), common=True
     )
+    config: str | None = flag(
+        None,
+        "flags from a TOML or JSON file",
+        path,
+        metavar="FILE",
+        common=True,
+    )
     demo: bool = flag(False, "everything embedded: a whole run in minutes", common=True)
     check_data: bool = flag(False, "report on images and captions, train nothing", common=True)
     plan: bool = flag(False, "show the memory that it would need, train nothing", common=True)

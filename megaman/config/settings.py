@@ -19,6 +19,7 @@ from megaman.config.run_settings import (
 
 # The order of the settings in training_config.json.
 ORDER = (
+    "config",
     "preset", "demo", "pretrained_model_name", "data_dir", "caption_extension", "trigger_word",
     "caption_prefix", "caption_suffix", "shuffle_caption", "keep_tokens", "caption_dropout_rate",
     "caption_tag_dropout_rate", "dataset_repeats", "auto_caption", "class_data_dir",

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from megaman.config.cli import Parser, fill
+from megaman.config.cli import Parser, fill, frozen
+from megaman.config.config_file import FileFlags, merge, read_config_file
 from megaman.config.contradictions import contradictions
+from megaman.config.generate import GenerateConfig
 from megaman.config.presets import DEMO_TRAINING, PRESETS
 from megaman.config.settings import ORDER, TrainConfig
+
+# Pairs of flags of which a typed one takes the place of the other in --config.
+EXCLUSIVE = (
+    ("resume_from_checkpoint", "overwrite_output"),
+    ("num_train_epochs", "max_train_steps"),
+    ("center_crop", "crop_variants"),
+)
 
 
 def train_parser() -> Parser:
@@ -30,25 +40,49 @@ def train_parser() -> Parser:
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     """Parse megaman_lora.py's command line.
 
-    Typed flags win over --preset, that over --demo, and that over the plain defaults. All errors
-    are reported together, with exit code 2.
+    Typed flags win over those of --config, these over --preset, that over --demo, and that over the
+    plain defaults. All errors are reported together, with exit code 2.
     """
     parser = train_parser()
     typed, errors = parser.read(argv)
-    demo = DEMO_TRAINING if typed.get("demo") else {}
-    if "crop_variants" in typed and "center_crop" not in typed:
-        # With the demo's center_crop it would have no effect.
-        demo = {**demo, "center_crop": False}
-    recipe = {**demo, **PRESETS.get(typed.get("preset", ""), {})}
-    if "num_train_epochs" in typed:
-        # With the recipe's steps, which win over epochs, they would have no effect.
-        recipe.pop("max_train_steps", None)
-    values = {**parser.defaults(), **recipe, **typed}
-    config = fill(TrainConfig, {**values, **derived(values)}, explicit=typed)
+    explicit = frozenset(typed)
+    if typed.get("config"):
+        file = _read_config(parser, typed["config"])
+        errors += file.errors
+        typed = merge(file.values, typed, EXCLUSIVE)
+        explicit |= frozenset(file.explicit or ()) & typed.keys()
+    values = {**parser.defaults(), **_recipe(typed), **typed}
+    config = fill(TrainConfig, {**values, **derived(values)}, explicit)
     errors += contradictions(config)
     if errors:
         parser.refuse(errors)
     return replace(config, argv=tuple(argv))
+
+
+def _recipe(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of --demo and --preset, without those that would make a typed flag have no
+    effect."""
+    recipe = dict(DEMO_TRAINING) if typed.get("demo") else {}
+    if "crop_variants" in typed and "center_crop" not in typed:
+        recipe.pop("center_crop", None)
+    recipe |= PRESETS.get(typed.get("preset") or "", {})
+    if "num_train_epochs" in typed:
+        recipe.pop("max_train_steps", None)  # which win over epochs
+    return recipe
+
+
+def _read_config(parser: Parser, path: str) -> FileFlags:
+    """The flags of --config. In a training_config.json of an earlier version, those count as typed
+    that differ from what the run's preset would have set."""
+    file = read_config_file(Path(path), TrainConfig, "generate_megaman.py", GenerateConfig)
+    if file.explicit is not None:
+        return file
+    recipe = {**parser.defaults(), **_recipe(file.values)}
+    asked = ("preset", "demo")
+    different = {name for name, value in file.values.items() if frozen(value) != recipe[name]}
+    names = different | {name for name in asked if file.values.get(name)}
+    values = {name: file.values[name] for name in names}
+    return replace(file, values=values, explicit=frozenset(names))
 
 
 def derived(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def write_training_config(
     sizes = training_sets[0].image_sizes(base.vae_scale_factor)
     content = {
         "settings": config.settings() | {"seed": run.state.seed},
+        "explicit": sorted(config.explicit),
         "base": base.name,
         "total_steps": schedule.total_steps,
         "warmup_steps": schedule.warmup_steps,

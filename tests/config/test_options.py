@@ -33,6 +33,7 @@ from megaman.version import VERSION
 
 TRAINING_DEFAULTS = {
     "vram_limit": None,
+    "config": None,
     "preset": None,
     "demo": False,
     "pretrained_model_name": "runwayml/stable-diffusion-v1-5",
@@ -105,6 +106,7 @@ TRAINING_DEFAULTS = {
     "seed": None,
 }
 GENERATION_DEFAULTS = {
+    "config": None,
     "demo": False,
     "base_model": None,
     "lora_path": ["./megaman_lora_output/lora_weights"],

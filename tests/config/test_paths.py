@@ -72,6 +72,7 @@ def test_no_flag_with_a_path_is_forgotten():
         parsers = (values.path, values.folder, values.lora)
         flags = flags_of(config)
         found = [name for name in flags if flags[name].metadata["flag"].type in parsers]
+        found.remove("config")  # which is opened at once
         assert sorted(found) == sorted(PATHS[parse])
         for name in flags:
             words = ("dir", "path", "file", "folder", "checkpoints", "model")
