@@ -66,7 +66,7 @@ def check_readable(reasons: dict[str, str]) -> Iterator[Finding]:
             "unreadable",
             True,
             f"{plural(len(reasons), 'image')} cannot be used",
-            "The report says why for each; fix or remove them: training skips them",
+            "Fix or remove them: training skips them",
             list(reasons),
             reasons,
         )

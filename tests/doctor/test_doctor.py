@@ -38,7 +38,8 @@ from megaman.doctor.image_stats import (
     measure_images,
     sharpness,
 )
-from megaman.doctor.report import DATA, MARK, NAMES, PAGE, summary, write_report
+from megaman.doctor.page import NAMES
+from megaman.doctor.report import DATA, MARK, PAGE, summary, write_report
 from megaman.doctor.term_checks import duplicate_tags, likely_typos, split_terms
 from megaman.errors import UserError
 
@@ -446,6 +447,49 @@ def test_estimates_are_near_clips_own_count(caption, tokens):
 # The report.
 
 
+def test_an_image_is_on_the_page_once_with_all_its_findings(folder, tmp_path):
+    """Next to its duplicate if it has one; other findings name it and lead to it."""
+    write(folder, "twin.png", ImageOps.mirror(scene(1)))
+    (folder / "bad.png").write_bytes(b"no")
+    report = look_at(folder, 300)
+    write_report(tmp_path, report)
+    page = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert Counter(re.findall(r'<img [^>]*alt="([^"]*)"', page)) == Counter(
+        image.path for image in report.readable
+    )
+    twin = page.split('class="name" dir="auto">twin.png')[1].split("</figure>")[0]
+    assert re.findall(r'href="#(\w+)"', twin) == ["no_caption", "small"]
+    anchors = set(re.findall(r'href="#([\w-]+)"', page))
+    assert anchors <= set(re.findall(r'id="([\w-]+)"', page))
+    assert re.search(r"<li[^>]*>bad.png: not an image", page)
+    assert "The other images" not in page, "all are small"
+
+
+def test_what_there_is_nothing_about_is_not_on_the_page(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no")
+    write_report(tmp_path / "bad", look_at(tmp_path))
+    page = (tmp_path / "bad" / PAGE).read_text(encoding="utf-8")
+    assert "a.png" in page and page.count("<h2>") == 1 and "<meter" not in page
+    (tmp_path / "a.png").unlink()
+    write(tmp_path, "b.png", scene(1))
+    write_report(tmp_path / "named", look_at(tmp_path))
+    page = (tmp_path / "named" / PAGE).read_text(encoding="utf-8")
+    headings = re.findall("<h3>(.*?)</h3>", page)
+    assert headings == ["Shapes, width to height", "Shorter side, of 64 pixels"]
+
+
+def test_the_console_says_what_is_wrong_with_a_few_files(folder):
+    (folder / "bad.png").write_bytes(b"no")
+    (folder / "hero_1.txt").write_bytes("volto, mañana".encode("cp1252"))
+    lines = "\n".join(summary(look_at(folder)))
+    assert re.search(r"1 image cannot be used\n +bad\.png: not an image", lines)
+    assert re.search(r"1 caption with a warning\n +hero_1\.png: hero_1\.txt .*1252", lines)
+    for number in range(3):
+        (folder / f"also{number}.png").write_bytes(b"no")
+    lines = "\n".join(summary(look_at(folder)))
+    assert "4 images cannot be used, 1 of them in the report only" in lines
+
+
 def test_the_console_page_stays_short_with_every_finding_there_is(folder):
     test_every_kind_of_bad_picture_is_named_once(folder)
     spoil_captions(folder)
@@ -583,14 +627,12 @@ def test_a_browser_shows_the_page_from_the_disk(the_browser, nasty, tmp_path, wi
     visit.do("document.querySelectorAll('img').forEach((image) => { image.loading = 'eager'; })")
     visit.wait_for("[...document.images].every((image) => image.naturalWidth > 0)")
     assert visit.do("document.documentElement.scrollWidth") <= width
-    shown = visit.do(
-        "[...document.querySelectorAll('.sheet .name')].map((name) => name.textContent)"
-    )
-    assert sorted(shown) == sorted(picture.path for picture in report.images)
+    shown = visit.do("[...document.querySelectorAll('.name')].map((name) => name.textContent)")
+    assert sorted(shown) == sorted(image.path for image in report.readable), "each once"
     assert visit.do("[...document.querySelectorAll('.finding')].map((finding) => finding.id)") == [
         finding.kind for finding in report.findings
     ]
-    links: Any = visit.do("[...document.querySelectorAll('.sheet a.picture')].map((a) => a.href)")
+    links: Any = visit.do("[...document.querySelectorAll('a.picture')].map((a) => a.href)")
     files = {Path(unquote(urlsplit(str(link)).path)) for link in links}
     assert files == {image.file for image in report.readable}
     assert visit.complaints() == [] and visit.requests() <= {"file", "data"}
