@@ -30,16 +30,21 @@ MAX_NAME_LENGTH = 50  # characters, with more to be added: file systems allow 25
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to the real one; on success it replaces the real one at once."""
+def replacing(path: Path, lasting: bool = True) -> Iterator[Path]:
+    """Yield a temporary path next to the real one; on success it replaces the real one at once.
+
+    What is not lasting may be lost in a power cut, and costs no wait for the disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
     try:
         yield temporary
         share(temporary)
-        _flush(temporary)
+        if lasting:
+            _flush(temporary)
         os.replace(temporary, path)
-        _flush_names(path.parent)
+        if lasting:
+            _flush_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 TEMPLATES = Path(__file__).parent / "templates"
 # Colors and basics, in place of a comment of that name in a template's style.
 SHARED_STYLE = "page.css"
+LOADS_SCRIPTS = "/* loads scripts */"  # a comment in a template's script
 
 
 def render(template: str, filters: dict[str, Callable[..., Any]], **content: Any) -> str:
@@ -26,7 +27,8 @@ def render(template: str, filters: dict[str, Callable[..., Any]], **content: Any
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= filters
-    return environment.from_string(source).render(policy=content_security_policy(source), **content)
+    policy = content_security_policy(source)
+    return environment.from_string(source).render(policy=policy, **content)
 
 
 def href(file: str) -> str:
@@ -39,12 +41,13 @@ def content_security_policy(source: str) -> str:
 
     The hashes are those of the template, not of the rendered page: markup from a prompt could
     otherwise be allowed by its own hash. The style and script therefore contain no jinja. Without a
-    script none may run.
+    script none may run. A template whose script loads others says so, and may then do so.
     """
     style, script = (_hash(source, tag) for tag in ("style", "script"))
+    trusted = " 'strict-dynamic'" if LOADS_SCRIPTS in source else ""
     return (
         f"default-src 'none'; img-src 'self' file: data:; style-src '{style}'; "
-        f"script-src '{script}'; base-uri 'none'; form-action 'none'"
+        f"script-src '{script}'{trusted}; base-uri 'none'; form-action 'none'"
     )
 
 

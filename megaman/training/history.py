@@ -17,6 +17,7 @@ from typing import Any
 from megaman import schema
 from megaman.errors import UserError, summarize_error
 from megaman.files import read_json, write_text
+from megaman.training.series import Smoothed
 
 HISTORY = "run_history.json"  # in a checkpoint
 EVALUATIONS = ("held_out", "train", "ema")  # which loss an evaluation is
@@ -82,6 +83,7 @@ class RunHistory:
     def __init__(self, first_step: int = 1):
         self.first_step = first_step  # earlier steps were done before there was a history
         self.losses: list[float | None] = []
+        self.smoothed = Smoothed()  # of the losses
         self.gradient_norms: list[float | None] = []
         self.learning_rates: list[list[float]] = []  # by step: the UNet's, the text encoder's
         self.evaluations: list[Evaluation] = []
@@ -104,6 +106,8 @@ class RunHistory:
         """Add the steps after the last one: means over the processes, norms before clipping, and
         the learning rates of each step."""
         self.losses += map(_finite, losses)
+        for loss in losses:
+            self.smoothed.add(_finite(loss))
         self.gradient_norms += map(_finite, gradient_norms)
         self.learning_rates += map(list, learning_rates)
 
@@ -186,6 +190,8 @@ def _from_json(content: Mapping[str, Any], step: int) -> RunHistory:
     history.losses = content["loss"][:count]
     history.gradient_norms = content["gradient_norm"][:count]
     history.learning_rates = content["learning_rates"][:count]
+    for loss in history.losses:
+        history.smoothed.add(loss)
     evaluations = [item for item in content["evaluations"] if item["step"] <= step]
     history.evaluations = [
         Evaluation(item["step"], item["name"], item["loss"], tuple(item["by_bin"]))
