@@ -273,6 +273,15 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def used_memory(device: torch.device) -> int:
+    """The bytes that this process has used at most on its GPU, or has in memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return psutil.Process().memory_info().rss
+
+
 def parameter_bytes(model: torch.nn.Module) -> int:
     """The size of a model's parameters in bytes."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

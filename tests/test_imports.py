@@ -37,7 +37,9 @@ STANDARD_ONLY = [
     "sampling.prompts",
     "sampling.jobs",
     "training.output",
+    "training.series",
     "training.history",
+    "training.pace",
     "training.signals",
     "training.datasets",
 ]
@@ -47,6 +49,7 @@ NEVER_TORCH = [
     "pages.html",
     "pages.gallery",
     "pages.grid",
+    "pages.training_page",
     "sampling.png",
     "sampling.records",
     "sampling.output_folder",

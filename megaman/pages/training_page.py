@@ -1,5 +1,5 @@
-"""The page of a training run, which follows it while it goes on: a fixed page, and next to it two
-scripts with its data, which it loads again and again. From the disk it may load scripts, not JSON.
+"""The page of a training run, which follows it to the end: a fixed page, and next to it two scripts
+with its data, which it loads again and again. From the disk it may load scripts, not JSON.
 """
 
 from __future__ import annotations

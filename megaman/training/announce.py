@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megaman.data import buckets
 from megaman.files import write_json
 from megaman.runtime import device_lines, package_versions
 from megaman.training.compute import INDENT, dtype_name, to_record
+from megaman.training.report import StepReport
+from megaman.training.report_about import make_about
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -136,4 +139,6 @@ def write_training_config(
         write_json(run.output.path / "training_config.json", content)
         text = f"```json\n{json.dumps(content, indent=2)}\n```"
         run.log.add("add_text", "settings", text, run.state.step)
+        where = StepReport(run.state.step, schedule.total_steps, run.state.elapsed)
+        run.report.begin(partial(make_about, config, run, dataset, content), where)
     return content

@@ -52,7 +52,9 @@ def export_lora(
                 folder,
             )
         log.info("done in %d min %.0f s: %s", seconds // 60, seconds % 60, folder)
-        log.info("next: python generate_megaman.py %s", _next_flags(config, run, folder))
+        command = next_command(config, run, folder)
+        log.info("next: %s", command)
+        run.report.end("finished", lora=folder.as_posix(), generate=command)
     run.close()
     return 0 if is_in_place else 1
 
@@ -91,10 +93,10 @@ def _save(
     return save_somewhere(run.output.lora_weights, save)
 
 
-def _next_flags(config: TrainConfig, run: Run, folder: Path) -> str:
-    """The flags with which generate_megaman.py finds the LoRA."""
+def next_command(config: TrainConfig, run: Run, folder: Path) -> str:
+    """The command that generates images with the LoRA in this folder."""
     flags = ["--demo"] if config.run.demo else []
     has_other_folder = "output_dir" in config.explicit or folder != run.output.lora_weights
     if not config.run.demo or has_other_folder:
         flags += ["--lora_path", folder.as_posix()]
-    return shlex.join(flags)
+    return shlex.join(["python", "generate_megaman.py", *flags])

@@ -28,11 +28,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schedule:
-    """The length of a run in optimizer steps and in epochs, and its warm-up in steps."""
+    """The length of a run in optimizer steps and in epochs, its warm-up in steps, and the images of
+    a step."""
 
     total_steps: int
     warmup_steps: int
     epochs: float
+    images_per_step: int = 1
 
 
 def make_schedule(
@@ -54,7 +56,8 @@ def make_schedule(
     if is_explicit and config.lr_warmup_steps and config.lr_scheduler == "constant":
         log.info("--lr_scheduler constant has no warm-up: take constant_with_warmup for one")
     warmup = warmup_steps(config.lr_scheduler, config.lr_warmup_steps, is_explicit, total)
-    return Schedule(total, warmup, epochs=total * batches.step_length / batches.epoch_length)
+    epochs = total * batches.step_length / batches.epoch_length
+    return Schedule(total, warmup, epochs, batches.step_length)
 
 
 def total_steps(count: int, effective_batch: int, epochs: int, max_train_steps: int | None) -> int:

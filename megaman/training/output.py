@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # The files and folders that a run writes and may replace.
-OUTPUTS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json"
+OUTPUTS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json|training_report(\.html)?"
 STATE = "training_state.json"  # written last: a folder without it is not a checkpoint
 
 

@@ -12,8 +12,8 @@ class Pace:
 
     Args:
         last: the last step.
-        events: the number of such pauses that are still to come after a step.
-        first_pause: seconds of a pause before the first step, 0 if there was none.
+        events: how many of these are still to come after a step.
+        first_pause: seconds of what came before the first step.
         clock: a monotonic clock in seconds.
     """
 
@@ -25,7 +25,7 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._last, self._events, self._clock = last, events, clock
-        self._num_pauses = int(first_pause > 0)
+        self._num_pauses = 1
         self._pause_seconds = first_pause
         self._num_steps = 0
         self._step_seconds = self._recent = 0.0
@@ -38,14 +38,14 @@ class Pace:
             self._pause_seconds += self._clock() - self._paused_at
             self._resumed_at, self._paused_at = self._clock(), None
 
-    def pause(self, num_steps: int, is_event: bool) -> None:
-        """Note that so many steps have ended since the last call; is_event if a pause follows."""
+    def pause(self, num_steps: int, num_events: int) -> None:
+        """Note that so many steps have ended since the last call, and how many events follow."""
         now = self._clock()
         seconds = now - self._resumed_at
         self._num_steps += num_steps
         self._step_seconds += seconds
         self._recent = seconds / max(1, num_steps)
-        self._num_pauses += int(is_event)
+        self._num_pauses += num_events
         self._paused_at = now
 
     @property
@@ -65,5 +65,5 @@ class Pace:
 
     def seconds_left(self, step: int) -> float:
         """How long the rest will take after this step, pauses included."""
-        pause = self._pause_seconds / max(1, self._num_pauses)
+        pause = self._pause_seconds / self._num_pauses
         return (self._last - step) * self.seconds_per_step + self._events(step) * pause

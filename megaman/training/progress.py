@@ -11,6 +11,8 @@ import torch
 
 from megaman import runtime
 from megaman.training.optimizer import SkippedSteps
+from megaman.training.pace import Pace
+from megaman.training.report import StepReport
 
 if TYPE_CHECKING:
     from megaman.training.optimizer import Optimizer, Schedule
@@ -60,13 +62,18 @@ class Progress:
         self._norms: list[torch.Tensor] = []
         self._finite: list[torch.Tensor] = []
         self._skipped = SkippedSteps()
+        self._images_per_step = schedule.images_per_step
+        first_pause = run.elapsed - run.state.elapsed  # sample images of the base, perhaps
+        self._pace = Pace(self._last, self._events_after, first_pause)
         self._bar = run.progress_bar(
             total=self._last, initial=run.state.step, desc="training", unit="step"
         )
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, counted from 1."""
-        yield from range(self._first, self._last + 1)
+        for step in range(self._first, self._last + 1):
+            self._pace.resume()
+            yield step
         self._bar.close()
 
     def record(
@@ -115,8 +122,28 @@ class Progress:
         lr = lrs[-1][0]
         self._bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", lr=f"{lr:.2e}")
         self._run.log.add_steps(step, losses, self._learning_rates)
+        self._pace.pause(len(losses), self._events_after(step - 1) - self._events_after(step))
         if self._run.is_main_process:
             self._run.log.flush()
+            self._run.report.update(self._where(step))
+
+    def _events_after(self, step: int) -> int:
+        """How many checkpoints and samples are still to come."""
+        intervals = (self._save_steps, self._validation_steps)
+        return sum(self._last // interval - step // interval for interval in intervals)
+
+    def _where(self, step: int) -> StepReport:
+        seconds = self._pace.recent_seconds_per_step
+        return StepReport(
+            step,
+            self._last,
+            self._run.elapsed,
+            self._pace.seconds_left(step),
+            seconds,
+            self._images_per_step / seconds if seconds else None,
+            runtime.used_memory(self._run.device),
+            self._run.state.step,
+        )
 
     def stop(self, step: int, is_saved: bool, resume_command: str) -> int:
         """Close bar and log after a signal to stop, and log how to resume; returns the exit
@@ -127,4 +154,5 @@ class Progress:
         folder = f": {self._run.output.checkpoint_folder(step)}" if is_saved else ""
         log.info("stopped after step %d%s", step, folder)
         log.info("to resume: %s", resume_command)
+        self._run.report.end("stopped")
         return self._run.stop_signal.exit_code

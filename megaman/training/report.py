@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepReport:
-    """Where the loop stands: seconds of training so far and to come, speed, and memory in bytes."""
+    """Where the loop stands: seconds of training so far and to come, speed, memory in bytes, and
+    the step of the last checkpoint, 0 if there is none."""
 
     step: int
     total_steps: int
@@ -35,6 +36,7 @@ class StepReport:
     seconds_per_step: float | None = None
     images_per_second: float | None = None
     memory: int | None = None
+    checkpoint: int = 0
 
 
 class TrainingReport:
@@ -101,9 +103,7 @@ class TrainingReport:
             "stale_after": max(STALE_AFTER, 4 * self._longest_gap),
             **live_content(self._history, self._folder, self._thumbnails),
         }
-        self._attempt(
-            lambda: training_page.write_data(self._folder, training_page.LIVE, content)
-        )
+        self._attempt(lambda: training_page.write_data(self._folder, training_page.LIVE, content))
         self._last_write = time.monotonic()
         pause = max(MIN_INTERVAL, COST_SHARE * (self._last_write - started))
         self._next_write = self._last_write + pause
@@ -114,7 +114,9 @@ class TrainingReport:
         except Exception as error:  # whatever it is: a page is no reason to lose a run
             if not self._is_failing:
                 reason = summarize_error(error)
-                log.info("the page %s cannot be written (%s); training continues", self.page, reason)
+                log.info(
+                    "the page %s cannot be written (%s); training continues", self.page, reason
+                )
             self._is_failing = True
         else:
             self._is_failing = False
@@ -126,7 +128,9 @@ def live_content(history: RunHistory, folder: Path, thumbnails: Thumbnails) -> d
     return {
         "curves": _curves(history),
         "evaluations": {
-            name: [[item.step, item.loss, list(item.by_bin)] for item in history.evaluations_of(name)]
+            name: [
+                [item.step, item.loss, list(item.by_bin)] for item in history.evaluations_of(name)
+            ]
             for name in EVALUATIONS
         },
         "drift": sorted([step, value] for step, value in history.drift.items()),
@@ -194,9 +198,3 @@ def _nearest(nearest: NearestImage, thumbnails: Thumbnails) -> dict[str, Any]:
 def _is_below(folder: Path, file: str) -> bool:
     """Whether it is a file below folder: a checkpoint from elsewhere may name any."""
     return (folder / file).is_file() and path_within(str(folder / file), str(folder)) is not None
-
-
-def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many items, evenly spread."""
-    count = min(len(items), most)
-    return [items[i * len(items) // count] for i in range(count)]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaman.config.cli import flags_of, groups_of
 from megaman.config.train import TrainConfig
 from megaman.runtime import package_versions
 from megaman.training.export import next_command
-from megaman.training.report import spread
+from megaman.training.series import spread
 
 if TYPE_CHECKING:
     from megaman.data.dataset import MegaManDataset
@@ -30,7 +29,7 @@ def make_about(
     training_config: Mapping[str, Any],
     thumbnails: Thumbnails,
 ) -> dict[str, Any]:
-    """The page's content that does not change while the run goes on."""
+    """The page's content that is the same from the first step to the last."""
     folder = run.output.path
     return {
         "name": folder.resolve().name,
@@ -45,9 +44,9 @@ def make_about(
         "commands": {
             "resume": config.resume_command(),
             "generate": next_command(config, run, run.output.lora_weights),
+            "checkpoint": next_command(config, run, run.output.checkpoint_folder(0)),
             "tensorboard": f"tensorboard --logdir {config.output.logging_dir}",
         },
-        "explicit": sorted(config.explicit),
     }
 
 
@@ -71,7 +70,8 @@ def _settings(config: TrainConfig, values: Mapping[str, Any]) -> list[dict[str, 
         for flag in fields(group):
             if flag.name in values:
                 value = values[flag.name]
-                rows.append([flag.name, _shown(value), _shown(defaults[flag.name].default) == _shown(value)])
+                default = _shown(defaults[flag.name].default)
+                rows.append([flag.name, _shown(value), _shown(value) == default])
         groups.append({"heading": (group.__doc__ or "").strip(), "rows": rows})
     return groups
 

@@ -30,6 +30,7 @@ from megaman.training.compute import INDENT, REQUESTS, choose_training_compute, 
 from megaman.training.memory_plan import fit_to_memory, memory_limit
 from megaman.training.memory_saving import reduce_memory
 from megaman.training.output import choose_log_dir
+from megaman.training.report import TrainingReport
 from megaman.training.signals import StopSignal
 from megaman.training.tensorboard import TrainingLog, open_training_log
 
@@ -71,6 +72,7 @@ class Run:
         self.compute, self.state, self.output = compute, state, output
         self.log, self.notes = training_log, notes
         self.history = histories.restore(output.checkpoint, state.step)
+        self.report = TrainingReport(output.path, self.history, self.is_main_process)
         self.stop_signal = StopSignal()
         self._elapsed_before, self._started = state.elapsed, time.monotonic()
 
@@ -181,10 +183,17 @@ class Run:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Within this the clock runs, and a first signal to stop is only noted."""
+        """Within this the clock runs, a first signal to stop is only noted, and the page shows
+        what goes wrong."""
         self._started = time.monotonic()
-        with self.stop_signal:
-            yield
+        try:
+            with self.stop_signal:
+                yield
+        except BaseException as error:
+            is_stop = isinstance(error, KeyboardInterrupt)
+            reason = "" if is_stop else summarize_error(error)
+            self.report.end("stopped" if is_stop else "failed", reason=reason)
+            raise
 
     @property
     def elapsed(self) -> float:

@@ -4,11 +4,12 @@ torch."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 SMOOTHING = 0.98  # of the former mean in the next one: about the last 50 steps count
 MAX_POINTS = 600  # of a curve on the page
 
+Item = TypeVar("Item")
 Value = float | None  # None is a number that was not finite
 
 
@@ -36,7 +37,7 @@ class Smoothed:
 
 
 def bucket_ends(count: int, most: int = MAX_POINTS) -> list[int]:
-    """The ends (exclusive) of at most so many buckets of about the same length, for count values."""
+    """The ends (exclusive) of at most so many buckets of about the same length."""
     num_buckets = min(count, most)
     return [count * (i + 1) // num_buckets for i in range(num_buckets)]
 
@@ -67,3 +68,9 @@ def _buckets(values: Sequence[Value], ends: Sequence[int]) -> Iterator[Sequence[
 def _short(value: Value) -> Value:
     """Five significant digits, which no screen shows more of."""
     return None if value is None else float(f"{value:.5g}")
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many items, evenly spread."""
+    count = min(len(items), most)
+    return [items[i * len(items) // count] for i in range(count)]
