@@ -20,11 +20,14 @@ from megaman.errors import UserError
 from megaman.files import read_json, replacing_folder, write_json
 from megaman.lora import adapter as lora
 from megaman.lora import files as lora_files
+from megaman.models.configs import resolve_name
 from megaman.training.history import HISTORY, RunHistory
 from megaman.training.output import STATE
 
 if TYPE_CHECKING:
+    from megaman.config.train import TrainConfig
     from megaman.training.adapters import Adapters
+    from megaman.training.datasets import Datasets
 
 OPTIMIZER = "optimizer.safetensors"
 # The settings of checkpoints from before these existed.
@@ -172,3 +175,20 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         for key in current
         if key in saved and saved[key] != current[key]
     ]
+
+
+def shared_settings(
+    config: TrainConfig, datasets: Datasets, seed: int, world_size: int
+) -> dict[str, Any]:
+    """What a resumed run has to share; a checkpoint stores it."""
+    images = config.optimizer.train_batch_size * world_size
+    class_images = datasets.class_images
+    return {
+        "pretrained_model_name": resolve_name(config.base.pretrained_model_name),
+        "seed": seed,
+        "data": datasets.images.fingerprint(),
+        "class data": "none" if class_images is None else class_images.fingerprint(),
+        **config.resume_settings(),
+        "pictures a step": images * config.optimizer.gradient_accumulation_steps,
+        "pictures of one bucket": images if config.buckets.enable_bucket else None,
+    }

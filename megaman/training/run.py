@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megaman import runtime
 from megaman.errors import UserError, summarize_error
-from megaman.models.configs import resolve_name, unet_width
+from megaman.models.configs import unet_width
 from megaman.training import checkpoint as checkpoints
 from megaman.training import history as histories
 from megaman.training.checkpoint import TrainState
@@ -297,24 +297,7 @@ def _make_state(
         )
     # Every process has generated its own seed; the first one's holds for all.
     seed, log_dir = broadcast_object_list([seed, log_dir])
-    settings = _shared_settings(config, datasets, seed, accelerator.num_processes)
+    settings = checkpoints.shared_settings(config, datasets, seed, accelerator.num_processes)
     if saved is None:
         return TrainState(0, seed, str(log_dir), 0.0, settings)
     return replace(saved, seed=seed, log_dir=str(log_dir), settings=settings)
-
-
-def _shared_settings(
-    config: TrainConfig, datasets: Datasets, seed: int, world_size: int
-) -> dict[str, Any]:
-    """What a resumed run has to share; a checkpoint stores it."""
-    images = config.optimizer.train_batch_size * world_size
-    class_images = datasets.class_images
-    return {
-        "pretrained_model_name": resolve_name(config.base.pretrained_model_name),
-        "seed": seed,
-        "data": datasets.images.fingerprint(),
-        "class data": "none" if class_images is None else class_images.fingerprint(),
-        **config.resume_settings(),
-        "pictures a step": images * config.optimizer.gradient_accumulation_steps,
-        "pictures of one bucket": images if config.buckets.enable_bucket else None,
-    }
