@@ -4,6 +4,7 @@ say the same."""
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import shlex
 from collections.abc import Callable
@@ -20,25 +21,53 @@ from megaman.data import problems
 from megaman.sampling import prompts
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-TW.md"
 READMES = [README, CHINESE]
+USER_PAGES = [
+    DOCS / f"{name}.md"
+    for name in (
+        "install", "dataset", "training", "results", "generation", "options", "troubleshooting",
+        "how-it-works",
+    )
+]  # fmt: skip
+TRANSLATIONS = {CHINESE: README} | {
+    page: DOCS / page.name for page in sorted((DOCS / "zh-TW").glob("*.md"))
+}
 PAGES = [
     *READMES,
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(DOCS.rglob("*.md")),
+    ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     ROOT / "demo" / "CREDITS.md",
 ]
+FOR_USERS = [README, *USER_PAGES, *TRANSLATIONS]
 SCRIPTS = {
     "megaman_lora.py": (train_parser, parse_train_config),
     "generate_megaman.py": (generate_parser, parse_generate_config),
 }
 HELP = ("help", "version", argparse.SUPPRESS)  # --help, --version and --help_all
+MAX_LINES, MAX_WORDS = 150, 1500  # of the README
+MAX_BYTES = 300 * 1024  # of an image
 INSTALL = (
     "python -m venv .venv && . .venv/bin/activate && pip install -r requirements_megaman_lora.txt"
 )
 
-in_both = pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
-of_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def both(name: str) -> list[Path]:
+    """A page in both languages, as far as it is translated."""
+    page = ROOT / name
+    return [page, *(other for other, english in TRANSLATIONS.items() if english == page)]
+
+
+in_both = pytest.mark.parametrize("readme", READMES, ids=name_of)
+of_every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+of_user_pages = pytest.mark.parametrize("page", FOR_USERS, ids=name_of)
+of_translations = pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -62,22 +91,24 @@ def headings(page: Path) -> list[tuple[int, str]]:
     ]
 
 
-def section(page: Path, heading: str) -> str:
-    """What stands under a heading, down to the next one."""
-    pattern = rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)"
-    match = re.search(pattern, prose(page), flags=re.DOTALL | re.MULTILINE)
-    assert match, heading
-    return match[1]
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings; equal ones are numbered."""
+    found: list[str] = []
+    for _, heading in headings(page):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        anchor = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found.append(f"{anchor}-{found.count(anchor)}" if anchor in found else anchor)
+    return set(found)
 
 
-def table(text: str) -> list[list[str]]:
-    """The rows of a Markdown table without its head, as cells."""
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("|")
-    ]
-    return rows[2:]
+def links(page: Path) -> list[str]:
+    """The targets of all links and images."""
+    return re.findall(r"\]\(([^)]+)\)", prose(page))
+
+
+def in_english(target: str) -> str:
+    """The English counterpart of a link in a translation."""
+    return re.sub(r"#.*", "#", target).replace("zh-TW/", "").removeprefix("../")
 
 
 def commands(page: Path) -> list[str]:
@@ -136,34 +167,47 @@ def test_every_command_parses(page):
 
 
 @in_both
-def test_the_set_up_lines_stand_at_the_top(readme):
+def test_the_set_up_lines_are_in_the_readme(readme):
     shell = [content.strip() for language, content in blocks(readme) if language == "bash"]
-    assert shell[:2] == [
-        f"{INSTALL} && python megaman_lora.py --demo && python generate_megaman.py --demo",
-        f"{INSTALL} -r requirements_dev.txt && python -m pytest",
-    ]
-    assert "DEMO_MINUTES" not in readme.read_text(encoding="utf-8"), (
-        "the measured minutes go in its place"
+    assert shell[0] == (
+        f"{INSTALL} && python megaman_lora.py --demo && python generate_megaman.py --demo"
     )
+    tests = re.findall(r"^.*python -m pytest$", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    assert tests == [f"{INSTALL} -r requirements_dev.txt && python -m pytest"], ".ci/run runs it"
 
 
-@in_both
-def test_every_option_named_in_the_text_exists(readme):
+def test_the_readme_is_short():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    assert len(text.split()) <= MAX_WORDS
+
+
+@pytest.mark.parametrize("page", [README, DOCS / "README.md"], ids=name_of)
+def test_every_page_is_one_click_away(page):
+    reached = {(page.parent / target).resolve() for target in links(page)}
+    wanted = USER_PAGES if page == README else {*DOCS.glob("*.md")} - {page}
+    assert set(wanted) <= reached
+
+
+@of_user_pages
+def test_every_option_named_in_the_text_exists(page):
     known = set()
     for parser, _ in SCRIPTS.values():
         known.update(*(action.option_strings for action in parser()._actions))
     known |= {f"--{name}" for name in [*prompts.OPTIONS, *prompts.IGNORED_OPTIONS]}
-    named = set(re.findall(r"`(--\w+)", prose(readme))) | set(
-        re.findall(r"(?<=[ `])--\w+_\w+", prose(readme))
-    )
+    text = prose(page)
+    if page.name == "training.md":  # the first column has the other trainers' flags
+        text = re.sub(r"^\| [^|]*\|", "", text, flags=re.MULTILINE)
+        text += " ".join(row[0] for row in preset_rows(page))
+    named = set(re.findall(r"`(--\w+)", text)) | set(re.findall(r"(?<=[ `])--\w+_\w+", text))
     assert named <= known
 
 
-@in_both
-def test_the_example_of_a_prompts_file_is_one(readme, tmp_path):
+@pytest.mark.parametrize("page", both("docs/generation.md"), ids=name_of)
+def test_the_example_of_a_prompts_file_is_one(page, tmp_path):
     (example,) = [
         content
-        for language, content in blocks(readme)
+        for language, content in blocks(page)
         if language == "text" and "--negative_prompt" in content
     ]
     (tmp_path / "prompts.txt").write_text(example, encoding="utf-8")
@@ -175,13 +219,15 @@ def test_the_example_of_a_prompts_file_is_one(readme, tmp_path):
     ]
 
 
-@in_both
-def test_the_strategies_are_the_presets(readme):
-    rows = [
-        [cell.strip("`") for cell in row[:2]]
-        for row in table(prose(readme))
-        if row[0].startswith("`--preset ")
-    ]
+def preset_rows(page: Path) -> list[list[str]]:
+    """The table of strategies: preset and flags."""
+    rows = re.findall(r"^\| `(--preset \w+)` \| `(--[^`]+)` \|", prose(page), flags=re.MULTILINE)
+    return [list(row) for row in rows]
+
+
+@pytest.mark.parametrize("page", both("docs/training.md"), ids=name_of)
+def test_the_strategies_are_the_presets(page):
+    rows = preset_rows(page)
     assert [preset.split()[1] for preset, _ in rows] == list(PRESETS)
     for preset, flags in rows:
         short, spelled = parse_train_config(preset.split()), parse_train_config(flags.split())
@@ -192,10 +238,10 @@ def test_the_strategies_are_the_presets(readme):
         assert spelled.explicit == set(PRESETS[preset.split()[1]])
 
 
-@in_both
-def test_pinned_versions_are_the_requirements(readme):
+@pytest.mark.parametrize("page", both("docs/install.md"), ids=name_of)
+def test_pinned_versions_are_the_requirements(page):
     requirements = (ROOT / "requirements_megaman_lora.txt").read_text(encoding="utf-8")
-    pins = re.findall(r"\b[\w-]+==[\w.]+", readme.read_text(encoding="utf-8"))
+    pins = re.findall(r"\b[\w-]+==[\w.]+", page.read_text(encoding="utf-8"))
     assert pins
     assert [
         pin
@@ -204,23 +250,37 @@ def test_pinned_versions_are_the_requirements(readme):
     ] == []
 
 
-def test_both_languages_have_the_same_shape():
-    english, chinese = headings(README), headings(CHINESE)
-    assert [level for level, _ in english] == [level for level, _ in chinese]
-    one, other = (
-        len(re.findall(r"^(?:- |\|)", prose(page), flags=re.MULTILINE)) for page in READMES
-    )
-    assert one == other, "list items and table rows"
-    links = [re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) for page in READMES]
-    assert links[0][0] == CHINESE.name
-    assert links[1][0] == README.name
-    assert links[0][1:] == links[1][1:]
+@of_translations
+def test_a_translation_is_of_the_current_page(page):
+    """When an English page has changed, its translation follows, and the hash in its head."""
+    english = TRANSLATIONS[page]
+    head = page.read_text(encoding="utf-8").partition("\n")[0]
+    digest = hashlib.sha256(english.read_bytes()).hexdigest()[:16]
+    assert head == f"<!-- Translation of {name_of(english)}, sha256 {digest} -->"
 
 
-def test_both_languages_have_the_same_blocks():
-    english, chinese = blocks(README), blocks(CHINESE)
-    assert [language for language, _ in english] == [language for language, _ in chinese]
-    for (language, one), (_, other) in zip(english, chinese, strict=True):
+@of_translations
+def test_a_translation_has_the_shape_of_its_page(page):
+    english = TRANSLATIONS[page]
+    assert [level for level, _ in headings(english)] == [level for level, _ in headings(page)]
+    for mark in (r"^- ", r"^\d\. ", r"^\|", r"^\*\*"):
+        one, other = (
+            len(re.findall(mark, prose(side), flags=re.MULTILINE)) for side in (english, page)
+        )
+        assert one == other, mark
+    ours, theirs = ([*map(in_english, links(side))] for side in (page, english))
+    if english == README:  # the languages link to each other
+        assert (ours.pop(0), theirs.pop(0)) == (README.name, CHINESE.name)
+    assert ours == theirs
+
+
+@of_translations
+def test_a_translation_has_the_blocks_of_its_page(page):
+    english = TRANSLATIONS[page]
+    assert [language for language, _ in blocks(english)] == [
+        language for language, _ in blocks(page)
+    ]
+    for (language, one), (_, other) in zip(blocks(english), blocks(page), strict=True):
         if language == "mermaid":  # the labels are translated, nodes and arrows are not
             one, other = (re.sub(r'"[^"]*"', "", content) for content in (one, other))
         elif language == "text":  # so are the phrases behind the paths
@@ -231,15 +291,25 @@ def test_both_languages_have_the_same_blocks():
 
 
 @of_every_page
-def test_local_links_lead_to_files(page):
-    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
-    local = [target for target in targets if "://" not in target]
-    assert [target for target in local if not (page.parent / target).exists()] == []
+def test_links_lead_to_files_and_headings(page):
+    local = [target for target in links(page) if "://" not in target]
+    wrong = []
+    for target in local:
+        place, _, anchor = target.partition("#")
+        file = (page.parent / place).resolve() if place else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            wrong.append(target)
+    assert wrong == []
 
 
-@pytest.mark.parametrize(
-    "page", [*READMES, ROOT / "docs" / "architecture.md"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("image", sorted(DOCS.rglob("*.png")), ids=name_of)
+def test_images_are_used_and_small(image):
+    used = {(page.parent / target).resolve() for page in PAGES for target in links(page)}
+    assert image in used
+    assert image.stat().st_size <= MAX_BYTES
+
+
+@pytest.mark.parametrize("page", [*READMES, DOCS / "architecture.md"], ids=name_of)
 def test_the_tree_names_what_is_there(page):
     tree = next(content for language, content in blocks(page) if language == "text")
     paths = [line.split()[0] for line in tree.splitlines()]
@@ -249,9 +319,7 @@ def test_the_tree_names_what_is_there(page):
 
 def test_the_architecture_names_every_module():
     tree = next(
-        content
-        for language, content in blocks(ROOT / "docs" / "architecture.md")
-        if language == "text"
+        content for language, content in blocks(DOCS / "architecture.md") if language == "text"
     )
     named = set()
     for line in tree.splitlines():
@@ -266,18 +334,19 @@ def test_the_architecture_names_every_module():
     assert modules <= named
 
 
-@in_both
-def test_code_in_python_blocks_compiles(readme):
-    sources = [content for language, content in blocks(readme) if language == "python"]
-    assert sources
-    for source in sources:
-        compile(source, readme.name, "exec")
+@of_user_pages
+def test_code_in_python_blocks_compiles(page):
+    for language, content in blocks(page):
+        if language == "python":
+            compile(content, page.name, "exec")
 
 
 def test_counting_the_dataset_works(run_script, pictures):
     """The one-liner of the debugging tips, in a folder whose megaman_images/ holds four
     pictures."""
-    (line,) = [command for command in commands(README) if "MegaManDataset" in command]
+    (line,) = [
+        command for command in commands(DOCS / "troubleshooting.md") if "MegaManDataset" in command
+    ]
     python, *words = shlex.split(line)
     assert python == "python"
     pictures.rename(pictures.parent / "megaman_images")

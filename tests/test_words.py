@@ -28,6 +28,8 @@ COLUMN = re.compile(r"SELECT told|told TEXT")  # of a table on users' disks
 FOLDERS = ("megaman", "tests", "benchmarks")
 FILES = sorted(chain(ROOT.glob("*.py"), *((ROOT / folder).rglob("*.py") for folder in FOLDERS)))
 FILES.remove(Path(__file__).resolve())
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for page in PAGES if page.stem not in ("performance", "lab-notes")]  # lab records
 names = {path: path.relative_to(ROOT).as_posix() for path in FILES}
 
 
@@ -57,3 +59,9 @@ def test_docstrings_comments_and_printed_lines_are_plain_english(path):
         matches = PHRASE.findall(COLUMN.sub("", token.string))
         found |= {f"{phrase!r} in line {token.start[0]}" for phrase in matches}
     assert not found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_pages_for_users_are_plain_english(page):
+    text = page.read_text(encoding="utf-8")
+    assert sorted({match[0] for match in PHRASE.finditer(text)}) == []

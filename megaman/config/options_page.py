@@ -29,7 +29,7 @@ HEAD = """\
 # Options
 
 Every flag of both scripts. `--help` shows those that most runs use, `--help_all` all of them, and
-`--version` the version. A flag may be written `--flag value` or `--flag=value`; the last one wins.
+`--version` the version. A value follows after a space or `=`; the last of a repeated flag wins.
 A mistyped flag or a value out of range ends the script before anything is loaded (exit code 2).
 
 Sections of [`megaman_lora.py`](#megaman_lorapy): {train_sections}.
@@ -45,10 +45,20 @@ DETAILS = {
         "for switches; relative paths are relative to the working directory. From a "
         "`training_config.json` the flags that were typed count as typed, and its seed is used: "
         "with another `--output_dir` the run is repeated",
+        "preset": "See [the three strategies](training.md#three-strategies)",
         "demo": "Other flags still win over its settings",
         "pretrained_model_name": "Stable Diffusion 1.x. The name `runwayml/stable-diffusion-v1-5` "
         "has left the hub; the same weights are taken from "
         "`stable-diffusion-v1-5/stable-diffusion-v1-5`",
+        "class_data_dir": "See [regularization images](dataset.md#regularization-images)",
+        "center_crop": "See [crops](dataset.md#crops)",
+        "enable_bucket": "See [tall and wide images](dataset.md#tall-and-wide-images)",
+        "auto_caption": "See [automatic captions](dataset.md#automatic-captions)",
+        "lora_alpha": "See [rank and alpha](training.md#rank-and-alpha)",
+        "train_text_encoder": "See [the text encoder](training.md#the-text-encoder)",
+        "resume_from_checkpoint": "See [stop and resume](training.md#stop-and-resume)",
+        "plan": "See [out of memory](troubleshooting.md#out-of-memory)",
+        "check_data": "See [check the data](dataset.md#check-the-data)",
         "dataset_repeats": "Multiplies the number of kohya's folders such as `10_volto`",
         "resolution": "With buckets, the number of pixels of its square is the most that an image "
         "has",
@@ -74,8 +84,10 @@ DETAILS = {
     },
     "generate_megaman.py": {
         "config": "As for `megaman_lora.py`",
-        "lora_path": "Files of kohya's scripts, A1111, ComfyUI and diffusers too",
-        "prompts_file": "A line may bring its own settings",
+        "lora_path": "Files of kohya's scripts, A1111, ComfyUI and diffusers too; see "
+        "[other LoRAs](generation.md#loras-from-elsewhere-and-several-at-once)",
+        "prompts_file": "A line may bring its own settings; see "
+        "[prompts files](generation.md#prompts-files)",
         "guidance_scale": "At 1 or less the negative prompt has no effect",
         "scheduler": "One of " + ", ".join(f"`{entry.name}`" for entry in samplers.SAMPLERS),
         "clip_skip": "1 is the last layer, which diffusers calls 0",
