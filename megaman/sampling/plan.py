@@ -95,7 +95,7 @@ class GenerationPlan:
         another number of LoRAs.
         """
         source = records.read_record(image)
-        paths = [path for path, _, _ in source.loras]
+        paths = [_locate(path, image) for path, _, _ in source.loras]
         if "lora_path" in config.explicit:
             paths = [split_strength(path)[0] for path in config.model.lora_path]
         if len(paths) != len(source.loras):
@@ -160,6 +160,14 @@ class GenerationPlan:
             pairs.append((f"LoRA {path}", old_hash, recorder.hashes[path]))
         changed = [pair for pair in pairs if pair[1] != pair[2]]
         return warnings + [f"{name} was {old} and is now {new}" for name, old, new in changed]
+
+
+def _locate(lora: str, image: Path) -> str:
+    """Where the LoRA of an image is. Earlier records have it as it was typed, which may be relative
+    to a folder that is not the current one: often the one above the image's."""
+    folders = [Path(), *image.absolute().parents[:2]]
+    found = (path for folder in folders if (path := folder / lora).exists())
+    return str(next(found, lora))
 
 
 def default_settings(config: GenerateConfig, native_size: int) -> PromptSettings:

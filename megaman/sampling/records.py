@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +259,7 @@ def read_record(path: Path) -> Record:
         raise UserError(f"{name} is not a PNG that can be read", remedy) from None
     if text is None:
         raise UserError(f"{name} has no record of this project", remedy)
-    defaults = {"memory_format": Record.memory_format, "threads": Record.threads}
+    defaults = {item.name: item.default for item in fields(Record) if item.default is not MISSING}
     try:
         content = defaults | json.loads(text)
         values = {field.name: content[field.name] for field in fields(Record)}

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megaman.config.generate import parse_generate_config
 from megaman.config.presets import DEMO
 from megaman.errors import UserError
 from megaman.files import split_strength
 from megaman.hub import DEFAULT_BASE
+from megaman.sampling import png
+from megaman.sampling.jobs import Job, make_variants
 from megaman.sampling.plan import GenerationPlan
 from megaman.sampling.prompts import Prompt
+from megaman.sampling.records import KEY, Recorder, RunSettings
 
 BASE = str(DEMO / "base")
 
@@ -62,3 +67,36 @@ def test_the_first_lora_that_names_a_base_decides(lora):
 def test_a_missing_lora_is_reported_before_a_base_is_loaded(lora, flags):
     with pytest.raises(UserError, match=r"no LoRA at .*nothing"):
         plan_of("--lora_path", lora, lora.parent / "nothing", *flags)
+
+
+@pytest.fixture
+def image(tmp_path):
+    """An image in a gallery, with a relative path of its LoRA, as version 1.0.0 recorded it."""
+    run = RunSettings("euler", 1, BASE, True, "cpu", "float32", {}, "contiguous", 1)
+    (variant,) = make_variants([(Path("mine"), 1.0)], [1.0], one_by_one=False)
+    job = Job(0, 0, "a robot", "", 1, 64, 64, 2, 5.0)
+    record = asdict(Recorder(run, {Path("mine"): "0123456789ab"}).record(job, [job], variant))
+    record["loras"][0][0] = "mine"
+    (tmp_path / "work" / "gallery").mkdir(parents=True)
+    path = tmp_path / "work" / "gallery" / "a.png"
+    png.save_png(path, Image.new("RGB", (64, 64)), "", {KEY: json.dumps(record)})
+    return path
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "work", "work/gallery"])
+def test_a_relative_lora_is_looked_for_here_and_around_the_image(image, lora, place, monkeypatch):
+    elsewhere = image.parents[2] / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    lora.rename(image.parents[2] / place / "mine")
+    (path, _), *_ = plan_from(image).loras
+    assert path.resolve() == image.parents[2] / place / "mine"
+
+
+def test_a_relative_lora_that_is_nowhere_keeps_its_name(image):
+    assert plan_from(image).lora_source == "mine"
+
+
+def plan_from(image: Path) -> GenerationPlan:
+    config = parse_generate_config(["--from_image", str(image)])
+    return GenerationPlan.from_image(config, image)

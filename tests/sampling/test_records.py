@@ -173,11 +173,12 @@ def test_other_files_are_refused_in_a_line(tmp_path):
 
 
 def test_an_earlier_record_tells_no_memory_format(tmp_path):
-    later = ("memory_format", "threads")
+    later = ("memory_format", "threads", "vae_tile")
     earlier = {key: value for key, value in asdict(RECORD).items() if key not in later}
     png.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(earlier)})
     assert records.read_record(tmp_path / "a.png").memory_format == "contiguous"
     assert records.read_record(tmp_path / "a.png").threads == 0
+    assert records.read_record(tmp_path / "a.png").vae_tile == 0
 
 
 def test_the_identity_is_what_the_user_chose():
