@@ -36,6 +36,7 @@ LIGHT_MODULES = {
     "data.png_chunks",
     "data.captions",
     "data.csv_table",
+    "data.single_byte_encodings",
     "data.legacy_encodings",
     "data.metadata_files",
     "data.folders",

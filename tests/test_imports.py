@@ -67,6 +67,7 @@ NO_TORCH = [
     "data.images",
     "data.png_chunks",
     "data.csv_table",
+    "data.single_byte_encodings",
     "data.legacy_encodings",
     "data.captions",
     "data.metadata_files",

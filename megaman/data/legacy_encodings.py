@@ -12,6 +12,16 @@ from __future__ import annotations
 import re
 from functools import cache
 
+from megaman.data.single_byte_encodings import (
+    ALPHABETS,
+    KOI8_R,
+    TITLES,
+    WINDOWS_1251,
+    WINDOWS_1252,
+    choose_cyrillic,
+    choose_latin,
+)
+
 # Python's name and the usual one. The first wins a tie.
 ENCODINGS = {
     "cp1252": "Windows-1252",
@@ -80,7 +90,10 @@ def guess(content: bytes) -> tuple[str, str] | None:
     plausible, or two with different texts are about equally so."""
     scores: dict[str, float] = {}  # by text, in the order of the encodings
     names: dict[str, str] = {}
-    for encoding, name in ENCODINGS.items():
+    chosen = {WINDOWS_1252: choose_latin(content), WINDOWS_1251: choose_cyrillic(content)}
+    for usual, name in ENCODINGS.items():
+        encoding = chosen.get(usual, usual)
+        name = TITLES.get(encoding, name)
         try:
             text = content.decode(encoding)
         except UnicodeDecodeError:
@@ -112,39 +125,52 @@ def plausibility(text: str, encoding: str) -> float:
 
 def _score_run(run: str, in_word: bool, encoding: str) -> float:
     """The sum of the scores of a run's characters beyond ASCII; in_word: next to a plain letter."""
-    if encoding == "cp1252":  # accented letters: one, or two next to a plain letter
+    if encoding in ALPHABETS:  # accented letters: one, or two next to a plain letter
+        accented = _accented_letters(encoding)
         letters = re.sub(f"[{QUOTES}{SIGNS}]", "", run)
         is_crowded = len(letters) > 2 or (len(letters) == 2 and not in_word)
-        is_plain = len(letters) < 5 and set(letters) <= set(ACCENTED)
+        is_plain = len(letters) < 5 and set(letters) <= accented
         crowded = EVERYDAY if is_plain else ODD
-        return sum(_score_western(mark, crowded if is_crowded else COMMON) for mark in run)
-    if encoding == "cp1251":
-        return _score_cyrillic(run, in_word)
+        worth = crowded if is_crowded else COMMON
+        return sum(_score_western(mark, worth, accented) for mark in run)
+    if encoding in (WINDOWS_1251, KOI8_R):
+        return _score_cyrillic(run, in_word, encoding)
     # A single character next to a plain letter is an accented letter of another encoding.
     if len(run) == 1 and in_word:
         return ODD
     return sum(_score_east_asian(mark, encoding) for mark in run)
 
 
-def _score_western(mark: str, letter: float) -> float:
-    """A typographic mark, or a letter that is worth so much if it is accented."""
+def _score_western(mark: str, letter: float, accented: frozenset[str]) -> float:
+    """A typographic mark, or a letter that is worth so much if it is one of the accented."""
     if mark in QUOTES or mark in SIGNS:
         return COMMON if mark in QUOTES else LESS_COMMON
-    return letter if mark in ACCENTED else ODD
+    return letter if mark in accented else ODD
 
 
-def _score_cyrillic(run: str, in_word: bool) -> float:
+@cache
+def _accented_letters(encoding: str) -> frozenset[str]:
+    """The accented letters of the languages that are written in an encoding."""
+    if encoding == WINDOWS_1252:
+        return frozenset(ACCENTED)
+    letters = "".join(ALPHABETS[encoding])
+    return frozenset(letters + letters.upper().replace("I", "İ"))
+
+
+def _score_cyrillic(run: str, in_word: bool, encoding: str) -> float:
     """Words of Cyrillic letters, not mixed with plain ones; no word begins with a soft sign, and
     none ends in a hard one."""
-    total = sum(_score_western(mark, ODD) for mark in CYRILLIC.sub("", run))
+    total = sum(_score_western(mark, ODD, frozenset()) for mark in CYRILLIC.sub("", run))
     for word in CYRILLIC.findall(run):
         has_case = word.islower() or word.isupper() or word.istitle()
         is_word = has_case and not in_word and word[0].lower() not in "ъьый"
         is_word = is_word and word[-1].lower() != "ъ" and not set(word[1:]) & set("ҐЇЄ")
         if len(word) > 2:
             is_word = is_word and VOWELS.search(word) is not None
-        # Capitals alone make few short words, and so do letters that Russian has not.
-        is_odd = (len(word) < 4 and word.isupper()) or (len(word) < 3 and set(word) & set("іїєґЄ"))
+        # Capitals alone make few short words, and so do letters that Russian has not and KOI8-R,
+        # in which most of the bytes of East Asian writing are small letters.
+        is_odd = len(word) < 4 and (word.isupper() or encoding == KOI8_R)
+        is_odd = is_odd or (len(word) < 3 and bool(set(word) & set("іїєґЄ")))
         worth = EVERYDAY if len(word) == 1 or is_odd else COMMON
         total += len(word) * (worth if is_word else ODD)
     return total

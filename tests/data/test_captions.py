@@ -225,6 +225,13 @@ EUC_JAPANESE = """
 RUSSIAN = """
     синий робот, шлем · робот · mega man, синий · СИНИЙ РОБОТ · мой · я · девушка в красном пальто ·
     ветер над полем · ночной город · чёрные волосы · зима, снег · хлопець у синій броні"""
+CENTRAL_EUROPEAN = """
+    żółty robot, hełm · dziewczyna, długie włosy · łąka · śnieg, zima · święto ·
+    modrý robot, přilba · červený plášť · běžící robot, noční město · šťastný · őszi erdő ·
+    băiat în haină roşie · ľudia"""
+TURKISH = """
+    kırmızı robot, kask · sarışın kız · ışık · gökyüzü, yıldızlar · ağaç · kısa saç, yeşil göz ·
+    dağ, kış"""
 IN_LEGACY: list[tuple[str, str, str]] = []
 for encoding, name, texts in [
     ("cp1252", "Windows-1252", WESTERN),
@@ -234,6 +241,9 @@ for encoding, name, texts in [
     ("euc_kr", "EUC-KR", KOREAN),
     ("euc_jp", "EUC-JP", EUC_JAPANESE),
     ("cp1251", "Windows-1251", RUSSIAN),
+    ("cp1250", "Windows-1250", CENTRAL_EUROPEAN),
+    ("cp1254", "Windows-1254", TURKISH),
+    ("koi8_r", "KOI8-R", "синий робот, шлем · ветер над полем · ночной город · чёрные волосы"),
 ]:
     IN_LEGACY += [(encoding, name, text.strip()) for text in texts.split("·")]
 
@@ -241,6 +251,16 @@ for encoding, name, texts in [
 @pytest.mark.parametrize(("encoding", "name", "text"), IN_LEGACY, ids=str)
 def test_encodings_that_have_to_be_guessed(encoding, name, text):
     assert decode(text.encode(encoding)) == (text, name)
+
+
+@pytest.mark.parametrize("text", ["tűz", "İstanbul"])
+def test_a_word_that_suits_several_encodings_is_read_as_western_with_a_warning(tmp_path, text):
+    encoding = "cp1250" if text == "tűz" else "cp1254"
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    caption = caption_for(tmp_path / "a.png")
+    assert caption.text == text.encode(encoding).decode("cp1252")
+    path, warning = warning_of(caption)
+    assert path == tmp_path / "a.txt" and "was read as Windows-1252" in warning
 
 
 @pytest.mark.parametrize("order", ["le", "be"])
