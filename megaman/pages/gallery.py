@@ -213,7 +213,8 @@ def _runs(sections: list[Section]) -> list[list[Section]]:
 def variant_labels(images: list[GalleryImage]) -> list[str]:
     """A label that distinguishes each image from others of its prompt and seed, "" if none can.
 
-    It is the LoRA's name and strength, as far as they vary.
+    It is the LoRA's name and strength, as far as they vary; "base" for an image without a LoRA
+    among others with one.
     """
     loras = [str(image.settings.get("LoRA", "")) for image in images]
     strengths = [str(image.settings.get("strength", "1")) for image in images]
@@ -221,9 +222,10 @@ def variant_labels(images: list[GalleryImage]) -> list[str]:
     if len(set(names.values())) < len(names):  # two folders of the same name
         names = {lora: lora for lora in loras}
     labels = []
+    varied = {strength for lora, strength in zip(loras, strengths, strict=True) if lora}
     for lora, strength in zip(loras, strengths, strict=True):
-        parts = [names[lora]] if len(names) > 1 else []
-        if len(set(strengths)) > 1:
+        parts = [names[lora] or "base"] if len(names) > 1 else []
+        if lora and len(varied) > 1:
             parts.append(f"strength {strength}")
         labels.append(", ".join(parts))
     return labels

@@ -395,6 +395,14 @@ def test_labels_tell_what_varies(loras, labels):
     ]
 
 
+def test_an_image_without_a_lora_is_the_bases():
+    images = compared(("a", 1), ("a", 0.5), ("b", 1))
+    images.append(replace(images[0], settings={}))
+    assert variant_labels(images) == ["a, strength 1", "a, strength 0.5", "b, strength 1", "base"]
+    assert variant_labels([images[1], images[3]]) == ["a", "base"]
+    assert variant_labels([images[3], images[3]]) == ["", ""]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="command not run: the shell here is not sh")
 @settings(max_examples=30, deadline=None)
 @given(odd_text, odd_text)
