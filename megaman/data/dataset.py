@@ -96,7 +96,8 @@ class MegaManDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
-        image = open_image(example.image)
+        longest = max(map(max, self.buckets.sizes)) if self.buckets else self.size
+        image = open_image(example.image, side_if_large=longest)
         rng = None if self.center_crop else random.Random()
         size = self._target_size(*image.size)
         box = crop_boxes(*image.size, count=1, rng=rng, shape=size)[0]
@@ -275,7 +276,8 @@ class MegaManDataset:
 
         Raises BadImageError if the image cannot be decoded.
         """
-        image = open_image(self.examples[index].image)
+        longest = max(max(crop.size) for crop in crops)
+        image = open_image(self.examples[index].image, side_if_large=longest)
         upright: dict[tuple[Box, Size], torch.Tensor] = {}
         for box, size, _ in crops:
             if (box, size) not in upright:

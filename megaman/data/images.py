@@ -93,20 +93,23 @@ def _orientation(image: Image.Image) -> Any:
         return 1
 
 
-def open_image(path: Path, min_side: int | None = None) -> Image.Image:
+def open_image(
+    path: Path, min_side: int | None = None, side_if_large: int | None = None
+) -> Image.Image:
     """Decode an image: upright by EXIF, transparency flattened on white, RGB whatever its mode; the
     first frame of an animation.
 
     With min_side, a larger JPEG is decoded at a half, a quarter or an eighth of its size, but with
     at least so many pixels per side, which takes a fraction of the time. A JPEG with more pixels
-    than are safe to decode is reduced in any case, as little as possible.
+    than are safe to decode is reduced in any case: to side_if_large pixels per side or a little
+    more if that is given, else as little as possible.
 
     Raises BadImageError if it cannot be read.
     """
     with _open(path, with_pixels=True) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
-            _reduce(image, min_side)
+            _reduce(image, min_side, side_if_large)
             image.load()
             method = UPRIGHT.get(_orientation(image))
             return _flatten(image if method is None else image.transpose(method))
@@ -114,13 +117,15 @@ def open_image(path: Path, min_side: int | None = None) -> Image.Image:
             raise BadImageError(_reason(error)) from None
 
 
-def _reduce(image: Image.Image, min_side: int | None) -> None:
+def _reduce(image: Image.Image, min_side: int | None, side_if_large: int | None) -> None:
     """Have a JPEG decoded at a smaller size; other formats stay."""
     width, height = image.size
     safe_scale = next(scale for scale in JPEG_SCALES if width * height <= scale**2 * max_pixels())
-    if min_side or safe_scale > 1:
-        side = min_side or max(width, height)
+    if safe_scale > 1:
+        side = min_side or side_if_large or max(width, height)
         image.draft(None, (min(side, width // safe_scale), min(side, height // safe_scale)))
+    elif min_side:
+        image.draft(None, (min_side, min_side))
 
 
 def max_pixels() -> int:

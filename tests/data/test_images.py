@@ -644,8 +644,14 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path, monkeypatch):
         assert image.size == (240, 160), "a half is below the limit"
         assert open_image(path, min_side=300).size == (240, 160)
         assert open_image(path, min_side=50).size == (120, 80), "a quarter would do"
+        assert open_image(path, side_if_large=64).size == (120, 80), "the training size is enough"
+        assert open_image(path, side_if_large=300).size == (240, 160)
         for point, color in [((20, 20), RED), ((220, 20), GREEN), ((20, 140), BLUE)]:
             assert near(image.getpixel(point), color, 30)
+    small = tmp_path / "small.jpg"
+    small.write_bytes(encoded("JPEG", quarters(300, 300)))
+    assert open_image(small, side_if_large=64).size == (300, 300), "it may be decoded whole"
+    small.unlink()
     dataset = MegaManDataset(tmp_path, None, 64, center_crop=False)
     crops = dataset.get_crops(0, 6, True, seed=0)
     assert len(crops) == 12
