@@ -136,6 +136,8 @@ def validate(folder: Path, content: dict[str, Any], ranks: Mapping[str, int]) ->
         "alpha_pattern": alpha_pattern,
     }
 
+    _require_names(folder, alpha_pattern)
+
     def is_rank(value: Any) -> bool:
         return _is_rank(value) and (value in ranks.values() or has_pattern)
 
@@ -156,6 +158,18 @@ def validate(folder: Path, content: dict[str, Any], ranks: Mapping[str, int]) ->
         "target_modules": list(ranks),
         "rank_pattern": exact_pattern(ranks, rank),
     }
+
+
+def _require_names(folder: Path, alpha_pattern: Any) -> None:
+    """Raise UserError if a key is another regular expression than the name of a module."""
+    for key in alpha_pattern if isinstance(alpha_pattern, dict) else ():
+        if not _is_module(key):
+            raise UserError(
+                f"{folder / PEFT_CONFIG}: alpha_pattern is not by module names alone: "
+                f"{key[:60]!r} is a regular expression, which a stranger may have written",
+                "Replace it by the names of the modules that it stands for, "
+                "or name the LoRA's file for A1111 or ComfyUI in --lora_path",
+            )
 
 
 def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
