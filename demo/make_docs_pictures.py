@@ -6,7 +6,8 @@
 - dataset_report.png is the report on the same set with typical faults added, in Chromium.
 - results.png compares the base, a LoRA trained for too few steps, one trained well, and one trained
   for too long on too few images: the demo's settings on four of its images.
-- gallery.png is generate_megaman.py's page, in Chromium.
+- training_report.png is the page of the demo's training, gallery.png that of generate_megaman.py,
+  both in Chromium.
 
 Trains in --work_dir, which may be that of make_readme_picture.py, unless that was done before;
 minutes on a CPU. --only makes some of them. Chromium shows the pages at the width of a page on
@@ -51,7 +52,7 @@ GALLERY_PROMPTS = (
     f"{HERO}, waving, front view, pink background",
     f"{HERO}, running, facing right, orange background",
 )
-PICTURES = ("dataset_good", "dataset_report", "results", "gallery")
+PICTURES = ("dataset_good", "dataset_report", "training_report", "results", "gallery")
 WIDTH = 830  # pixels: of an image on GitHub
 
 
@@ -122,16 +123,20 @@ def make_faults(folder: Path) -> None:
     (folder / "icon.txt").write_text("", encoding="utf-8")
 
 
-def screenshot(page: Path, output: Path, height: int) -> None:
-    """A page in headless Chromium, as wide as GitHub shows an image."""
+def screenshot(page: Path, output: Path, height: int, top: int = 0) -> None:
+    """A page in headless Chromium from a top on, as wide as GitHub shows an image."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     if chromium is None:
         print(f"{output} is as it was: no Chromium is installed")
         return
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    flags += [f"--window-size={WIDTH},{height}", f"--screenshot={output.resolve()}"]
+    flags += [
+        "--virtual-time-budget=3000",
+        f"--window-size={WIDTH},{height}",
+        f"--screenshot={output.resolve()}",
+    ]
     subprocess.run([chromium, *flags, page.resolve().as_uri()], check=True, capture_output=True)
-    save(Image.open(output).convert("RGB"), output)
+    save(Image.open(output).convert("RGB").crop((0, top, WIDTH, height)), output)
 
 
 def dataset_report(work_dir: Path, output: Path) -> None:
@@ -143,10 +148,13 @@ def dataset_report(work_dir: Path, output: Path) -> None:
 
 
 def gallery(work_dir: Path, output: Path) -> None:
+    """Made in work_dir, so that the page shows short paths."""
+    train(work_dir)
     folder = work_dir / "gallery"
     if not (folder / "images.json").is_file():
-        arguments = ["--lora_path", train(work_dir) / "lora_weights", "--output_dir", folder]
-        run("generate_megaman.py", *arguments, "--prompts", *GALLERY_PROMPTS)
+        words = [sys.executable, str(ROOT / "generate_megaman.py"), "--demo"]
+        words += ["--lora_path", "training/lora_weights", "--output_dir", folder.name]
+        subprocess.run([*words, "--prompts", *GALLERY_PROMPTS], check=True, cwd=work_dir)
     screenshot(folder / "index.html", output, 760)
 
 
@@ -187,6 +195,9 @@ def main() -> None:
             save(contact_sheet(good, 5), output)
         elif name == "results":
             save(results_sheet(options.work_dir), output)
+        elif name == "training_report":
+            page = train(options.work_dir) / "training_report.html"
+            screenshot(page, output, 960, top=95)
         elif name == "dataset_report":
             dataset_report(options.work_dir, output)
         else:

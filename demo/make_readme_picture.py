@@ -32,7 +32,8 @@ def train(work_dir: Path) -> Path:
     """The demo's own training with a checkpoint every 150 steps."""
     output_dir = work_dir / "training"
     if not (output_dir / "lora_weights").is_dir():
-        flags = ["--save_steps", 150, "--num_validation_images", 0, "--overwrite_output"]
+        flags = ["--save_steps", 150, "--validation_steps", 150, "--num_validation_images", 2]
+        flags += ["--overwrite_output"]
         run(
             "megaman_lora.py",
             "--output_dir",
