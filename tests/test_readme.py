@@ -106,9 +106,13 @@ def links(page: Path) -> list[str]:
     return re.findall(r"\]\(([^)]+)\)", prose(page))
 
 
-def in_english(target: str) -> str:
-    """The English counterpart of a link in a translation."""
-    return re.sub(r"#.*", "#", target).replace("zh-TW/", "").removeprefix("../")
+def in_english(page: Path, target: str) -> tuple[str, bool]:
+    """Where a link of a page leads in English, and whether to a heading."""
+    if "://" in target:
+        return target, False
+    place, _, anchor = target.partition("#")
+    file = (page.parent / place).resolve() if place else page
+    return name_of(TRANSLATIONS.get(file, file)), bool(anchor)
 
 
 def commands(page: Path) -> list[str]:
@@ -132,11 +136,12 @@ def is_default(cell: str, action: argparse.Action) -> bool:
     return parse(code[1]) == action.default
 
 
-def test_the_options_page_is_what_its_script_writes():
-    written = options_page.PAGE.read_bytes()
-    assert written == options_page.options_page().encode(), (
-        "run python -m megaman.config.options_page"
-    )
+def test_the_options_pages_are_what_their_script_writes():
+    written = (options_page.PAGE.read_bytes(), options_page.CHINESE_PAGE.read_bytes())
+    assert written == (
+        options_page.options_page().encode(),
+        options_page.chinese_page().encode(),
+    ), "run python -m megaman.config.options_page"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -268,9 +273,7 @@ def test_a_translation_has_the_shape_of_its_page(page):
             len(re.findall(mark, prose(side), flags=re.MULTILINE)) for side in (english, page)
         )
         assert one == other, mark
-    ours, theirs = ([*map(in_english, links(side))] for side in (page, english))
-    if english == README:  # the languages link to each other
-        assert (ours.pop(0), theirs.pop(0)) == (README.name, CHINESE.name)
+    ours, theirs = ([in_english(side, link) for link in links(side)] for side in (page, english))
     assert ours == theirs
 
 

@@ -1,17 +1,20 @@
-"""Write docs/options.md, every flag of both scripts by section, from the fields of the configs.
+"""Write docs/options.md, every flag of both scripts by section, from the fields of the configs, and
+its translation.
 
     python -m megaman.config.options_page
 
-The page is never edited by hand. A flag's meaning is its help text; DETAILS adds what --help has
-no room for.
+The pages are never edited by hand. A flag's meaning is its help text; DETAILS adds what --help has
+no room for. docs/zh-TW/options.json has the translations, each with the English text that it is
+of: if that has changed, or if there is none, the page shows the English text.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import Any
 
 from megaman.config import samplers
@@ -21,6 +24,8 @@ from megaman.config.settings import TrainConfig
 from megaman.hub import PROJECT
 
 PAGE = PROJECT / "docs" / "options.md"
+CHINESE_PAGE = PROJECT / "docs" / "zh-TW" / "options.md"
+TRANSLATIONS = CHINESE_PAGE.with_suffix(".json")
 SCRIPTS = {"megaman_lora.py": TrainConfig, "generate_megaman.py": GenerateConfig}
 DEFAULT_IN_WORDS = re.compile(r" \(default: (.+)\)$")  # at the end of a help text
 HEAD = """\
@@ -99,20 +104,40 @@ DETAILS = {
 
 def options_page() -> str:
     """The text of docs/options.md."""
-    links = {script: _section_links(config) for script, config in SCRIPTS.items()}
-    head = HEAD.format(
-        train_sections=links["megaman_lora.py"], generate_sections=links["generate_megaman.py"]
+    return _page(HEAD, {})
+
+
+def chinese_page() -> str:
+    """The text of docs/zh-TW/options.md; its first line has the hash of the English page."""
+    translations = json.loads(TRANSLATIONS.read_text(encoding="utf-8"))
+    digest = hashlib.sha256(options_page().encode()).hexdigest()[:16]
+    first_line = f"<!-- Translation of docs/options.md, sha256 {digest} -->\n"
+    return first_line + _page("\n".join(translations["head"]) + "\n", translations)
+
+
+def _page(head: str, translations: dict[str, Any]) -> str:
+    """The page of all flags, in English where translations lacks a text."""
+    sections = {script: _section_links(script, translations) for script in SCRIPTS}
+    head = head.format(
+        train_sections=sections["megaman_lora.py"],
+        generate_sections=sections["generate_megaman.py"],
     )
-    return head + "".join(_script(script) for script in SCRIPTS)
+    return head + "".join(_script(script, translations) for script in SCRIPTS)
 
 
-def _section_links(config_type: type) -> str:
+def _section_links(script: str, translations: dict[str, Any]) -> str:
     """The sections' names; GitHub's anchors of equal headings are numbered, so only the training
     script's, which come first, are linked."""
-    names = [group.__doc__ or "" for group in groups_of(config_type).values()]
-    if config_type is not TrainConfig:
-        return ", ".join(names)
-    return ", ".join(f"[{name}](#{_anchor(name)})" for name in names)
+    groups = groups_of(SCRIPTS[script]).values()
+    names = [_translate(group.__doc__ or "", translations) for group in groups]
+    if script == "megaman_lora.py":
+        names = [f"[{name}](#{_anchor(name)})" for name in names]
+    return _translate(", ", translations).join(names)
+
+
+def _translate(text: str, translations: dict[str, Any]) -> str:
+    """A text that is the same wherever it stands: a section's name, a default in words."""
+    return translations.get("words", {}).get(text, text)
 
 
 def _anchor(heading: str) -> str:
@@ -120,20 +145,28 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-def _script(script: str) -> str:
+def _script(script: str, translations: dict[str, Any]) -> str:
     parts = [f"\n## `{script}`\n"]
+    columns = [_translate(column, translations) for column in ("Flag", "Default", "Meaning")]
     for group in groups_of(SCRIPTS[script]).values():
-        rows = "\n".join(_rows(group, DETAILS[script]))
-        table = f"| Flag | Default | Meaning |\n| --- | --- | --- |\n{rows}\n"
-        parts.append(f"\n### {group.__doc__}\n\n{table}")
+        rows = "\n".join(_rows(group, script, translations))
+        table = f"| {' | '.join(columns)} |\n| --- | --- | --- |\n{rows}\n"
+        title = _translate(group.__doc__ or "", translations)
+        parts.append(f"\n### {title}\n\n{table}")
     return "".join(parts)
 
 
-def _rows(group: type, details: dict[str, str]) -> Iterator[str]:
+def _rows(group: type, script: str, translations: dict[str, Any]) -> Iterator[str]:
+    meanings = translations.get("meanings", {}).get(script, {})
     for config_field in fields(group):
-        mark = " †" if config_field.metadata["flag"].resume else ""
-        meaning = _meaning(config_field, details.get(config_field.name))
-        cells = [f"`--{config_field.name}`{mark}", _default(config_field), meaning]
+        name, mark = config_field.name, " †" if config_field.metadata["flag"].resume else ""
+        meaning = _meaning(config_field, DETAILS[script].get(name))
+        if name in meanings and meanings[name]["en"] == meaning:
+            meaning = meanings[name]["zh"]
+        elif translations:
+            meaning = re.sub(r"\]\((?=[\w-]+\.md)", "](../", meaning)  # leads to English pages
+        default = _translate(_default(config_field), translations)
+        cells = [f"`--{name}`{mark}", default, meaning]
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -176,4 +209,5 @@ def _with_code(text: str) -> str:
 
 
 if __name__ == "__main__":
-    Path(PAGE).write_text(options_page(), encoding="utf-8", newline="\n")
+    PAGE.write_text(options_page(), encoding="utf-8", newline="\n")
+    CHINESE_PAGE.write_text(chinese_page(), encoding="utf-8", newline="\n")
