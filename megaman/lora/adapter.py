@@ -111,7 +111,8 @@ class FusedLoras:
     """LoRAs merged into the models' weights, which samples faster; PEFT's layers are removed.
 
     If the scales are to change later (reversible), the original weights are kept on the CPU and
-    copied back each time: subtracting the LoRAs would leave rounding errors.
+    the LoRAs are merged into a copy each time: subtracting them would leave rounding errors.
+    Merging happens on the CPU wherever the models are, since a GPU rounds otherwise.
     """
 
     def __init__(self, models: Sequence[nn.Module], reversible: bool):
@@ -122,17 +123,20 @@ class FusedLoras:
 
     def set_scales(self, scales: Mapping[int, float]) -> None:
         """Merge the LoRAs with these indices, each at a factor on its trained alpha / rank."""
-        if self._originals:
-            self._restore()
         _set_scales(self._layers, scales)
-        for layer in self._layers:
-            cast(nn.Module, layer).to(_base_weight(layer).device)
-            layer.merge()
+        for i, layer in enumerate(self._layers):
+            _merge(layer, self._originals[i] if self._originals else _base_weight(layer).data)
 
-    def _restore(self) -> None:
-        for layer, original in zip(self._layers, self._originals, strict=True):
-            _base_weight(layer).data.copy_(original)
-            layer.merged_adapters.clear()
+
+def _merge(layer: LoraLayer, original: torch.Tensor) -> None:
+    """Set the layer's weight to the original with the active LoRAs merged into it, on the CPU."""
+    base_layer = layer.get_base_layer()
+    weight = cast(nn.Parameter, base_layer.weight)
+    base_layer.weight = nn.Parameter(original.to("cpu", copy=True), requires_grad=False)
+    layer.merged_adapters.clear()
+    layer.merge()
+    weight.data.copy_(_base_weight(layer).data)
+    base_layer.weight = weight
 
 
 @contextmanager

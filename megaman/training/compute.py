@@ -36,6 +36,9 @@ FLAGS = {
 }
 REQUESTS = list(chain.from_iterable(FLAGS.values()))
 PRECISIONS = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+# torch stops compiling a function, here the forward of all blocks of a kind, after eight variants:
+# a block's channels and LoRA and a bucket's shape each make one.
+COMPILED_SHAPES = 256
 INDENT = "           "  # of a line that continues the one above
 
 
@@ -270,6 +273,9 @@ def prepare_unet(unet: UNet2DConditionModel, compute: TrainingCompute) -> None:
             remedy = f"Leave --{XFORMERS} out: torch's own attention is as frugal"
             raise UserError(f"xformers cannot be used here ({reason})", remedy) from None
     if compute.compile:
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, COMPILED_SHAPES
+        )
         # In place: parameters keep their names, and blocks of one kind share what is compiled.
         unet.compile_repeated_blocks()
 

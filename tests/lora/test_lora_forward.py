@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Conv2d, Linear
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from torch import nn
 
 from megaman.lora import files as lora_files
 from megaman.lora import forward as lora_forward
-from megaman.lora.adapter import ADAPTER, _layers, inject, lora_disabled, parameters, set_scales
+from megaman.lora.adapter import (
+    ADAPTER,
+    FusedLoras,
+    _layers,
+    inject,
+    lora_disabled,
+    parameters,
+    set_scales,
+)
 from megaman.models.typed import move
 
 TOLERANCE = 2e-6  # of the largest element: float32's last bits
@@ -239,3 +247,57 @@ def test_inject_makes_fast_layers_that_are_pefts_to_everyone(base_folder):
             a = cast(torch.Tensor, layer.lora_A["default"].weight)
             assert a.is_contiguous(memory_format=torch.channels_last)
             assert a.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_alone_casts_and_gradients_keep_their_bits(monkeypatch, dtype):
+    """PEFT casts each input to float32 before autocast casts it back."""
+    casts: dict[str, list[torch.dtype]] = {"ours": [], "peft": []}
+
+    def gradients(name: str) -> dict[str, torch.Tensor]:
+        model = with_lora(move(Layers(), dtype))
+        for parameter in parameters(model).values():
+            parameter.data = parameter.data.float()
+        for layer in _layers([model]):
+            layer.lora_A[ADAPTER].register_forward_pre_hook(
+                lambda _, x: casts[name].append(x[0].dtype)
+            )
+        with torch.autocast("cpu", dtype):
+            return results(model, dtype)
+
+    ours = gradients("ours")
+    monkeypatch.setattr(
+        lora_forward._NoDoubleCast, "_cast_input_dtype", LoraLayer._cast_input_dtype
+    )
+    peft = gradients("peft")
+    assert set(casts["ours"]) == {dtype} and set(casts["peft"]) == {torch.float32}
+    assert all(torch.equal(ours[key], peft[key]) for key in peft)
+
+
+def test_loras_are_merged_on_the_cpu_wherever_the_model_is(monkeypatch):
+    """Else the first merge, before the model moves to a GPU, would differ from later ones."""
+    places: list[str] = []
+
+    def merge(layer, *args, **kwargs):
+        places.append(layer.get_base_layer().weight.device.type)
+        real(layer, *args, **kwargs)
+
+    real = Linear.merge
+    monkeypatch.setattr(Linear, "merge", merge)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), model)
+    layer: Any = model[0]
+    nn.init.normal_(layer.lora_B[ADAPTER].weight)
+    original = layer.get_base_layer().weight.detach().clone()
+    fused = FusedLoras([model], reversible=True)
+    fused.set_scales({0: 1.0})
+    merged = layer.get_base_layer().weight.detach().clone()
+    assert not torch.equal(merged, original)
+    fused.set_scales({0: 0.0})
+    assert torch.equal(layer.get_base_layer().weight, original)
+    fused.set_scales({0: 1.0})
+    assert torch.equal(layer.get_base_layer().weight, merged)
+    weight = move(layer.get_base_layer(), "meta").weight
+    fused.set_scales({0: 0.5})
+    assert layer.get_base_layer().weight is weight and weight.device.type == "meta"
+    assert places == ["cpu"] * 4

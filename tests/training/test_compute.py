@@ -4,7 +4,8 @@ same either way."""
 from __future__ import annotations
 
 import json
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import hypothesis.strategies as st
 import pytest
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megaman.errors import UserError
 from megaman.training.compute import (
+    COMPILED_SHAPES,
     REQUESTS,
     XFORMERS,
     MicroBatching,
@@ -288,3 +290,15 @@ def test_bf16_trains_saves_resumes_bit_for_bit_and_generates(train, tmp_path):
         (tmp_path / name / "samples-4" / "00.png").read_bytes() for name in ("whole", "halves")
     ]
     assert images[0] == images[1]
+
+
+def test_every_shape_of_every_block_is_compiled(monkeypatch):
+    """torch gives up after eight variants of a forward, which all blocks of a kind share."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    compute, _ = chosen(device=CUDA, compile=True)
+    limits: list[int] = []
+    unet = SimpleNamespace(
+        compile_repeated_blocks=lambda: limits.append(torch._dynamo.config.recompile_limit)
+    )
+    prepare_unet(cast(Any, unet), compute)
+    assert limits == [COMPILED_SHAPES]
