@@ -24,6 +24,18 @@ if os.name == "nt":
     NO_READER.add(errno.EINVAL)
 
 
+OUT_OF_MEMORY = (
+    "not enough memory",
+    "out of memory",
+    # cuDNN and cuBLAS, which do not ask torch's allocator alone. The first means that no algorithm
+    # of a convolution got the workspace that it needs.
+    "unable to find an engine to execute this computation",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 class UserError(Exception):
     """Something that the user can fix: what is wrong, naming the file or flag, and the remedy."""
 
@@ -227,12 +239,13 @@ def summarize_error(error: BaseException) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether Python or torch ran out of memory.
+    """Whether Python, torch, cuDNN or cuBLAS ran out of memory.
 
     The class is compared by name, since this module does not import torch.
     """
+    text = str(error)
     is_memory_error = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-    return is_memory_error or "not enough memory" in str(error) or "out of memory" in str(error)
+    return is_memory_error or any(words in text for words in OUT_OF_MEMORY)
 
 
 def plural(count: int, noun: str) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.metadata
+import logging
 import math
 import os
 import shutil
@@ -22,7 +23,8 @@ from typing import TypeVar
 import psutil
 import torch
 
-from megaman.errors import UserError, out_of_memory
+from megaman import cuda
+from megaman.errors import UserError, out_of_memory, summarize_error
 from megaman.threads import ThreadPolicy
 
 # By accelerate's names for --mixed_precision.
@@ -46,6 +48,8 @@ MEMORY_FORMATS = {
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow"]
 
 Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
 
 PIXELS_PER_BATCH = 512 * 512  # larger batches do not generate faster
 USABLE = 0.85  # share of the free memory; workspaces and fragmentation take the rest
@@ -164,6 +168,15 @@ def has_unused_nvidia_gpu() -> bool:
     return not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
 
 
+def finer_precisions(compute: ComputeSettings) -> list[str]:
+    """--mixed_precision's values with a larger range or more digits that the device has, the
+    nearest first."""
+    if compute.mixed_precision == "no":
+        return []
+    is_coarse = compute.mixed_precision == "fp16" and _computes_in_bf16(compute.device)
+    return ["bf16", "no"] if is_coarse else ["no"]
+
+
 def set_threads(policy: ThreadPolicy) -> None:
     """Set the thread count of a torch that was loaded before the policy, as in a notebook."""
     if policy.count is not None:
@@ -171,10 +184,8 @@ def set_threads(policy: ThreadPolicy) -> None:
 
 
 def device_lines(compute: ComputeSettings, *more: str) -> list[str]:
-    """The lines about the device before a run: how it computes, and an NVIDIA GPU that is unused.
-
-    more are further facts for the first line.
-    """
+    """The lines about the device before a run: how it computes, more facts, and an NVIDIA GPU that
+    is unused."""
     count = torch.get_num_threads()
     threads = "1 CPU thread" if count == 1 else f"{count} CPU threads"
     facts = [compute.dtype_reason, compute.memory_format, *more, threads]
@@ -247,6 +258,8 @@ def retry_on_oom(compute: Callable[[], Result], reduce: Callable[[], None]) -> R
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            if "memory" not in f"{type(error).__name__} {error}".lower():
+                log.info("taken for too little memory: %s", summarize_error(error))
         # Outside the handler: the error is gone, and with it the tensors of its frames.
         release_memory()
         reduce()
@@ -255,8 +268,7 @@ def retry_on_oom(compute: Callable[[], Result], reduce: Callable[[], None]) -> R
 def release_memory() -> None:
     """Free unreferenced memory, and the cache of torch's allocator on CUDA."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    cuda.empty_cache()
 
 
 def default_batch_size(height: int, width: int) -> int:

@@ -26,6 +26,7 @@ LEAVES = [
     "threads",
     "safe_loading",
     "hub",
+    "cuda",
     "runtime",
 ]
 # They load without torch: whole packages, and what data does before anything is captioned or

@@ -148,13 +148,12 @@ class OnlineLatents:
     """A LatentSource that encodes images when they are asked for.
 
     The crop depends on the seed and the sample index. Threads decode images ahead of time, since
-    Pillow releases the GIL while it decodes; for a GPU the pixels wait in pinned memory.
+    Pillow releases the GIL while it decodes.
     """
 
     def __init__(self, encoder: VaeEncoder, dataset: MegaManDataset, config: EncodingConfig):
         self._encoder, self._dataset, self._config = encoder, dataset, config
         self._factor = vae_scale_factor(encoder.vae)
-        self._pin_memory = encoder.vae.device.type == "cuda"
         num_threads = max(1, config.num_workers)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decoding")
         self._pending: dict[int, Future[torch.Tensor]] = {}  # by sample index
@@ -209,8 +208,7 @@ class OnlineLatents:
     def _load(self, sample_index: int, index: int) -> torch.Tensor:
         seed = f"{self._config.seed} visit {sample_index}"
         crops = self._dataset.get_crops(index, 1, False, seed)
-        pixel_values = self._dataset.load_crops(index, crops)[0]
-        return pixel_values.pin_memory() if self._pin_memory else pixel_values
+        return self._dataset.load_crops(index, crops)[0]
 
     def _wait_for(self, sample_index: int, index: int) -> torch.Tensor:
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megaman import cuda
 from megaman.data.file_index import FileIndex
 from megaman.errors import UserError
 from megaman.files import stamp_of
@@ -76,7 +77,7 @@ class VaeEncoder:
             tile = tile_side(self._own_tile, math.isqrt(height * width), self._scale_factor)
             enable_vae_tiling(self.vae, tile)
         parts = pixel_values.split(self.batch_size((width, height)))
-        parts = [part.to(self.vae.device, self.vae.dtype, non_blocking=True) for part in parts]
+        parts = [cuda.upload(part, self.vae.device, self.vae.dtype) for part in parts]
         return torch.cat([encode_pixels(self.vae, part).parameters.float() for part in parts])
 
     def _reduce_memory(self) -> None:

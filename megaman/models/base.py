@@ -23,7 +23,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CLIPTextModel
 
-from megaman import hub
+from megaman import cuda, hub
 from megaman.errors import UserError, out_of_memory, summarize_error
 from megaman.hub import PROJECT
 from megaman.models import diffusers_folder, single_file
@@ -115,9 +115,14 @@ class Base:
         return self._lazy["unet"].layers()
 
     def release(self, *parts: str) -> None:
-        """Drop models with all changes made to them; the next use loads them again."""
+        """Drop models with all changes made to them; the next use loads them again.
+
+        A GPU gets their memory back: what torch keeps of it would be in the way of larger tensors.
+        """
         for part in parts:
             self._loaded.pop(part, None)
+        if self.device.type == "cuda":
+            cuda.empty_cache()
 
     def vae_files(self) -> list[Path]:
         """The files that the VAE depends on: it is the same as long as none of them changes."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from megaman import cuda
 from megaman.errors import UserError
 from megaman.models.prompt_weights import parse
 
@@ -195,7 +196,7 @@ class CaptionEmbeddings:
         if encoder is None:
             assert self.prompt_embeds is not None
             return torch.stack([self.prompt_embeds[caption] for caption in captions])
-        return encoder(tokenize(self._tokenizer, captions).to(self._device))[0]
+        return encoder(cuda.upload(tokenize(self._tokenizer, captions), self._device))[0]
 
 
 def exceeds_cache(text_encoder: CLIPTextModel, captions: Iterable[str]) -> bool:

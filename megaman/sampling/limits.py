@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
-from megaman import runtime
+from megaman import cuda, runtime
 from megaman.errors import UserError
 from megaman.models.typed import unet_config, vae_config
 from megaman.models.vae_tiling import tile_side
@@ -135,11 +135,16 @@ def plan_limits(
 def limits_for(
     base: Base, jobs: Sequence[Job], batch_size: int | None, device: torch.device
 ) -> SamplingLimits:
-    """The limits for these jobs on the device's free memory; batch_size None leaves it to us."""
+    """The limits for these jobs on the device's free memory; batch_size None leaves it to us.
+
+    On Windows torch is held to that memory.
+    """
+    free = runtime.free_memory(device)
+    cuda.avoid_shared_memory(free, device)
     largest = max(jobs, key=lambda job: job.width * job.height)
     pixels = largest.width * largest.height
     return plan_limits(
-        free=runtime.free_memory(device),
+        free=free,
         needs=measure_needs(base, pixels),
         largest=pixels,
         batch_size=batch_size or runtime.default_batch_size(largest.height, largest.width),

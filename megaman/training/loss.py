@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megaman import cuda
 from megaman.models.typed import get_velocity, scheduler_config
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def sample_posterior(
     log-variance; on its device, with random numbers from the CPU."""
     mean, logvar = posterior.float().chunk(2, dim=1)
     std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device, non_blocking=True)
+    noise = cuda.upload(torch.randn(mean.shape, generator=generator), mean.device)
     return (mean + std * noise) * scaling_factor
 
 
@@ -58,7 +59,7 @@ def target(
 
 def snr(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     """Signal-to-noise ratio at each timestep, [B]."""
-    signal = alphas_cumprod[timesteps]
+    signal = alphas_cumprod.to(timesteps.device)[timesteps]
     return signal / (1 - signal)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megaman import runtime
+from megaman import cuda, runtime
 from megaman.config.run_settings import ComputeConfig
 from megaman.config.settings import MemoryRequest
 from megaman.errors import UserError, summarize_error
@@ -164,16 +164,22 @@ def memory_limit(device: torch.device, vram_limit: float | None) -> float:
     less.
 
     Infinite without vram_limit on a CPU and on mps, which share their memory with everything else.
-    On CUDA torch itself is held to vram_limit, too; the CUDA context comes on top. On a CPU the
-    limit only serves the plan.
+    On a CPU the limit only serves the plan.
     """
     requested = math.inf if vram_limit is None else int(vram_limit * GB)
     if device.type != "cuda":
         return requested
-    free, total = torch.cuda.mem_get_info(device)
-    if vram_limit is not None:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, requested / total), device)
-    return min(requested, free)
+    return min(requested, runtime.free_memory(device))
+
+
+def hold_to_limit(device: torch.device, vram_limit: float | None) -> float:
+    """memory_limit, to which torch itself is held on CUDA with vram_limit, on Windows always."""
+    limit = memory_limit(device, vram_limit)
+    if device.type == "cuda" and vram_limit is not None:
+        cuda.limit_memory(limit, device)
+    else:
+        cuda.avoid_shared_memory(limit, device)
+    return limit
 
 
 def memory_table(config: ComputeConfig, request: MemoryRequest, base_name: str) -> list[str]:

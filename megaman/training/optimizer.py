@@ -145,10 +145,18 @@ def make_optimizer(
 
 
 class SkippedSteps:
-    """Counts the steps that were skipped because their gradients were not finite."""
+    """Counts the steps that were skipped because their gradients were not finite.
 
-    def __init__(self) -> None:
+    Args:
+        precision: accelerate's name of the run's precision.
+        finer: names of precisions that the device has and that are worth a try instead.
+    """
+
+    def __init__(self, precision: str = "no", finer: Sequence[str] = ()) -> None:
         self.total = self._in_a_row = 0
+        self._causes = ["--learning_rate too high", "--lora_alpha too high for --lora_rank"]
+        if finer:
+            self._causes.append(f"{precision} (try --mixed_precision {' or '.join(finer)})")
 
     def add(self, finite: Sequence[bool], last_step: int) -> list[int]:
         """Count the steps up to last_step by whether each was finite; returns those that were not.
@@ -165,8 +173,6 @@ class SkippedSteps:
                 raise UserError(
                     f"The gradients were not finite in {PATIENCE} steps in a row, up to step "
                     f"{step}",
-                    "Likely causes: --learning_rate too high, --lora_alpha too high for "
-                    "--lora_rank, or fp16 (try --mixed_precision bf16 or no). The last checkpoint "
-                    "is good",
+                    f"Likely causes: {', or '.join(self._causes)}. The last checkpoint is good",
                 )
         return skipped

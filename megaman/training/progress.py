@@ -61,7 +61,9 @@ class Progress:
         self._losses: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._finite: list[torch.Tensor] = []
-        self._skipped = SkippedSteps()
+        self._skipped = SkippedSteps(
+            run.compute.mixed_precision, runtime.finer_precisions(run.compute)
+        )
         self._images_per_step = schedule.images_per_step
         first_pause = run.elapsed - run.state.elapsed  # sample images of the base, perhaps
         self._pace = Pace(self._last, self._events_after, first_pause)
@@ -95,10 +97,16 @@ class Progress:
         never ahead of the log.
         """
         is_last = step == self._last
-        is_stopping = self._run.any_process(self._run.stop_signal.received is not None)
-        save = step % self._save_steps == 0 or is_last or is_stopping
+        log_is_due = step % LOG_STEPS == 0
+        save = step % self._save_steps == 0 or is_last
+        # Several processes agree only when they exchange their losses anyway: asking makes the CPU
+        # wait for the device.
+        asks = self._run.world_size == 1 or log_is_due or save
+        stop_received = self._run.stop_signal.received is not None
+        is_stopping = asks and self._run.any_process(stop_received)
+        save = save or is_stopping
         return Due(
-            log=step % LOG_STEPS == 0 or save,
+            log=log_is_due or save,
             save=save,
             stop=is_stopping and not is_last,
             validate=step % self._validation_steps == 0 or is_last,
@@ -108,11 +116,7 @@ class Progress:
         """Log the losses up to this step; raises UserError after too many skipped steps."""
         losses = self._run.mean(torch.stack(self._losses)).tolist()
         if skipped := self._skipped.add(torch.stack(self._finite).tolist(), step):
-            log.info(
-                "gradients that were not finite: step %s skipped, %d so far",
-                ", ".join(map(str, skipped)),
-                self._skipped.total,
-            )
+            log.info(self._skipped_line(skipped))
         norms = torch.stack(self._norms).tolist()  # equal in all processes
         lrs = [
             [lr(done) for lr in self._learning_rates] for done in range(step - len(losses), step)
@@ -143,6 +147,18 @@ class Progress:
             self._images_per_step / seconds if seconds else None,
             runtime.used_memory(self._run.device),
             self._run.state.step,
+        )
+
+    def _skipped_line(self, steps: list[int]) -> str:
+        """What to report about steps that were skipped."""
+        numbers, total = ", ".join(map(str, steps)), self._skipped.total
+        scaler = self._run.scaler
+        if scaler is None:
+            return f"gradients that were not finite: step {numbers} skipped, {total} so far"
+        # A scale that starts or has grown too high is how it finds the largest that fits.
+        return (
+            f"step {numbers} skipped while fp16's loss scale finds its size, which is usual: "
+            f"{scaler.get_scale():g} now, {total} skipped so far"
         )
 
     def stop(self, step: int, is_saved: bool, resume_command: str) -> int:

@@ -27,7 +27,7 @@ from megaman.training import checkpoint as checkpoints
 from megaman.training import history as histories
 from megaman.training.checkpoint import TrainState
 from megaman.training.compute import INDENT, REQUESTS, choose_training_compute, to_record
-from megaman.training.memory_plan import fit_to_memory, memory_limit
+from megaman.training.memory_plan import fit_to_memory, hold_to_limit
 from megaman.training.memory_saving import reduce_memory
 from megaman.training.output import choose_log_dir
 from megaman.training.report import TrainingReport
@@ -113,7 +113,7 @@ class Run:
     def fit_to_memory(self, config: TrainConfig) -> None:
         """Take the measures that the run needs to fit into memory; raises UserError if none
         suffices."""
-        limit = memory_limit(self.device, config.compute.vram_limit)
+        limit = hold_to_limit(self.device, config.compute.vram_limit)
         plan = fit_to_memory(
             self.compute,
             config.memory_request(),

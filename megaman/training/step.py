@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megaman import cuda
 from megaman.data import batches
 from megaman.errors import UserError
 from megaman.models.typed import add_noise, predict_noise, scheduler_config
@@ -81,10 +82,10 @@ class TrainingStep:
             config.noise_offset,
             scheduler_config(scheduler).num_train_timesteps,
         )
-        weights = diffusion.loss_weights(scheduler, timesteps, config.snr_gamma)
         if latents.device.type != "cpu":  # they were encoded just now
             noise, timesteps = self._to_device(noise), self._to_device(timesteps)
-        noisy = add_noise(scheduler, latents, noise, timesteps)
+        noisy = add_noise(scheduler, latents, noise, timesteps)  # moves the scheduler's tensors
+        weights = diffusion.loss_weights(scheduler, timesteps, config.snr_gamma)
         target = diffusion.target(scheduler, latents, noise, timesteps)
         if self._adapters.has_dropout:
             batches.seed_dropout(training_set.seed, batch.sample_indices[0])
@@ -106,12 +107,7 @@ class TrainingStep:
         return self._captions(captions, text_encoder)
 
     def _to_device(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor on the device: from pinned memory, or the CPU would wait until a GPU has
-        finished everything before."""
-        device = self._run.device
-        if device.type == "cuda" and tensor.device.type == "cpu":
-            return tensor.to(dtype or tensor.dtype).pin_memory().to(device, non_blocking=True)
-        return tensor.to(device, dtype)
+        return cuda.upload(tensor, self._run.device, dtype)
 
     def _reduce_memory(self) -> None:
         self._adapters.zero_grad()

@@ -42,7 +42,7 @@ class ValidationSettings:
     """What sample images to generate, one per seed, with sides of resolution pixels.
 
     vae_tile is the side in pixels of the VAE's tiles, 0 for none; keeps_vae tells whether the run
-    needs the VAE between two validations.
+    needs the VAE between two validations; black_remedy ends the line about black images.
     """
 
     prompt: str
@@ -50,6 +50,7 @@ class ValidationSettings:
     resolution: int
     vae_tile: int = 0
     keeps_vae: bool = False
+    black_remedy: str = ""
 
 
 class Validation:
@@ -93,11 +94,8 @@ class Validation:
                 for i, image in enumerate(images):
                     image.save(aside / f"{i:02d}.png")
             if not all(image.getbbox() for image in images):
-                log.info(
-                    "step %d: a sample image is completely black; if more are, try "
-                    "--mixed_precision bf16 or no",
-                    step,
-                )
+                remedy = self._settings.black_remedy
+                log.info("step %d: a sample image is completely black%s", step, remedy)
         except StoppedError:
             pass
         except Exception as error:
@@ -170,12 +168,14 @@ def make_validation(
 ) -> Callable[[int], None]:
     """A function that generates the sample images of a step, in the main process, and shows them in
     TensorBoard."""
+    finer = " or ".join(runtime.finer_precisions(run.compute))
     settings = ValidationSettings(
         config.validation.validation_prompt,
         [run.state.seed + i for i in range(config.validation.num_validation_images)],
         config.data.resolution,
         run.compute.vae_tile,
         keeps_vae=config.cache.no_cache,
+        black_remedy=f"; if more are, try --mixed_precision {finer}" if finer else "",
     )
     validation = Validation(
         base, captions.prompt_embeds, settings, run.autocast, run.stop_signal.raise_if_received

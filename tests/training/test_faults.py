@@ -397,7 +397,7 @@ def test_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(
     spoil(monkeypatch, set(range(3, 100)))
     with pytest.raises(
         UserError,
-        match=rf"not finite in {PATIENCE} steps in a row.*--learning_rate.*--lora_alpha.*fp16",
+        match=rf"not finite in {PATIENCE} steps in a row.*--learning_rate.*--lora_alpha",
     ):
         train_here(tmp_path, "out", *FIXED, "--max_train_steps", 50, "--save_steps", 2)
     latest = whole_checkpoints(tmp_path / "out")[-1]
