@@ -193,32 +193,25 @@ def test_the_other_processes_of_a_run_trust_it(tmp_path, monkeypatch):
         assert os.listdir(tmp_path) == [LOCK]
 
 
-def test_two_runs_at_once_and_what_needs_no_claim(run_script, tmp_path):
-    """Both scripts begin together; one trains, the other is refused in a line."""
-    demo = ["--demo", "--max_train_steps", "2", "--num_validation_images", "0"]
-    flags = [*demo, "--target_modules", "to_q", "--output_dir", "out", "--cache_dir", "cache"]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "megaman_lora.py"), *flags],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        for _ in range(2)
-    ]
+def test_two_runs_at_once_and_what_needs_no_claim(forked, pictures, base_folder, tmp_path):
+    """Both begin together; one trains, the other is refused in a line."""
+    words = ["--pretrained_model_name", base_folder, "--data_dir", pictures, "--resolution", 64]
+    words += ["--max_train_steps", 2, "--num_validation_images", 0, "--output_dir", "out"]
+    command = ["megaman_lora.py", *words, "--target_modules", "to_q", "--cache_dir", "cache"]
+    runs = [forked.start(command, tmp_path) for _ in range(2)]
     deadline = time.monotonic() + 300
     while all(run.poll() is None for run in runs) and time.monotonic() < deadline:
         time.sleep(0.01)
     (refused,) = [run for run in runs if run.returncode == 1]
-    for more in (["--check_data"], ["--plan"]):
-        done = run_script(["megaman_lora.py", *flags, *more], tmp_path)
+    (trained,) = [run for run in runs if run is not refused]
+    trained.send_signal(signal.SIGSTOP)  # it has its folder for as long as the others look at it
+    for more in ("--check_data", "--plan"):
+        done = forked.run([*command, more], tmp_path)
         assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / LOCK).exists()
+    trained.send_signal(signal.SIGCONT)
     said = refused.communicate()[1]
     assert said.count("\n") == 1 and said.startswith("error: --output_dir out is in use by another")
-    (trained,) = [run for run in runs if run is not refused]
-    trained.communicate(timeout=300)
-    assert trained.returncode == 0
+    assert trained.wait() == 0
     assert (tmp_path / "out" / "lora_weights").is_dir()
     assert not (tmp_path / "out" / LOCK).exists()

@@ -172,6 +172,9 @@ FLAGS = [
 FLAGS += ["--lora_rank", "2", *FEW_TARGETS]
 
 
+GENERATE = "import sys; sys.exit(generate_megaman.main(sys.argv[1:]))"
+
+
 @pytest.fixture(scope="module")
 def watched(run_script, tmp_path_factory):
     """Three runs as a user starts them: whole, stopped half way by its steps, and resumed."""
@@ -245,21 +248,21 @@ def test_the_users_own_count_wins(own):
     assert "; 2 CPU threads\n" in said
 
 
-def test_an_image_is_generated_again_with_as_many_threads(watched, run_script):
+def test_an_image_is_generated_again_with_as_many_threads(watched, own, forked, run_script):
     """The record in the image says how many; torch's own count may be another here."""
-    folder, run = watched
-    run("lora", "--max_train_steps", "1")
+    folder, _ = watched
     flags = [
         "--lora_path",
-        "lora/lora_weights",
+        "own/checkpoint-1",
         "--num_inference_steps",
         "1",
         "--prompts",
         "a robot",
     ]
-    one = NO_SETTING | {"OMP_NUM_THREADS": "1"}
-    done = run_script(["generate_megaman.py", *flags, "--output_dir", "first"], folder, one)
-    assert done.returncode == 0 and "; 1 CPU thread\n" in done.stdout
+    alone = f"import torch, generate_megaman; torch.set_num_threads(1); {GENERATE}"
+    one = {"OMP_NUM_THREADS": "1"}
+    done = forked.run(["-c", alone, *flags, "--output_dir", "first"], folder, env=one)
+    assert done.returncode == 0 and "; 1 CPU thread\n" in done.stdout, done.stderr
     image = folder / "first" / "megaman_000_00.png"
     done = run_script(
         ["generate_megaman.py", "--from_image", image, "--output_dir", "again"], folder, NO_SETTING

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import rotten
 import torch
-from conftest import ROOT
+from conftest import FEW_TARGETS, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -93,7 +93,7 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, trai
     ]
     flags = (
         "--resolution 64 --num_validation_images 0 --seed 0 --max_train_steps 2 "
-        "--dataloader_num_workers 2"
+        "--dataloader_num_workers 2 --target_modules to_q to_v"
     )
     done = subprocess.run(
         [sys.executable, str(script), *map(str, words), *flags.split()],
@@ -119,7 +119,8 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, trai
     assert [line for line in noise if not line.startswith(("encoding:", "training:"))] == []
 
     spawned = load_file(tmp_path / "out" / "lora_weights" / "adapter_model.safetensors")
-    alone = train_here(tmp_path, "alone", "--data_dir", corpus.folder, "--max_train_steps", 2)
+    few = ["--max_train_steps", 2, *FEW_TARGETS]
+    alone = train_here(tmp_path, "alone", "--data_dir", corpus.folder, *few)
     assert spawned.keys() == alone.keys()
     assert all(torch.equal(spawned[key], alone[key]) for key in alone), "workers only decode"
 

@@ -62,30 +62,37 @@ class Forks:
         return json.loads(answer)
 
     def start(
-        self, args, cwd, patches: dict[str, object] | None = None, hub: dict[str, str] | None = None
+        self,
+        args,
+        cwd,
+        patches: dict[str, object] | None = None,
+        hub: dict[str, str] | None = None,
+        env: dict[str, str] | None = None,
+        pipe: Path | None = None,
     ) -> Fork:
         """Start one of the root's scripts: start(["megaman_lora.py", "--demo"], cwd), or
         start(["-c", code], cwd).
 
         In the fork alone patches are set, as in
         {"megaman.training.validation.NUM_INFERENCE_STEPS": 3}, and hub holds environment variables
-        with which huggingface_hub is loaded again; None removes one.
+        with which huggingface_hub is loaded again; None removes one. env holds variables that are
+        read when the script runs, and pipe, a FIFO, takes both outputs.
         """
         script, *words = map(str, args)
         outputs = [_text_file(), _text_file()]
-        names = [file.name for file in outputs]
+        names = [str(pipe or file.name) for file in outputs]
         order = {
             "script": script.removesuffix(".py"),
             "words": words,
             "cwd": str(cwd),
             "outputs": names,
         }
-        pid = self.ask(order | {"patches": patches or {}, "hub": hub or {}})
+        pid = self.ask(order | {"patches": patches or {}, "hub": hub or {}, "env": env or {}})
         assert pid is not None
         return Fork(self, pid, outputs)
 
-    def run(self, args, cwd, patches=None, hub=None) -> subprocess.CompletedProcess[str]:
-        process = self.start(args, cwd, patches, hub)
+    def run(self, args, cwd, patches=None, hub=None, env=None) -> subprocess.CompletedProcess[str]:
+        process = self.start(args, cwd, patches, hub, env)
         said, errors = process.communicate()
         return subprocess.CompletedProcess(args, process.wait(), said, errors)
 
@@ -156,6 +163,7 @@ def obey(order: dict) -> int:
         module, _, attribute = name.rpartition(".")
         assert hasattr(sys.modules[module], attribute), name
         setattr(sys.modules[module], attribute, value)
+    os.environ.update(order["env"])
     for name, value in order["hub"].items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     for name in [*sys.modules] if order["hub"] else []:

@@ -46,7 +46,7 @@ for library in LIBRARIES:  # here, once; with no work done yet that a fork could
 def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
     flags = f"""--demo --max_train_steps {steps} --save_steps {save_steps}
         --validation_steps {3 * save_steps} --num_validation_images 1 --train_batch_size 1
-        --lora_rank 2 --lora_dropout 0.1 --checkpoints_total_limit 3
+        --lora_rank 2 --lora_dropout 0.1 --target_modules to_q to_v --checkpoints_total_limit 3
         --resume_from_checkpoint latest"""
     folders = [
         "--output_dir",

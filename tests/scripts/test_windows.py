@@ -77,10 +77,20 @@ multiprocessing.set_start_method("spawn")
 if any("spawn_main" in word for word in sys.orig_argv):
     pathlib.Path(__file__).with_name("spawned").touch()
 """
+ON_CP1252 = """
+import io, os, sys
+import generate_megaman
+from megaman.errors import run_script
+for name, number in (("stdout", 1), ("stderr", 2)):
+    setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb"), "cp1252"))
+code = run_script(generate_megaman.main, sys.argv[1:])
+sys.stdout.flush()
+sys.exit(code)
+"""
 CP1252 = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
 
 
-def test_both_scripts_on_a_console_of_windows(run_script, base_folder, pictures, tmp_path):
+def test_both_scripts_on_a_console_of_windows(run_script, forked, base_folder, pictures, tmp_path):
     """Paths and prompts that cp1252 cannot show; and the worker that decodes images is spawned, as
     on Windows."""
     (tmp_path / "forced").mkdir()
@@ -97,7 +107,7 @@ def test_both_scripts_on_a_console_of_windows(run_script, base_folder, pictures,
         "--output_dir",
         f"aus/{NAME}",
         "--resolution",
-        64,
+        32,
         "--max_train_steps",
         1,
         "--num_validation_images",
@@ -132,8 +142,9 @@ def test_both_scripts_on_a_console_of_windows(run_script, base_folder, pictures,
         "--width",
         64,
     ]
-    done = run_script(["generate_megaman.py", *flags], tmp_path, env)
+    done = forked.run(["-c", ON_CP1252, *flags], tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "\\u6d1b" in done.stdout
     assert PROMPT in (tmp_path / "bilder" / NAME / "index.html").read_text(encoding="utf-8")
 
 

@@ -4,10 +4,8 @@ memory."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
 
 import pytest
 import torch
@@ -152,7 +150,7 @@ def test_squares_are_not_resumed_in_buckets(data, train_here, tmp_path):
         )
 
 
-def test_two_processes_come_to_the_same(whole, data, base_folder, tmp_path):
+def test_two_processes_come_to_the_same(whole, data, base_folder, forked, tmp_path):
     """Two processes with two images each and one with four: the same batches, smaller ones
     included, so the same LoRA except for rounding. The bucket of three is shared unequally, and for
     that of one image a process has none of its own."""
@@ -175,24 +173,17 @@ def test_two_processes_come_to_the_same(whole, data, base_folder, tmp_path):
         "--train_batch_size",
         2,
     ]
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        2,
-        ROOT / "megaman_lora.py",
-    ]
-    done = subprocess.run(
-        [sys.executable, *map(str, [*launch, *words])],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "x 2 processes" in done.stdout
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    runs = []
+    for rank in ("0", "1"):  # as torchrun starts them
+        env = shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        runs.append(forked.start(["megaman_lora.py", *words], tmp_path, env=env))
+    outputs = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert "x 2 processes" in outputs[0][0]
     state = load_file(tmp_path / "out" / "lora_weights" / "adapter_model.safetensors")
     assert learned_alike(whole[1], state, share=0.02)
     assert losses(tmp_path / "logs") == pytest.approx(losses(whole[0] / "logs-out"), rel=1e-4)

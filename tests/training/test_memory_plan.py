@@ -193,7 +193,7 @@ def test_nothing_is_computed():
     )
 
 
-def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(run_script, tmp_path):
+def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(forked, tmp_path):
     for config in (ROOT / "demo" / "base").rglob("*.json"):
         target = tmp_path / "base" / config.relative_to(ROOT / "demo" / "base")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -208,11 +208,8 @@ def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(run_script, tmp
         0.1,
     ]
     flags += FEW_TARGETS
-    done = run_script(
-        ["megaman_lora.py", *flags],
-        tmp_path,
-        {"HF_HUB_OFFLINE": "1", "HF_HOME": tmp_path / "empty"},
-    )
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+    done = forked.run(["megaman_lora.py", *flags], tmp_path, hub=hub)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split()[0] for line in done.stdout.splitlines() if line[:1].isdigit()] == [
         "1",
