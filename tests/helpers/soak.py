@@ -42,6 +42,9 @@ from megaman.training.run_metadata import TIMES
 for library in LIBRARIES:  # here, once; with no work done yet that a fork could not take along
     importlib.import_module(library)
 
+# Files that hold when they were written, how long the run has taken, and the curve's folder.
+WITH_TIMES = ("training_state.json", "training_report/about.js", "training_report/live.js")
+
 
 def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
     flags = f"""--demo --max_train_steps {steps} --save_steps {save_steps}
@@ -180,9 +183,7 @@ def compare(whole: Path, killed: Path, steps: int) -> None:
     for name in sorted(names - {"training_config.json"}):
         if name.endswith(".safetensors"):
             assert content(whole / name) == content(killed / name), f"{name} differs"
-        elif not name.endswith(
-            "training_state.json"
-        ):  # holds the elapsed time and the curve's folder
+        elif not name.endswith(WITH_TIMES):
             assert (whole / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs"
     first, second = curves(whole), curves(killed)
     assert first.keys() == second.keys()
