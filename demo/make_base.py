@@ -674,12 +674,12 @@ def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
         part.load_state_dict(kept[name])
     for weights in aside.rglob("*.safetensors"):
         share(weights)
-    # transformers would load in the dtype named there
-    text_config = aside / "text_encoder" / "config.json"
-    content = text_config.read_text(encoding="utf-8").replace(
-        '"dtype": "float16"', '"dtype": "float32"'
-    )
-    text_config.write_text(content, encoding="utf-8")
+    for config in aside.glob("*/config.json"):
+        content = json.loads(config.read_text(encoding="utf-8"))
+        content.pop("_name_or_path", None)  # where these weights came from on this machine
+        if "dtype" in content:
+            content["dtype"] = "float32"  # transformers would load in the dtype named there
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
 
