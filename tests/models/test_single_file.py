@@ -310,7 +310,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(tensor.contiguous().numpy())
+            file.write(tensor.contiguous().numpy().data)
 
 
 @pytest.mark.slow
