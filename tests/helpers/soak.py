@@ -42,8 +42,9 @@ from megaman.training.run_metadata import TIMES
 for library in LIBRARIES:  # here, once; with no work done yet that a fork could not take along
     importlib.import_module(library)
 
-# Files that hold when they were written, how long the run has taken, and the curve's folder.
-WITH_TIMES = ("training_state.json", "training_report/about.js", "training_report/live.js")
+# What differs by the time of a run: a checkpoint's state has the elapsed time and the curve's
+# folder, and the page that shows the run names its thumbnails by time.
+STATE, SHOWN = "training_state.json", "training_report/"
 
 
 def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
@@ -175,15 +176,19 @@ def content(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
         return metadata, {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
 
 
+def files_in(folder: Path) -> set[str]:
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {name for name in names if not name.startswith(SHOWN)}
+
+
 def compare(whole: Path, killed: Path, steps: int) -> None:
     has_steps.last = steps
-    names = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
-    others = {path.relative_to(killed).as_posix() for path in killed.rglob("*") if path.is_file()}
+    names, others = files_in(whole), files_in(killed)
     assert names == others, f"only one of the two runs left {sorted(names ^ others)}"
     for name in sorted(names - {"training_config.json"}):
         if name.endswith(".safetensors"):
             assert content(whole / name) == content(killed / name), f"{name} differs"
-        elif not name.endswith(WITH_TIMES):
+        elif not name.endswith(STATE):
             assert (whole / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs"
     first, second = curves(whole), curves(killed)
     assert first.keys() == second.keys()
