@@ -17,6 +17,7 @@ from megaman.config.generate import GenerateConfig, parse_generate_config
 from megaman.errors import UserError, install_logging, plural, run_script
 from megaman.files import split_strength
 from megaman.models.configs import alias_notice, resolve_name, unet_width
+from megaman.pages.browser import show_page
 from megaman.sampling.jobs import PendingBatch
 from megaman.sampling.output_folder import GalleryWriter, OutputFolder
 from megaman.sampling.plan import GenerationPlan, summarize
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
         return 130
     if len(plan.variants) > 1:
         log.info(f"the comparison as one picture: {writer.write_grid()}")
-    log.info(f"{plural(plan.count(jobs), 'image')}; open {page.resolve().as_uri()} in a browser")
+    show_page(page, plural(plan.count(jobs), "image"), config.output.open)
     return 0
 
 

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     """Run the command line and return the exit code."""
     install_logging()
     config = parse_train_config(argv)
+    install_logging(log_format=config.output.log_format)
     if config.run.plan:
         return print_memory_table(config)
     gc.set_threshold(50_000, 10, 10)  # or 100,000 images are looked through again and again

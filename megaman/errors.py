@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import logging
 import os
 import sys
@@ -204,11 +205,32 @@ class _PlainHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if os.environ.get("RANK", "0") != "0":  # set by torchrun and accelerate launch
             return
+        line = self.format(record)
+        if not line:  # an event for programs only
+            return
         try:
-            self._write(self.format(record))
+            self._write(line)
         except OSError as error:
             if error.errno not in NO_READER:
                 _lost_output.append(error)
+
+
+class _JsonFormatter(logging.Formatter):
+    """A record as a JSON object: time, event ("log" for a plain line), message, and the event's
+    fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = getattr(record, "event", {"event": "log"})
+        content = {"time": round(record.created, 3), **event, "message": record.getMessage()}
+        return json.dumps(content)
+
+
+def log_event(logger: logging.Logger, event: str, message: str, **fields: Any) -> None:
+    """Log a message that programs get with fields of JSON's types (--log_format json).
+
+    An empty message is for programs only.
+    """
+    logger.info("%s", message, extra={"event": {"event": event, **fields}})
 
 
 def print_line(line: str) -> None:
@@ -220,15 +242,19 @@ def print_line(line: str) -> None:
         print(line)
 
 
-def install_logging(write: Callable[[str], object] = print_line) -> None:
-    """Print what the package logs at level INFO and above, as plain lines on standard output.
+def install_logging(write: Callable[[str], object] = print_line, log_format: str = "text") -> None:
+    """Print what the package logs at level INFO and above on standard output: as plain lines, or
+    with the log_format "json" as one JSON object a line.
 
     write prints one line. A second call replaces the first.
     """
     logger = logging.getLogger("megaman")
     for handler in [old for old in logger.handlers if isinstance(old, _PlainHandler)]:
         logger.removeHandler(handler)
-    logger.addHandler(_PlainHandler(write))
+    handler = _PlainHandler(write)
+    if log_format == "json":
+        handler.setFormatter(_JsonFormatter())
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 
 

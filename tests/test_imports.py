@@ -40,6 +40,8 @@ STANDARD_ONLY = [
     "training.series",
     "training.history",
     "training.pace",
+    "training.disk_space",
+    "training.summary",
     "training.signals",
     "training.datasets",
 ]
@@ -50,6 +52,7 @@ NEVER_TORCH = [
     "pages.gallery",
     "pages.grid",
     "pages.training_page",
+    "pages.browser",
     "sampling.png",
     "sampling.records",
     "sampling.output_folder",

@@ -43,7 +43,15 @@ DEMO_GENERATION: dict[str, Any] = {
 }
 DASHED = re.compile(r"[\u2010-\u2015\u2212]+[a-z]\w*(=.*)?", flags=re.DOTALL)
 # The flags that may be given with --from_image.
-WITH_FROM_IMAGE = {"from_image", "config", "output_dir", "device", "lora_path", "base_model"}
+WITH_FROM_IMAGE = {
+    "from_image",
+    "config",
+    "output_dir",
+    "open",
+    "device",
+    "lora_path",
+    "base_model",
+}
 
 # Pairs of flags of which a typed one takes the place of the other in --config.
 EXCLUSIVE = (
@@ -93,6 +101,7 @@ class OutputConfig:
         metavar="FOLDER",
         common=True,
     )
+    open: bool = flag(False, "open the gallery in a browser", common=True)
 
 
 @dataclass(frozen=True)

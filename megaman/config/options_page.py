@@ -85,6 +85,9 @@ DETAILS = {
         "vram_limit": "On a CPU it only affects `--plan`",
         "dataloader_num_workers": "With `--no_cache`, threads that decode them during training",
         "overwrite_output": "Without it, a finished run is never replaced",
+        "log_format": "Each object has `time`, `event` (`step`, `samples`, `checkpoint`, `done`, "
+        "or `log` for other lines) and `message`; errors stay lines on standard error",
+        "open": "`training_report.html` in `--output_dir`; it is written without this flag too",
         "save_precision": "`fp16` halves the files",
     },
     "generate_megaman.py": {
@@ -96,8 +99,8 @@ DETAILS = {
         "guidance_scale": "At 1 or less the negative prompt has no effect",
         "scheduler": "One of " + ", ".join(f"`{entry.name}`" for entry in samplers.SAMPLERS),
         "clip_skip": "1 is the last layer, which diffusers calls 0",
-        "from_image": "Only `--output_dir`, `--device`, `--base_model` and `--lora_path` go with "
-        "it",
+        "from_image": "Only `--output_dir`, `--open`, `--device`, `--base_model` and `--lora_path` "
+        "go with it",
     },
 }  # fmt: skip
 

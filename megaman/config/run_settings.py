@@ -94,6 +94,10 @@ class OutputConfig:
     )
     overwrite_output: bool = flag(False, "delete the outputs of an earlier run in --output_dir")
     logging_dir: str = flag("./logs", "TensorBoard's folder", folder, metavar="FOLDER")
+    log_format: str = flag(
+        "text", "json: one object a line on standard output, for programs", choices=("text", "json")
+    )
+    open: bool = flag(False, "open the page that follows the run in a browser", common=True)
     save_steps: int = flag(500, "steps between checkpoints", COUNT, common=True)
     checkpoints_total_limit: int | None = flag(
         None, "checkpoints kept; older ones are deleted", COUNT

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from megaman.data import buckets
 from megaman.files import write_json
+from megaman.pages.browser import open_page
 from megaman.runtime import device_lines, package_versions
 from megaman.training.compute import INDENT, dtype_name, to_record
+from megaman.training.disk_space import disk_lines
 from megaman.training.report import StepReport
 from megaman.training.report_about import make_about
 
@@ -49,6 +51,13 @@ def announce(
         ),
         *run.notes,
         *_resume_lines(config, run),
+        *disk_lines(
+            config,
+            run.output.path,
+            sum(parameter.numel() for parameter in adapters.parameters),
+            run.state.step,
+            schedule.total_steps,
+        ),
     ]
     for line in lines:
         log.info(line)
@@ -141,4 +150,8 @@ def write_training_config(
         run.log.add("add_text", "settings", text, run.state.step)
         where = StepReport(run.state.step, schedule.total_steps, run.state.elapsed)
         run.report.begin(partial(make_about, config, run, dataset, content), where)
+        if config.output.open:
+            open_page(run.report.page)
+        else:
+            log.info("page       %s", run.report.page.resolve().as_uri())
     return content

@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaman.errors import log_event
 from megaman.lora import files as lora_files
 from megaman.models.typed import scheduler_config
 from megaman.training import model_card, run_metadata
 from megaman.training.output import save_somewhere
+from megaman.training.summary import closing_lines
 
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
@@ -51,7 +53,10 @@ def export_lora(
                 reason,
                 folder,
             )
-        log.info("done in %d min %.0f s: %s", seconds // 60, seconds % 60, folder)
+        message = f"done in {seconds // 60:.0f} min {seconds % 60:.0f} s: {folder}"
+        log_event(log, "done", message, path=str(folder), seconds=round(seconds, 1))
+        for line in closing_lines(config, run):
+            log.info(line)
         command = next_command(config, run, folder)
         log.info("next: %s", command)
         run.report.end("finished", lora=folder.as_posix(), generate=command)

@@ -13,6 +13,7 @@ from megaman import runtime
 from megaman.training.optimizer import SkippedSteps
 from megaman.training.pace import Pace
 from megaman.training.report import StepReport
+from megaman.training.status import BAR_FORMAT, Status
 
 if TYPE_CHECKING:
     from megaman.training.optimizer import Optimizer, Schedule
@@ -67,16 +68,17 @@ class Progress:
         self._images_per_step = schedule.images_per_step
         first_pause = run.elapsed - run.state.elapsed  # sample images of the base, perhaps
         self._pace = Pace(self._last, self._events_after, first_pause)
-        self._bar = run.progress_bar(
-            total=self._last, initial=run.state.step, desc="training", unit="step"
+        bar = run.progress_bar(
+            total=self._last, initial=run.state.step, desc="training", bar_format=BAR_FORMAT
         )
+        self._status = Status(bar, run.history)
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, counted from 1."""
         for step in range(self._first, self._last + 1):
             self._pace.resume()
             yield step
-        self._bar.close()
+        self._status.close()
 
     def record(
         self, step: int, loss: torch.Tensor, norm: torch.Tensor, is_finite: torch.Tensor
@@ -86,7 +88,7 @@ class Progress:
         self._losses.append(loss)
         self._norms.append(norm)
         self._finite.append(is_finite)
-        self._bar.update()
+        self._status.advance()
         if step == self._first and self._run.device.type == "cpu":
             runtime.use_huge_pages()  # now that the memory of a step is allocated
 
@@ -123,13 +125,13 @@ class Progress:
         ]
         self._run.history.add_steps(losses, norms, lrs)
         self._losses, self._norms, self._finite = [], [], []
-        lr = lrs[-1][0]
-        self._bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", lr=f"{lr:.2e}")
         self._run.log.add_steps(step, losses, self._learning_rates)
         self._pace.pause(len(losses), self._events_after(step - 1) - self._events_after(step))
         if self._run.is_main_process:
             self._run.log.flush()
-            self._run.report.update(self._where(step))
+            where = self._where(step)
+            self._run.report.update(where)
+            self._status.show(where)
 
     def _events_after(self, step: int) -> int:
         """How many checkpoints and samples are still to come."""
@@ -164,7 +166,7 @@ class Progress:
     def stop(self, step: int, is_saved: bool, resume_command: str) -> int:
         """Close bar and log after a signal to stop, and log how to resume; returns the exit
         code."""
-        self._bar.close()
+        self._status.close()
         if self._run.is_main_process:  # another one's events would double the curve
             self._run.log.close()
         folder = f": {self._run.output.checkpoint_folder(step)}" if is_saved else ""

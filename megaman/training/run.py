@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from megaman import runtime
-from megaman.errors import UserError, summarize_error
+from megaman.errors import UserError, log_event, summarize_error
 from megaman.models.configs import unet_width
 from megaman.training import checkpoint as checkpoints
 from megaman.training import history as histories
@@ -171,6 +171,7 @@ class Run:
                 summarize_error(error),
             )
             return False
+        log_event(log, "checkpoint", f"step {step}: saved {folder}", step=step, path=str(folder))
         return True
 
     def save_history(self, step: int) -> None:
@@ -242,8 +243,8 @@ class Run:
         return self._accelerator.local_main_process_first()
 
     def progress_bar(self, iterable: Any = None, **options: Any) -> tqdm:
-        """A tqdm bar, visible in the main process only."""
-        return tqdm(iterable, **options, disable=not self.is_main_process)
+        """A tqdm bar, visible in the main process only, and only in a terminal."""
+        return tqdm(iterable, **options, disable=None if self.is_main_process else True)
 
     def wait_for_everyone(self) -> None:
         """Wait until all processes are here."""

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from megaman import runtime
-from megaman.errors import UserError, summarize_error
+from megaman.errors import UserError, log_event, summarize_error
 from megaman.files import replacing_folder
 from megaman.models.text_encoding import encode_captions
 from megaman.models.vae_tiling import enable_vae_tiling
@@ -185,7 +185,11 @@ def make_validation(
         if run.is_main_process:
             images = validation.generate(step, run.output.samples_folder(step))
             run.log.add_images("validation", map(np.asarray, images), step)
-            run.history.add_samples(step, validation.records(run.output.samples_folder(step)))
+            folder = run.output.samples_folder(step)
+            if samples := validation.records(folder):
+                message = f"step {step}: samples in {folder}"
+                log_event(log, "samples", message, step=step, path=str(folder))
+            run.history.add_samples(step, samples)
             run.save_history(step)
 
     return validate

@@ -53,6 +53,8 @@ TRAINING_DEFAULTS = {
     "output_dir": "./megaman_lora_output",
     "overwrite_output": False,
     "logging_dir": "./logs",
+    "log_format": "text",
+    "open": False,
     "resolution": 512,
     "check_data": False,
     "plan": False,
