@@ -15,7 +15,7 @@ from megaman.lora import files as lora_files
 from megaman.models.typed import scheduler_config
 from megaman.training import model_card, run_metadata
 from megaman.training.output import save_somewhere
-from megaman.training.summary import closing_lines
+from megaman.training.summary import add_result, closing_lines
 
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
@@ -86,6 +86,7 @@ def _save(
     card = model_card.write_card(
         training_config, images.captions, images.num_written_captions, samples
     )
+    add_result(run.log, run.history, training_config)
     run.log.close()
     save = partial(
         lora_files.save_lora,

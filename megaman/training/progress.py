@@ -125,7 +125,13 @@ class Progress:
         ]
         self._run.history.add_steps(losses, norms, lrs)
         self._losses, self._norms, self._finite = [], [], []
+        history = self._run.history
         self._run.log.add_steps(step, losses, self._learning_rates)
+        self._run.log.add_curve(
+            "train/loss_smoothed", history.smoothed.values[-len(losses) :], step
+        )
+        self._run.log.add_curve("train/gradient_norm", norms, step)
+        self._run.log.add_evaluations(history.evaluations)
         self._pace.pause(len(losses), self._events_after(step - 1) - self._events_after(step))
         if self._run.is_main_process:
             self._run.log.flush()

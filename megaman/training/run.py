@@ -99,7 +99,7 @@ class Run:
         runtime.keep_freed_memory()
         accelerator = _start_processes(compute)
         _complete_captions(config, datasets, accelerator)
-        state = _make_state(config, datasets, saved, accelerator)
+        state = _make_state(config, datasets, saved, output.resumes_in_place(), accelerator)
         if different := checkpoints.differences(saved.settings, state.settings) if saved else []:
             raise UserError(
                 f"{output.checkpoint} is of another run: {'; '.join(different)}",
@@ -283,16 +283,21 @@ def _complete_captions(config: TrainConfig, datasets: Datasets, accelerator: Acc
 
 
 def _make_state(
-    config: TrainConfig, datasets: Datasets, saved: TrainState | None, accelerator: Accelerator
+    config: TrainConfig,
+    datasets: Datasets,
+    saved: TrainState | None,
+    in_place: bool,
+    accelerator: Accelerator,
 ) -> TrainState:
-    """The state at the start: a resumed run keeps its step, seed, time and TensorBoard folder."""
+    """The state at the start: a resumed run keeps its step, seed and time and, if it resumes in
+    place, its TensorBoard folder: elsewhere that is another run's."""
     seed = config.run.seed
     if seed is None:
         seed = saved.seed if saved else secrets.randbelow(2**31)
     log_dir = None
     if accelerator.is_main_process:
         log_dir = choose_log_dir(
-            saved.log_dir if saved else None,
+            saved.log_dir if saved and in_place else None,
             config.output.logging_dir,
             Path(config.output.output_dir),
         )

@@ -184,7 +184,8 @@ def make_validation(
     def validate(step: int) -> None:
         if run.is_main_process:
             images = validation.generate(step, run.output.samples_folder(step))
-            run.log.add_images("validation", map(np.asarray, images), step)
+            names = [settings.prompt] * len(images)
+            run.log.add_images("validation", map(np.asarray, images), step, names)
             folder = run.output.samples_folder(step)
             if samples := validation.records(folder):
                 message = f"step {step}: samples in {folder}"

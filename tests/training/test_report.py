@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 from conftest import FEW_TARGETS, ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megaman.pages import training_page
 from megaman.training.history import RunHistory, Sample
 from megaman.training.pace import Pace
 from megaman.training.report import COST_SHARE, StepReport, TrainingReport
 from megaman.training.series import Smoothed, bucket_ends, last_of_each, spread, thin
+from megaman.training.tensorboard import open_training_log
 
 FLAGS = ["--data_dir", ROOT / "demo" / "held_out", "--validation_steps", 2, *FEW_TARGETS]
+
+HPARAMS = {"_hparams_/experiment", "_hparams_/session_start_info"}
 
 
 def data_of(folder: Path, name: str) -> dict:
@@ -132,3 +136,38 @@ def test_time_left_counts_steps_and_pauses():
     now += 8.0  # sample images
     pace.resume()
     assert pace.seconds_left(5) == pytest.approx(5 * 2.0 + (4.0 + 8.0) / 2)
+
+
+def test_tensorboard_has_curves_prompts_and_the_table_of_runs(trained):
+    (folder,) = (trained.parent / "logs-out").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    curves = {"train/loss", "train/loss_smoothed", "train/gradient_norm", "train/learning_rate"}
+    assert curves | {"final/loss_smoothed"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss_smoothed")] == [1, 2, 3]
+    assert events.Tags()["images"] == ["validation/00"]
+    assert "mega man" in events.SummaryMetadata("validation/00").display_name
+    assert HPARAMS <= set(events.summary_metadata)
+
+
+def test_each_evaluation_is_in_tensorboard_once(tmp_path):
+    history = RunHistory()
+    log = open_training_log(tmp_path, purge_step=3)
+    for step in (0, 2, 4):
+        history.add_evaluation(step, "held_out", step + 1.0)
+        history.add_evaluation(step, "ema", float("nan"))
+        log.add_evaluations(history.evaluations)
+    log.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("held_out/loss")] == [2, 4]
+    assert events.Tags()["scalars"] == ["held_out/loss"]
+
+
+def test_a_run_that_resumes_elsewhere_has_its_own_curves(trained, train_here):
+    before = sorted((trained.parent / "logs-out").glob("**/events*"))
+    flags = ["--max_train_steps", 3, "--logging_dir", "logs-out"]
+    train_here(
+        trained.parent, "elsewhere", *FLAGS, *flags, "--resume_from_checkpoint", "out/checkpoint-2"
+    )
+    folders = sorted(path.name for path in (trained.parent / "logs-out").iterdir())
+    assert len(folders) == 2 and folders[0].startswith("elsewhere-")
+    assert sorted((trained.parent / "logs-out").glob("out-*/events*")) == before
