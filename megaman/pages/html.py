@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 TEMPLATES = Path(__file__).parent / "templates"
 # Colors and basics, in place of a comment of that name in a template's style.
 SHARED_STYLE = "page.css"
+LANGUAGE = "language.js"  # the same for the lookup of translations, in a template's script
 LOADS_SCRIPTS = "/* loads scripts */"  # a comment in a template's script
 
 
@@ -23,6 +24,8 @@ def render(template: str, filters: dict[str, Callable[..., Any]], **content: Any
     source = (TEMPLATES / template).read_text(encoding="utf-8")
     shared = (TEMPLATES / SHARED_STYLE).read_text(encoding="utf-8")
     source = source.replace(f"/* {SHARED_STYLE} */\n", shared)
+    language = (TEMPLATES / LANGUAGE).read_text(encoding="utf-8")
+    source = source.replace(f"/* {LANGUAGE} */\n", language)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -462,14 +462,14 @@ def test_an_image_is_on_the_page_once_with_all_its_findings(folder, tmp_path):
     anchors = set(re.findall(r'href="#([\w-]+)"', page))
     assert anchors <= set(re.findall(r'id="([\w-]+)"', page))
     assert re.search(r"<li[^>]*>bad.png: not an image", page)
-    assert "The other images" not in page, "all are small"
+    assert ">The other images<" not in page, "all are small"
 
 
 def test_what_there_is_nothing_about_is_not_on_the_page(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no")
     write_report(tmp_path / "bad", look_at(tmp_path))
     page = (tmp_path / "bad" / PAGE).read_text(encoding="utf-8")
-    assert "a.png" in page and page.count("<h2>") == 1 and "<meter" not in page
+    assert "a.png" in page and page.count("<h2") == 1 and "<meter" not in page
     (tmp_path / "a.png").unlink()
     write(tmp_path, "b.png", scene(1))
     write_report(tmp_path / "named", look_at(tmp_path))
@@ -533,7 +533,7 @@ def test_names_and_captions_are_text_and_never_markup(nasty, tmp_path):
     write_report(tmp_path / "out", look_at(nasty, trigger=NASTY))
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     assert (
-        "<script" not in page
+        page.count("<script") == 1
         and "<img src=x" not in page
         and page.count("<style>") == page.count("</style>") == 1
     )
@@ -659,12 +659,12 @@ def test_accessibility(the_browser, nasty, tmp_path, axe, dark):
     visit.close()
 
 
-def test_a_shared_policy_allows_the_page_no_script(folder, tmp_path):
+def test_a_shared_policy_allows_the_page_its_own_script_alone(folder, tmp_path):
     write_report(tmp_path / "out", look_at(folder))
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     assert (
         "default-src &#39;none&#39;" in page
-        and "script-src &#39;none&#39;" in page
+        and page.count("script-src &#39;sha256-") == 1
         and "/* page.css */" not in page
     )
 

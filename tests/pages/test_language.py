@@ -1,0 +1,78 @@
+"""Gallery and dataset report in Traditional Chinese: by a switch, and back to the same English."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Visit, needs_browser
+from PIL import Image
+
+from megaman.doctor.page import NAMES
+from megaman.pages.gallery import GalleryImage, write_gallery
+from megaman.pages.html import TEMPLATES
+
+MARKED = "[...document.querySelectorAll('[data-t]')].map((element) => element.innerText)"
+
+
+@pytest.fixture
+def gallery(tmp_path) -> Path:
+    images = [
+        GalleryImage(
+            file=f"{i}.png",
+            prompt="prompt",  # which is a fixed text elsewhere
+            negative_prompt="",
+            seed=i,
+            width=64,
+            height=64,
+            settings={"steps": 25},
+            base_file="base.png",
+            loras=["out/robots/lora_weights:1"],
+        )
+        for i in range(3)
+    ]
+    for name in ("0", "1", "2", "base"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    return write_gallery(tmp_path, images, "Images of robots")
+
+
+@needs_browser
+def test_the_gallery_switches_to_chinese_and_back(the_browser, gallery):
+    page = Visit(the_browser, gallery)
+    english = page.do(MARKED)
+    page.click("[lang='zh-TW']")
+    assert page.do("document.documentElement.lang") == "zh-TW"
+    assert page.do("document.querySelector('h1').innerText") == "robots 的圖片"
+    assert page.do("document.querySelector('h2').innerText") == "prompt", "prompts stay"
+    left = [text for text in page.do(MARKED) if text in english]
+    assert not left
+    page.click("[data-number='0'] .with-lora img")
+    assert page.do("document.querySelector('.place').innerText") == "第 1 張，共 3 張，種子 0"
+    page.key("Escape")
+    page.click("[lang='en']")
+    assert page.do(MARKED) == english
+    assert not page.complaints() and not page.stopped_by_policy()
+    page.close()
+
+
+def translations(template: str) -> set[str]:
+    """The English texts that a template has translations of."""
+    source = (TEMPLATES / template).read_text(encoding="utf-8")
+    block = re.search(r"texts: \{(.*?)\n  \},", source, re.DOTALL)
+    assert block
+    return {json.loads(f'"{text}"') for text in re.findall(r'"([^"]*)":', block.group(1))}
+
+
+def test_every_name_of_a_finding_is_translated():
+    assert set(NAMES.values()) <= translations("report.html")
+
+
+@pytest.mark.parametrize("template", ["report.html", "gallery.html"])
+def test_every_fixed_text_is_translated(template):
+    """What a template marks and does not fill in."""
+    source = (TEMPLATES / template).read_text(encoding="utf-8")
+    fixed = re.findall(r"<[^<>]*\bdata-t\b[^<>]*>([^<{]+)<", source)
+    assert len(fixed) > 4
+    assert set(map(str.strip, fixed)) - {""} <= translations(template)
