@@ -69,7 +69,9 @@ def after_updates(bar: str, then: Callable[[tqdm], None]) -> None:
 
     def updating(self: Any, n: float | None = 1) -> bool | None:
         result = update(self, n)
-        if (getattr(self, "desc", None) or "").rstrip(": ") == bar:
+        # A disabled bar, as without a terminal, has no description; only that of steps is updated.
+        description = bar if self.disable else self.desc or ""
+        if description.rstrip(": ") == bar:
             then(self)
         return result
 
@@ -86,7 +88,7 @@ class Stopwatch:
 
     def _stamp(self, updated: tqdm) -> None:
         self.times.append((now(), time.process_time()))
-        if updated.total and updated.n >= updated.total:
+        if updated.total and len(self.times) >= updated.total:  # a disabled bar counts nothing
             self.rss_mb = resident()[0]
 
     def figures(self) -> dict[str, Any]:

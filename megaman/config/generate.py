@@ -101,7 +101,7 @@ class OutputConfig:
         metavar="FOLDER",
         common=True,
     )
-    open: bool = flag(False, "open the gallery in a browser", common=True)
+    open: bool = flag(False, "open the gallery in a browser")
 
 
 @dataclass(frozen=True)

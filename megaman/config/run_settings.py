@@ -97,7 +97,7 @@ class OutputConfig:
     log_format: str = flag(
         "text", "json: one object a line on standard output, for programs", choices=("text", "json")
     )
-    open: bool = flag(False, "open the page that follows the run in a browser", common=True)
+    open: bool = flag(False, "open the page that follows the run in a browser")
     save_steps: int = flag(500, "steps between checkpoints", COUNT, common=True)
     checkpoints_total_limit: int | None = flag(
         None, "checkpoints kept; older ones are deleted", COUNT

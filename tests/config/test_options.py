@@ -113,6 +113,7 @@ GENERATION_DEFAULTS = {
     "base_model": None,
     "lora_path": ["./megaman_lora_output/lora_weights"],
     "output_dir": "./generated_megaman",
+    "open": False,
     "prompts": None,
     "prompts_file": None,
     "negative_prompt": "blurry, low quality, distorted, deformed, ugly, bad anatomy",
