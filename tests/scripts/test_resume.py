@@ -55,6 +55,15 @@ def stop_at(folder, step: int) -> None:
             shutil.rmtree(checkpoint)
 
 
+def shown_by_page(folder) -> dict:
+    """What the page of a run shows, in everything but times, memory and the folder's name."""
+    text = (folder / "training_report" / "live.js").read_text()
+    live = json.loads(text[text.index(",") + 1 : -3])
+    times = {"started", "updated", "elapsed", "seconds_left", "seconds_per_step", "stale_after"}
+    others = {"images_per_second", "memory", "lora", "generate"}
+    return {key: value for key, value in live.items() if key not in times | others}
+
+
 @pytest.mark.parametrize("how", ["latest", "checkpoint-3"])
 def test_resumed_equals_undisturbed(train, tmp_path, how):
     undisturbed = train("whole", "--max_train_steps", 5)
@@ -69,6 +78,8 @@ def test_resumed_equals_undisturbed(train, tmp_path, how):
     records = [json.loads((folder / "run_history.json").read_text()) for folder in folders]
     assert records[0] == records[1]
     assert len(records[0]["loss"]) == len(records[0]["gradient_norm"]) == 5
+    shown = [shown_by_page(tmp_path / name) for name in ("whole", "halves")]
+    assert shown[0] == shown[1] and shown[0]["state"] == "finished"
 
     (folder,) = (tmp_path / "logs-halves").iterdir()
     (other,) = (tmp_path / "logs-whole").iterdir()
