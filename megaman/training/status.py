@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from megaman.errors import log_event
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from megaman.training.history import RunHistory
     from megaman.training.report import StepReport
 
@@ -22,10 +20,20 @@ GB = 2**30
 log = logging.getLogger(__name__)
 
 
+class ProgressBar(Protocol):
+    """What is used of tqdm's bar."""
+
+    disable: bool
+
+    def update(self) -> object: ...
+    def set_postfix_str(self, s: str) -> None: ...
+    def close(self) -> None: ...
+
+
 class Status:
     """Shows where a run is; bar is disabled where nobody would see it move."""
 
-    def __init__(self, bar: tqdm, history: RunHistory):
+    def __init__(self, bar: ProgressBar, history: RunHistory):
         self._bar, self._history = bar, history
         self._has_shown_pace = False
         self._last_line = time.monotonic()

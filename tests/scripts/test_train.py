@@ -84,6 +84,8 @@ def test_a_run_leaves_what_the_contract_says(finished):
         "samples-3",
         "samples-6",
         "training_config.json",
+        "training_report",
+        "training_report.html",
     ]
     assert sorted(path.name for path in (out / "samples-3").iterdir()) == ["00.png", "01.png"]
     assert Image.open(out / "samples-0" / "00.png").size == (64, 64)

@@ -186,6 +186,8 @@ def test_a_run_whose_disk_fails_once_continues_or_ends_in_a_line(trained, train_
                 "training_config.json",
             ),
             "dataset_problems.json",
+            "training_report",
+            "training_report.html",
         }
         if (folder / "lora_weights").exists():
             load_file(folder / "lora_weights" / "megaman_lora.safetensors")
