@@ -49,8 +49,9 @@ def read_table(
     it has none. Without a header, a first line that begins with an image's name is a row."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
     lines = text.rstrip("\n").split("\n")
-    separator = re.fullmatch(r"sep=(.)", lines[0].strip())  # for Excel
-    first = 1 if separator and len(lines) > 1 else 0
+    blank = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    separator = re.fullmatch(r"sep=(.)", lines[blank].strip())  # for Excel
+    first = blank + 1 if separator and len(lines) > blank + 1 else blank
     delimiter = separator[1] if separator else max(DELIMITERS, key=lines[first].count)
     header = _values(lines[first], delimiter) or []
     while header and not header[-1].strip():

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from megaman.data.captions import Caption, caption_file, caption_for, tidy
 from megaman.data.image_files import find_images
 from megaman.data.images import ImageInfo
-from megaman.data.metadata_files import NAMES, Row, inner_path, read_metadata
+from megaman.data.metadata_files import NAMES, Row, find_unread, inner_path, read_metadata
 
 MAX_REPEATS = 1000  # 2024_summer is a name
 MAX_WARNINGS = 20  # per metadata file; the rest is counted
@@ -190,6 +190,10 @@ class _MetadataFiles:
             for name in NAMES:
                 if os.path.lexists(parent / name):
                     self._read(parent / name)
+            for path in find_unread(parent):
+                self.warnings.append(
+                    (path, "is not read: its name has to be metadata.csv or metadata.jsonl")
+                )
 
     def caption_row(self, image: Path) -> _ImageRow | None:
         """The row with a caption for this image."""

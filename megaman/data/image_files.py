@@ -16,7 +16,10 @@ SUFFIXES = {
     *(".png", ".apng", ".bmp", ".dib", ".webp"),
 }
 # Reported, so that nobody expects them to be used, but not read.
-OTHER_SUFFIXES = {".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga"}
+OTHER_SUFFIXES = {
+    *(".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga"),
+    *(".ico", ".ppm", ".pgm", ".pbm", ".pnm", ".svg", ".pcx", ".dds", ".xcf", ".hdr"),
+}
 # Copies of images under these names are reported: a backup would be trained on twice.
 BACKUP_SUFFIXES = {".bak", ".old", ".orig", ".tmp", ".part", ".download", ".crdownload"}
 # Files of training sets that are no images; they are not opened if an image has their stem.
@@ -35,6 +38,8 @@ OTHER_SIGNATURES = {
     b"\xff\x4f\xff\x51": "JPEG 2000",
     b"\x76\x2f\x31\x01": "OpenEXR",
     b"qoif": "QOI",
+    b"DDS ": "DDS",
+    b"gimp": "GIMP",
     b"IIU\0": "raw photo",
     b"IIRO": "raw photo",
 }

@@ -4,6 +4,7 @@ imagefolder defines them, and as people write them."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,8 @@ from megaman.data.csv_table import read_table
 from megaman.data.image_files import SUFFIXES
 
 NAMES = ("metadata.jsonl", "metadata.csv")  # if both name an image, the first counts
+# Reported, so that nobody expects them to be read.
+OTHER_NAMES = re.compile(r"metadata\.(csv|jsonl|json|tsv|xlsx?|ods|parquet)", re.IGNORECASE)
 # Names of keys and columns without spaces, hyphens and underscores; the first that is there counts.
 FILE_KEYS = (
     "filename",
@@ -59,6 +62,17 @@ class Metadata(NamedTuple):
     rows: list[Row] | None
     warnings: list[str]
     has_bad_lines: bool = False
+
+
+def find_unread(folder: Path) -> list[Path]:
+    """Files in a folder that somebody may take for its metadata file, but which are not read."""
+    try:
+        names = sorted(filter(OTHER_NAMES.fullmatch, os.listdir(folder)))
+    except OSError:
+        return []
+    # Where upper and lower case are the same, METADATA.CSV is read.
+    read = [name for name in NAMES if (folder / name).exists()]
+    return [folder / name for name in names if name.lower() not in read]
 
 
 def read_metadata(path: Path) -> Metadata:

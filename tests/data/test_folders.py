@@ -330,6 +330,17 @@ def test_what_a_metadata_file_names_wrongly_is_reported_by_line(tmp_path):
     assert len(others) == 20 and len(dataset.skipped) == 22
 
 
+@pytest.mark.parametrize("name", ["metadata.tsv", "METADATA.xlsx", "Metadata.csv", "metadata.json"])
+def test_a_metadata_file_that_is_not_read_is_named(pictures, name):
+    (pictures / name).write_text("file_name\ttext\nmegaman_01.png\tvolto", encoding="utf-8")
+    if name == "Metadata.csv" and (pictures / "metadata.csv").exists():
+        pytest.skip("upper and lower case are the same here")
+    warnings = MegaManDataset(pictures, None).metadata_warnings
+    assert warnings == [
+        (pictures / name, "is not read: its name has to be metadata.csv or metadata.jsonl")
+    ]
+
+
 def test_the_doctor_reports_metadata_lines(tmp_path):
     placed = place(tmp_path)
     write_jsonl(tmp_path / "metadata.jsonl", placed | {"../\ud800.png": "out"})
@@ -603,6 +614,7 @@ def test_what_is_sorted_out_on_purpose_is_no_bad_file(tmp_path, layout):
         (["file_name;text", "a.png;volto; blue robot"], "volto; blue robot"),
         (["file_name|text", "a.png|volto, blue robot"], "volto, blue robot"),
         (["sep=;", "file_name;text", "a.png;volto, blue robot"], "volto, blue robot"),
+        (["", " ", "file_name,text", "a.png,volto, blue robot"], "volto, blue robot"),
         (["file_name, text", 'a.png, "volto, blue robot"'], "volto, blue robot"),
         (["file_name,text", "a.png,“volto, blue robot”"], "volto, blue robot"),
         (["file_name,text", "a.png,'volto, blue robot'"], "volto, blue robot"),

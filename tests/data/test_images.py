@@ -67,6 +67,8 @@ def test_other_formats_are_named_and_not_read(tmp_path):
         "b10.GIF",
         "b2.tif",
         "sub/c.heic",
+        "sub/f.ico",
+        "sub/g.PPM",
         "d.psd",
         "e.txt",
         ".f.gif",
@@ -77,6 +79,8 @@ def test_other_formats_are_named_and_not_read(tmp_path):
         ("b2.tif", ".tif is not read: save it as PNG or JPG"),
         ("b10.GIF", ".gif is not read: save it as PNG or JPG"),
         ("sub/c.heic", ".heic is not read: save it as PNG or JPG"),
+        ("sub/f.ico", ".ico is not read: save it as PNG or JPG"),
+        ("sub/g.PPM", ".ppm is not read: save it as PNG or JPG"),
     ]
 
 
