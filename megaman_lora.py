@@ -110,8 +110,8 @@ def print_memory_table(config: TrainConfig) -> int:
     """--plan: the memory that training would need."""
     from megaman.training.memory_plan import memory_table
 
-    name = config.base.pretrained_model_name
-    print(*memory_table(config.compute, config.memory_request(), name), sep="\n")
+    request, name = config.memory_request(), config.base.pretrained_model_name
+    print(*memory_table(config.compute, request, name, config.cache.path()), sep="\n")
     return 0
 
 

@@ -9,7 +9,9 @@ top; so memory_plan.py takes measures from runtime.USABLE of the memory on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, cached_property, partial
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,6 +30,7 @@ from megaman.models.vae_tiling import tile_side
 from megaman.training import loss as diffusion
 from megaman.training.fake_models import FakeModels, norms_in_float32, tensor_bytes
 from megaman.training.memory_saving import checkpoint_gradients, keep_activations
+from megaman.training.trace_cache import TraceCache
 
 GB = 2**30
 # Bytes resident on a CPU per byte of activations: the allocator's gaps and oneDNN's scratch
@@ -75,6 +78,7 @@ class MemoryEstimate:
         configs: the configurations of the base's models (models.configs.read_configs).
         dtype: what the base computes in.
         on_gpu: norms then compute in float32 and the allocator leaves fewer gaps.
+        cache_dir: where traced figures are kept for later starts; None for nowhere.
 
     Raises:
         UserError: a configuration is impossible.
@@ -86,6 +90,7 @@ class MemoryEstimate:
         request: MemoryRequest,
         dtype: torch.dtype,
         on_gpu: bool,
+        cache_dir: Path | None = None,
     ):
         self.request, self.dtype, self.on_gpu = request, dtype, on_gpu
         self.resolution = request.resolution
@@ -114,9 +119,20 @@ class MemoryEstimate:
         if on_gpu and dtype != torch.float32:
             norms_in_float32(self.unet, self.text_encoder)
         self._fake_models = FakeModels(self.unet, self.text_encoder, self.vae)
-        self._step_of_one_image = cache(self._trace_step)
-        self._decoding_of_one_image = cache(self._trace_decoding)
-        self._encoding_of_one_image = cache(self._trace_encoding)
+        settings = [configs, asdict(request), dtype, on_gpu]
+        self._traces = TraceCache(cache_dir, settings)
+
+    def _step_of_one_image(self, checkpointing: bool) -> int:
+        name = f"step, checkpointing {checkpointing}"
+        return self._traces.get(name, lambda: self._trace_step(checkpointing))
+
+    def _decoding_of_one_image(self, resolution: int) -> int:
+        name = f"decoding {resolution} px"
+        return self._traces.get(name, lambda: self._trace_decoding(resolution))
+
+    def _encoding_of_one_image(self, resolution: int) -> int:
+        name = f"encoding {resolution} px"
+        return self._traces.get(name, lambda: self._trace_encoding(resolution))
 
     def training_peak(
         self, batch_size: int, checkpointing: bool, resolution: int | None = None
@@ -215,9 +231,12 @@ class MemoryEstimate:
 
         return self._fake_models.peak(decode)
 
-    @cached_property
+    @property
     def _guided_pass(self) -> int:
         """The UNet's activations for a batch of sample images, each with and without prompt."""
+        return self._traces.get("guided pass", self._trace_guided_pass)
+
+    def _trace_guided_pass(self) -> int:
         batch_size = runtime.default_batch_size(self.resolution, self.resolution)
         rows = 2 * min(self.request.num_validation_images, batch_size)
 

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -41,6 +42,7 @@ def fit_to_memory(
     base_name: str,
     limit: float,
     can_shrink: bool,
+    cache_dir: Path | None = None,
 ) -> MemoryPlan:
     """Plan a run that fits into limit bytes (see plan_memory) and log what it needs.
 
@@ -52,7 +54,8 @@ def fit_to_memory(
         return unchanged
     try:
         configs, remark = read_configs(base_name)
-        estimate = MemoryEstimate(configs, request, compute.dtype, compute.device.type != "cpu")
+        on_gpu = compute.device.type != "cpu"
+        estimate = MemoryEstimate(configs, request, compute.dtype, on_gpu, cache_dir)
         estimate.training_peak(compute.micro_batching.size, compute.gradient_checkpointing)
         estimate.validation_peak(False)
     except Exception as error:  # whatever it is, loading the base gives the better message
@@ -182,11 +185,13 @@ def hold_to_limit(device: torch.device, vram_limit: float | None) -> float:
     return limit
 
 
-def memory_table(config: ComputeConfig, request: MemoryRequest, base_name: str) -> list[str]:
+def memory_table(
+    config: ComputeConfig, request: MemoryRequest, base_name: str, cache_dir: Path | None = None
+) -> list[str]:
     """What runs on this base would need on a GPU, as the lines of --plan."""
     configs, remark = read_configs(base_name)
     precision = config.mixed_precision
-    estimate = MemoryEstimate(configs, request, DTYPES[precision], on_gpu=True)
+    estimate = MemoryEstimate(configs, request, DTYPES[precision], True, cache_dir)
     device = choose_device()
     limit = memory_limit(device, config.vram_limit)
     lines = [f"base       {resolve_name(base_name)}"]

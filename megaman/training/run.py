@@ -120,6 +120,7 @@ class Run:
             config.base.pretrained_model_name,
             min(gather_object([limit])),  # the same in every process
             can_shrink=self.world_size == 1,
+            cache_dir=config.cache.path(),
         )
         self.compute = replace(
             self.compute,
