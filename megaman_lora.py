@@ -80,7 +80,7 @@ def train(
     schedule = make_schedule(training_sets[0].batches, config.optimizer, config.explicit, run)
     training_step = TrainingStep(base, adapters, training_sets, captions, config.loss, run)
     optimizer = make_optimizer(adapters, config.optimizer, schedule, run)
-    run.restore(adapters, optimizer.adamw)
+    run.restore(adapters, optimizer.torch_optimizer)
 
     announce(config, run, base, training_sets, adapters, schedule)
     training_config = write_training_config(config, run, base, training_sets, schedule)
@@ -98,7 +98,7 @@ def train(
             due = progress.due(step)
             if due.log:
                 progress.flush(step)
-            is_saved = due.save and run.save_checkpoint(step, adapters, optimizer.adamw)
+            is_saved = due.save and run.save_checkpoint(step, adapters, optimizer.torch_optimizer)
             if due.stop:
                 return progress.stop(step, is_saved, config.resume_command())
             if due.validate:

@@ -28,7 +28,7 @@ from megaman.lora import adapter, peft_config
 from megaman.lora import files as lora_files
 from megaman.models.base import load_base
 from megaman.models.weights import build
-from megaman.training import checkpoint, output
+from megaman.training import checkpoint, optimizer_state, output
 from megaman.training.adapters import Adapters
 
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "megaman").rglob("*.py")])
@@ -584,7 +584,7 @@ def saved(base_folder, tmp_path):
     return folder, adapters, optimizer
 
 
-@pytest.mark.parametrize("file", [lora_files.PEFT_WEIGHTS, checkpoint.OPTIMIZER])
+@pytest.mark.parametrize("file", [lora_files.PEFT_WEIGHTS, optimizer_state.TENSORS])
 @pytest.mark.parametrize("how", ["pickle", "named so", "lying", "NaN", "shape", "missing"])
 def test_a_checkpoint_from_a_stranger_is_refused_in_one_line(saved, file, how):
     folder, adapters, optimizer = saved

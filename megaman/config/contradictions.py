@@ -40,6 +40,9 @@ def _rate_contradictions(config: TrainConfig) -> Iterator[str]:
     optimizer = config.optimizer
     if "text_encoder_lr" in config.explicit and not config.lora.train_text_encoder:
         yield _no_effect("text_encoder_lr", "train_text_encoder")
+    text_encoder_lr = optimizer.text_encoder_lr
+    if optimizer.optimizer == "prodigy" and text_encoder_lr not in (None, optimizer.learning_rate):
+        yield "--optimizer prodigy finds one rate for both models: omit --text_encoder_lr"
     peaks = {"learning_rate": optimizer.learning_rate}
     if "text_encoder_lr" in config.explicit and optimizer.text_encoder_lr is not None:
         peaks["text_encoder_lr"] = optimizer.text_encoder_lr

@@ -26,6 +26,9 @@ SCHEDULERS = [
     "constant_with_warmup",
 ]
 
+# The optimizers, and the numbers of 4 bytes that each keeps for one of the LoRA's.
+OPTIMIZERS = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0}
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -68,6 +71,12 @@ class OptimizerConfig:
     )
     max_train_steps: int | None = flag(
         None, "optimizer steps; wins over --num_train_epochs", COUNT, common=True
+    )
+    optimizer: str = flag(
+        "adamw",
+        "adamw8bit needs bitsandbytes, prodigy prodigyopt",
+        choices=tuple(OPTIMIZERS),
+        resume=True,
     )
     learning_rate: float = flag(1e-4, "peak learning rate", RATE, common=True)
     text_encoder_lr: float | None = flag(

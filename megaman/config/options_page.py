@@ -72,6 +72,9 @@ DETAILS = {
         "use_rslora": "[rsLoRA](https://arxiv.org/abs/2312.03732); choose a lower alpha with it",
         "lora_dropout": "Against memorizing; 0.1 is usual",
         "target_modules": "Matched by the end of their names; convolutions too, such as `conv1`",
+        "optimizer": "`pip install bitsandbytes==0.50.2` or `prodigyopt==1.1.2` first. Prodigy "
+        "finds the learning rate; `--learning_rate` is a factor on it, 1 unless it is typed. All "
+        "three take betas, epsilon and weight decay",
         "lr_warmup_steps": "The default shrinks to a tenth of a short run; `constant` has no "
         "warmup",
         "snr_gamma": "[Min-SNR](https://arxiv.org/abs/2303.09556)",

@@ -28,7 +28,8 @@ ORDER = (
     "check_data", "plan", "strict", "skip_bad_images", "center_crop", "crop_variants",
     "random_flip", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
     "bucket_no_upscale", "cache_dir", "cache_limit", "no_cache", "train_batch_size",
-    "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "learning_rate",
+    "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "optimizer",
+    "learning_rate",
     "train_text_encoder", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "lora_rank",
     "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "adam_beta1", "adam_beta2",
     "adam_weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers", "save_steps",
@@ -55,6 +56,7 @@ class MemoryRequest:
     trains_text_encoder: bool = False
     encodes_images: bool = False
     num_validation_images: int = 4
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -106,4 +108,5 @@ class TrainConfig:
             trains_text_encoder=self.lora.train_text_encoder,
             encodes_images=self.cache.no_cache,
             num_validation_images=self.validation.num_validation_images,
+            optimizer=self.optimizer.optimizer,
         )

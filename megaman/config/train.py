@@ -66,6 +66,8 @@ def _recipe(typed: Mapping[str, Any]) -> dict[str, Any]:
     if "crop_variants" in typed and "center_crop" not in typed:
         recipe.pop("center_crop", None)
     recipe |= PRESETS.get(typed.get("preset") or "", {})
+    if typed.get("optimizer") == "prodigy":
+        recipe["learning_rate"] = 1.0  # a factor on the rate that it finds
     if "num_train_epochs" in typed:
         recipe.pop("max_train_steps", None)  # which win over epochs
     return recipe

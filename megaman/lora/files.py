@@ -158,8 +158,9 @@ def config_dict(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def read_tensors(path: Path) -> Tensors:
-    """Read an untrusted safetensors file; raises UserError if it is damaged or not finite."""
+def read_tensors(path: Path, allow_bytes: bool = False) -> Tensors:
+    """Read an untrusted safetensors file; raises UserError if it is damaged or not finite, or if it
+    has whole numbers other than bytes that are allowed."""
     check_safetensors(path)
     try:
         tensors = load_file(path)
@@ -170,6 +171,8 @@ def read_tensors(path: Path) -> Tensors:
     for name, tensor in tensors.items():
         if name.startswith(lora_formats.EMBEDDINGS):
             continue  # not used
+        if allow_bytes and tensor.dtype == torch.uint8:
+            continue
         if name.endswith(".alpha") and not tensor.is_complex():  # kohya's may be whole numbers
             tensor = tensors[name] = tensor.float()
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():

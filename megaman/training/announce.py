@@ -86,6 +86,8 @@ def _step_line(config: TrainConfig, run: Run, adapters: Adapters, schedule: Sche
     lr = f"{optimizer.lr_scheduler} learning rate up to {optimizer.learning_rate:g}"
     if adapters.text_encoder is not None:
         lr += f" and {optimizer.text_encoder_lr:g} (text encoder)"
+    if optimizer.optimizer != "adamw":
+        lr += f", {optimizer.optimizer}"
     return (
         f"steps      {schedule.total_steps} of {images} ({batch_size} x {accumulation} accumulated "
         f"x {processes}), {schedule.epochs:.1f} epochs, {lr}, {schedule.warmup_steps} warm-up"

@@ -21,6 +21,7 @@ from megaman.files import read_json, replacing_folder, write_json
 from megaman.lora import adapter as lora
 from megaman.lora import files as lora_files
 from megaman.models.configs import resolve_name
+from megaman.training import optimizer_state
 from megaman.training.history import HISTORY, RunHistory
 from megaman.training.output import STATE
 
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
     from megaman.training.adapters import Adapters
     from megaman.training.datasets import Datasets
 
-OPTIMIZER = "optimizer.safetensors"
 # The settings of checkpoints from before these existed.
 EARLIER_SETTINGS: dict[str, Any] = {
     "train_text_encoder": False,
     "enable_bucket": False,
     "no_cache": False,
     "class data": "none",
+    "optimizer": "adamw",
     **CaptionAugmentation()._asdict(),
 }
 
@@ -69,9 +70,7 @@ def save(
     with replacing_folder(folder) as aside:
         models = lora_files.models_by_part(adapters.unet, adapters.text_encoder)
         lora_files.write_peft(aside, models, adapters.base_name)
-        lora_files.write_tensors(
-            aside / OPTIMIZER, _optimizer_tensors(_parameters(adapters), optimizer)
-        )
+        optimizer_state.save(aside, _parameters(adapters), optimizer)
         if history is not None:
             history.save(aside / HISTORY)
         write_json(aside / STATE, asdict(state))
@@ -84,17 +83,6 @@ def _parameters(adapters: Adapters) -> dict[str, torch.nn.Parameter]:
         for name, parameter in lora.parameters(adapters.text_encoder).items():
             parameters[f"{lora_files.TEXT_ENCODER}.{name}"] = parameter
     return parameters
-
-
-def _optimizer_tensors(
-    parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """AdamW's moments and step counts under the parameters' names."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}:{key}"] = value.detach().cpu().contiguous()
-    return tensors
 
 
 def read_train_state(folder: Path) -> TrainState:
@@ -133,38 +121,14 @@ def restore(folder: Path, adapters: Adapters, optimizer: torch.optim.Optimizer) 
         folders[folder / lora_files.TEXT_ENCODER] = adapters.text_encoder
     try:
         states = [lora_files.read_tensors(path / lora_files.PEFT_WEIGHTS) for path in folders]
-        saved = lora_files.read_tensors(folder / OPTIMIZER)
+        saved = optimizer_state.read(folder)
     except (OSError, UserError) as error:
         raise UserError(
             f"{folder} is damaged ({error})", "Resume from an earlier checkpoint"
         ) from None
     for model, state in zip(folders.values(), states, strict=True):
         lora_files.restore(model, state)
-    for name, parameter in _parameters(adapters).items():
-        values = {
-            key.split(":")[1]: value for key, value in saved.items() if key.startswith(f"{name}:")
-        }
-        if any(value.shape not in (parameter.shape, ()) for value in values.values()):
-            raise UserError(
-                f"{folder / OPTIMIZER} does not fit its adapter",
-                "Resume from an earlier checkpoint",
-            )
-        is_fused = optimizer.defaults["fused"]
-        optimizer.state[parameter] = {
-            key: _copy_for(parameter, value, is_fused) for key, value in values.items()
-        }
-
-
-def _copy_for(parameter: torch.nn.Parameter, value: torch.Tensor, is_fused: bool) -> torch.Tensor:
-    """A copy of one of AdamW's tensors for the parameter: what is read stays mapped to a file that
-    may be deleted.
-
-    Moments get the parameter's strides: the fused AdamW goes through both by address. The step
-    count is on the CPU unless AdamW is fused.
-    """
-    if value.ndim:
-        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-    return value.to(parameter.device if is_fused else torch.device("cpu"), copy=True)
+    optimizer_state.restore(folder, saved, _parameters(adapters), optimizer)
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from megaman import runtime
+from megaman.config.learning_settings import OPTIMIZERS
 from megaman.config.settings import MemoryRequest
 from megaman.errors import UserError, summarize_error
 from megaman.lora import adapter
@@ -36,7 +37,7 @@ GB = 2**30
 # Bytes resident on a CPU per byte of activations: the allocator's gaps and oneDNN's scratch
 # memory, measured by benchmarks/memory.py.
 RESIDENT = 1.5
-FLOAT32 = 4  # bytes per number of the LoRA, of its gradient, and of each of AdamW's two moments
+FLOAT32 = 4  # bytes per number of the LoRA, of its gradient, and of AdamW's two moments
 
 
 class _Models(NamedTuple):
@@ -112,7 +113,7 @@ class MemoryEstimate:
             resident.append(self.vae)
         numbers = sum(parameter.numel() for parameter in lora_parameters)
         self.gradients = numbers * FLOAT32
-        self.moments = 2 * numbers * FLOAT32
+        self.moments = int(OPTIMIZERS[request.optimizer] * numbers * FLOAT32)
         self.weights = tensor_bytes(*resident)
         # The VAE comes back for sample images if the run has let it go.
         self.reloaded_vae = 0 if request.encodes_images else tensor_bytes(self.vae)

@@ -1,5 +1,5 @@
-"""How many steps a run has, the learning rate at each, and AdamW, which skips steps whose gradients
-are not finite."""
+"""How many steps a run has, the learning rate at each, and an optimizer that skips steps whose
+gradients are not finite."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from megaman.errors import UserError
+from megaman.training.optimizers import create_optimizer
 
 if TYPE_CHECKING:
     from megaman.config.learning_settings import OptimizerConfig
@@ -82,10 +83,10 @@ def learning_rate(scheduler: str, peak: float, warmup: int, total: int) -> Learn
 
 
 class Optimizer:
-    """AdamW over the LoRAs' parameters, with a learning rate of its own for each model.
+    """An optimizer over the LoRAs' parameters, with a learning rate of its own for each model.
 
     Args:
-        prepared: the AdamW as accelerate prepared it.
+        prepared: torch's optimizer as accelerate prepared it.
         learning_rates: one for each of its parameter groups.
         scaler: the loss scaler of fp16.
     """
@@ -97,7 +98,7 @@ class Optimizer:
         scaler: torch.amp.GradScaler | None,
     ):
         self._prepared, self.learning_rates, self._scaler = prepared, learning_rates, scaler
-        self.adamw: torch.optim.AdamW = prepared.optimizer
+        self.torch_optimizer: torch.optim.Optimizer = prepared.optimizer
 
     def set_lr(self, step: int) -> None:
         """Set the learning rates of step 1, 2, ..."""
@@ -112,8 +113,8 @@ class Optimizer:
         a scaler sets, on the device, so that nothing has to wait for the answer.
         """
         finite = torch.isfinite(gradient_norm)
-        if self._scaler is None and self.adamw.defaults["fused"]:
-            self.adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        if self._scaler is None and self.torch_optimizer.defaults.get("fused"):
+            self.torch_optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self._prepared.step()
         elif self._scaler is not None or finite:
             self._prepared.step()
@@ -130,18 +131,12 @@ def make_optimizer(
     ]
     if adapters.text_encoder is not None:
         groups.append({"params": adapters.text_encoder_parameters, "lr": config.text_encoder_lr})
-    adamw = torch.optim.AdamW(
-        groups,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-        fused=run.device.type != "mps",
-    )
+    torch_optimizer = create_optimizer(config, groups, run.device)
     learning_rates = [
         learning_rate(config.lr_scheduler, group["lr"], schedule.warmup_steps, schedule.total_steps)
         for group in groups
     ]
-    return Optimizer(run.prepare(adamw), learning_rates, run.scaler)
+    return Optimizer(run.prepare(torch_optimizer), learning_rates, run.scaler)
 
 
 class SkippedSteps:

@@ -29,6 +29,7 @@ from megaman.training.checkpoint import TrainState
 from megaman.training.compute import INDENT, REQUESTS, choose_training_compute, to_record
 from megaman.training.memory_plan import fit_to_memory, hold_to_limit
 from megaman.training.memory_saving import reduce_memory
+from megaman.training.optimizers import require_library
 from megaman.training.output import choose_log_dir
 from megaman.training.report import TrainingReport
 from megaman.training.signals import StopSignal
@@ -82,8 +83,10 @@ class Run:
     ) -> Run:
         """Start the processes, complete the captions, and take over what a checkpoint stores.
 
-        Raises UserError if the checkpoint belongs to a run with other settings.
+        Raises UserError if the checkpoint belongs to a run with other settings, or if the library
+        of the optimizer is missing.
         """
+        require_library(config.optimizer.optimizer)
         saved = checkpoints.read_train_state(output.checkpoint) if output.checkpoint else None
         runtime.set_threads(policy)
         settings = config.settings()

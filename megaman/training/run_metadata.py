@@ -26,6 +26,11 @@ TIMES = (
     "ss_training_finished_at",
     "modelspec.date",
 )  # in which two equal runs differ
+OPTIMIZER_CLASSES = {
+    "adamw": "torch.optim.adamw.AdamW",
+    "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit",
+    "prodigy": "prodigyopt.prodigy.Prodigy",
+}
 Folders = Mapping[str, tuple[int, Sequence[str]]]  # repeats and captions by the folder's name
 
 
@@ -136,7 +141,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "ss_text_encoder_lr": text_encoder_lr,
         "ss_lr_scheduler": settings["lr_scheduler"],
         "ss_lr_warmup_steps": config["warmup_steps"],
-        "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_optimizer": OPTIMIZER_CLASSES[settings["optimizer"]],
         "ss_max_grad_norm": settings["max_grad_norm"],
         "ss_min_snr_gamma": settings["snr_gamma"],
         "ss_noise_offset": settings["noise_offset"] or None,

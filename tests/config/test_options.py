@@ -34,6 +34,7 @@ from megaman.version import VERSION
 TRAINING_DEFAULTS = {
     "vram_limit": None,
     "config": None,
+    "optimizer": "adamw",
     "preset": None,
     "demo": False,
     "pretrained_model_name": "runwayml/stable-diffusion-v1-5",

@@ -35,7 +35,8 @@ import megaman_lora
 from megaman.errors import run_script
 from megaman.lora.files import PEFT_WEIGHTS
 from megaman.training import validation
-from megaman.training.checkpoint import OPTIMIZER, read_train_state
+from megaman.training.checkpoint import read_train_state
+from megaman.training.optimizer_state import TENSORS
 from megaman.training.output import find_all
 from megaman.training.run_metadata import TIMES
 
@@ -132,7 +133,7 @@ def check_checkpoints(output: Path) -> int:
     for folder in found:
         read_train_state(folder)
         load_file(folder / PEFT_WEIGHTS)
-        load_file(folder / OPTIMIZER)
+        load_file(folder / TENSORS)
     unfinished = [
         path
         for path in output.glob("checkpoint-*")

@@ -26,8 +26,9 @@ from megaman.lora import files as lora_files
 from megaman.models.base import load_base
 from megaman.training import checkpoint, output
 from megaman.training.adapters import Adapters
-from megaman.training.checkpoint import OPTIMIZER, read_train_state
+from megaman.training.checkpoint import read_train_state
 from megaman.training.optimizer import PATIENCE, SkippedSteps
+from megaman.training.optimizer_state import TENSORS
 from megaman.training.tensorboard import TrainingLog
 
 FIXED = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, *FEW_TARGETS]
@@ -73,7 +74,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     for path in found:
         assert read_train_state(path).step == output.step_of(path)
         load_file(path / "adapter_model.safetensors")
-        load_file(path / OPTIMIZER)
+        load_file(path / TENSORS)
     return found
 
 
@@ -385,7 +386,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
     steps = {
         key: value
-        for key, value in load_file(tmp_path / "out" / "checkpoint-5" / OPTIMIZER).items()
+        for key, value in load_file(tmp_path / "out" / "checkpoint-5" / TENSORS).items()
         if key.endswith(":step")
     }
     assert {float(value) for value in steps.values()} == {
