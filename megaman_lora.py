@@ -55,7 +55,7 @@ def train(
     from megaman.training.export import export_lora
     from megaman.training.optimizer import make_optimizer, make_schedule
     from megaman.training.prepare import encode_latents, open_base
-    from megaman.training.progress import Progress, validates_at_start
+    from megaman.training.progress import Progress, steps_between, validates_at_start
     from megaman.training.run import Run
     from megaman.training.step import TrainingStep
     from megaman.training.training_set import make_training_sets
@@ -75,7 +75,7 @@ def train(
     )
     latents = encode_latents(base, datasets, config, run)
 
-    adapters = inject_lora(base, config.lora, run.compute, run.state.seed)
+    adapters = inject_lora(base, config.lora, run)
     training_sets = make_training_sets(config, datasets, latents, run)
     schedule = make_schedule(training_sets[0].batches, config.optimizer, config.explicit, run)
     training_step = TrainingStep(base, adapters, training_sets, captions, config.loss, run)
@@ -85,11 +85,11 @@ def train(
     announce(config, run, base, training_sets, adapters, schedule)
     training_config = write_training_config(config, run, base, training_sets, schedule)
     validate = make_validation(base, captions, config, run)
-    validation_steps = config.validation.validation_steps
+    save_steps, validation_steps = steps_between(config, schedule)
     with run.training():
         if validates_at_start(run, schedule, validation_steps):
             validate(run.state.step)  # at step 0 the LoRA changes nothing yet: this is the base
-        progress = Progress(run, schedule, optimizer, config.output.save_steps, validation_steps)
+        progress = Progress(run, schedule, optimizer, save_steps, validation_steps)
         for step in progress.steps():
             optimizer.set_lr(step)
             loss = training_step.accumulate(step)

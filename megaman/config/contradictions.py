@@ -12,6 +12,8 @@ from megaman.files import path_within
 
 # The folders in --output_dir that a run replaces.
 REPLACED = r"((checkpoint|samples)-\d+|lora_weights)(?![^/\\])"
+# The flags for the same interval, in steps and in epochs.
+INTERVALS = (("save_steps", "save_every_n_epochs"), ("validation_steps", "validation_epochs"))
 POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 
 
@@ -24,6 +26,9 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
         yield "--plan and --check_data are two questions: ask one at a time"
     if config.output.resume_from_checkpoint and config.output.overwrite_output:
         yield "--resume_from_checkpoint and --overwrite_output contradict each other: use only one"
+    for steps, epochs in INTERVALS:
+        if {steps, epochs} <= config.explicit:
+            yield f"--{steps} and --{epochs} contradict each other: use only one"
     yield from _rate_contradictions(config)
     yield from _crop_contradictions(config)
     yield from _bucket_contradictions(config.buckets, config.data.resolution)

@@ -15,6 +15,7 @@ from megaman.config.values import (
     SHARE,
     name,
     number,
+    path,
 )
 
 SCHEDULERS = [
@@ -43,6 +44,9 @@ class LoraConfig:
         number(float, 0, 65536, exclusive=True),
         common=True,
         resume=True,
+    )
+    network_weights: str | None = flag(
+        None, "begin from this LoRA, a folder or a .safetensors file", path, metavar="LORA"
     )
     use_rslora: bool = flag(
         False, "scale by alpha / sqrt(rank), so that high ranks learn as fast", resume=True

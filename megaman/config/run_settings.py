@@ -76,6 +76,9 @@ class ValidationConfig:
 
     validation_prompt: str = flag(DEFAULT_PROMPT, "what the sample images show", text, common=True)
     validation_steps: int = flag(100, "steps between sample images", COUNT, common=True)
+    validation_epochs: int | None = flag(
+        None, "epochs between sample images, in place of --validation_steps", COUNT
+    )
     num_validation_images: int = flag(
         4, "sample images each time; 0 for none", number(int, 0, 1000), common=True
     )
@@ -99,6 +102,9 @@ class OutputConfig:
     )
     open: bool = flag(False, "open the page that follows the run in a browser")
     save_steps: int = flag(500, "steps between checkpoints", COUNT, common=True)
+    save_every_n_epochs: int | None = flag(
+        None, "epochs between checkpoints, in place of --save_steps", COUNT
+    )
     checkpoints_total_limit: int | None = flag(
         None, "checkpoints kept; older ones are deleted", COUNT
     )

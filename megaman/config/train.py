@@ -9,7 +9,7 @@ from typing import Any
 
 from megaman.config.cli import Parser, fill, frozen
 from megaman.config.config_file import FileFlags, merge, read_config_file
-from megaman.config.contradictions import contradictions
+from megaman.config.contradictions import INTERVALS, contradictions
 from megaman.config.generate import GenerateConfig
 from megaman.config.presets import DEMO_TRAINING, PRESETS
 from megaman.config.settings import ORDER, TrainConfig
@@ -19,6 +19,7 @@ EXCLUSIVE = (
     ("resume_from_checkpoint", "overwrite_output"),
     ("num_train_epochs", "max_train_steps"),
     ("center_crop", "crop_variants"),
+    *INTERVALS,
 )
 
 

@@ -207,11 +207,25 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-class _Adapter(NamedTuple):
+class LoraTensors(NamedTuple):
     """A LoRA for one model: LoraConfig's arguments, and the tensors under PEFT's bare names."""
 
     config: dict[str, Any]
     state: Tensors
+
+
+def read_lora(path: Path, models: Mapping[str, nn.Module]) -> tuple[dict[str, LoraTensors], bool]:
+    """The LoRAs at a path for these models, by part, and whether it has one for another.
+
+    path is as for `load_lora`. Raises UserError if there is no LoRA, or one for another base.
+    """
+    found = peft_config.find(path)
+    if found.is_file():
+        tensors, metadata = _read_checked(path, found)
+        tensors, others = lora_formats.for_parts(path, tensors, models)
+        return _adapters(path, found, tensors, metadata, models), bool(others)
+    has_other = TEXT_ENCODER not in models and (found / TEXT_ENCODER).is_dir()
+    return _read_folder(found, models), has_other
 
 
 def load_lora(
@@ -238,11 +252,26 @@ def load_lora(
     return configs[0]
 
 
-def _read_file(path: Path, file: Path, models: Mapping[str, nn.Module]) -> dict[str, _Adapter]:
+def _read_file(path: Path, file: Path, models: Mapping[str, nn.Module]) -> dict[str, LoraTensors]:
     """The adapters in a file in kohya's or diffusers' layout, by model; checked against it."""
+    tensors, metadata = _read_checked(path, file)
+    return _adapters(path, file, tensors, metadata, models)
+
+
+def _read_checked(path: Path, file: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a file's layers and its metadata; raises UserError for another model's."""
     tensors, metadata = read_tensors(file), read_metadata(file)
     lora_formats.refuse_foreign(path, metadata, tensors)
-    tensors = lora_formats.without_extras(path, tensors)
+    return lora_formats.without_extras(path, tensors), metadata
+
+
+def _adapters(
+    path: Path,
+    file: Path,
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+    models: Mapping[str, nn.Module],
+) -> dict[str, LoraTensors]:
     adapters = {}
     for part, (state, alphas) in lora_formats.to_peft(path, tensors, models).items():
         ranks = _check_shapes(file, state, models[part])
@@ -251,13 +280,13 @@ def _read_file(path: Path, file: Path, models: Mapping[str, nn.Module]) -> dict[
             config = peft_config.validate(file, config, ranks)
         else:
             config = lora_formats.config_from_tensors(state, alphas)
-        adapters[part] = _Adapter(config, state)
+        adapters[part] = LoraTensors(config, state)
     if not adapters:
         raise UserError(f"{file} holds no tensor of a LoRA", "Name another in --lora_path")
     return adapters
 
 
-def _read_folder(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, _Adapter]:
+def _read_folder(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, LoraTensors]:
     """The adapters in a PEFT folder, by model; checked against it."""
     adapters = {"unet": _read_peft(folder, models["unet"])}
     if TEXT_ENCODER in models and (folder / TEXT_ENCODER).is_dir():
@@ -265,14 +294,14 @@ def _read_folder(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, _Ad
     return adapters
 
 
-def _read_peft(folder: Path, model: nn.Module) -> _Adapter:
+def _read_peft(folder: Path, model: nn.Module) -> LoraTensors:
     config = peft_config.read(folder)
     peft_config.require_lora_type(folder, config)
     tensors = read_tensors(folder / PEFT_WEIGHTS)
     lora_formats.refuse_foreign(folder, {}, tensors)
     state = lora_formats.from_peft(folder, lora_formats.without_extras(folder, tensors), model)
     ranks = _check_shapes(folder, state, model)
-    return _Adapter(peft_config.validate(folder, config, ranks), state)
+    return LoraTensors(peft_config.validate(folder, config, ranks), state)
 
 
 def load_loras(

@@ -20,7 +20,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -149,6 +149,15 @@ def to_peft(
             weight = cast(torch.Tensor, models[part].get_submodule(name).weight)
             state[f"{name}.lora_{side}.weight"] = _reshape(tensor, side, weight)
     return found
+
+
+def for_parts(
+    path: Path, tensors: Mapping[str, torch.Tensor], parts: Collection[str]
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """The tensors of a file's LoRAs for these models, and the names of its other models."""
+    part_of = {key: _locate(_match(path, key)["layer"])[0] for key in tensors}
+    kept = {key: tensor for key, tensor in tensors.items() if part_of[key] in parts}
+    return kept, set(part_of.values()) - set(parts)
 
 
 def _match(path: Path, key: str) -> re.Match[str]:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from megaman.lora import adapter
-from megaman.training.compute import TrainingCompute, prepare_unet
+from megaman.lora.files import models_by_part
+from megaman.training.compute import prepare_unet
 from megaman.training.memory_saving import checkpoint_gradients
+from megaman.training.network_weights import FirstWeights
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from megaman.config.learning_settings import LoraConfig
     from megaman.models.base import Base
+    from megaman.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,18 @@ class Adapters:
             parameter.grad = None
 
 
-def inject_lora(base: Base, config: LoraConfig, compute: TrainingCompute, seed: int) -> Adapters:
+def inject_lora(base: Base, config: LoraConfig, run: Run) -> Adapters:
     """Inject the LoRAs, whose random halves depend on the seed alone, and have the models compute
-    as set."""
-    torch.manual_seed(seed)
+    as set. A new run begins from --network_weights, if they are named.
+
+    Raises UserError if these do not fit the base, the rank or the target modules.
+    """
+    text_encoder = base.text_encoder if config.train_text_encoder else None
+    is_new = run.output.checkpoint is None
+    first = None
+    if config.network_weights and is_new:
+        first = FirstWeights.read(config, models_by_part(base.unet, text_encoder))
+    torch.manual_seed(run.state.seed)
     inject = partial(
         adapter.inject,
         rank=config.lora_rank,
@@ -61,9 +72,8 @@ def inject_lora(base: Base, config: LoraConfig, compute: TrainingCompute, seed: 
         use_rslora=config.use_rslora,
         dropout=config.lora_dropout,
     )
-    prepare_unet(base.unet, compute)
+    prepare_unet(base.unet, run.compute)
     unet_parameters = inject(base.unet, target_modules=config.target_modules)
-    text_encoder = base.text_encoder if config.train_text_encoder else None
     text_encoder_parameters: list[nn.Parameter] = []
     if text_encoder is not None:
         text_encoder_parameters = inject(text_encoder, target_modules=adapter.TEXT_ENCODER_TARGETS)
@@ -75,6 +85,8 @@ def inject_lora(base: Base, config: LoraConfig, compute: TrainingCompute, seed: 
         text_encoder_parameters,
         has_dropout=config.lora_dropout > 0,
     )
-    if compute.gradient_checkpointing:
+    if first is not None:
+        first.apply(models_by_part(base.unet, text_encoder))
+    if run.compute.gradient_checkpointing:
         checkpoint_gradients(adapters.models)
     return adapters

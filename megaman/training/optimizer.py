@@ -37,6 +37,10 @@ class Schedule:
     epochs: float
     images_per_step: int = 1
 
+    def steps_of(self, epochs: int) -> int:
+        """The steps that so many epochs take, the last of which may reach into the next one."""
+        return math.ceil(round(epochs * self.total_steps / self.epochs, 6))
+
 
 def make_schedule(
     batches: Batches, config: OptimizerConfig, explicit: Collection[str], run: Run

@@ -16,6 +16,7 @@ from megaman.training.report import StepReport
 from megaman.training.status import BAR_FORMAT, Status
 
 if TYPE_CHECKING:
+    from megaman.config.settings import TrainConfig
     from megaman.training.optimizer import Optimizer, Schedule
     from megaman.training.run import Run
 
@@ -31,6 +32,19 @@ class Due(NamedTuple):
     save: bool
     stop: bool
     validate: bool
+
+
+def steps_between(config: TrainConfig, schedule: Schedule) -> tuple[int, int]:
+    """The steps between checkpoints, and between sample images; intervals in epochs are converted
+    to steps, which a line shows."""
+    save_steps, validation_steps = config.output.save_steps, config.validation.validation_steps
+    if epochs := config.output.save_every_n_epochs:
+        save_steps = schedule.steps_of(epochs)
+        log.info("--save_every_n_epochs %d: a checkpoint every %d steps", epochs, save_steps)
+    if epochs := config.validation.validation_epochs:
+        validation_steps = schedule.steps_of(epochs)
+        log.info("--validation_epochs %d: sample images every %d steps", epochs, validation_steps)
+    return save_steps, validation_steps
 
 
 def validates_at_start(run: Run, schedule: Schedule, validation_steps: int) -> bool:

@@ -24,6 +24,7 @@ PATHS = {
         "output_dir",
         "logging_dir",
         "resume_from_checkpoint",
+        "network_weights",
     ],
     parse_generate_config: [
         "base_model",
