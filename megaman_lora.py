@@ -75,7 +75,8 @@ def train(
     )
     latents = encode_latents(base, datasets, config, run)
 
-    adapters = inject_lora(base, config.lora, run)
+    is_new = run.output.checkpoint is None
+    adapters = inject_lora(base, config.lora, run.compute, run.state.seed, is_new)
     training_sets = make_training_sets(config, datasets, latents, run)
     schedule = make_schedule(training_sets[0].batches, config.optimizer, config.explicit, run)
     training_step = TrainingStep(base, adapters, training_sets, captions, config.loss, run)

@@ -78,7 +78,7 @@ class OptimizerConfig:
     )
     optimizer: str = flag(
         "adamw",
-        "adamw8bit needs bitsandbytes, prodigy prodigyopt",
+        "what steps; adamw8bit needs bitsandbytes, prodigy prodigyopt",
         choices=tuple(OPTIMIZERS),
         resume=True,
     )

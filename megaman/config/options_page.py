@@ -69,8 +69,8 @@ DETAILS = {
         "has",
         "random_flip": "At random, at every visit",
         "lora_rank": "How much the LoRA can hold, and how large its file is",
-        "network_weights": "In any format that is read, for other images too. The run begins with "
-        "its effect, whatever `--lora_alpha`; a lower rank gets more rows, a higher one is refused. "
+        "network_weights": "In any format that is read. The run begins with its effect, "
+        "whatever `--lora_alpha`; a lower rank gets more rows, a higher one is refused. "
         "Its half for the text encoder is trained further with `--train_text_encoder` alone",
         "use_rslora": "[rsLoRA](https://arxiv.org/abs/2312.03732); choose a lower alpha with it",
         "lora_dropout": "Against memorizing; 0.1 is usual",

@@ -24,6 +24,21 @@ SPELLINGS = {
     "rockman": "rock man",
     "robotmaster": "robot master",
 }
+# Parts of a name that are no words: a UUID, a hash, what a camera or a phone counts with, letters
+# and digits mixed at random.
+NO_WORDS = re.compile(
+    r"""
+    (?<![^\W_]) (?:
+        [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}
+        | (?=[0-9a-f]*\d[a-f]) [0-9a-f]{8,}
+        | [0-9a-f]{24,}
+        | (?:img|image|dsc|dscn|dscf|pxl|mvimg|dcim|imgp|cimg|gopr|sam|vid|pict|photo|wa
+          |screenshot|p) [-_ ]* \d[\d\W_]* (?:wa\d+|at[\d\W_]+)?
+        | (?=\d*(?:[a-z]+\d+){3}) [0-9a-z]{8,}
+    ) (?![^\W_])
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 MAX_TOKENS = 75  # of a caption that CLIP reads
 EXTENSIONS = (".txt", ".caption")  # the first that exists counts
 MAX_FILE_SIZE = 2**20  # bytes; 10,000 words are a tenth of it
@@ -183,10 +198,11 @@ def caption_from_name(image: Path) -> str:
     """A caption made from the file's name: megaman_x_02.jpg gives "mega man x, video game
     character, high quality".
 
-    Numbers and separators are dropped; a name without words, such as 0001.png, gives the ending
-    alone.
+    Numbers, separators, hashes and a camera's counters are dropped; a name without words, such as
+    0001.png or IMG_2031.jpg, gives the ending alone.
     """
     stem = unicodedata.normalize("NFC", image.stem)  # macOS separates accents from letters
+    stem = NO_WORDS.sub(" ", stem)
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem)
     words = re.sub(r"[\W\d_]+", " ", words).lower().split()
     name = " ".join(SPELLINGS.get(word, word) for word in words)

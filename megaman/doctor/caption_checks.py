@@ -45,7 +45,7 @@ def _missing(images: Sequence[CheckedImage], warnings: dict[str, str]) -> Iterat
             "no_caption",
             True,
             f"{plural(len(files), 'image')} without a caption",
-            "Write what varies into NAME.txt next to each",
+            "Write what varies into NAME.txt next to each, or let --auto_caption do it",
             files,
             {image.path: f"made from its name: {image.caption}" for image in made},
         )

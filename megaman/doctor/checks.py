@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megaman.data.captions import trigger_words
+from megaman.doctor.balance_checks import check_balance
 from megaman.doctor.caption_checks import (
     check_captions,
     check_class_captions,
@@ -133,6 +134,7 @@ def examine(
         *check_metadata(dataset.metadata_warnings, folder),
         *about_trigger,
         *check_terms(images, term, terms, words),
+        *([] if is_class else check_balance(images, words)),
     ]
     findings.sort(key=lambda finding: not finding.is_wrong)
     everything = [*unreadable, *images]

@@ -40,6 +40,12 @@ NAMES = {
     "tag_twice": "a tag twice",
     "slips": "likely typo",
     "in_every": "in every caption",
+    "in_nearly_all": "lacks a common phrase",
+    "balance_direction": "the frequent direction",
+    "balance_view": "the frequent view",
+    "balance_pose": "the frequent pose",
+    "balance_framing": "the frequent framing",
+    "balance_unnamed": "names no view or pose",
     "in_one": "in one only",
 }
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from megaman.lora import adapter
 from megaman.lora.files import models_by_part
-from megaman.training.compute import prepare_unet
+from megaman.training.compute import TrainingCompute, prepare_unet
 from megaman.training.memory_saving import checkpoint_gradients
 from megaman.training.network_weights import FirstWeights
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from megaman.config.learning_settings import LoraConfig
     from megaman.models.base import Base
-    from megaman.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,19 @@ class Adapters:
             parameter.grad = None
 
 
-def inject_lora(base: Base, config: LoraConfig, run: Run) -> Adapters:
+def inject_lora(
+    base: Base, config: LoraConfig, compute: TrainingCompute, seed: int, is_new: bool = True
+) -> Adapters:
     """Inject the LoRAs, whose random halves depend on the seed alone, and have the models compute
     as set. A new run begins from --network_weights, if they are named.
 
     Raises UserError if these do not fit the base, the rank or the target modules.
     """
     text_encoder = base.text_encoder if config.train_text_encoder else None
-    is_new = run.output.checkpoint is None
     first = None
     if config.network_weights and is_new:
         first = FirstWeights.read(config, models_by_part(base.unet, text_encoder))
-    torch.manual_seed(run.state.seed)
+    torch.manual_seed(seed)
     inject = partial(
         adapter.inject,
         rank=config.lora_rank,
@@ -72,7 +72,7 @@ def inject_lora(base: Base, config: LoraConfig, run: Run) -> Adapters:
         use_rslora=config.use_rslora,
         dropout=config.lora_dropout,
     )
-    prepare_unet(base.unet, run.compute)
+    prepare_unet(base.unet, compute)
     unet_parameters = inject(base.unet, target_modules=config.target_modules)
     text_encoder_parameters: list[nn.Parameter] = []
     if text_encoder is not None:
@@ -87,6 +87,6 @@ def inject_lora(base: Base, config: LoraConfig, run: Run) -> Adapters:
     )
     if first is not None:
         first.apply(models_by_part(base.unet, text_encoder))
-    if run.compute.gradient_checkpointing:
+    if compute.gradient_checkpointing:
         checkpoint_gradients(adapters.models)
     return adapters

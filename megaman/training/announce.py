@@ -68,6 +68,9 @@ def _data_lines(
 ) -> Iterator[str]:
     first = training_sets[0]
     yield from first.dataset.summary(first.latents.total_crops, config.data.random_flip)
+    made = len(first.dataset) - first.dataset.num_written_captions
+    if made and not config.captions.auto_caption:
+        yield f"{INDENT}{made} made from names: --auto_caption writes better ones"
     yield from first.latents.summary()
     for other in training_sets[1:]:
         folder, weight = config.data.class_data_dir, config.loss.prior_loss_weight

@@ -128,6 +128,27 @@ def test_words_from_the_name(tmp_path, name, words):
     assert caption_from_name(tmp_path / name) == f"{words}, {COMMON_ENDING}"
 
 
+NO_WORDS = [
+    "IMG_2031.jpg", "IMG-20240101-WA0007.jpg", "DSC0001.JPG", "dscn1234.jpg", "P1010023.jpg",
+    "PXL_20240101_123456789.jpg", "Screenshot 2024-01-01 at 12.30.05.png", "xK3p9Qz7T1.png",
+    "d41d8cd98f00b204e9800998ecf8427e.png", "123e4567-e89b-12d3-a456-426614174000.webp",
+    "3f2a9c1d (2).png", "image_0004.png",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_WORDS)
+def test_a_name_that_no_one_wrote_leaves_the_ending_to_the_trigger_word(tmp_path, name):
+    assert caption_from_name(tmp_path / name) == COMMON_ENDING
+    assert add_affixes(COMMON_ENDING, "volto") == f"volto, {COMMON_ENDING}"
+
+
+@pytest.mark.parametrize(
+    "name", ["facade_beef_2.png", "robot2024.png", "decade2020.png", "photo of volto 3.png"]
+)
+def test_words_that_look_alike_stay(tmp_path, name):
+    assert caption_from_name(tmp_path / name) != COMMON_ENDING
+
+
 @pytest.mark.parametrize("name", ["0001.png", "__-_.jpg", "2024-01-01 12.30.05.png", "１２.png"])
 def test_a_name_without_words_leaves_the_ending_alone(tmp_path, name):
     assert caption_from_name(tmp_path / name) == COMMON_ENDING
