@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch is imported when an image becomes a tensor: counting 
     import torch
 
 # Whatever a file's name says, no other formats, such as EPS, are tried.
-FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP")
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF")  # a GIF under another's name
 MIN_SIDE = 16  # there is nothing to learn from smaller images
 MAX_ASPECT_RATIO = 10  # of anything longer, a square shows less than a tenth
 # What Pillow raises for damaged images and for odd metadata in good ones.

@@ -296,7 +296,6 @@ def with_a_short_chunk() -> bytes:
     [
         ("empty.png", b"", "empty"),
         ("cut.jpg", encoded("JPEG")[:4], "damaged"),
-        ("a_gif.png", encoded("GIF"), "GIF by its content"),
         ("a_tiff.jpg", encoded("TIFF"), "TIFF by its content"),
         ("a_heic.jpg", b"\0\0\0\x18ftypheic" + bytes(99), "HEIC or AVIF by its content"),
         ("text.png", b"this is no picture", "not an image"),
@@ -314,6 +313,16 @@ def test_what_cannot_be_read_says_why(tmp_path, name, content, reason):
     path.write_bytes(content)
     with pytest.raises(BadImageError, match=reason):
         open_image(path)
+
+
+def test_the_first_frame_of_a_gif_under_another_name_is_used(tmp_path):
+    frames = [Image.new("RGB", (64, 48), color) for color in ("red", "blue")]
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded("GIF", frames[0], save_all=True, append_images=frames[1:]))
+    (tmp_path / "b.gif").write_bytes(path.read_bytes())
+    assert image_size(path) == (64, 48)
+    assert open_image(path).getcolors() == [(64 * 48, (255, 0, 0))]
+    assert find(tmp_path) == ["a.png"]
 
 
 def test_a_picture_that_is_gone(tmp_path):
