@@ -53,10 +53,10 @@ def announce(
         *_resume_lines(config, run),
         *disk_lines(
             config,
+            schedule,
             run.output.path,
             sum(parameter.numel() for parameter in adapters.parameters),
             run.state.step,
-            schedule.total_steps,
         ),
     ]
     for line in lines:

@@ -11,6 +11,7 @@ from megaman.errors import plural
 
 if TYPE_CHECKING:
     from megaman.config.train import TrainConfig
+    from megaman.training.optimizer import Schedule
 
 MOMENTS = 2  # of AdamW, for each parameter, in float32 as the parameter itself
 LAYOUTS = 3  # lora_weights/ has the LoRA as PEFT, diffusers and kohya read it
@@ -19,13 +20,13 @@ SAMPLE_BYTES = 1.6  # of a pixel in a PNG, about
 
 
 def disk_lines(
-    config: TrainConfig, folder: Path, num_parameters: int, first: int, last: int
+    config: TrainConfig, schedule: Schedule, folder: Path, num_parameters: int, step: int
 ) -> Iterator[str]:
-    """Lines about what the steps after first, up to last, will write into folder."""
-    num_checkpoints = _num_checkpoints(config, first, last)
+    """Lines about what the steps after this one will write into folder."""
+    num_checkpoints = _num_checkpoints(config, schedule, step)
     checkpoint = 4 * (1 + MOMENTS) * num_parameters
     lora = LAYOUTS * BYTES[config.output.save_precision] * num_parameters
-    total = num_checkpoints * checkpoint + lora + _sample_bytes(config, first, last)
+    total = num_checkpoints * checkpoint + lora + _sample_bytes(config, schedule, step)
     line = (
         f"disk       {plural(num_checkpoints, 'checkpoint')} of {size(checkpoint)}, the LoRA "
         f"{size(lora)}: about {size(total)} with the samples in {folder}"
@@ -39,17 +40,22 @@ def disk_lines(
         )
 
 
-def _num_checkpoints(config: TrainConfig, first: int, last: int) -> int:
+def _num_checkpoints(config: TrainConfig, schedule: Schedule, step: int) -> int:
     """How many checkpoints will be there at once, in addition to those that are there now."""
-    interval, limit = config.output.save_steps, config.output.checkpoints_total_limit
-    count = last // interval - first // interval + int(last % interval > 0)
+    output, last = config.output, schedule.total_steps
+    epochs = output.save_every_n_epochs
+    interval = schedule.steps_of(epochs) if epochs else output.save_steps
+    count = last // interval - step // interval + int(last % interval > 0)
+    limit = output.checkpoints_total_limit
     return min(count, limit) if limit else count
 
 
-def _sample_bytes(config: TrainConfig, first: int, last: int) -> float:
-    validation, side = config.validation, config.data.resolution
-    times = last // validation.validation_steps - first // validation.validation_steps + 1
-    return times * validation.num_validation_images * SAMPLE_BYTES * side**2
+def _sample_bytes(config: TrainConfig, schedule: Schedule, step: int) -> float:
+    validation, last = config.validation, schedule.total_steps
+    epochs = validation.validation_epochs
+    interval = schedule.steps_of(epochs) if epochs else validation.validation_steps
+    times = last // interval - step // interval + 1
+    return times * validation.num_validation_images * SAMPLE_BYTES * config.data.resolution**2
 
 
 def free_bytes(folder: Path) -> int | None:

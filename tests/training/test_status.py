@@ -17,10 +17,12 @@ from megaman.config.train import parse_train_config
 from megaman.pages import browser
 from megaman.training import disk_space, status
 from megaman.training.history import RunHistory
+from megaman.training.optimizer import Schedule
 from megaman.training.report import StepReport
 from megaman.training.status import BAR_FORMAT, Status, duration
 from megaman.training.summary import gain_lines
 
+SCHEDULE = Schedule(95, 0, 1.0)
 WHERE = StepReport(10, 100, 20.0, 180.0, 2.0, 4.0, 3 * 2**30)
 
 
@@ -79,16 +81,20 @@ def test_json_lines_for_programs(train_here, tmp_path, capsys):
 def test_what_will_be_written_and_a_disk_with_less_room(tmp_path, monkeypatch):
     words = ["--max_train_steps", "95", "--save_steps", "10", "--num_validation_images", "0"]
     config = parse_train_config(words)
-    (line,) = disk_space.disk_lines(config, tmp_path, 2**20, 0, 95)
+    (line,) = disk_space.disk_lines(config, SCHEDULE, tmp_path, 2**20, 0)
     assert line.startswith("disk       10 checkpoints of 12 MB, the LoRA 12 MB: about 132 MB")
     limited = parse_train_config([*words, "--checkpoints_total_limit", "2"])
-    assert "2 checkpoints" in next(disk_space.disk_lines(limited, tmp_path, 2**20, 0, 95))
-    assert "5 checkpoints" in next(disk_space.disk_lines(config, tmp_path, 2**20, 50, 95))
+    assert "2 checkpoints" in next(disk_space.disk_lines(limited, SCHEDULE, tmp_path, 2**20, 0))
+    by_epoch = parse_train_config([*words[:2], "--save_every_n_epochs", "2"])
+    assert "10 checkpoints" in next(
+        disk_space.disk_lines(by_epoch, Schedule(95, 0, 19.0), tmp_path, 2**20, 0)
+    )
+    assert "5 checkpoints" in next(disk_space.disk_lines(config, SCHEDULE, tmp_path, 2**20, 50))
     monkeypatch.setattr(disk_space, "free_bytes", lambda folder: 2**20)
-    _, warning = disk_space.disk_lines(config, tmp_path, 2**20, 0, 95)
+    _, warning = disk_space.disk_lines(config, SCHEDULE, tmp_path, 2**20, 0)
     assert "less room than this run will need" in warning and "total_limit" in warning
     monkeypatch.setattr(disk_space, "free_bytes", lambda folder: None)
-    assert len(list(disk_space.disk_lines(config, tmp_path, 2**20, 0, 95))) == 1
+    assert len(list(disk_space.disk_lines(config, SCHEDULE, tmp_path, 2**20, 0))) == 1
 
 
 def test_what_was_gained():
