@@ -242,3 +242,55 @@ def test_a_drawn_picture_is_no_flat_colour():
     image = random_bases.picture(7, 64)
     assert image.size == (64, 64) and image.mode == "RGB"
     assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 500
+
+
+@pytest.mark.slow
+def test_the_gpu_page_answers_on_a_cpu_and_survives_what_fails(tmp_path, monkeypatch, capsys):
+    """The script runs are replaced: as processes they would take a minute."""
+    import gpu
+    import gpu_runs
+
+    def run(bench, script, *words, probe=()):
+        if script == gpu_runs.DRAW:
+            raise RuntimeError("on purpose")
+        folder = bench.work_dir / words[words.index("--output_dir") + 1]
+        folder.mkdir(exist_ok=True)
+        for name in ("lora_weights", f"checkpoint-{bench.steps}"):
+            (folder / name).mkdir(exist_ok=True)
+        return {"code": 0, "step_ms": 1.5, "said": ["step 1 skipped"]}
+
+    monkeypatch.setattr(gpu_runs.Bench, "run", run)
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--cpu", "--output", str(page), "--only"])
+    sys.argv += ["training", "resuming", "generating"]
+    assert gpu.main() == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# ") and "torch 2" in text
+    assert "- **training**: code 0, step_ms 1.5\n  - `step 1 skipped`" in text
+    assert "largest_difference None" in text
+    assert "- generating: failed (RuntimeError: on purpose)" in text
+
+
+@pytest.mark.slow
+def test_the_bare_steps_of_the_gpu_page(base_folder):
+    import gpu_runs
+    from gpu import steps
+
+    (row,) = steps(gpu_runs.Bench(str(base_folder), ROOT, 64, True), "contiguous")
+    assert row["case"] == "bare step, contiguous" and row["step_ms"] > 0 < row["planned_gb"]
+
+
+def test_the_probe_stamps_steps_and_reports_what_is_raised(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from tqdm import tqdm\n"
+        "for _ in tqdm(range(5), desc='training', miniters=1): pass\n"
+        "bar = tqdm(total=3, desc='training')\n"
+        "[bar.update() for _ in range(3)]\n"
+        "raise ValueError('at the end')\n"
+    )
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_probe.py"), str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    figures = processes.last_json(done.stdout)
+    assert figures is not None and figures["error"] == "ValueError: at the end"
+    assert figures["code"] == 1 and figures["step_ms"] >= 0
