@@ -56,7 +56,7 @@ class CaptionConfig:
 
     caption_extension: str | None = flag(
         None,
-        "of the caption files (default: .txt, if there is none .caption)",
+        "extension of the caption files (default: .txt, if there is none .caption)",
         extension,
         metavar="EXT",
     )
@@ -77,7 +77,7 @@ class CaptionConfig:
     )
     keep_tokens: int = flag(  # derived if it is not typed
         None,
-        "first tags that stay (default: the trigger word's, or 0)",
+        "number of first tags that stay in place (default: the trigger word's, or 0)",
         number(int, 0, 1000),
         resume=True,
     )
@@ -138,7 +138,9 @@ class CacheConfig:
         folder,
         metavar="FOLDER",
     )
-    cache_limit: float = flag(10.0, "maximum size", number(float, 0, MANY), metavar="GB")
+    cache_limit: float = flag(
+        10.0, "size of the cache at most", number(float, 0, MANY), metavar="GB"
+    )
     no_cache: bool = flag(
         False, "encode an image again at every visit, with a new random crop each time", resume=True
     )

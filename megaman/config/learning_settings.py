@@ -78,7 +78,7 @@ class OptimizerConfig:
     )
     optimizer: str = flag(
         "adamw",
-        "what steps; adamw8bit needs bitsandbytes, prodigy prodigyopt",
+        "the optimizer; adamw8bit needs bitsandbytes, prodigy prodigyopt",
         choices=tuple(OPTIMIZERS),
         resume=True,
     )

@@ -54,7 +54,7 @@ class ComputeConfig:
         "fp16", "precision of the frozen base", choices=("no", "fp16", "bf16"), common=True
     )
     memory_format: str = flag(
-        "auto", "of the convolutions", choices=("auto", "contiguous", "channels_last")
+        "auto", "memory layout of the convolutions", choices=("auto", "contiguous", "channels_last")
     )
     enable_xformers_memory_efficient_attention: bool = flag(
         False, "use xformers' attention instead of torch's own (sdpa); for NVIDIA GPUs"
@@ -98,7 +98,9 @@ class OutputConfig:
     overwrite_output: bool = flag(False, "delete the outputs of an earlier run in --output_dir")
     logging_dir: str = flag("./logs", "TensorBoard's folder", folder, metavar="FOLDER")
     log_format: str = flag(
-        "text", "json: one object a line on standard output, for programs", choices=("text", "json")
+        "text",
+        "text for people, or json for programs: one object a line",
+        choices=("text", "json"),
     )
     open: bool = flag(False, "open the page that follows the run in a browser")
     save_steps: int = flag(500, "steps between checkpoints", COUNT, common=True)
