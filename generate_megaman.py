@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     policy = configure_threads(partial(threads_for_generation, width), plan.threads)
 
     from megaman import runtime
-    from megaman.lora.stack import LoraStack
+    from megaman.lora.stack import LoraStack, misfits
     from megaman.models.base import load_base
     from megaman.sampling.generator import ImageGenerator, Sampling
     from megaman.sampling.limits import limits_for
@@ -56,15 +56,15 @@ def main(argv: list[str]) -> int:
     if notice := alias_notice(plan.base):
         log.info(f"  {notice}")
     base = load_base(base_name, compute.dtype, memory_format=compute.torch_memory_format)
+    plan = plan.without(misfits(base, plan.loras) if config.comparison.loras else {})
     loras = LoraStack(base, plan.loras, plan.fuse, rescale=len(plan.variants) > 1)
-
     jobs = plan.make_jobs(base.native_size)
     limits = limits_for(base, jobs, plan.batch_size, device)
     limits.tiling = limits.tiling or plan.vae_tiling
     workers = generation_workers(width, policy) if device.type == "cpu" else None
     sampling = Sampling(plan.sampler, plan.clip_skip, workers)
     generator = ImageGenerator(base, loras, compute, limits, sampling)
-    resume, compare = config.again.resume, config.comparison.compare is not None
+    resume, compare = config.again.resume, config.comparison.pairs_with_base
     writer = GalleryWriter(folder, generator.recorder, plan.variants, jobs, resume, compare)
     batches = generator.make_batches(jobs, plan.batch_size)
     pending = writer.pending(batches, plan.is_wanted)
@@ -103,9 +103,9 @@ def make_plan(config: GenerateConfig) -> GenerationPlan:
 
 
 def requested_loras(config: GenerateConfig) -> list[tuple[Path, float]]:
-    """The LoRAs in --lora_path, or all that a training run left in --checkpoints, oldest first."""
+    """The LoRAs in --compare or --lora_path, or all in --checkpoints, oldest first."""
     if config.comparison.checkpoints is None:
-        named = map(split_strength, config.model.lora_path)
+        named = map(split_strength, config.comparison.loras or config.model.lora_path)
         return [(Path(path), strength) for path, strength in named]
     folder = Path(config.comparison.checkpoints)
     loras = different_loras(find_all(folder), folder / "lora_weights")

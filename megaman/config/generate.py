@@ -39,9 +39,10 @@ DEMO_GENERATION: dict[str, Any] = {
     "negative_prompt": "",  # the small base was not trained on the words of the default
     "guidance_scale": 5.0,
     "num_inference_steps": 20,
-    "compare": "base",
+    "compare": ["base"],
 }
 DASHED = re.compile(r"[\u2010-\u2015\u2212]+[a-z]\w*(=.*)?", flags=re.DOTALL)
+BASE = "base"  # in --compare
 # The flags that may be given with --from_image.
 WITH_FROM_IMAGE = {
     "from_image",
@@ -173,10 +174,12 @@ class ComputeConfig:
 class ComparisonConfig:
     """Comparison"""
 
-    compare: str | None = flag(
+    compare: tuple[str, ...] | None = flag(
         None,
-        "generate each image without the LoRA too and show both side by side",
-        choices=("base",),
+        "generate each image with the base alone too (base), or with each of several LoRAs",
+        lora,
+        nargs="+",
+        metavar="base|LORA",
         common=True,
     )
     lora_scale: float | None = flag(
@@ -195,6 +198,16 @@ class ComparisonConfig:
     checkpoints: str | None = flag(
         None, "generate with every checkpoint of this training output", path, metavar="FOLDER"
     )
+
+    @property
+    def pairs_with_base(self) -> bool:
+        """Whether each image gets the base's image next to it."""
+        return bool(self.compare) and not self.loras
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """The LoRAs to compare with each other and with the base, each perhaps with a strength."""
+        return tuple(name for name in self.compare or () if name != BASE)
 
 
 @dataclass(frozen=True)
@@ -268,17 +281,21 @@ def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
 def contradictions(config: GenerateConfig) -> Iterator[str]:
     """A line for each pair of flags that exclude each other."""
     comparison = config.comparison
-    for word in (*(config.prompts.prompts or ()), *config.model.lora_path):
+    for word in (*(config.prompts.prompts or ()), *config.model.lora_path, *comparison.loras):
         if DASHED.fullmatch(word):
             yield f"{word} begins with a long dash, as editors make it: write two hyphens"
     if config.prompts.prompts and config.prompts.prompts_file:
         yield "--prompts and --prompts_file contradict each other: use only one"
-    if comparison.compare and (comparison.lora_scales or comparison.checkpoints):
+    if comparison.loras and (comparison.lora_scales or comparison.checkpoints):
+        yield "--compare LORA is at one strength each: write LORA:STRENGTH, as often as you like"
+    elif comparison.compare and (comparison.lora_scales or comparison.checkpoints):
         yield "--compare base is for one LoRA at one strength: write --lora_scales 0,1 instead"
     if comparison.lora_scale is not None and comparison.lora_scales:
         yield "--lora_scale and --lora_scales contradict each other: use only one"
     if config.again.from_image:
         for flag_name in sorted(config.explicit - WITH_FROM_IMAGE):
             yield f"--{flag_name} and --from_image contradict each other: use only one"
+    if comparison.loras and "lora_path" in config.explicit:
+        yield "--compare LORA and --lora_path contradict each other: name all LoRAs in --compare"
     if comparison.checkpoints and "lora_path" in config.explicit:
         yield "--checkpoints and --lora_path contradict each other: use only one"

@@ -97,6 +97,8 @@ DETAILS = {
         "save_precision": "`fp16` halves the files",
     },
     "generate_megaman.py": {
+        "compare": "Such as `--compare a.safetensors b.safetensors:0.5`, with the same prompts and "
+        "seeds; one for another base is skipped with a line",
         "config": "As for `megaman_lora.py`",
         "lora_path": "Files of kohya's scripts, A1111, ComfyUI and diffusers too; see "
         "[other LoRAs](generation.md#loras-from-elsewhere-and-several-at-once)",

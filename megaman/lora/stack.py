@@ -7,11 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaman.errors import UserError
 from megaman.lora import adapter
-from megaman.lora.files import load_loras, short_hash
+from megaman.lora.files import load_loras, models_by_part, read_lora, short_hash
 
 if TYPE_CHECKING:
     from megaman.models.base import Base
+
+
+def misfits(base: Base, loras: Sequence[tuple[Path, float]]) -> dict[Path, str]:
+    """The LoRAs among several that cannot be loaded into a base, with the reason."""
+    reasons = {}
+    for path, _ in loras:
+        try:
+            read_lora(path, models_by_part(base.unet, base.text_encoder))
+        except UserError as error:
+            reasons[path] = error.message
+    return reasons
 
 
 class LoraStack:

@@ -92,15 +92,27 @@ def make_variants(
     loras: Sequence[tuple[Path, float]], scales: Sequence[float], one_by_one: bool
 ) -> list[LoraVariant]:
     """All the LoRAs together, or one by one, each time at every scale."""
+    names = distinct_names([path for path, _ in loras])
     indexed = [(index, path, strength) for index, (path, strength) in enumerate(loras)]
     groups = [(lora,) for lora in indexed] if one_by_one else [tuple(indexed)]
     variants = []
     for group, scale in product(groups, scales):
-        label = [path.name for _, path, _ in group] if one_by_one else []
+        label = [names[index] for index, _, _ in group] if one_by_one else []
         if len(scales) > 1:
             label.append(f"{scale:g}")
         variants.append(LoraVariant(group, scale, tuple(label)))
     return variants
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The paths' names, with as many of their folders as distinguish them; with a number if nothing
+    does."""
+    plain = [path.with_suffix("") if path.suffix == ".safetensors" else path for path in paths]
+    for depth in range(1, 1 + max((len(path.parts) for path in plain), default=0)):
+        names = ["_".join(path.parts[-depth:]) for path in plain]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name}_{number}" for number, path in enumerate(plain, start=1)]
 
 
 def make_batches(

@@ -5,8 +5,9 @@ Both make the same plan, so that nothing later asks where it came from but the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megaman.config import samplers
@@ -19,6 +20,8 @@ from megaman.sampling import records
 from megaman.sampling.jobs import Job, LoraVariant, make_jobs, make_variants
 from megaman.sampling.prompts import Prompt, PromptSettings
 from megaman.sampling.records import Record, Recorder
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # accelerate's words by dtype
 COMPARED = ("device", "dtype", "base")  # fields of a record that change pixels
@@ -61,8 +64,12 @@ class GenerationPlan:
             peft_config.require(path)
         bases = filter(None, (peft_config.base_of(path) for path, _ in loras))
         scale = 1.0 if comparison.lora_scale is None else comparison.lora_scale
-        one_by_one = bool(comparison.checkpoints)
+        one_by_one = bool(comparison.checkpoints or comparison.loras)
         variants = make_variants(loras, comparison.lora_scales or [scale], one_by_one)
+        if comparison.loras:
+            variants.insert(0, LoraVariant((), 1.0, ("without_lora",)))
+
+        named = comparison.loras or config.model.lora_path
 
         def jobs(native_size: int) -> list[Job]:
             defaults = default_settings(config, native_size)
@@ -71,11 +78,11 @@ class GenerationPlan:
         return cls(
             base=config.model.base_model or next(bases, DEFAULT_BASE),
             loras=tuple(loras),
-            lora_source=comparison.checkpoints or ", ".join(config.model.lora_path),
+            lora_source=comparison.checkpoints or ", ".join(named),
             variants=tuple(variants),
             make_jobs=jobs,
             wanted=None,
-            fuse=not comparison.compare,
+            fuse=not comparison.pairs_with_base,
             precision="fp16",
             memory_format="auto",
             sampler=samplers.by_name(config.sampling.scheduler),
@@ -127,6 +134,26 @@ class GenerationPlan:
             threads=source.threads,
             source=source,
         )
+
+    def without(self, misfits: Mapping[Path, str]) -> GenerationPlan:
+        """The plan without LoRAs that do not fit the base, by path with the reason, which names
+        the path and is logged. Raises UserError if none is left."""
+        for reason in misfits.values():
+            log.info(f"skipped    {reason}")
+        loras = tuple(lora for lora in self.loras if lora[0] not in misfits)
+        if misfits and not loras:
+            raise UserError("None of the LoRAs in --compare fits the base", "Name --base_model")
+        kept = [
+            variant
+            for variant in self.variants
+            if not any(p in misfits for _, p, _ in variant.loras)
+        ]
+        places = {lora: index for index, lora in enumerate(loras)}
+        variants = [
+            replace(each, loras=tuple((places[p, s], p, s) for _, p, s in each.loras))
+            for each in kept
+        ]
+        return replace(self, loras=loras, variants=tuple(variants))
 
     def count(self, jobs: Sequence[Job]) -> int:
         """How many images of these jobs the run saves."""
@@ -200,8 +227,11 @@ def summarize(plan: GenerationPlan, config: GenerateConfig, jobs: Sequence[Job])
         f"guidance {_distinct(f'{job.guidance_scale:g}' for job in jobs)}",
         f"seed {jobs[0].seed}",
     ]
-    if config.comparison.compare:
+    if config.comparison.pairs_with_base:
         parts.append("each next to the base's")
+    if config.comparison.loras:
+        parts.append(f"each by the base and by {plural(len(plan.loras), 'LoRA')}")
+        return ", ".join(parts)
     if len(plan.variants) > 1:
         scales = len({variant.scale for variant in plan.variants})
         loras = len(plan.variants) // scales

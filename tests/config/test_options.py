@@ -288,7 +288,7 @@ def test_the_demos_settings_are_options_and_its_inputs_exist():
     assert Path(DEMO_GENERATION["prompts_file"]).is_file()
     assert DEMO_GENERATION["base_model"] == DEMO_TRAINING["pretrained_model_name"]
     assert Path(*DEMO_GENERATION["lora_path"]) == Path(DEMO_TRAINING["output_dir"], "lora_weights")
-    assert DEMO_GENERATION["compare"] == "base"
+    assert DEMO_GENERATION["compare"] == ["base"]
 
 
 def test_prompts_on_the_line_take_the_place_of_the_demos_file():
@@ -386,7 +386,7 @@ WRONG_GENERATION = {
     "--width": ["0", "500", "-512", "nan", "8200"],
     "--seed": ["-1", "1.5"],
     "--device": ["gpu", "cuda:0"],
-    "--compare": ["lora"],
+    "--compare": ["", "a:11"],
     "--lora_scales": ["", "a", "0,,1", "0,nan", "11"],
 }
 WRONG = []

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megaman.sampling.jobs import (
     Job,
     base_image_file,
+    distinct_names,
     image_file,
     make_batches,
     make_jobs,
@@ -83,3 +84,10 @@ def test_every_file_has_a_name_of_its_own(prompts, count, first):
     names = Counter(image_file(job, variant, first) for job in jobs for variant in variants)
     names.update(base_image_file(name) for name in list(names))
     assert set(names.values()) == {1}
+
+
+def test_names_of_compared_loras_are_distinct():
+    paths = [Path("a/lora_weights"), Path("b/lora_weights"), Path("c/mine.safetensors")]
+    assert distinct_names(paths) == ["a_lora_weights", "b_lora_weights", "c_mine"]
+    assert distinct_names([Path("x/a.safetensors"), Path("x/b.safetensors")]) == ["a", "b"]
+    assert distinct_names([Path("a"), Path("a")]) == ["a_1", "a_2"]

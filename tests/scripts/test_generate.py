@@ -832,3 +832,18 @@ def test_validation_and_generation_sample_alike(generate, base_folder, lora_path
         base, PromptEmbeds(text, negative), [5], SamplingSettings(64, 64, 3, 6.0)
     )
     assert equal(image, drawn["megaman_000_00.png"])
+
+
+def test_loras_are_compared_with_the_base_and_each_other(generate, lora_path, tmp_path):
+    """One for another model is named, and the others are generated."""
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"
+    tensors = {f"{key}.lora_down.weight": torch.ones(2, 640)}
+    tensors[f"{key}.lora_up.weight"] = torch.ones(640, 2)
+    save_file(tensors, tmp_path / "xl.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
+    loras = [lora_path, "xl.safetensors", f"{lora_path}:0"]
+    drawn = generate("--compare", *loras, "--num_inference_steps", 1, lora=None, output="compared")
+    drawn.pop("grid_000.png")
+    full, none, base = (drawn[name] for name in sorted(drawn))
+    assert sorted(drawn)[-1] == "megaman_000_00_without_lora.png"
+    assert "skipped    xl.safetensors is a LoRA for SDXL" in generate.said
+    assert equal(none, base) and not equal(full, base)
