@@ -162,7 +162,9 @@ def _write_image(writer: Any, event: Event) -> None:
     from torch.utils.tensorboard.summary import image
 
     summary = image(event.tag, event.value, dataformats="HWC")
-    summary.value[0].metadata.display_name = event.options["name"]
+    metadata = summary.value[0].metadata
+    metadata.display_name = event.options["name"]
+    metadata.plugin_data.plugin_name = "images"  # which TensorBoard else misses
     writer._get_file_writer().add_summary(summary, event.step)
 
 
