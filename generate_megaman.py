@@ -21,7 +21,6 @@ from megaman.pages.browser import show_page
 from megaman.sampling.jobs import PendingBatch
 from megaman.sampling.output_folder import GalleryWriter, OutputFolder
 from megaman.sampling.plan import GenerationPlan, summarize
-from megaman.sampling.prompts import load_prompts
 from megaman.threads import configure_threads, generation_workers, threads_for_generation
 from megaman.training.output import different_loras, find_all
 
@@ -97,9 +96,7 @@ def make_plan(config: GenerateConfig) -> GenerationPlan:
     """The plan of the image in --from_image, or else of the command line."""
     if config.again.from_image:
         return GenerationPlan.from_image(config, Path(config.again.from_image))
-    texts = config.prompts
-    prompts = load_prompts(texts.prompts, texts.prompts_file, texts.negative_prompt)
-    return GenerationPlan.from_config(config, prompts, requested_loras(config))
+    return GenerationPlan.from_config(config, requested_loras(config))
 
 
 def requested_loras(config: GenerateConfig) -> list[tuple[Path, float]]:

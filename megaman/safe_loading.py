@@ -90,6 +90,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise UserError(f"{path} cannot be loaded ({str(error)[:200]})", ANOTHER_COPY) from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in a safetensors file's header by key; raises UserError as read_header does."""
+    read_header(path)
+    content, _ = _read_header_bytes(path)
+    return json.loads(content).get("__metadata__", {})
+
+
 def _refuse_missing(path: Path) -> NoReturn:
     """Raise UserError for a missing file; for a pickle in its place, with the conversion."""
     for pickle in (path.with_suffix(suffix) for suffix in PICKLES):

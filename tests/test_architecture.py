@@ -36,6 +36,7 @@ LIGHT_MODULES = {
     "data.images",
     "data.png_chunks",
     "data.captions",
+    "data.caption_prompts",
     "data.csv_table",
     "data.single_byte_encodings",
     "data.legacy_encodings",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaman.config import samplers
+from megaman.config.bases import SUITED
 from megaman.config.cli import Parser, fill, flag, settings_of
 from megaman.config.config_file import merge, read_config_file
 from megaman.config.presets import DEMO
@@ -36,9 +37,7 @@ DEMO_GENERATION: dict[str, Any] = {
     "lora_path": ["./megaman_demo_output/lora_weights"],
     "output_dir": "./generated_demo",
     "prompts_file": str(DEMO / "prompts.txt"),
-    "negative_prompt": "",  # the small base was not trained on the words of the default
-    "guidance_scale": 5.0,
-    "num_inference_steps": 20,
+    **SUITED["demo/base"],
     "compare": ["base"],
 }
 DASHED = re.compile(r"[\u2010-\u2015\u2212]+[a-z]\w*(=.*)?", flags=re.DOTALL)
@@ -111,7 +110,7 @@ class PromptConfig:
 
     prompts: tuple[str, ...] | None = flag(
         None,
-        "one or more prompts (default: ten about Mega Man)",
+        "one or more prompts (default: ten about what the LoRA was trained on, or Mega Man)",
         text,
         nargs="+",
         metavar="PROMPT",

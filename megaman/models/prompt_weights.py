@@ -69,6 +69,11 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     return _merged(parts)
 
 
+def escape(text: str) -> str:
+    """The text as a prompt in which its brackets are brackets, not weights."""
+    return re.sub(r"(?<!\\)([()\[\]])", r"\\\1", text)
+
+
 def _clamped(weight: float) -> float:
     return max(-MAX_WEIGHT, min(weight, MAX_WEIGHT))
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megaman.config import samplers
 from megaman.config.generate import GenerateConfig
@@ -17,8 +18,9 @@ from megaman.files import split_strength
 from megaman.hub import DEFAULT_BASE, is_base
 from megaman.lora import peft_config
 from megaman.sampling import records
+from megaman.sampling.defaults import find_defaults
 from megaman.sampling.jobs import Job, LoraVariant, make_jobs, make_variants
-from megaman.sampling.prompts import Prompt, PromptSettings
+from megaman.sampling.prompts import PromptSettings, load_prompts
 from megaman.sampling.records import Record, Recorder
 
 log = logging.getLogger(__name__)
@@ -56,12 +58,21 @@ class GenerationPlan:
 
     @classmethod
     def from_config(
-        cls, config: GenerateConfig, prompts: Sequence[Prompt], loras: Sequence[tuple[Path, float]]
+        cls, config: GenerateConfig, loras: Sequence[tuple[Path, float]]
     ) -> GenerationPlan:
-        """The plan of a command line, with its prompts and its LoRAs, each with a strength."""
-        comparison = config.comparison
+        """The plan of a command line with its LoRAs, each with a strength.
+
+        Logs what is unusual about the prompts. Raises UserError if a LoRA is missing or there is
+        no prompt.
+        """
+        comparison, texts = config.comparison, config.prompts
         for path, _ in loras:
             peft_config.require(path)
+        found = find_defaults([path for path, _ in loras], config.model.base_model)
+        settings = choose_settings(config, found.settings)
+        prompts = load_prompts(
+            texts.prompts, texts.prompts_file, settings["negative_prompt"], found.prompts
+        )
         bases = filter(None, (peft_config.base_of(path) for path, _ in loras))
         scale = 1.0 if comparison.lora_scale is None else comparison.lora_scale
         one_by_one = bool(comparison.checkpoints or comparison.loras)
@@ -72,7 +83,7 @@ class GenerationPlan:
         named = comparison.loras or config.model.lora_path
 
         def jobs(native_size: int) -> list[Job]:
-            defaults = default_settings(config, native_size)
+            defaults = default_settings(config, native_size, settings)
             return make_jobs(prompts, defaults, config.prompts.num_images_per_prompt)
 
         return cls(
@@ -85,7 +96,7 @@ class GenerationPlan:
             fuse=not comparison.pairs_with_base,
             precision="fp16",
             memory_format="auto",
-            sampler=samplers.by_name(config.sampling.scheduler),
+            sampler=samplers.by_name(settings["scheduler"]),
             clip_skip=config.sampling.clip_skip,
             batch_size=config.compute.batch_size,
             vae_tiling=False,
@@ -197,17 +208,25 @@ def _locate(lora: str, image: Path) -> str:
     return str(next(found, lora))
 
 
-def default_settings(config: GenerateConfig, native_size: int) -> PromptSettings:
-    """The command line's settings for prompts without their own, on a base of this native size."""
+def choose_settings(config: GenerateConfig, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of the command line by flag; those that nobody typed as found, if they were."""
+    settings = config.settings()
+    typed = config.explicit if not config.model.demo else settings.keys()
+    return {**settings, **{name: found[name] for name in found.keys() - typed}}
+
+
+def default_settings(
+    config: GenerateConfig, native_size: int, settings: Mapping[str, Any]
+) -> PromptSettings:
+    """The settings for prompts without their own, on a base of this native size."""
     side = min(MAX_DEFAULT_SIDE, native_size)
-    sampling = config.sampling
     return PromptSettings(
-        negative_prompt=config.prompts.negative_prompt,
-        width=sampling.width or side,
-        height=sampling.height or side,
-        seed=sampling.seed,
-        guidance_scale=sampling.guidance_scale,
-        num_inference_steps=sampling.num_inference_steps,
+        negative_prompt=settings["negative_prompt"],
+        width=config.sampling.width or side,
+        height=config.sampling.height or side,
+        seed=config.sampling.seed,
+        guidance_scale=settings["guidance_scale"],
+        num_inference_steps=settings["num_inference_steps"],
     )
 
 

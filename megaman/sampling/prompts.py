@@ -21,6 +21,7 @@ from megaman.models import prompt_weights
 log = logging.getLogger(__name__)
 
 BUILT_IN = PROJECT / "prompts.txt"
+PROMPTS_FILE = "--prompts_file"
 MAX_BYTES = 4_000_000  # tens of thousands of prompts
 
 
@@ -102,24 +103,34 @@ OPTION = re.compile(r"--(?=[A-Za-z])")  # dashes alone, as in "a robot -- blue",
 
 
 def load_prompts(
-    typed: Sequence[str] | None, file: str | None, negative_prompt: str | None = None
+    typed: Sequence[str] | None,
+    file: str | None,
+    negative_prompt: str | None = None,
+    found: Sequence[str] = (),
 ) -> list[Prompt]:
-    """The typed prompts, or else those of a file, or else the ten that come with the project.
+    """The typed prompts, or else those of a file, or else those that were found for the LoRA, or
+    else the ten that come with the project.
 
     Logged are lines that are skipped, LoRA tags, which are ignored, and syntax that is not
     understood, also in the negative prompt of all.
     """
-    if typed:
-        prompts = [Prompt(text) for text in typed]
+    if typed or (found and file is None):
+        prompts = [Prompt(text) for text in typed or found]
     else:
         prompts, warnings = read_prompts(BUILT_IN if file is None else Path(file))
         for warning in warnings:
             log.info(warning)
+    log_syntax(prompts, negative_prompt)
+    return prompts
+
+
+def log_syntax(prompts: Sequence[Prompt], negative_prompt: str | None = None) -> None:
+    """Log what is not understood in prompts and in the negative prompt of all: LoRA tags, which are
+    ignored, and syntax of other programs."""
     tags = [tag for prompt in prompts for tag in prompt_weights.tags(prompt.text)]
     if tags:
         log.info(f"{', '.join(dict.fromkeys(tags))} in a prompt ignored: name LoRAs in --lora_path")
     log_unsupported([negative_prompt or "", *chain.from_iterable(map(_texts, prompts))])
-    return prompts
 
 
 def _texts(prompt: Prompt) -> tuple[str, str]:
@@ -135,7 +146,7 @@ def log_unsupported(texts: Iterable[str]) -> None:
         log.info(f"{example[:100]} in a prompt: {kind} is not supported, it is read as words")
 
 
-def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
+def read_prompts(path: Path, flag: str = PROMPTS_FILE) -> tuple[list[Prompt], list[str]]:
     """The prompts of a file, in order, and a warning for each line that is skipped or used in part.
 
     Blank lines and lines that begin with # are comments. A line is a plain prompt; or a prompt
@@ -151,7 +162,7 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
     """
     prompts, warnings = [], []
     # Not splitlines, which would split at characters that word processors put into a line.
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", _read_text(path)), start=1):
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", _read_text(path, flag)), start=1):
         line = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", line).split())
         if not line or line.startswith("#"):
             continue
@@ -168,16 +179,16 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
         if ignored:
             warnings.append(f"line {number}: {', '.join(ignored)} ignored: no use here")
     if not prompts:
-        raise _no_prompts(path, warnings)
+        raise _no_prompts(f"{flag} {path}", warnings)
     return prompts, [f"{path} {warning}" for warning in warnings]
 
 
-def _no_prompts(path: Path, warnings: list[str]) -> UserError:
+def _no_prompts(file: str, warnings: list[str]) -> UserError:
     if not warnings:
         remedy = "Write one prompt a line; lines that begin with # are comments"
-        return UserError(f"--prompts_file {path} has no prompt", remedy)
+        return UserError(f"{file} has no prompt", remedy)
     more = f" (and {len(warnings) - 1} more like it)" if len(warnings) > 1 else ""
-    return UserError(f"--prompts_file {path} has no valid line: {warnings[0]}{more}")
+    return UserError(f"{file} has no valid line: {warnings[0]}{more}")
 
 
 def _with_hyphens(line: str) -> str:
@@ -253,9 +264,9 @@ def _unknown(name: str) -> str:
     return f"--{name[:60]} is not an option of a prompt: {remedy}"
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, flag: str) -> str:
     def refusal(reason: str, remedy: str) -> UserError:
-        return UserError(f"--prompts_file {path} {reason}", remedy)
+        return UserError(f"{flag} {path} {reason}", remedy)
 
     try:
         with open(path, "rb") as file:

@@ -6,18 +6,20 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
-from megaman.config.generate import parse_generate_config
+from megaman.config.generate import DEFAULT_NEGATIVE_PROMPT, parse_generate_config
 from megaman.config.presets import DEMO
 from megaman.errors import UserError
 from megaman.files import split_strength
 from megaman.hub import DEFAULT_BASE
+from megaman.lora.notes import to_header
 from megaman.sampling import png
 from megaman.sampling.jobs import Job, make_variants
 from megaman.sampling.plan import GenerationPlan
-from megaman.sampling.prompts import Prompt
 from megaman.sampling.records import KEY, Recorder, RunSettings
 
 BASE = str(DEMO / "base")
@@ -38,7 +40,7 @@ def lora(tmp_path):
 def plan_of(*words) -> GenerationPlan:
     config = parse_generate_config([str(word) for word in words])
     loras = [(Path(name), 1.0) for name, _ in map(split_strength, config.model.lora_path)]
-    return GenerationPlan.from_config(config, [Prompt("a robot")], loras)
+    return GenerationPlan.from_config(config, loras)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +102,39 @@ def test_a_relative_lora_that_is_nowhere_keeps_its_name(image):
 def plan_from(image: Path) -> GenerationPlan:
     config = parse_generate_config(["--from_image", str(image)])
     return GenerationPlan.from_image(config, image)
+
+
+def with_header(folder: Path, name: str, **header: str) -> None:
+    save_file({"x": np.zeros(1, np.float32)}, folder / name, header)
+
+
+NOTED = to_header(["pix, a cat"], {"guidance_scale": 3.0, "negative_prompt": "dogs"})
+
+
+def settings_of(plan: GenerationPlan) -> tuple[object, ...]:
+    job = plan.make_jobs(512)[0]
+    return job.prompt, job.negative_prompt, job.guidance_scale, job.num_inference_steps
+
+
+def test_what_the_lora_notes_holds_for_what_nobody_typed(lora):
+    with_header(lora, "megaman_lora.safetensors", **NOTED)
+    with_header(lora, "other.safetensors", ss_tag_frequency='{"x": {"zeb": 4, "tall": 3}}')
+    assert settings_of(plan_of("--lora_path", lora)) == ("pix, a cat", "dogs", 3.0, 25)
+    typed = ("--prompts", "x", "--guidance_scale", "9", "--negative_prompt", "")
+    assert settings_of(plan_of("--lora_path", lora, *typed)) == ("x", "", 9.0, 25)
+    both = plan_of("--lora_path", lora / "other.safetensors", lora)
+    assert settings_of(both) == ("zeb, tall", "dogs", 3.0, 25)
+
+
+def test_what_suits_one_base_is_not_taken_for_another(lora):
+    with_header(lora, "megaman_lora.safetensors", **NOTED)
+    elsewhere = settings_of(plan_of("--lora_path", lora, "--base_model", "a/b"))
+    assert elsewhere == ("pix, a cat", DEFAULT_NEGATIVE_PROMPT, 7.5, 25)
+    small = settings_of(plan_of("--lora_path", lora, "--base_model", BASE))
+    assert small == ("pix, a cat", "", 5.0, 20)
+
+
+def test_stable_diffusion_keeps_the_flags_defaults(lora):
+    plan = plan_of("--lora_path", lora)
+    assert settings_of(plan)[1:] == (DEFAULT_NEGATIVE_PROMPT, 7.5, 25)
+    assert len(plan.make_jobs(512)) == 10 and "mega man" in plan.make_jobs(512)[0].prompt
