@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     install_logging()
     config = parse_generate_config(argv)
     plan = make_plan(config)
-    folder = OutputFolder(Path(config.output.output_dir))
+    folder = OutputFolder(Path(config.output.output_dir), config.comparison.clip_model)
     width = unet_width(plan.base)
     policy = configure_threads(partial(threads_for_generation, width), plan.threads)
 
@@ -86,6 +86,8 @@ def main(argv: list[str]) -> int:
         command = shlex.join(["python", "generate_megaman.py", *arguments, "--resume"])
         log.info(f"stopped; finished images are kept. To resume: {command}")
         return 130
+    for warning in writer.warnings():
+        log.info(warning)
     if len(plan.variants) > 1:
         log.info(f"the comparison as one picture: {writer.write_grid()}")
     show_page(page, plural(plan.count(jobs), "image"), config.output.open)

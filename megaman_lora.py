@@ -49,34 +49,29 @@ def train(
     config: TrainConfig, datasets: Datasets, output: OutputFolder, policy: threads.ThreadPolicy
 ) -> int:
     """Train a LoRA and save it in lora_weights/; returns the exit code."""
-    from megaman.models.text_encoding import CaptionEmbeddings
     from megaman.training.adapters import inject_lora
     from megaman.training.announce import announce, write_training_config
     from megaman.training.export import export_lora
     from megaman.training.optimizer import make_optimizer, make_schedule
-    from megaman.training.prepare import encode_latents, open_base
+    from megaman.training.prepare import embed_captions, encode_latents, open_base
     from megaman.training.progress import Progress, steps_between, validates_at_start
     from megaman.training.run import Run
+    from megaman.training.samples import plan_samples
     from megaman.training.step import TrainingStep
     from megaman.training.training_set import make_training_sets
     from megaman.training.validation import make_validation
 
     run = Run.open(config, datasets, output, policy)
+    samples = plan_samples(config, datasets)
     run.fit_to_memory(config)
     base = open_base(config, datasets, run)
 
     # The frozen models run once, over all captions and images, and leave the memory.
-    captions = CaptionEmbeddings(
-        base,
-        datasets.captions,
-        fixed=[config.validation.validation_prompt, ""],
-        varied=config.captions.varies_tags,
-        trained=config.lora.train_text_encoder,
-    )
+    captions = embed_captions(base, datasets, samples, config)
     latents = encode_latents(base, datasets, config, run)
 
-    is_new = run.output.checkpoint is None
-    adapters = inject_lora(base, config.lora, run.compute, run.state.seed, is_new)
+    is_new, seed = run.output.checkpoint is None, run.state.seed
+    adapters = inject_lora(base, config.lora, run.compute, seed, samples.notes, is_new)
     training_sets = make_training_sets(config, datasets, latents, run)
     schedule = make_schedule(training_sets[0].batches, config.optimizer, config.explicit, run)
     training_step = TrainingStep(base, adapters, training_sets, captions, config.loss, run)
@@ -84,8 +79,8 @@ def train(
     run.restore(adapters, optimizer.torch_optimizer)
 
     announce(config, run, base, training_sets, adapters, schedule)
-    training_config = write_training_config(config, run, base, training_sets, schedule)
-    validate = make_validation(base, captions, config, run)
+    training_config = write_training_config(config, run, base, training_sets, schedule, samples)
+    validate = make_validation(base, captions.sample_embeds, samples, datasets, config, run)
     save_steps, validation_steps = steps_between(config, schedule)
     with run.training():
         if validates_at_start(run, schedule, validation_steps):
@@ -104,6 +99,7 @@ def train(
                 return progress.stop(step, is_saved, config.resume_command())
             if due.validate:
                 validate(step)
+        validate.generate_for_card(run.state.step)
     return export_lora(config, run, base, adapters, datasets, training_config)
 
 

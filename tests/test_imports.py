@@ -60,6 +60,7 @@ NEVER_TORCH = [
     "sampling.output_folder",
     "sampling.plan",
     "sampling.defaults",
+    "training.samples",
     "training.run_metadata",
     "training.model_card",
 ]

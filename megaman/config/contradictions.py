@@ -29,6 +29,10 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
     for steps, epochs in INTERVALS:
         if {steps, epochs} <= config.explicit:
             yield f"--{steps} and --{epochs} contradict each other: use only one"
+    if {"validation_prompt", "validation_prompts_file"} <= config.explicit:
+        yield (
+            "--validation_prompt and --validation_prompts_file contradict each other: use only one"
+        )
     yield from _rate_contradictions(config)
     yield from _crop_contradictions(config)
     yield from _bucket_contradictions(config.buckets, config.data.resolution)

@@ -23,6 +23,7 @@ from megaman.config.values import (
     STEPS,
     folder,
     lora,
+    model_folder,
     number,
     path,
     sampler,
@@ -196,6 +197,12 @@ class ComparisonConfig:
     )
     checkpoints: str | None = flag(
         None, "generate with every checkpoint of this training output", path, metavar="FOLDER"
+    )
+    clip_model: str | None = flag(
+        None,
+        "measure by this CLIP model's features how near images are to training images",
+        model_folder,
+        metavar="FOLDER",
     )
 
     @property

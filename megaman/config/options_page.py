@@ -94,6 +94,11 @@ DETAILS = {
         "log_format": "Each object has `time`, `event` (`step`, `samples`, `checkpoint`, `done`, "
         "or `log` for other lines) and `message`; errors stay lines on standard error",
         "open": "`training_report.html` in `--output_dir`; it is written without this flag too",
+        "validation_prompt": "The default is made of the captions unless these are about Mega "
+        "Man. With weights and of any length, as for `generate_megaman.py`",
+        "validation_prompts_file": "With seed, size, guidance and negative prompt a line",
+        "clip_model": "With its config.json and safetensors; nothing is downloaded",
+        "num_validation_images": "With `--validation_prompts_file` 1 of each prompt",
         "save_precision": "`fp16` halves the files",
     },
     "generate_megaman.py": {
@@ -104,6 +109,7 @@ DETAILS = {
         "[other LoRAs](generation.md#loras-from-elsewhere-and-several-at-once)",
         "prompts_file": "A line may bring its own settings; see "
         "[prompts files](generation.md#prompts-files)",
+        "clip_model": "If the LoRA was trained with the same one",
         "guidance_scale": "At 1 or less the negative prompt has no effect",
         "scheduler": "One of " + ", ".join(f"`{entry.name}`" for entry in samplers.SAMPLERS),
         "clip_skip": "1 is the last layer, which diffusers calls 0",

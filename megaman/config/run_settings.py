@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megaman.config.cli import flag
 from megaman.config.presets import DEFAULT_PROMPT, PRESETS
-from megaman.config.values import COUNT, SEED, folder, number, path, text
+from megaman.config.values import COUNT, GUIDANCE, SEED, folder, model_folder, number, path, text
 from megaman.hub import DEFAULT_BASE
 
 
@@ -75,6 +75,21 @@ class ValidationConfig:
     """Sample images"""
 
     validation_prompt: str = flag(DEFAULT_PROMPT, "what the sample images show", text, common=True)
+    validation_prompts_file: str | None = flag(
+        None,
+        "prompts of sample images instead, one a line as for generate_megaman.py",
+        path,
+        metavar="FILE",
+    )
+    validation_guidance_scale: float = flag(
+        7.5, "how closely sample images follow their prompts", GUIDANCE
+    )
+    clip_model: str | None = flag(
+        None,
+        "measure by this CLIP model's features how near images are to training images",
+        model_folder,
+        metavar="FOLDER",
+    )
     validation_steps: int = flag(100, "steps between sample images", COUNT, common=True)
     validation_epochs: int | None = flag(
         None, "epochs between sample images, in place of --validation_steps", COUNT

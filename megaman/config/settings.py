@@ -36,8 +36,9 @@ ORDER = (
     "adam_weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers", "save_steps",
     "save_every_n_epochs", "validation_epochs",
     "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps", "validation_prompt",
-    "num_validation_images", "snr_gamma", "noise_offset", "mixed_precision", "save_precision",
-    "memory_format", "enable_xformers_memory_efficient_attention", "compile",
+    "validation_prompts_file", "validation_guidance_scale", "clip_model", "num_validation_images",
+    "snr_gamma", "noise_offset", "mixed_precision", "save_precision", "memory_format",
+    "enable_xformers_memory_efficient_attention", "compile",
     "gradient_checkpointing", "vram_limit", "seed",
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ EXCLUSIVE = (
     ("num_train_epochs", "max_train_steps"),
     ("center_crop", "crop_variants"),
     *INTERVALS,
+    ("validation_prompt", "validation_prompts_file"),
 )
 
 
@@ -69,6 +70,8 @@ def _recipe(typed: Mapping[str, Any]) -> dict[str, Any]:
     recipe |= PRESETS.get(typed.get("preset") or "", {})
     if typed.get("optimizer") == "prodigy":
         recipe["learning_rate"] = 1.0  # a factor on the rate that it finds
+    if "validation_prompts_file" in typed:
+        recipe["num_validation_images"] = 1  # of each prompt
     if "num_train_epochs" in typed:
         recipe.pop("max_train_steps", None)  # which win over epochs
     return recipe

@@ -115,6 +115,14 @@ def path(value: str) -> str:
     return text(expanded)
 
 
+def model_folder(value: str) -> str:
+    """A folder on this machine with a model's config.json."""
+    folder = path(value)
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise InvalidValueError(f"{quote(value)} is no folder with a model (config.json)")
+    return folder
+
+
 def _is_blank(character: str) -> bool:
     return character.isspace() or character in INVISIBLE
 

@@ -27,6 +27,7 @@ from megaman.files import digest_of, stamp_of
 
 if TYPE_CHECKING:  # torch is imported when an item is read: counting a folder must not wait for it
     import torch
+    from PIL import Image
     from transformers import CLIPTokenizer
 
 DEFAULT_CONFIG = FolderConfig()
@@ -287,6 +288,16 @@ class MegaManDataset:
             upright[box, size].flip(-1) if mirrored else upright[box, size]
             for box, size, mirrored in crops
         ]
+
+    def load_small_crops(self, index: int, crops: Sequence[Crop], side: int) -> list[Image.Image]:
+        """These crops of an image, upright and squeezed into squares of so many pixels.
+
+        A large JPEG is decoded at a fraction of its size. Raises BadImageError if the image cannot
+        be decoded.
+        """
+        image = open_image(self.examples[index].image, min_side=2 * side)
+        boxes = [self._box_in(image.size, index, box) for box, _, _ in crops]
+        return [crop_and_resize(image, box, (side, side)) for box in boxes]
 
     def _box_in(self, decoded: Size, index: int, box: Box) -> tuple[float, float, float, float]:
         """The box in the decoded image, which may be smaller than the header says."""

@@ -33,6 +33,7 @@ from megaman.lora import formats as lora_formats
 from megaman.lora import peft_config
 from megaman.lora.adapter import ADAPTER, adapter_name, get_lora_config, set_scales
 from megaman.lora.formats import PEFT_PREFIX
+from megaman.lora.notes import only_notes
 from megaman.lora.peft_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from megaman.safe_loading import check_safetensors
 
@@ -44,6 +45,8 @@ TEXT_ENCODER = "text_encoder"  # the model, and its folder
 # diffusers before 0.42 needs the text_model. that transformers 5 dropped; newer ones accept both.
 DIFFUSERS_PREFIXES = {"unet": "unet.", TEXT_ENCODER: "text_encoder.text_model."}
 Tensors = dict[str, torch.Tensor]
+NO_TEXTS: Mapping[str, str] = MappingProxyType({})
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -78,18 +81,22 @@ def write_tensors(path: Path, tensors: Tensors, header: dict[str, str] | None = 
 
 
 def write_peft(
-    folder: Path, models: Mapping[str, nn.Module], base_name: str, precision: str = "float"
+    folder: Path,
+    models: Mapping[str, nn.Module],
+    base_name: str,
+    notes: Mapping[str, str] = NO_TEXTS,
+    precision: str = "float",
 ) -> None:
     """Write PEFT's two files into an existing folder, those of a text encoder into text_encoder/.
 
-    models are those with a LoRA, by part.
+    models are those with a LoRA, by part; notes are for the header (lora.notes).
     """
     for part, model in models.items():
         subfolder = folder if part == "unet" else folder / part
         subfolder.mkdir(exist_ok=True)
         state = adapter_state(model, precision)
         tensors = {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
-        write_tensors(subfolder / PEFT_WEIGHTS, tensors, {"format": "pt"})
+        write_tensors(subfolder / PEFT_WEIGHTS, tensors, {"format": "pt", **notes})
         config = {**config_dict(model), "base_model_name_or_path": base_name}
         write_json(subfolder / PEFT_CONFIG, config)
 
@@ -100,27 +107,32 @@ def save_lora(
     base_name: str,
     metadata: Mapping[str, str],
     precision: str = "float",
-    extra_files: Mapping[str, bytes] = MappingProxyType({}),
+    extra_files: Mapping[str, bytes] = NO_FILES,
 ) -> None:
     """Write lora_weights/ in all three layouts, replacing the folder in one step.
 
     Args:
         models: those with a LoRA, by part.
-        metadata: strings for the header of kohya's file, such as ss_steps.
+        metadata: strings for the header of kohya's file, such as ss_steps; the keys of lora.notes
+            go into the other two as well.
         precision: a key of PRECISIONS.
         extra_files: content by name, such as the model card.
     """
     states = {part: adapter_state(model, precision) for part, model in models.items()}
     with replacing_folder(folder) as aside:
-        write_peft(aside, models, base_name, precision)
-        _write_diffusers(aside / DIFFUSERS_WEIGHTS, models, states)
+        notes = only_notes(metadata)
+        write_peft(aside, models, base_name, notes, precision)
+        _write_diffusers(aside / DIFFUSERS_WEIGHTS, models, states, notes)
         _write_kohya(aside / lora_formats.WEIGHTS, models, states, base_name, metadata)
         for name, content in extra_files.items():
             (aside / name).write_bytes(content)
 
 
 def _write_diffusers(
-    path: Path, models: Mapping[str, nn.Module], states: Mapping[str, Tensors]
+    path: Path,
+    models: Mapping[str, nn.Module],
+    states: Mapping[str, Tensors],
+    notes: Mapping[str, str],
 ) -> None:
     config: dict[str, Any] = {}
     tensors: Tensors = {}
@@ -131,7 +143,7 @@ def _write_diffusers(
         prefix = DIFFUSERS_PREFIXES[part]
         tensors |= {prefix + name: tensor for name, tensor in states[part].items()}
     text = json.dumps(config, indent=2, sort_keys=True)
-    write_tensors(path, tensors, {"format": "pt", "lora_adapter_metadata": text})
+    write_tensors(path, tensors, {"format": "pt", "lora_adapter_metadata": text, **notes})
 
 
 def _write_kohya(

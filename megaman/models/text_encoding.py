@@ -163,6 +163,9 @@ class CaptionEmbeddings:
     They are cached, and the text encoder is released, unless it is trained, the captions vary, or
     the cache would be too large. prompt_embeds then holds those of the fixed texts alone; it is
     None if the text encoder is trained.
+
+    sample_embeds are those of the prompts of sample images, of any length and with weights
+    (`encode_prompt`); None if the text encoder is trained.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class CaptionEmbeddings:
         fixed: Sequence[str],
         varied: bool,
         trained: bool,
+        prompts: Sequence[str] = (),
     ):
         self._tokenizer, self._device = base.tokenizer, base.device
         self._text_encoder: nn.Module | None = base.text_encoder
@@ -180,6 +184,12 @@ class CaptionEmbeddings:
         self.prompt_embeds: dict[str, torch.Tensor] | None = None
         if not trained:
             self.prompt_embeds = encode_captions(base.text_encoder, base.tokenizer, texts)
+        self.sample_embeds: dict[str, torch.Tensor] | None = None
+        if not trained:
+            self.sample_embeds = {
+                prompt: encode_prompt(base.text_encoder, base.tokenizer, prompt)
+                for prompt in prompts
+            }
         if is_cached:
             self._text_encoder = None
             base.release("text_encoder")

@@ -30,6 +30,20 @@ TINY = 256  # pixels of width below which images are enlarged
 
 
 @dataclass(frozen=True)
+class NearestImage:
+    """The training image that is nearest to an image; is_near means suspiciously.
+
+    distance is in levels of 255 (data.similarity); preview is a file relative to the gallery's
+    folder, None if the training image was not there.
+    """
+
+    name: str
+    distance: float
+    is_near: bool
+    preview: str | None = None
+
+
+@dataclass(frozen=True)
 class GalleryImage:
     """One image and all settings that generate it again; width and height in pixels."""
 
@@ -42,6 +56,7 @@ class GalleryImage:
     settings: dict[str, str | int | float]  # shown in this order with these names
     base_file: str | None = None  # the same seed without the LoRA
     loras: list[str] = field(default_factory=list)  # NAME:STRENGTH as for --lora_path
+    nearest: NearestImage | None = None
 
 
 _is_text, _is_int = schema.instance(str), schema.instance(int)
@@ -55,7 +70,17 @@ CHECKS = {
     "settings": schema.instance(dict),
     "base_file": schema.instance(str, type(None)),
     "loras": schema.instance(list),
+    "nearest": schema.instance(NearestImage, type(None)),
 }
+_is_nearest = schema.record(
+    {
+        "name": _is_text,
+        "distance": schema.number(0, 1e6),
+        "is_near": schema.instance(bool),
+        "preview": schema.instance(str, type(None)),
+    },
+    exact=True,
+)
 
 
 def _is_id(value: Any) -> bool:
@@ -90,6 +115,9 @@ def _image(path: Path, number: int, record: Any) -> GalleryImage:
     """The image of an entry, counted from 1; raises UserError if the entry is not valid."""
     if not isinstance(record, dict):
         raise _broken(path, f"entry {number} is not an object")
+    nearest = record.get("nearest")
+    if isinstance(nearest, dict) and _is_nearest(nearest):
+        record = {**record, "nearest": NearestImage(**nearest)}
     try:
         image = GalleryImage(**record)
     except TypeError:  # an unknown or a missing field
@@ -243,7 +271,20 @@ def _item(image: GalleryImage, label: str, prompt_index: int) -> dict[str, Any]:
         "size": [image.width, image.height],
         "small": image.width < TINY,
         "settings": _settings(image),
+        "nearest": _nearest(image.nearest),
         "command": command(image),
+    }
+
+
+def _nearest(nearest: NearestImage | None) -> dict[str, Any] | None:
+    """The nearest training image for the page's script."""
+    if nearest is None:
+        return None
+    return {
+        "name": nearest.name,
+        "distance": f"{nearest.distance:g}",
+        "near": nearest.is_near,
+        "preview": nearest.preview and href(nearest.preview),
     }
 
 

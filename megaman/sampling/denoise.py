@@ -14,6 +14,7 @@ from PIL import Image
 
 from megaman.config import samplers
 from megaman.errors import UserError
+from megaman.models.text_encoding import pad_chunks
 from megaman.models.typed import (
     SamplingScheduler,
     decode_latents,
@@ -45,6 +46,19 @@ class PromptEmbeds(NamedTuple):
 
     positive: torch.Tensor
     negative: torch.Tensor
+
+
+def make_prompt_embeds(
+    positive: Sequence[torch.Tensor], negative: Sequence[torch.Tensor], empty: torch.Tensor
+) -> PromptEmbeds:
+    """The embeds [chunks * positions, width] of each image's prompt and negative prompt as a batch,
+    all brought to the length of the longest; empty are those of the empty prompt."""
+    chunks = max(len(embeds) // len(empty) for embeds in [*positive, *negative])
+
+    def stack(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([pad_chunks(row, empty, chunks) for row in rows])
+
+    return PromptEmbeds(stack(positive), stack(negative))
 
 
 def make_sampler(

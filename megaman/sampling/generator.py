@@ -242,12 +242,7 @@ class ImageGenerator:
         empty = self._prompt_embeds(without_lora, "")
         positive = [self._prompt_embeds(without_lora, job.prompt) for job in jobs]
         negative = [self._prompt_embeds(without_lora, job.negative_prompt) for job in jobs]
-        chunks = max(len(embeds) // len(empty) for embeds in positive + negative)
-
-        def stack(embeds: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack([text_encoding.pad_chunks(each, empty, chunks) for each in embeds])
-
-        return PromptEmbeds(stack(positive), stack(negative))
+        return denoise.make_prompt_embeds(positive, negative, empty)
 
     def _prompt_embeds(self, without_lora: bool, prompt: str) -> torch.Tensor:
         key = (without_lora, prompt)

@@ -91,18 +91,23 @@ class MemoryNeeds:
         return self.unet + self.vae + self.text_encoder + max(sampling, decode)
 
 
+def unet_pass_bytes(base: Base, pixels: int) -> int:
+    """The peak of the UNet's pass for one image of so many pixels with its negative row."""
+    latent_cells = pixels // base.vae_scale_factor**2
+    width, itemsize = unet_config(base.unet).block_out_channels[0], base.unet.dtype.itemsize
+    return 2 * latent_cells * width * itemsize * UNET_PASS
+
+
 def measure_needs(base: Base, pixels: int) -> MemoryNeeds:
     """The needs of images of so many pixels."""
     unet, vae = base.unet, base.vae
-    latent_cells = pixels // base.vae_scale_factor**2
     tile = tile_side(vae.tile_sample_min_size, math.isqrt(pixels), base.vae_scale_factor)
-    unet_bytes = unet_config(unet).block_out_channels[0] * unet.dtype.itemsize * UNET_PASS
     vae_bytes = vae_config(vae).block_out_channels[0] * vae.dtype.itemsize * VAE_PASS
     return MemoryNeeds(
         unet=runtime.parameter_bytes(unet),
         vae=runtime.parameter_bytes(vae),
         text_encoder=runtime.parameter_bytes(base.text_encoder),
-        unet_pass=2 * latent_cells * unet_bytes,
+        unet_pass=unet_pass_bytes(base, pixels),
         decode=pixels * vae_bytes,
         decode_tile=tile**2 * vae_bytes,
     )

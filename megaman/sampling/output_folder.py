@@ -15,14 +15,22 @@ from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaman.errors import UserError
+from megaman.errors import UserError, plural
 from megaman.pages import grid
-from megaman.pages.gallery import GalleryImage, read_images, title_of, variant_labels, write_gallery
+from megaman.pages.gallery import (
+    GalleryImage,
+    NearestImage,
+    read_images,
+    title_of,
+    variant_labels,
+    write_gallery,
+)
 from megaman.sampling import png, records
 from megaman.sampling.jobs import Job, LoraVariant, PendingBatch, base_image_file, image_file
 
 if TYPE_CHECKING:
     from megaman.sampling.generator import GeneratedImage
+    from megaman.sampling.nearest import NearestImages
     from megaman.sampling.records import Record, Recorder
 
 log = logging.getLogger(__name__)
@@ -132,14 +140,21 @@ def refuse_taken(path: Path) -> None:
         )
 
 
+def _make_finder(loras: Sequence[Path], clip_model: str | None) -> NearestImages:
+    from megaman.sampling.nearest import NearestImages  # loads numpy
+
+    return NearestImages(loras, clip_model)
+
+
 class OutputFolder:
     """--output_dir with the images of its gallery.
 
-    Raises UserError if the folder has an index.html that is not a gallery.
+    clip_model is the folder of a CLIP model, by whose features the nearest training images are
+    found, None for pixels. Raises UserError if the folder has an index.html that is not a gallery.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, clip_model: str | None = None):
+        self.path, self.clip_model = path, clip_model
         self.find_record = cache(records.find_record)
         listed = read_images(path)
         self.images = add_unlisted(path, images_on_disk(path, listed), self.find_record)
@@ -170,9 +185,12 @@ class GalleryWriter:
         compare: bool,
     ):
         self._folder, self._images = folder.path, folder.images
+        self._clip_model = folder.clip_model
         self._find_record = folder.find_record
         self._recorder, self._variants, self._jobs = recorder, variants, jobs
         self._compare = compare
+        self._finders: dict[tuple[Path, ...], NearestImages] = {}
+        self._near: list[str] = []  # files of images that are suspiciously near to a training image
         stopped = self._find_stopped() if resume else None
         self.resumed = stopped is not None
         self.first = first_free(folder.path) if stopped is None else stopped
@@ -256,7 +274,9 @@ class GalleryWriter:
             record = self._save(path, item, group[0].variant, without_lora)
             if not without_lora:
                 base_file = base_image_file(path.name) if self._compare else None
-                self._images.append(records.gallery_image(path.name, record, base_file))
+                entry = records.gallery_image(path.name, record, base_file)
+                nearest = self._find_nearest(path.name, item, group[0].variant)
+                self._images.append(replace(entry, nearest=nearest))
         if without_lora and self.resumed:  # images of the stopped run may have lacked the base's
             self._images = images_on_disk(self._folder, self._images)
 
@@ -269,6 +289,28 @@ class GalleryWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         records.save(path, generated.image, record)
         return record
+
+    def _find_nearest(
+        self, file: str, generated: GeneratedImage, variant: LoraVariant
+    ) -> NearestImage | None:
+        """The training image nearest to an image with a LoRA; None if no LoRA knows its images."""
+        paths = tuple(path for _, path, strength in variant.loras if strength * variant.scale)
+        if paths not in self._finders:
+            self._finders[paths] = _make_finder(paths, self._clip_model)
+        nearest = self._finders[paths].find(self._folder, file, generated.image)
+        if nearest is not None and nearest.is_near:
+            self._near.append(file)
+        return nearest
+
+    def warnings(self) -> list[str]:
+        """What the user should know about the images of this run."""
+        if not self._near:
+            return []
+        return [
+            f"nearer to a training image than nearly all of those are to each other: "
+            f"{plural(len(self._near), 'image')}, such as {self._near[0]}; the LoRA may have "
+            "memorized it"
+        ]
 
     def write_page(self) -> Path:
         """Write the gallery; returns the path of the page."""

@@ -66,13 +66,14 @@ class GenerationPlan:
         no prompt.
         """
         comparison, texts = config.comparison, config.prompts
+        typed = None
+        if texts.prompts or texts.prompts_file:
+            typed = load_prompts(texts.prompts, texts.prompts_file, texts.negative_prompt)
         for path, _ in loras:
             peft_config.require(path)
         found = find_defaults([path for path, _ in loras], config.model.base_model)
         settings = choose_settings(config, found.settings)
-        prompts = load_prompts(
-            texts.prompts, texts.prompts_file, settings["negative_prompt"], found.prompts
-        )
+        prompts = typed or load_prompts(found.prompts, None, texts.negative_prompt)
         bases = filter(None, (peft_config.base_of(path) for path, _ in loras))
         scale = 1.0 if comparison.lora_scale is None else comparison.lora_scale
         one_by_one = bool(comparison.checkpoints or comparison.loras)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,11 +58,30 @@ def save_png(
     others: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write the image with its parameters text and other texts by key, in one step."""
-    info = PngInfo()
-    for key, text in {"parameters": parameters, **others}.items():
-        info.add_itxt(key, text)
+    info = text_chunks({"parameters": parameters, **others})
     with replacing(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)
+
+
+def text_chunks(texts: Mapping[str, str]) -> PngInfo:
+    """Texts by key, as Pillow takes them to write a PNG."""
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_itxt(key, text)
+    return info
+
+
+def read_prompt(path: Path) -> str | None:
+    """The prompt in the parameters text of a PNG of ours, on one line; None if there is none."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get("parameters")
+    except (OSError, ValueError, SyntaxError):
+        return None
+    if not isinstance(text, str) or "\nSteps: " not in text:
+        return None
+    prompt = re.split(r"\nNegative prompt: |\nSteps: ", text, maxsplit=1)[0]
+    return " ".join(prompt.split())
 
 
 def is_whole(path: Path) -> bool:

@@ -106,16 +106,14 @@ def load_prompts(
     typed: Sequence[str] | None,
     file: str | None,
     negative_prompt: str | None = None,
-    found: Sequence[str] = (),
 ) -> list[Prompt]:
-    """The typed prompts, or else those of a file, or else those that were found for the LoRA, or
-    else the ten that come with the project.
+    """These texts, or else the prompts of a file, or else the ten that come with the project.
 
     Logged are lines that are skipped, LoRA tags, which are ignored, and syntax that is not
     understood, also in the negative prompt of all.
     """
-    if typed or (found and file is None):
-        prompts = [Prompt(text) for text in typed or found]
+    if typed:
+        prompts = [Prompt(text) for text in typed]
     else:
         prompts, warnings = read_prompts(BUILT_IN if file is None else Path(file))
         for warning in warnings:

@@ -184,20 +184,26 @@ def parameters_text(record: Record) -> str:
         hashes.append(f"{name}: {digest}")
         if scaled := strength * record.lora_scale:
             tags.append(f"<lora:{name}:{scaled:g}>")
-    values = {
-        "Steps": record.steps,
-        "Sampler": samplers.by_name(record.scheduler).title,
-        "CFG scale": f"{record.guidance_scale:g}",
-        "Seed": record.seed,
-        "Size": f"{record.width}x{record.height}",
-        "Model": Path(record.base).name.removesuffix(".safetensors"),
-        "RNG": "CPU",
-    }
+    job = record.jobs()[record.place]
+    values = a1111_values(job, samplers.by_name(record.scheduler), record.base)
     if record.clip_skip > 1:
         values["Clip skip"] = record.clip_skip
     if tags:
         values["Lora hashes"] = ", ".join(hashes)
     return a1111_text(" ".join([record.prompt, *tags]), record.negative_prompt, values)
+
+
+def a1111_values(job: Job, sampler: samplers.Sampler, base: str) -> dict[str, Any]:
+    """A job's settings under A1111's names, without its prompts."""
+    return {
+        "Steps": job.num_inference_steps,
+        "Sampler": sampler.title,
+        "CFG scale": f"{job.guidance_scale:g}",
+        "Seed": job.seed,
+        "Size": f"{job.width}x{job.height}",
+        "Model": Path(base).name.removesuffix(".safetensors"),
+        "RNG": "CPU",
+    }
 
 
 def short_name(lora: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ class Adapters:
     text_encoder: CLIPTextModel | None = None
     text_encoder_parameters: Sequence[nn.Parameter] = field(default=())
     has_dropout: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)  # for the LoRA's files (lora.notes)
 
     @property
     def models(self) -> list[nn.Module]:
@@ -53,12 +54,18 @@ class Adapters:
 
 
 def inject_lora(
-    base: Base, config: LoraConfig, compute: TrainingCompute, seed: int, is_new: bool = True
+    base: Base,
+    config: LoraConfig,
+    compute: TrainingCompute,
+    seed: int,
+    notes: Mapping[str, str],
+    is_new: bool = True,
 ) -> Adapters:
     """Inject the LoRAs, whose random halves depend on the seed alone, and have the models compute
-    as set. A new run begins from --network_weights, if they are named.
+    as set. A new run begins from --network_weights, if they are named. notes are for the LoRAs'
+    files.
 
-    Raises UserError if these do not fit the base, the rank or the target modules.
+    Raises UserError if --network_weights do not fit the base, the rank or the target modules.
     """
     text_encoder = base.text_encoder if config.train_text_encoder else None
     first = None
@@ -84,6 +91,7 @@ def inject_lora(
         text_encoder,
         text_encoder_parameters,
         has_dropout=config.lora_dropout > 0,
+        notes=notes,
     )
     if first is not None:
         first.apply(models_by_part(base.unet, text_encoder))

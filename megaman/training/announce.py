@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megaman.training.adapters import Adapters
     from megaman.training.optimizer import Schedule
     from megaman.training.run import Run
+    from megaman.training.samples import SamplePlan
     from megaman.training.training_set import TrainingSet
 
 log = logging.getLogger(__name__)
@@ -127,13 +128,14 @@ def write_training_config(
     base: Base,
     training_sets: Sequence[TrainingSet],
     schedule: Schedule,
+    samples: SamplePlan,
 ) -> dict[str, Any]:
     """Replace the outputs of an earlier run by training_config.json, in the main process, and show
     it in TensorBoard; returns its content."""
     dataset = training_sets[0].dataset
     sizes = training_sets[0].image_sizes(base.vae_scale_factor)
     content = {
-        "settings": config.settings() | {"seed": run.state.seed},
+        "settings": config.settings() | {"seed": run.state.seed, **_shown_prompt(config, samples)},
         "explicit": sorted(config.explicit),
         "base": base.name,
         "total_steps": schedule.total_steps,
@@ -160,3 +162,10 @@ def write_training_config(
         else:
             log.info("page       %s", run.report.page.resolve().as_uri())
     return content
+
+
+def _shown_prompt(config: TrainConfig, samples: SamplePlan) -> dict[str, str]:
+    """The prompt that is in force if it is made of the captions."""
+    if config.validation.validation_prompts_file is not None or not samples.prompts:
+        return {}
+    return {"validation_prompt": samples.prompts[0].text}

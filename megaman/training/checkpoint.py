@@ -69,7 +69,7 @@ def save(
     """Write a checkpoint; the folder appears complete or not at all."""
     with replacing_folder(folder) as aside:
         models = lora_files.models_by_part(adapters.unet, adapters.text_encoder)
-        lora_files.write_peft(aside, models, adapters.base_name)
+        lora_files.write_peft(aside, models, adapters.base_name, adapters.notes)
         optimizer_state.save(aside, _parameters(adapters), optimizer)
         if history is not None:
             history.save(aside / HISTORY)

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaman.errors import log_event
+from megaman.data import similarity
+from megaman.errors import log_event, summarize_error
 from megaman.lora import files as lora_files
 from megaman.models.typed import scheduler_config
-from megaman.training import model_card, run_metadata
+from megaman.training import memorization, model_card, run_metadata
 from megaman.training.output import save_somewhere
 from megaman.training.summary import add_result, closing_lines
 
@@ -74,7 +75,7 @@ def _save(
 ) -> tuple[Path, str]:
     """The folder in which the LoRA is saved, and the reason if it is not lora_weights/."""
     samples = run.output.samples_folder(training_config["total_steps"])
-    metadata = run_metadata.training_metadata(
+    metadata = dict(adapters.notes) | run_metadata.training_metadata(
         training_config,
         [dataset.by_folder() for dataset in datasets.all],
         scheduler_config(base.noise_scheduler).prediction_type,
@@ -87,6 +88,7 @@ def _save(
         training_config, images.captions, images.num_written_captions, samples
     )
     add_result(run.log, run.history, training_config)
+    extra_files = card | _training_images(config, run, datasets)
     run.log.close()
     save = partial(
         lora_files.save_lora,
@@ -94,9 +96,24 @@ def _save(
         base_name=adapters.base_name,
         metadata=metadata,
         precision=config.output.save_precision,
-        extra_files=card,
+        extra_files=extra_files,
     )
     return save_somewhere(run.output.lora_weights, save)
+
+
+def _training_images(config: TrainConfig, run: Run, datasets: Datasets) -> dict[str, bytes]:
+    """The files of the training images' descriptors, by which generation finds the nearest ones."""
+    models: dict[str, str | None] = {similarity.FILE: None}
+    if config.validation.clip_model is not None:
+        models[similarity.CLIP_FILE] = config.validation.clip_model
+    files = {}
+    for file, model in models.items():
+        try:
+            images = memorization.describe_datasets(datasets, config.data, run.state.seed, model)
+            files[file] = images.as_bytes()
+        except Exception as error:  # an extra never costs the LoRA
+            log.info("%s is not written (%s)", file, summarize_error(error))
+    return files
 
 
 def next_command(config: TrainConfig, run: Run, folder: Path) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 from megaman.data.captions import CaptionAugmentation, tidy, trigger_words
 from megaman.errors import plural
 from megaman.hub import HUB_NAME
+from megaman.sampling.png import read_prompt
+from megaman.training.samples import CARD
 
 MAX_SAMPLES = 4
 # Licenses of the most common bases, by the hub's name for them.
@@ -112,16 +114,19 @@ def write_card(
         config: the content of training_config.json.
         captions: those of the images that were trained on.
         num_written: how many of them somebody wrote; the others were made from names.
-        samples: the folder of the last sample images, which may be missing.
+        samples: the folder of the last sample images, which may be missing. Its folder card/ has
+            those for the card, if they are others.
     """
-    files = {}
-    for image in sorted(samples.glob("*.png"))[:MAX_SAMPLES]:
+    files, prompts = {}, {}
+    for number, image in enumerate(_choose_samples(samples)):
+        name = f"sample_{number:02d}.png"
         with contextlib.suppress(OSError):  # an image that is gone must not cost the LoRA
-            files[f"sample_{image.name}"] = image.read_bytes()
+            files[name] = image.read_bytes()
+            prompts[name] = tidy(read_prompt(image) or config["settings"]["validation_prompt"])
     base = _describe_base(config["base"])
     sections = [
-        _front_matter(config, captions, base, list(files)),
-        *_introduction(config, captions, base, list(files)),
+        _front_matter(config, captions, base, prompts),
+        *_introduction(config, captions, base, prompts),
         *_loading(config["settings"], base),
         _training(config),
         _data(config, len(captions), num_written),
@@ -129,6 +134,15 @@ def write_card(
     ]
     card = "\n\n".join(sections) + "\n"
     return {"README.md": card.encode("utf-8", "backslashreplace"), **files}
+
+
+def _choose_samples(folder: Path) -> list[Path]:
+    """At most MAX_SAMPLES images, of as many prompts as there are."""
+    images = sorted((folder / CARD).glob("*.png")) or sorted(folder.glob("*.png"))
+    first_of = {read_prompt(image): image for image in reversed(images)}
+    distinct = sorted(first_of.values())
+    others = [image for image in images if image not in distinct]
+    return sorted([*distinct, *others][:MAX_SAMPLES])
 
 
 def _describe_base(base: str) -> _Base:
@@ -151,8 +165,12 @@ def _trigger(settings: Mapping[str, Any], captions: Sequence[str]) -> str:
 
 
 def _front_matter(
-    config: Mapping[str, Any], captions: Sequence[str], base: _Base, samples: Sequence[str]
+    config: Mapping[str, Any],
+    captions: Sequence[str],
+    base: _Base,
+    samples: Mapping[str, str],
 ) -> str:
+    """samples are the prompts of the sample images by file."""
     settings = config["settings"]
     fields: dict[str, Any] = {
         "library_name": "diffusers",
@@ -165,14 +183,18 @@ def _front_matter(
     if trigger := _trigger(settings, captions):
         fields["instance_prompt"] = trigger
     if samples:
-        prompt = tidy(settings["validation_prompt"])
-        fields["widget"] = [{"text": prompt, "output": {"url": file}} for file in samples]
+        fields["widget"] = [
+            {"text": prompt, "output": {"url": file}} for file, prompt in samples.items()
+        ]
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
     return "\n".join(["---", *lines, "---"])
 
 
 def _introduction(
-    config: Mapping[str, Any], captions: Sequence[str], base: _Base, samples: Sequence[str]
+    config: Mapping[str, Any],
+    captions: Sequence[str],
+    base: _Base,
+    samples: Mapping[str, str],
 ) -> Iterator[str]:
     settings = config["settings"]
     yield f"# A LoRA for {code(base.name)}"
@@ -183,13 +205,12 @@ def _introduction(
     if trigger := _trigger(settings, captions):
         yield f"Use {code(trigger)} in the prompt: most of the captions begin with it."
     if samples:
-        lines = [f"![Sample {number}]({file})" for number, file in enumerate(samples, start=1)]
+        images = [f"![Sample {number}]({file})" for number, file in enumerate(samples, start=1)]
+        prompts = [f"{number}. {code(text)}" for number, text in enumerate(samples.values(), 1)]
         yield "## Samples"
-        yield "\n".join(lines)
-        yield (
-            f"Prompt: {code(tidy(settings['validation_prompt']))}, strength 1, 25 steps, guidance "
-            f"7.5, seeds from {settings['seed']} on, generated after the last step."
-        )
+        yield "\n".join(images)
+        yield "\n".join(["Their prompts:", "", *prompts])
+        yield "Generated after the last step, at strength 1; each image carries its settings."
 
 
 def _loading(settings: Mapping[str, Any], base: _Base) -> Iterator[str]:

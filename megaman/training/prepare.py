@@ -15,13 +15,14 @@ from megaman.data.vae_encoder import EncodingConfig, VaeEncoder, identify_vae
 from megaman.lora.adapter import check_targets
 from megaman.models.base import load_base
 from megaman.models.configs import alias_notice, resolve_name
-from megaman.models.text_encoding import truncated_text
+from megaman.models.text_encoding import CaptionEmbeddings, truncated_text
 
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
     from megaman.models.base import Base
     from megaman.training.datasets import Datasets
     from megaman.training.run import Run
+    from megaman.training.samples import SamplePlan
 
 GB = 2**30
 
@@ -43,6 +44,20 @@ def open_base(config: TrainConfig, datasets: Datasets, run: Run) -> Base:
     if config.buckets.enable_bucket:
         datasets.set_buckets(base.native_size, config.buckets)
     return base
+
+
+def embed_captions(
+    base: Base, datasets: Datasets, samples: SamplePlan, config: TrainConfig
+) -> CaptionEmbeddings:
+    """The prompt_embeds of all captions and of the sample images' prompts."""
+    return CaptionEmbeddings(
+        base,
+        datasets.captions,
+        fixed=[""],
+        varied=config.captions.varies_tags,
+        trained=config.lora.train_text_encoder,
+        prompts=samples.texts,
+    )
 
 
 def encode_latents(

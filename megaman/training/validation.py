@@ -1,12 +1,13 @@
-"""Sample images during training: the same prompt with the same seeds, generated with the LoRA as it
-is, in samples-N/."""
+"""Sample images during training: the same prompts with the same seeds, generated with the LoRA as
+it is, in samples-N/."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,21 @@ import torch
 from PIL import Image
 
 from megaman import runtime
+from megaman.config import samplers
 from megaman.errors import UserError, log_event, summarize_error
 from megaman.files import replacing_folder
-from megaman.models.text_encoding import encode_captions
-from megaman.models.vae_tiling import enable_vae_tiling
-from megaman.sampling import denoise
-from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
+from megaman.lora.adapter import lora_disabled
+from megaman.models.text_encoding import encode_prompt
+from megaman.models.vae_tiling import enable_vae_tiling, tile_side
+from megaman.sampling import denoise, png, records
+from megaman.sampling.denoise import SamplingSettings, make_prompt_embeds
+from megaman.sampling.jobs import Job, make_batches, make_jobs
+from megaman.sampling.limits import unet_pass_bytes
+from megaman.sampling.prompts import PromptSettings
+from megaman.training.drift import Drift, drift_jobs
 from megaman.training.history import Sample
+from megaman.training.memorization import MemorizationCheck, make_memorization_check
+from megaman.training.samples import CARD, UNRELATED
 from megaman.training.signals import StoppedError
 
 if TYPE_CHECKING:
@@ -29,35 +38,40 @@ if TYPE_CHECKING:
 
     from megaman.config.settings import TrainConfig
     from megaman.models.base import Base
-    from megaman.models.text_encoding import CaptionEmbeddings
+    from megaman.training.datasets import Datasets
     from megaman.training.run import Run
+    from megaman.training.samples import SamplePlan
 
-NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 25, 7.5  # generate_megaman.py's defaults
+NUM_INFERENCE_STEPS = 25  # as in generate_megaman.py
 
 log = logging.getLogger(__name__)
+
+Embeds = Mapping[str, torch.Tensor]  # prompt_embeds [chunks * positions, width] by text
 
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What sample images to generate, one per seed, with sides of resolution pixels.
+    """How sample images are generated: resolution is the side of the training images in pixels.
 
-    vae_tile is the side in pixels of the VAE's tiles, 0 for none; keeps_vae tells whether the run
-    needs the VAE between two validations; black_remedy ends the line about black images.
+    vae_tile is the side in pixels of the VAE's tiles for them, 0 for none; keeps_vae tells whether
+    the run needs the VAE between two validations; black_remedy ends the line about black images.
     """
 
-    prompt: str
-    seeds: Sequence[int]
     resolution: int
     vae_tile: int = 0
     keeps_vae: bool = False
     black_remedy: str = ""
 
 
+class _TooLargeError(UserError):
+    """An image needs more memory than there is."""
+
+
 class Validation:
     """Generates sample images on the UNet's device.
 
     Args:
-        prompt_embeds: [positions, width] of the prompt and of ""; None if the text encoder is in
+        prompt_embeds: those of all texts of the jobs and of ""; None if the text encoder is in
             training and has to encode them each time.
         autocast: makes the context in which the models compute.
         on_step: called after each sampling step; may raise StoppedError.
@@ -66,34 +80,36 @@ class Validation:
     def __init__(
         self,
         base: Base,
-        prompt_embeds: Mapping[str, torch.Tensor] | None,
+        prompt_embeds: Embeds | None,
         settings: ValidationSettings,
         autocast: Callable[[], AbstractContextManager],
         on_step: Callable[[], None],
     ):
         self._base, self._prompt_embeds, self._settings = base, prompt_embeds, settings
         self._autocast, self._on_step = autocast, on_step
-        self._batch_size = runtime.default_batch_size(settings.resolution, settings.resolution)
+        # Width and height of images that have run out of memory together, and as a whole.
+        self._one_by_one: set[tuple[int, int]] = set()
+        self._tiled: set[tuple[int, int]] = set()
+        self._in_session = False
 
-    def generate(self, step: int, folder: Path) -> list[Image.Image]:
-        """Generate after this step and write folder/00.png and so on.
+    def generate(self, step: int, folder: Path, jobs: Sequence[Job]) -> dict[int, Image.Image]:
+        """Generate the jobs' images after this step and write folder/00.png and so on.
 
-        Whatever fails is logged, nothing is raised. Returns the images, even if they could not be
-        written.
+        A prompt whose images do not fit into memory is skipped, and the numbers of its images with
+        it. Whatever fails is logged, nothing is raised. Returns the images by number, even if they
+        could not be written.
         """
-        images: list[Image.Image] = []
-        if not self._settings.seeds:
+        images: dict[int, Image.Image] = {}
+        if not jobs:
             return images
-        models = self._models_in_training()
         try:
-            enable_vae_tiling(self._base.vae, self._settings.vae_tile)
-            for model in models:
-                model.eval()
-            images = runtime.retry_on_oom(self._generate_all, self._reduce_memory)
+            with self.session():
+                images = self._generate_all(step, jobs)
             with replacing_folder(folder) as aside:
-                for i, image in enumerate(images):
-                    image.save(aside / f"{i:02d}.png")
-            if not all(image.getbbox() for image in images):
+                for number, image in images.items():
+                    info = png.text_chunks({"parameters": self._parameters(jobs[number])})
+                    image.save(aside / file_name(number), pnginfo=info)
+            if not all(image.getbbox() for image in images.values()):
                 remedy = self._settings.black_remedy
                 log.info("step %d: a sample image is completely black%s", step, remedy)
         except StoppedError:
@@ -101,60 +117,132 @@ class Validation:
         except Exception as error:
             reason = summarize_error(error)
             log.info("step %d: no sample images (%s); training continues", step, reason)
+        return images
+
+    def generate_images(self, jobs: Sequence[Job]) -> list[Image.Image]:
+        """The images of jobs of one size; whatever fails is raised."""
+        with self.session():
+            with self._autocast():
+                embeds = self._embed(jobs)
+            return self._generate_batch(jobs, embeds)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Within this context the models are in evaluation mode, and the VAE is loaded once."""
+        if self._in_session:
+            yield
+            return
+        models = self.models_in_training
+        self._in_session = True
+        try:
+            for model in models:
+                model.eval()
+            yield
         finally:
+            self._in_session = False
             for model in models:
                 model.train()
             self._release_vae()
-        return images
 
-    def records(self, folder: Path) -> list[Sample]:
-        """The sample images that are in a step's folder."""
-        settings: dict[str, str | int | float] = {
-            "steps": NUM_INFERENCE_STEPS,
-            "guidance": GUIDANCE_SCALE,
-        }
-        files = [folder / f"{i:02d}.png" for i in range(len(self._settings.seeds))]
-        return [
-            Sample(f"{folder.name}/{file.name}", self._settings.prompt, seed, settings=settings)
-            for file, seed in zip(files, self._settings.seeds, strict=True)
-            if file.is_file()
-        ]
+    def _parameters(self, job: Job) -> str:
+        values = records.a1111_values(job, samplers.DEFAULT, self._base.name)
+        return png.a1111_text(job.prompt, job.negative_prompt, values)
 
-    def _models_in_training(self) -> list[nn.Module]:
+    @property
+    def models_in_training(self) -> list[nn.Module]:
+        """Those with a LoRA."""
         if self._prompt_embeds is None:
             return [self._base.unet, self._base.text_encoder]
         return [self._base.unet]
 
-    def _generate_all(self) -> list[Image.Image]:
-        seeds, images = self._settings.seeds, []
+    def _generate_all(self, step: int, jobs: Sequence[Job]) -> dict[int, Image.Image]:
+        """The images of all jobs that fit into memory, by the job's number."""
         with self._autocast():
-            prompt_embeds = self._embed_prompt()
-        for start in range(0, len(seeds), self._batch_size):
-            images += self._generate_batch(seeds[start : start + self._batch_size], prompt_embeds)
+            embeds = self._embed(jobs)
+        images: dict[int, Image.Image] = {}
+        too_large: dict[Job, UserError] = {}
+        first = 0
+        for batch in make_batches(jobs, _batch_size, lambda job: _count_chunks(job, embeds)):
+            try:
+                generated = self._generate_batch(batch, embeds)
+            except _TooLargeError as error:
+                too_large[batch[0]] = error
+            else:
+                images.update(enumerate(generated, start=first))
+            first += len(batch)
+        if not images:
+            raise next(iter(too_large.values()))
+        for job, error in too_large.items():
+            log.info(
+                "step %d: no sample image of %.60r at %dx%d (%s); training continues",
+                *(step, job.prompt, job.width, job.height, summarize_error(error)),
+            )
         return images
 
-    def _embed_prompt(self) -> Mapping[str, torch.Tensor]:
+    def _embed(self, jobs: Sequence[Job]) -> Embeds:
         if self._prompt_embeds is not None:
             return self._prompt_embeds
-        texts = [self._settings.prompt, ""]
-        return encode_captions(self._base.text_encoder, self._base.tokenizer, texts)
+        texts = {"", *(job.prompt for job in jobs), *(job.negative_prompt for job in jobs)}
+        encoder, tokenizer = self._base.text_encoder, self._base.tokenizer
+        return {text: encode_prompt(encoder, tokenizer, text) for text in texts}
 
-    def _generate_batch(
-        self, seeds: Sequence[int], prompt_embeds: Mapping[str, torch.Tensor]
-    ) -> list[Image.Image]:
-        positive = prompt_embeds[self._settings.prompt].expand(len(seeds), -1, -1)
-        negative = prompt_embeds[""].expand(len(seeds), -1, -1)
-        side = self._settings.resolution
-        sampling = SamplingSettings(side, side, NUM_INFERENCE_STEPS, GUIDANCE_SCALE)
+    def _generate_batch(self, batch: Sequence[Job], embeds: Embeds) -> list[Image.Image]:
+        """The images of a batch, in smaller parts if memory runs out; raises _TooLargeError if one
+        of them does not fit."""
+        images: list[Image.Image] = []
+        size = (batch[0].width, batch[0].height)
+        self._refuse_too_large(batch[0])
+
+        def next_part() -> list[Image.Image]:
+            count = 1 if size in self._one_by_one else len(batch)
+            return self._generate_at_once(batch[len(images) : len(images) + count], embeds)
+
+        def reduce() -> None:
+            is_large = max(size) > self._settings.resolution
+            if size not in self._one_by_one:
+                self._one_by_one.add(size)
+            elif is_large and size not in self._tiled:
+                self._tiled.add(size)
+            else:
+                raise _TooLargeError("one at a time they need more memory than there is")
+
+        while len(images) < len(batch):
+            images += runtime.retry_on_oom(next_part, reduce)
+        return images
+
+    def _refuse_too_large(self, job: Job) -> None:
+        """Raise _TooLargeError on a CPU, where the system would end the run, for an image that is
+        larger than the training images and than the memory."""
+        pixels = job.width * job.height
+        if self._base.device.type != "cpu" or pixels <= self._settings.resolution**2:
+            return
+        if unet_pass_bytes(self._base, pixels) > runtime.free_memory(self._base.device):
+            raise _TooLargeError("it needs more memory than there is")
+
+    def _generate_at_once(self, jobs: Sequence[Job], embeds: Embeds) -> list[Image.Image]:
+        first = jobs[0]
+        self._set_tiles((first.width, first.height))
+        prompt_embeds = make_prompt_embeds(
+            [embeds[job.prompt] for job in jobs],
+            [embeds[job.negative_prompt] for job in jobs],
+            embeds[""],
+        )
+        sampling = SamplingSettings(
+            first.height, first.width, first.num_inference_steps, first.guidance_scale
+        )
+        seeds = [job.seed for job in jobs]
         with self._autocast():
             return denoise.generate_images(
-                self._base, PromptEmbeds(positive, negative), seeds, sampling, self._on_step
+                self._base, prompt_embeds, seeds, sampling, self._on_step
             )
 
-    def _reduce_memory(self) -> None:
-        if self._batch_size == 1:
-            raise UserError("one at a time they need more memory than there is")
-        self._batch_size = 1
+    def _set_tiles(self, size: tuple[int, int]) -> None:
+        tile = self._settings.vae_tile
+        if size in self._tiled:
+            own = self._settings.resolution
+            tile = tile_side(own, max(size), self._base.vae_scale_factor)
+        self._base.vae.disable_tiling()
+        enable_vae_tiling(self._base.vae, tile)
 
     def _release_vae(self) -> None:
         if self._settings.keeps_vae:
@@ -163,34 +251,129 @@ class Validation:
             self._base.release("vae")
 
 
+def file_name(number: int) -> str:
+    """The file of a sample image in its step's folder."""
+    return f"{number:02d}.png"
+
+
+def _batch_size(job: Job) -> int:
+    return runtime.default_batch_size(job.height, job.width)
+
+
+def _count_chunks(job: Job, embeds: Embeds) -> int:
+    """How many runs of the text encoder the longer of a job's two prompts takes."""
+    return max(len(embeds[text]) for text in (job.prompt, job.negative_prompt)) // len(embeds[""])
+
+
+class SampleImages:
+    """The sample images of a run, generated by its main process, compared with the training images,
+    and shown in TensorBoard and in the run's history."""
+
+    def __init__(
+        self,
+        validation: Validation,
+        plan: SamplePlan,
+        defaults: PromptSettings,
+        memorization: MemorizationCheck | None,
+        drift: Drift | None,
+        run: Run,
+    ):
+        self._validation, self._run = validation, run
+        self._memorization = memorization
+        self._jobs = make_jobs(plan.prompts, defaults, plan.num_images)
+        self._card_jobs = make_jobs(plan.card_prompts, defaults, 1)
+        self._drift = drift
+
+    def __call__(self, step: int) -> None:
+        """Generate those of a step."""
+        run = self._run
+        if not run.is_main_process:
+            return
+        folder = run.output.samples_folder(step)
+        with self._validation.session():
+            images = self._validation.generate(step, folder, self._jobs)
+            if images and self._drift is not None:
+                self._measure_drift(step, self._drift)
+        prompts = [self._jobs[number].prompt for number in images]
+        run.log.add_images("validation", map(np.asarray, images.values()), step, prompts)
+        if samples := self._records(folder):
+            message = f"step {step}: samples in {folder}"
+            log_event(log, "samples", message, step=step, path=str(folder))
+        run.history.add_samples(step, samples)
+        if self._memorization is not None:
+            files = {f"{folder.name}/{file_name(number)}": images[number] for number in images}
+            self._memorization.check(step, files)
+        run.save_history(step)
+
+    def _measure_drift(self, step: int, measure: Drift) -> None:
+        try:
+            drift = measure.measure()
+        except StoppedError:
+            return
+        except Exception as error:  # an extra never stops the run
+            reason = summarize_error(error)
+            log.info("step %d: drift not measured (%s); training continues", step, reason)
+            return
+        self._run.history.add_drift(step, round(drift, 3))
+        self._run.log.add("add_scalar", "validation/drift", drift, step)
+
+    def generate_for_card(self, step: int) -> None:
+        """Generate those of the model card after the last step, unless they are there."""
+        folder = self._run.output.samples_folder(step) / CARD
+        if self._run.is_main_process and not folder.exists():
+            self._validation.generate(step, folder, self._card_jobs)
+
+    def _records(self, folder: Path) -> list[Sample]:
+        """The sample images that are in a step's folder."""
+        samples = []
+        for number, job in enumerate(self._jobs):
+            if (folder / file_name(number)).is_file():
+                settings: dict[str, str | int | float] = {
+                    "steps": job.num_inference_steps,
+                    "guidance": job.guidance_scale,
+                }
+                file = f"{folder.name}/{file_name(number)}"
+                samples.append(Sample(file, job.prompt, job.seed, job.negative_prompt, settings))
+        return samples
+
+
 def make_validation(
-    base: Base, captions: CaptionEmbeddings, config: TrainConfig, run: Run
-) -> Callable[[int], None]:
-    """A function that generates the sample images of a step, in the main process, and shows them in
-    TensorBoard."""
+    base: Base,
+    prompt_embeds: Embeds | None,
+    plan: SamplePlan,
+    datasets: Datasets,
+    config: TrainConfig,
+    run: Run,
+) -> SampleImages:
+    """What generates the sample images of a run (prompt_embeds as for Validation)."""
     finer = " or ".join(runtime.finer_precisions(run.compute))
     settings = ValidationSettings(
-        config.validation.validation_prompt,
-        [run.state.seed + i for i in range(config.validation.num_validation_images)],
         config.data.resolution,
         run.compute.vae_tile,
         keeps_vae=config.cache.no_cache,
         black_remedy=f"; if more are, try --mixed_precision {finer}" if finer else "",
     )
     validation = Validation(
-        base, captions.prompt_embeds, settings, run.autocast, run.stop_signal.raise_if_received
+        base, prompt_embeds, settings, run.autocast, run.stop_signal.raise_if_received
     )
-
-    def validate(step: int) -> None:
-        if run.is_main_process:
-            images = validation.generate(step, run.output.samples_folder(step))
-            names = [settings.prompt] * len(images)
-            run.log.add_images("validation", map(np.asarray, images), step, names)
-            folder = run.output.samples_folder(step)
-            if samples := validation.records(folder):
-                message = f"step {step}: samples in {folder}"
-                log_event(log, "samples", message, step=step, path=str(folder))
-            run.history.add_samples(step, samples)
-            run.save_history(step)
-
-    return validate
+    defaults = PromptSettings(
+        negative_prompt="",
+        width=config.data.resolution,
+        height=config.data.resolution,
+        seed=run.state.seed,
+        guidance_scale=config.validation.validation_guidance_scale,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+    )
+    memorization = None
+    if run.is_main_process and plan.prompts:
+        memorization = make_memorization_check(
+            datasets, config.data, config.validation.clip_model, run
+        )
+    drift = None
+    if not config.compute.compile:  # to switch the LoRA off would compile the UNet once more
+        drift = Drift(
+            validation.generate_images,
+            partial(lora_disabled, *validation.models_in_training),
+            drift_jobs(UNRELATED, defaults.width),
+        )
+    return SampleImages(validation, plan, defaults, memorization, drift, run)

@@ -99,6 +99,9 @@ TRAINING_DEFAULTS = {
     "checkpoints_total_limit": None,
     "resume_from_checkpoint": None,
     "validation_steps": 100,
+    "validation_prompts_file": None,
+    "clip_model": None,
+    "validation_guidance_scale": 7.5,
     "validation_prompt": "mega man, blue robot, helmet, game character, high quality",
     "num_validation_images": 4,
     "snr_gamma": None,
@@ -134,6 +137,7 @@ GENERATION_DEFAULTS = {
     "compare": None,
     "lora_scales": None,
     "checkpoints": None,
+    "clip_model": None,
     "lora_scale": None,  # 1
     "resume": False,
     "from_image": None,

@@ -23,6 +23,7 @@ from megaman.errors import UserError
 from megaman.models import weights
 from megaman.models.base import Base, load_base, vae_identity
 from megaman.models.typed import unet_config, vae_config
+from megaman.sampling.jobs import Job
 from megaman.training.validation import Validation, ValidationSettings
 
 KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -255,13 +256,14 @@ def test_sample_images_without_their_vae_are_skipped(own_copy, caplog):
     validation = Validation(
         base,
         {"x": states, "": states},
-        ValidationSettings("x", [0], 64),
+        ValidationSettings(64),
         nullcontext,
         lambda: None,
     )
     base.unet.train()
     weights_of(own_copy, "vae").unlink()
-    assert validation.generate(3, own_copy / "samples-3") == []
+    job = Job(0, 0, "x", "", seed=0, width=64, height=64, num_inference_steps=1, guidance_scale=7)
+    assert validation.generate(3, own_copy / "samples-3", [job]) == {}
     (line,) = caplog.messages
     assert "step 3: no sample images" in line and "is gone" in line
     assert "training continues" in line and base.unet.training

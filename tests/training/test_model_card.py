@@ -72,6 +72,7 @@ def test_a_run_leaves_its_card(train_here, tmp_path):
     assert {path.name for path in folder.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
         *("megaman_lora.safetensors", "README.md", "sample_00.png", "sample_01.png"),
+        "training_images.safetensors",
     }
 
 
