@@ -248,6 +248,8 @@ def install_logging(write: Callable[[str], object] = print_line, log_format: str
 
     write prints one line. A second call replaces the first.
     """
+    # PEFT imports it if it is installed, and it warns about kernels that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logger = logging.getLogger("megaman")
     for handler in [old for old in logger.handlers if isinstance(old, _PlainHandler)]:
         logger.removeHandler(handler)

@@ -81,7 +81,6 @@ def _adamw8bit(
         raise UserError(
             "--optimizer adamw8bit does not run on MPS", "Use --optimizer adamw", WRONG_USAGE
         )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about other kernels
     library = importlib.import_module("bitsandbytes")
     for group in groups:
         for parameter in group["params"]:
