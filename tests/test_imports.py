@@ -20,6 +20,7 @@ STANDARD_ONLY = [
     "safe_loading",
     "config.samplers",
     "config.bases",
+    "config.colors",
     "config.values",
     "config.cli",
     "config.presets",
@@ -80,7 +81,11 @@ NO_TORCH = [
     "data.caption_prompts",
     "data.metadata_files",
     "data.folders",
+    "data.crops",
+    "data.image_info",
+    "data.palette",
     "data.dataset",
+    "sampling.pixel_grid",
 ]  # not until it is needed
 MAY_PRINT = {"errors": "sys.stderr", "config.cli": "sys.stderr"}  # and the scripts
 

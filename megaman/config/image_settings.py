@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from megaman.config.cli import flag
-from megaman.config.values import MANY, PROBABILITY, extension, folder, number, path, side, text
+from megaman.config.values import (
+    MANY,
+    PROBABILITY,
+    color,
+    extension,
+    folder,
+    number,
+    path,
+    side,
+    text,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,20 @@ class DataConfig:
         common=True,
         resume=True,
     )
+    upscale: str = flag(
+        "auto",
+        "how small images are enlarged: pixel art by nearest, others by lanczos",
+        choices=("auto", "nearest", "lanczos"),
+        resume=True,
+    )
+    background: str = flag(
+        "#ffffff",
+        "color behind transparent images, by its name or as #rrggbb",
+        color,
+        metavar="COLOR",
+        resume=True,
+    )
+    alpha_mask: bool = flag(False, "weight the loss by the images' opacity", resume=True)
     dataloader_num_workers: int = flag(0, "processes that decode images", number(int, 0, 64))
 
 

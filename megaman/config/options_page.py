@@ -68,6 +68,12 @@ DETAILS = {
         "resolution": "With buckets, the number of pixels of its square is the most that an image "
         "has",
         "random_flip": "At random, at every visit",
+        "upscale": "`nearest` enlarges by whole factors and pads; a run names the images that "
+        "`auto` took for pixel art. Only images below `--resolution` are concerned; a run resumed "
+        "from an earlier version's checkpoint needs `lanczos` if some of its images are pixel art",
+        "background": "Also the padding around transparent pixel art",
+        "alpha_mask": "As in kohya's scripts: what is transparent does not count, nor does padding "
+        "around pixel art",
         "lora_rank": "How much the LoRA can hold, and how large its file is",
         "network_weights": "In any format that is read. The run begins with its effect, "
         "whatever `--lora_alpha`; a lower rank gets more rows, a higher one is refused. "

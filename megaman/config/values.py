@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from megaman.config import samplers
+from megaman.config.colors import COLORS
 from megaman.files import refused_by_windows, split_strength
 
 WINDOWS = os.name == "nt"
@@ -155,6 +156,21 @@ def extension(value: str) -> str:
     if not is_extension or IMAGE_EXTENSION.fullmatch(value.lower()):
         raise InvalidValueError(f"{quote(value)} is no extension such as .txt")
     return f".{value.removeprefix('.')}"
+
+
+def color(value: str) -> str:
+    """A color as #rrggbb, from its name in CSS or its digits."""
+    word = value.strip().lower()
+    if named := COLORS.get(word):
+        return f"#{named}"
+    digits = re.fullmatch(r"#?([0-9a-f]{6}|[0-9a-f]{3})", word)
+    if digits is None:
+        suggestion = _suggestion(value, list(COLORS))
+        expected = "neither a color's name nor #rrggbb"
+        raise InvalidValueError(f"{quote(value)} is {expected}{suggestion}")
+    if len(digits[1]) == 3:
+        return "#" + "".join(2 * digit for digit in digits[1])
+    return f"#{digits[1]}"
 
 
 def strengths(value: str) -> list[float]:

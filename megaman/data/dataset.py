@@ -6,21 +6,20 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from megaman.data.buckets import Buckets, Size
 from megaman.data.captions import add_affixes, names_a_side
+from megaman.data.crops import LANCZOS, Crop, Rendering, make_boxes, render_crops, render_small
 from megaman.data.file_index import FileIndex
 from megaman.data.folders import Example, FolderConfig, read_layout, summarize_sources
+from megaman.data.image_info import read_info
 from megaman.data.images import (
     BadImageError,
     Box,
     ImageInfo,
-    crop_and_resize,
-    crop_boxes,
     image_size,
-    open_image,
-    to_tensor,
+    open_transparent,
 )
 from megaman.errors import UserError
 from megaman.files import digest_of, stamp_of
@@ -31,15 +30,8 @@ if TYPE_CHECKING:  # torch is imported when an item is read: counting a folder m
     from transformers import CLIPTokenizer
 
 DEFAULT_CONFIG = FolderConfig()
+DEFAULT_RENDERING = Rendering()
 MAX_FOLDERS = 8  # with repeats, in the summary
-
-
-class Crop(NamedTuple):
-    """One version of an image to train on: cut out box, scale it to size, mirror it."""
-
-    box: Box
-    size: Size
-    mirrored: bool
 
 
 class MegaManDataset:
@@ -53,6 +45,7 @@ class MegaManDataset:
         size: side of the square items in pixels.
         center_crop: cut out the middle square; otherwise a random one every time.
         config: how to read the folder.
+        rendering: how to enlarge images and what is behind transparent ones.
 
     An item is a dict with "pixel_values", float32 [3, size, size] in -1 ... 1, and "input_ids",
     int64 [tokenizer.model_max_length] (or "caption", a str, without a tokenizer). Reading a damaged
@@ -71,12 +64,13 @@ class MegaManDataset:
         size: int = 512,
         center_crop: bool = True,
         config: FolderConfig = DEFAULT_CONFIG,
+        rendering: Rendering = DEFAULT_RENDERING,
     ):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
             remedy = f"Name the folder with your images in {config.flag}"
             raise UserError(f"{data_dir} is not a folder", remedy)
-        self.config = config
+        self.config, self.rendering = config, rendering
         # The part of every image's path that is the folder's: Path.relative_to is slow with
         # 100,000 images.
         parts = self.data_dir.parts
@@ -97,12 +91,8 @@ class MegaManDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
-        longest = max(map(max, self.buckets.sizes)) if self.buckets else self.size
-        image = open_image(example.image, side_if_large=longest)
-        rng = None if self.center_crop else random.Random()
-        size = self._target_size(*image.size)
-        box = crop_boxes(*image.size, count=1, rng=rng, shape=size)[0]
-        item: dict[str, Any] = {"pixel_values": to_tensor(crop_and_resize(image, box, size))}
+        crops = self.get_crops(index, 1, False, seed=str(random.Random().random()))
+        item: dict[str, Any] = {"pixel_values": self.load_crops(index, crops)[0]}
         if self.tokenizer is None:
             item["caption"] = example.caption
         else:
@@ -122,14 +112,15 @@ class MegaManDataset:
         return len([example for example in self.examples if example.caption_from_file])
 
     def check(self, file_index: FileIndex | None = None) -> None:
-        """Read the images' headers and drop those that are damaged or have a useless size.
+        """Read the images' headers and drop those that are damaged or have a useless size; decode
+        those that have to be enlarged, to find pixel art, if that matters.
 
         A file that is unchanged since it was added to the file index is not opened.
         """
         reasons: dict[Path, str] = {}
         for example in self.examples:
             try:
-                example.info = _read_info(example.image, file_index)
+                example.info = self._read_info(example.image, file_index)
             except BadImageError as error:
                 reasons[example.image] = str(error)
         self.drop(reasons)
@@ -145,7 +136,7 @@ class MegaManDataset:
         for example in self.examples:
             path = example.image
             try:
-                info = example.info or _read_info(path, file_index)
+                info = example.info or self._read_info(path, file_index)
                 digest = info.digest
                 if digest is None:
                     stamp, digest = stamp_of(path), digest_of(path)
@@ -195,6 +186,16 @@ class MegaManDataset:
                 text += f"x {example.repeats}\n"
             digest.update(text.encode("utf-8", "surrogatepass"))
         return f"{len(self)} pictures ({digest.hexdigest()[:8]})"
+
+    def upscale_summary(self) -> str:
+        """How images are enlarged, by which a resumed run recognizes it: LANCZOS, or how many and
+        which of them like pixel art."""
+        examples = enumerate(self.examples)
+        names = [self.name(index) for index, one in examples if one.info and one.info.cell]
+        if not names:
+            return LANCZOS
+        digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
+        return f"nearest for {len(names)} ({digest[:8]}), else {LANCZOS}"
 
     def epoch_indices(self) -> list[int]:
         """The indices of the images that make up an epoch: each as often as it is repeated."""
@@ -253,41 +254,55 @@ class MegaManDataset:
         """An image's path within data_dir, with forward slashes."""
         return self.examples[index].image.as_posix()[self._prefix_length :]
 
+    def pixel_art(self) -> list[str]:
+        """The names of the images that are enlarged like pixel art."""
+        if self.rendering.upscale == LANCZOS:
+            return []
+        enlarged = []
+        for index, example in enumerate(self.examples):
+            has_cell = example.info is None or example.info.cell > 0
+            if has_cell and self.get_crops(index, 1, False, 0)[0].cell:
+                enlarged.append(self.name(index))
+        return enlarged
+
     def get_crops(self, index: int, num_crops: int, flip: bool, seed: int | str) -> list[Crop]:
         """All crops on which an image is trained: the middle one, or up to num_crops random ones
         that depend on the seed; with flip also the mirror image of each, if `can_flip`.
 
         Reads the image's header at most.
         """
-        info = self.examples[index].info
-        width, height = info.size if info else image_size(self.examples[index].image)
+        width, height, cell = self._size_and_cell(index)
         size = self._target_size(width, height)
         rng = None
         if not self.center_crop:
             # A name on Linux need not be Unicode.
             rng = random.Random(f"{seed} {self.name(index)}".encode("utf-8", "surrogatepass"))
-        boxes = crop_boxes(width, height, count=num_crops, rng=rng, shape=size)
-        crops = [Crop(box, size, False) for box in boxes]
+        boxes, cell = make_boxes(width, height, num_crops, rng, size, cell)
+        crops = [Crop(box, size, False, cell) for box in boxes]
         if flip and self.can_flip(index):
-            crops += [Crop(box, size, True) for box in boxes]
+            crops += [Crop(box, size, True, cell) for box in boxes]
         return crops
 
+    def _size_and_cell(self, index: int) -> tuple[int, int, int]:
+        """An image's width and height in pixels, and its cell if it is enlarged like pixel art."""
+        example = self.examples[index]
+        if example.info is None and self.rendering.upscale == LANCZOS:
+            return *image_size(example.image), 0
+        info = example.info or self._read_info(example.image, None)
+        return info.width, info.height, info.cell
+
+    def _read_info(self, image: Path, file_index: FileIndex | None) -> ImageInfo:
+        return read_info(image, file_index, self.rendering.upscale, self.size)
+
     def load_crops(self, index: int, crops: Sequence[Crop]) -> list[torch.Tensor]:
-        """The pixels of these crops of an image, each float32 [3, H, W] in -1 ... 1.
+        """The pixels of these crops of an image, as `crops.render_crops` returns them.
 
         Raises BadImageError if the image cannot be decoded.
         """
         longest = max(max(crop.size) for crop in crops)
-        image = open_image(self.examples[index].image, side_if_large=longest)
-        upright: dict[tuple[Box, Size], torch.Tensor] = {}
-        for box, size, _ in crops:
-            if (box, size) not in upright:
-                inner = self._box_in(image.size, index, box)
-                upright[box, size] = to_tensor(crop_and_resize(image, inner, size))
-        return [
-            upright[box, size].flip(-1) if mirrored else upright[box, size]
-            for box, size, mirrored in crops
-        ]
+        image = open_transparent(self.examples[index].image, side_if_large=longest)
+        crops = [crop._replace(box=self._box_in(image.size, index, crop.box)) for crop in crops]
+        return render_crops(image, crops, self.rendering)
 
     def load_small_crops(self, index: int, crops: Sequence[Crop], side: int) -> list[Image.Image]:
         """These crops of an image, upright and squeezed into squares of so many pixels.
@@ -295,9 +310,9 @@ class MegaManDataset:
         A large JPEG is decoded at a fraction of its size. Raises BadImageError if the image cannot
         be decoded.
         """
-        image = open_image(self.examples[index].image, min_side=2 * side)
-        boxes = [self._box_in(image.size, index, box) for box, _, _ in crops]
-        return [crop_and_resize(image, box, (side, side)) for box in boxes]
+        image = open_transparent(self.examples[index].image, min_side=2 * side)
+        crops = [crop._replace(box=self._box_in(image.size, index, crop.box)) for crop in crops]
+        return [render_small(image, crop, self.rendering, side) for crop in crops]
 
     def _box_in(self, decoded: Size, index: int, box: Box) -> tuple[float, float, float, float]:
         """The box in the decoded image, which may be smaller than the header says."""
@@ -311,16 +326,3 @@ class MegaManDataset:
 
     def _target_size(self, width: int, height: int) -> Size:
         return self.buckets.size_for(width, height) if self.buckets else (self.size, self.size)
-
-
-def _read_info(image: Path, file_index: FileIndex | None) -> ImageInfo:
-    """From the file index, or else from the image's header; raises BadImageError if the image is of
-    no use."""
-    try:
-        stamp = stamp_of(image)
-    except OSError as error:
-        raise BadImageError(f"cannot be read ({error.strerror})") from None
-    if file_index and (fact := file_index.get(image, stamp)):
-        digest, width, height = fact.split()
-        return ImageInfo(int(width), int(height), stamp.size, bytes.fromhex(digest))
-    return ImageInfo(*image_size(image), stamp.size)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
     from megaman.data.buckets import Size
-    from megaman.data.dataset import Crop, MegaManDataset
+    from megaman.data.crops import Crop, Rendering
+    from megaman.data.dataset import MegaManDataset
 
 MAX_SHARDS = 4096  # per run: each stays mapped, and a system allows some ten thousand mappings
 VERSION = 2  # of decoding and scaling: another version gives other latents
@@ -83,7 +84,7 @@ def _find_missing(
     missing_keys: set[str] = set()
     for index, digest in enumerate(dataset.hash_files(file_index)):
         crops = {
-            _key(digest, crop): crop
+            _key(digest, crop, dataset.rendering): crop
             for crop in dataset.get_crops(index, config.num_crops, config.flip, config.seed)
         }
         keys.append(list(crops))
@@ -170,9 +171,13 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _key(digest: bytes, crop: Crop) -> str:
-    """What the latents of a crop depend on besides the VAE: the image's bytes and the crop."""
+def _key(digest: bytes, crop: Crop, rendering: Rendering) -> str:
+    """What the latents of a crop depend on besides the VAE: the image's bytes, the crop and how it
+    is rendered."""
     text = f"{VERSION} {digest.hex()} {crop.box} {crop.size} {crop.mirrored}"
+    if crop.cell:
+        text += f" nearest {crop.cell}"
+    text += rendering.key()
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -26,19 +26,20 @@ class FileIndex:
     def __init__(self, folder: Path | None):
         self._table = _open_or_replace(folder) if folder else None
 
-    def get(self, path: Path, stamp: Stamp) -> str | None:
-        """The fact stored for a file, or None if there is none or the stamp differs."""
+    def get(self, path: Path, stamp: Stamp, topic: str = "") -> str | None:
+        """The fact of a topic stored for a file, or None if there is none or the stamp differs."""
         if self._table is None:
             return None
         with contextlib.suppress(sqlite3.Error):
             query = "SELECT told FROM seen WHERE path = ? AND size = ? AND changed = ?"
-            row = self._table.execute(query, (_key(path), *stamp)).fetchone()
+            row = self._table.execute(query, (_key(path, topic), *stamp)).fetchone()
             return row[0] if row else None
         return None
 
-    def update(self, entries: Iterable[tuple[Path, Stamp, str]]) -> None:
-        """Store a fact for each of these files with these stamps, replacing older facts."""
-        rows = [(_key(path), *stamp, fact) for path, stamp, fact in entries]
+    def update(self, entries: Iterable[tuple[Path, Stamp, str]], topic: str = "") -> None:
+        """Store a fact for each of these files with these stamps, replacing older facts of the
+        topic."""
+        rows = [(_key(path, topic), *stamp, fact) for path, stamp, fact in entries]
         if self._table is not None and rows:
             with contextlib.suppress(sqlite3.Error), self._table:
                 self._table.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?)", rows)
@@ -63,6 +64,7 @@ def _open(path: Path) -> sqlite3.Connection:
     with contextlib.suppress(OSError):
         path.touch()  # SQLite itself would keep others from writing it, whatever the umask says
     table = sqlite3.connect(path, timeout=TIMEOUT)
+    table.execute("PRAGMA synchronous = OFF")  # facts are added one by one, and can be lost
     with table:
         table.execute(
             "CREATE TABLE IF NOT EXISTS seen "
@@ -71,5 +73,6 @@ def _open(path: Path) -> sqlite3.Connection:
     return table
 
 
-def _key(path: Path) -> bytes:
-    return os.fsencode(os.path.abspath(path))  # as bytes: a name on Linux need not be Unicode
+def _key(path: Path, topic: str) -> bytes:
+    key = os.fsencode(os.path.abspath(path))  # as bytes: a name on Linux need not be Unicode
+    return key + b"\0" + topic.encode() if topic else key

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # torch is imported when an image becomes a tensor: counting 
 # Whatever a file's name says, no other formats, such as EPS, are tried.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF")  # a GIF under another's name
 MIN_SIDE = 16  # there is nothing to learn from smaller images
+MIN_SPRITE_SIDE = 8  # of pixel art, in which every pixel counts
+WHITE = "#ffffff"
 MAX_ASPECT_RATIO = 10  # of anything longer, a square shows less than a tenth
 # What Pillow raises for damaged images and for odd metadata in good ones.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error)
@@ -48,12 +50,14 @@ class BadImageError(Exception):
 
 class ImageInfo(NamedTuple):
     """What is known about an image without decoding it: width and height in pixels, upright; the
-    size of its file in bytes; and a digest of those bytes once they have been read."""
+    size of its file in bytes; a digest of those bytes once they have been read; and the cell of
+    pixel art (`pixel_art.find_cell`), 0 for other images."""
 
     width: int
     height: int
     file_size: int
     digest: bytes | None = None
+    cell: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -61,25 +65,30 @@ class ImageInfo(NamedTuple):
         return self.width, self.height
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, min_side: int = MIN_SIDE) -> tuple[int, int]:
     """Width and height with the EXIF orientation applied; reads the header only.
 
-    Raises BadImageError if the file is not an image, or one too small or too elongated to be of
-    use.
+    Raises BadImageError if the file is not an image, or one with a side below min_side or too
+    elongated to be of use.
     """
     with _open(path) as image:
         width, height = image.size
         if _orientation(image) in (5, 6, 7, 8):
             width, height = height, width
     short, long = sorted((width, height))
-    if short < MIN_SIDE:
-        raise BadImageError(f"only {width}x{height} pixels")
+    if short < min_side:
+        raise too_small(width, height)
     if long > MAX_ASPECT_RATIO * short:
         raise BadImageError(
             f"{width}x{height} pixels, one side more than {MAX_ASPECT_RATIO} times the other: "
             "crop it"
         )
     return width, height
+
+
+def too_small(width: int, height: int) -> BadImageError:
+    """Why an image of this size is of no use."""
+    return BadImageError(f"only {width}x{height} pixels")
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -106,13 +115,20 @@ def open_image(
 
     Raises BadImageError if it cannot be read.
     """
+    return flatten(open_transparent(path, min_side, side_if_large))
+
+
+def open_transparent(
+    path: Path, min_side: int | None = None, side_if_large: int | None = None
+) -> Image.Image:
+    """As `open_image`, but RGBA if the image has transparency."""
     with _open(path, with_pixels=True) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
             _reduce(image, min_side, side_if_large)
             image.load()
             method = UPRIGHT.get(_orientation(image))
-            return _flatten(image if method is None else image.transpose(method))
+            return _to_rgb(image if method is None else image.transpose(method))
         except DAMAGE as error:
             raise BadImageError(_reason(error)) from None
 
@@ -207,15 +223,20 @@ def _identify(path: Path) -> str:
     return "not an image, whatever its name says"
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, or in RGBA if it has transparency."""
     if image.mode.startswith("I"):
         image = _to_8_bit(image)
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        canvas = Image.new("RGBA", layer.size, "white")
-        canvas.alpha_composite(layer)
-        image = canvas
-    return image.convert("RGB")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def flatten(image: Image.Image, background: str = WHITE) -> Image.Image:
+    """An image in RGB or RGBA without transparency, on a background as #rrggbb."""
+    if image.mode != "RGBA":
+        return image
+    canvas = Image.new("RGBA", image.size, background)
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

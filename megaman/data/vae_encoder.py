@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from megaman import cuda
 from megaman.data.file_index import FileIndex
@@ -67,6 +68,9 @@ class VaeEncoder:
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Latents, float32 [B, 8, h, w] on the VAE's device, of images [B, 3, H, W].
 
+        If the images have their opacity as a fourth channel, the latents have one more: its mean
+        over the pixels of each latent.
+
         Raises UserError if even a single tile does not fit into memory.
         """
         return retry_on_oom(partial(self._encode, pixel_values), self._reduce_memory)
@@ -76,9 +80,13 @@ class VaeEncoder:
         if self._tiled:
             tile = tile_side(self._own_tile, math.isqrt(height * width), self._scale_factor)
             enable_vae_tiling(self.vae, tile)
-        parts = pixel_values.split(self.batch_size((width, height)))
+        parts = pixel_values[:, :3].split(self.batch_size((width, height)))
         parts = [cuda.upload(part, self.vae.device, self.vae.dtype) for part in parts]
-        return torch.cat([encode_pixels(self.vae, part).parameters.float() for part in parts])
+        latents = torch.cat([encode_pixels(self.vae, part).parameters.float() for part in parts])
+        if pixel_values.shape[1] == 3:
+            return latents
+        opacity = functional.interpolate(pixel_values[:, 3:], latents.shape[2:], mode="area")
+        return torch.cat([latents, opacity.to(latents.device)], dim=1)
 
     def _reduce_memory(self) -> None:
         if self._max_pixels > 1:

@@ -186,6 +186,7 @@ def _checked_image(example: Example, stats: ImageStats, folder: Path) -> Checked
         example.caption_from_file,
         stats.width,
         stats.height,
+        example.info is not None and example.info.cell > 0,
         stats.sharpness,
         stats.preview,
     )

@@ -18,6 +18,7 @@ class CheckedImage:
         caption_from_file: whether somebody wrote the caption; otherwise it was made from a name.
         width: in pixels, upright; 0 for an image that cannot be read.
         height: likewise.
+        is_pixel_art: whether training enlarges it like pixel art.
         sharpness: see image_stats.sharpness.
         preview: a small JPEG.
         kinds: of the findings that name the image.
@@ -29,6 +30,7 @@ class CheckedImage:
     caption_from_file: bool = False
     width: int = 0
     height: int = 0
+    is_pixel_art: bool = False
     sharpness: float | None = None
     preview: bytes = b""
     kinds: list[str] = field(default_factory=list)

@@ -91,7 +91,10 @@ def check_sizes(
     """Images that have to be enlarged and, if all are cropped to squares, those of which a square
     shows little."""
     sizes = {image.path: f"{image.width}x{image.height}" for image in images}
-    short = {image.path: min(image.width, image.height) for image in images}
+    short = {
+        image.path: min(image.width, image.height) for image in images if not image.is_pixel_art
+    }
+    yield from _pixel_art([image for image in images if image.is_pixel_art], sizes, resolution)
     yield from _tiny(short, sizes, resolution)
     small = [path for path, side in short.items() if side < resolution < side * MAX_ENLARGEMENT]
     if small:
@@ -116,6 +119,22 @@ def check_sizes(
             "A square shows less than two thirds of them: "
             "train with --enable_bucket, or crop them yourself",
             long,
+            sizes,
+        )
+
+
+def _pixel_art(
+    images: Sequence[CheckedImage], sizes: dict[str, str], resolution: int
+) -> Iterator[Finding]:
+    """Pixel art that is enlarged by whole factors."""
+    if images:
+        yield Finding(
+            "pixel_art",
+            False,
+            f"{plural(len(images), 'image')} of pixel art, smaller than --resolution {resolution}",
+            "Right for sprites: pixels become squares of one color, the rest is padding; "
+            "--upscale lanczos would smooth them",
+            [image.path for image in images],
             sizes,
         )
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from megaman.data.images import BadImageError, image_size, open_image
+from megaman.data.images import MIN_SPRITE_SIDE, BadImageError, image_size, open_image
 from megaman.errors import UserError
 
 THUMBNAIL_SIDE = 48  # pixels; thumbnails are compared to find duplicates
@@ -93,7 +93,7 @@ def measure_image(path: Path, resolution: int) -> ImageStats:
     """Measure an image as it would be trained on: with its shorter side reduced to the
     resolution."""
     try:
-        width, height = image_size(path)
+        width, height = image_size(path, MIN_SPRITE_SIDE)
         image = open_image(path, min_side=max(resolution, PREVIEW_SIDE))
     except BadImageError as error:
         return ImageStats(str(error))

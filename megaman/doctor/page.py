@@ -23,6 +23,7 @@ MAX_TERMS = 40  # of the most frequent tags on the page
 NAMES = {
     "unreadable": "cannot be used",
     "sorted_out": "sorted out",
+    "pixel_art": "pixel art",
     "tiny": "tiny",
     "small": "small",
     "long": "far from square",

@@ -6,9 +6,11 @@ import json
 import logging
 import sys
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from megaman.data import buckets
+from megaman.data.problems import printable
 from megaman.files import write_json
 from megaman.pages.browser import open_page
 from megaman.runtime import device_lines, package_versions
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from megaman.training.training_set import TrainingSet
 
 log = logging.getLogger(__name__)
+
+MAX_PIXEL_ART = 3  # images whose names are logged
 
 
 def announce(
@@ -73,12 +77,24 @@ def _data_lines(
     if made and not config.captions.auto_caption:
         yield f"{INDENT}{made} made from names: --auto_caption writes better ones"
     yield from first.latents.summary()
+    yield from _pixel_art_line(training_sets)
     for other in training_sets[1:]:
         folder, weight = config.data.class_data_dir, config.loss.prior_loss_weight
         yield f"class      {len(other.dataset)} in {folder}, loss times {weight:g}"
     if config.buckets.enable_bucket:
         summary = buckets.summary(first.image_sizes(base.vae_scale_factor))
         yield f"buckets    {summary}; {first.batches.epoch_length} batches an epoch"
+
+
+def _pixel_art_line(training_sets: Sequence[TrainingSet]) -> Iterator[str]:
+    """The images that are enlarged like pixel art."""
+    names = list(chain.from_iterable(each.dataset.pixel_art() for each in training_sets))
+    if not names:
+        return
+    shown = ", ".join(names[:MAX_PIXEL_ART])
+    if len(names) > MAX_PIXEL_ART:
+        shown += f" and {len(names) - MAX_PIXEL_ART} more"
+    yield f"pixel art  {len(names)} enlarged by nearest neighbor: {printable(shown)}"
 
 
 def _step_line(config: TrainConfig, run: Run, adapters: Adapters, schedule: Schedule) -> str:

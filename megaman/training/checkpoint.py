@@ -37,6 +37,9 @@ EARLIER_SETTINGS: dict[str, Any] = {
     "no_cache": False,
     "class data": "none",
     "optimizer": "adamw",
+    "upscale": "lanczos",
+    "background": "#ffffff",
+    "alpha_mask": False,
     **CaptionAugmentation()._asdict(),
 }
 
@@ -153,6 +156,8 @@ def shared_settings(
         "data": datasets.images.fingerprint(),
         "class data": "none" if class_images is None else class_images.fingerprint(),
         **config.resume_settings(),
+        # Not the flag: auto without pixel art is what earlier runs did.
+        "upscale": "; ".join(dataset.upscale_summary() for dataset in datasets.all),
         "pictures a step": images * config.optimizer.gradient_accumulation_steps,
         "pictures of one bucket": images if config.buckets.enable_bucket else None,
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaman.data.buckets import make_buckets
+from megaman.data.crops import Rendering
 from megaman.data.dataset import MegaManDataset
 from megaman.data.file_index import FileIndex
 from megaman.data.folders import FolderConfig
@@ -87,7 +88,10 @@ def find_datasets(config: TrainConfig) -> Datasets | None:
 
     def load(folder: str, repeats: int, flag: str) -> MegaManDataset:
         folder_config = FolderConfig(config.captions.caption_extension, repeats, flag)
-        dataset = MegaManDataset(folder, None, data.resolution, data.center_crop, folder_config)
+        rendering = Rendering(data.upscale, data.background, data.alpha_mask)
+        dataset = MegaManDataset(
+            folder, None, data.resolution, data.center_crop, folder_config, rendering
+        )
         dataset.check(file_index)
         return dataset
 

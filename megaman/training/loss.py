@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
 
+def split_mask(posteriors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The VAE's posteriors and, if they come with one channel more, that as the mask of the loss
+    [B, 1, h, w]. Posteriors have an even number of channels, means and log variances."""
+    if posteriors.shape[1] % 2 == 0:
+        return posteriors, None
+    return posteriors[:, :-1], posteriors[:, -1:]
+
+
 def sample_posterior(
     posterior: torch.Tensor, scaling_factor: float, generator: torch.Generator
 ) -> torch.Tensor:
@@ -79,15 +87,25 @@ def loss_weights(
     return min_snr_weights(snr(noise_scheduler.alphas_cumprod, timesteps), gamma, prediction_type)
 
 
-def image_losses(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The mean squared error of each image, [B], in float32."""
-    return (noise_pred.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
+def image_losses(
+    noise_pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mean squared error of each image, [B], in float32.
+
+    A mask [B, 1, h, w] from 0 to 1 multiplies the squared errors. As in kohya's scripts, the mean
+    is over all latents, so an image counts by the share that its mask leaves.
+    """
+    squared = (noise_pred.float() - target.float()).pow(2)
+    return (squared if mask is None else squared * mask).mean(dim=(1, 2, 3))
 
 
 def loss(
-    noise_pred: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+    noise_pred: torch.Tensor,
+    target: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean squared error over the images, each multiplied by its weight [B] if there are any;
-    float32 throughout."""
-    squared = image_losses(noise_pred, target)
+    """Mean squared error over the images, each multiplied by its weight [B] if there are any, and
+    within each by a mask [B, 1, h, w]; float32 throughout."""
+    squared = image_losses(noise_pred, target, mask)
     return (squared if weights is None else squared * weights.to(squared.device)).mean()

@@ -76,7 +76,7 @@ class TrainingStep:
     def _loss(self, training_set: TrainingSet, batch: MicroBatch) -> torch.Tensor:
         """The mean loss of a micro-batch (0-d)."""
         scheduler, config, dtype = self._noise_scheduler, self._config, self._run.compute.dtype
-        latents, noise, timesteps, captions = training_set.load(
+        latents, noise, timesteps, captions, mask = training_set.load(
             batch,
             self._scaling_factor,
             config.noise_offset,
@@ -98,7 +98,9 @@ class TrainingStep:
         )
         if weights is not None:
             weights = self._to_device(weights)
-        return diffusion.loss(noise_pred, self._to_device(target), weights)
+        if mask is not None:
+            mask = self._to_device(mask)
+        return diffusion.loss(noise_pred, self._to_device(target), weights, mask)
 
     def _embed(self, captions: list[str]) -> torch.Tensor:
         """prompt_embeds [B, positions, width], from the text encoder in training if there is

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 
 class Samples(NamedTuple):
-    """The inputs of a micro-batch of B images: latents and noise [B, 4, h, w], timesteps [B]."""
+    """The inputs of a micro-batch of B images: latents and noise [B, 4, h, w], timesteps [B]; with
+    --alpha_mask the images' opacity [B, 1, h, w]."""
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     captions: list[str]
+    mask: torch.Tensor | None
 
 
 class TrainingSet:
@@ -86,6 +88,7 @@ class TrainingSet:
             for image, generator in zip(images, generators, strict=True)
         ]
         posteriors = self.latents.get_batch(batch.sample_indices, images, crops)
+        posteriors, mask = diffusion.split_mask(posteriors)
         latents, noise, timesteps = [], [], []
         for posterior, generator in zip(posteriors.split(1), generators, strict=True):
             latents.append(diffusion.sample_posterior(posterior, scaling_factor, generator))
@@ -97,7 +100,7 @@ class TrainingSet:
             )
             for image, index in zip(images, batch.sample_indices, strict=True)
         ]
-        return Samples(torch.cat(latents), torch.cat(noise), torch.cat(timesteps), captions)
+        return Samples(torch.cat(latents), torch.cat(noise), torch.cat(timesteps), captions, mask)
 
     def image_sizes(self, vae_scale_factor: int) -> list[tuple[int, int]]:
         """Width and height in pixels of each image that an epoch sees."""
