@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     limits = limits_for(base, jobs, plan.batch_size, device)
     limits.tiling = limits.tiling or plan.vae_tiling
     workers = generation_workers(width, policy) if device.type == "cpu" else None
-    sampling = Sampling(plan.sampler, plan.clip_skip, workers)
+    sampling = Sampling(plan.sampler, plan.clip_skip, workers, plan.pixel_grid)
     generator = ImageGenerator(base, loras, compute, limits, sampling)
     resume, compare = config.again.resume, config.comparison.pairs_with_base
     writer = GalleryWriter(folder, generator.recorder, plan.variants, jobs, resume, compare)

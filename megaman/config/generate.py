@@ -26,6 +26,7 @@ from megaman.config.values import (
     model_folder,
     number,
     path,
+    pixel_art,
     sampler,
     side,
     strengths,
@@ -49,6 +50,7 @@ WITH_FROM_IMAGE = {
     "config",
     "output_dir",
     "open",
+    "pixel_art",
     "device",
     "lora_path",
     "base_model",
@@ -103,6 +105,13 @@ class OutputConfig:
         common=True,
     )
     open: bool = flag(False, "open the gallery in a browser")
+    pixel_art: str | None = flag(
+        None,
+        "save each image as pixel art too, with N cells on its shorter side",
+        pixel_art,
+        metavar="N[,PALETTE]",
+        common=True,
+    )
 
 
 @dataclass(frozen=True)

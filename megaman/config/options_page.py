@@ -113,14 +113,17 @@ DETAILS = {
         "config": "As for `megaman_lora.py`",
         "lora_path": "Files of kohya's scripts, A1111, ComfyUI and diffusers too; see "
         "[other LoRAs](generation.md#loras-from-elsewhere-and-several-at-once)",
+        "pixel_art": "As `NAME_pixel.png`. Each cell has its median color, and of the palette the "
+        "nearest: an image of at most 256 colors, a `.hex` list or a `.gpl` file; else the colors "
+        "of the images that the LoRA was trained on, if these were pixel art",
         "prompts_file": "A line may bring its own settings; see "
         "[prompts files](generation.md#prompts-files)",
         "clip_model": "If the LoRA was trained with the same one",
         "guidance_scale": "At 1 or less the negative prompt has no effect",
         "scheduler": "One of " + ", ".join(f"`{entry.name}`" for entry in samplers.SAMPLERS),
         "clip_skip": "1 is the last layer, which diffusers calls 0",
-        "from_image": "Only `--output_dir`, `--open`, `--device`, `--base_model` and `--lora_path` "
-        "go with it",
+        "from_image": "Only `--output_dir`, `--open`, `--device`, `--base_model`, `--lora_path` "
+        "and `--pixel_art` go with it",
     },
 }  # fmt: skip
 

@@ -173,6 +173,13 @@ def color(value: str) -> str:
     return f"#{digits[1]}"
 
 
+def pixel_art(value: str) -> str:
+    """N or N,PALETTE, as one word: cells on an image's shorter side and the file of a palette."""
+    cells, _, palette = value.partition(",")
+    count = number(int, 2, 8192)(cells)
+    return f"{count},{path(palette)}" if palette else str(count)
+
+
 def strengths(value: str) -> list[float]:
     """Strengths of a LoRA, separated by commas and without repeats, in the order given."""
     return list(dict.fromkeys(number(float, -10, 10)(part) for part in value.split(",")))

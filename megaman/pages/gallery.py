@@ -57,6 +57,7 @@ class GalleryImage:
     base_file: str | None = None  # the same seed without the LoRA
     loras: list[str] = field(default_factory=list)  # NAME:STRENGTH as for --lora_path
     nearest: NearestImage | None = None
+    pixel_file: str | None = None  # the same image as pixel art
 
 
 _is_text, _is_int = schema.instance(str), schema.instance(int)
@@ -71,6 +72,7 @@ CHECKS = {
     "base_file": schema.instance(str, type(None)),
     "loras": schema.instance(list),
     "nearest": schema.instance(NearestImage, type(None)),
+    "pixel_file": schema.instance(str, type(None)),
 }
 _is_nearest = schema.record(
     {
@@ -189,6 +191,7 @@ def _page(folder: Path, images: list[GalleryImage], title: str, gallery: str) ->
         runs=_runs(sections),
         common=_common_settings(items),
         compared=any(image.base_file for image in images),
+        wide=any(image.base_file or image.pixel_file for image in images),
         tiny=all(image.width < TINY for image in images),
         data={"gallery": gallery, "prompts": prompts, "images": items, "longest": MAX_RUN},
     )
@@ -265,6 +268,7 @@ def _item(image: GalleryImage, label: str, prompt_index: int) -> dict[str, Any]:
         "name": image.file,
         "file": href(image.file),
         "base": image.base_file and href(image.base_file),
+        "pixel": image.pixel_file and href(image.pixel_file),
         "prompt": prompt_index,
         "seed": str(image.seed),
         "label": label,

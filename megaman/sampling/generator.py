@@ -21,6 +21,7 @@ from megaman.models.vae_tiling import enable_vae_tiling, tile_side
 from megaman.sampling import denoise
 from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
 from megaman.sampling.jobs import Job, LoraVariant, PendingBatch, make_batches
+from megaman.sampling.pixel_grid import PixelGrid
 from megaman.sampling.records import Recorder, RunSettings
 
 if TYPE_CHECKING:
@@ -53,12 +54,13 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What all images of a run share: the sampler, A1111's clip skip, and how many small batches
-    run in parallel (None: large batches, one by one)."""
+    """What all images of a run share: the sampler, A1111's clip skip, how many small batches run in
+    parallel (None: large batches, one by one), and the grid of the pixel art next to each."""
 
     sampler: Sampler
     clip_skip: int
     workers: int | None = None
+    pixel_grid: PixelGrid | None = None
 
 
 class _StoppedError(Exception):
@@ -89,6 +91,7 @@ class ImageGenerator:
 
     def _make_recorder(self) -> Recorder:
         """What makes the records of this generator's images."""
+        grid = self.sampling.pixel_grid or PixelGrid(0, ())
         settings = RunSettings(
             scheduler=self.sampling.sampler.name,
             clip_skip=self.sampling.clip_skip,
@@ -99,6 +102,8 @@ class ImageGenerator:
             versions=runtime.package_versions(),
             memory_format=self.compute.memory_format,
             threads=torch.get_num_threads(),
+            pixel_art=grid.cells,
+            palette=list(grid.palette) or None,
         )
         return Recorder(settings, self.loras.hashes)
 

@@ -141,6 +141,11 @@ def image_file(job: Job, variant: LoraVariant, first: int) -> str:
     return "_".join([number, *map(safe_name, variant.label)]) + ".png"
 
 
+def pixel_image_file(file: str) -> str:
+    """The name of the same image as pixel art, which lies next to it."""
+    return file.removesuffix(".png") + "_pixel.png"
+
+
 def base_image_file(file: str) -> str:
     """The name of the same image without a LoRA, which lies next to it."""
     return file.removesuffix(".png") + "_base.png"

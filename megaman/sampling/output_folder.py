@@ -15,6 +15,8 @@ from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from megaman.errors import UserError, plural
 from megaman.pages import grid
 from megaman.pages.gallery import (
@@ -26,7 +28,14 @@ from megaman.pages.gallery import (
     write_gallery,
 )
 from megaman.sampling import png, records
-from megaman.sampling.jobs import Job, LoraVariant, PendingBatch, base_image_file, image_file
+from megaman.sampling.jobs import (
+    Job,
+    LoraVariant,
+    PendingBatch,
+    base_image_file,
+    image_file,
+    pixel_image_file,
+)
 
 if TYPE_CHECKING:
     from megaman.sampling.generator import GeneratedImage
@@ -53,8 +62,14 @@ def images_on_disk(folder: Path, images: list[GalleryImage]) -> list[GalleryImag
         if not exists(image.file):
             continue
         base_file = image.base_file or base_image_file(image.file)
-        has_base = exists(base_file)
-        present.append(replace(image, base_file=base_file if has_base else None))
+        pixel_file = image.pixel_file or pixel_image_file(image.file)
+        present.append(
+            replace(
+                image,
+                base_file=base_file if exists(base_file) else None,
+                pixel_file=pixel_file if exists(pixel_file) else None,
+            )
+        )
     return present
 
 
@@ -65,13 +80,15 @@ def add_unlisted(
     listed = {file for image in images for file in (image.file, image.base_file)}
     unlisted = []
     for path in sorted(folder.glob("megaman_*.png")):
-        if path.name in listed or path.name.endswith("_base.png"):
+        if path.name in listed or path.name.endswith(("_base.png", "_pixel.png")):
             continue
         record = find_record(path)
         if record and png.is_whole(path):
             base = path.with_name(base_image_file(path.name))
             base_file = base.name if base.is_file() else None
-            unlisted.append(records.gallery_image(path.name, record, base_file))
+            pixel = path.with_name(pixel_image_file(path.name))
+            pixel_file = pixel.name if pixel.is_file() else None
+            unlisted.append(records.gallery_image(path.name, record, base_file, pixel_file))
     return [*images, *unlisted]
 
 
@@ -144,6 +161,14 @@ def _make_finder(loras: Sequence[Path], clip_model: str | None) -> NearestImages
     from megaman.sampling.nearest import NearestImages  # loads numpy
 
     return NearestImages(loras, clip_model)
+
+
+def save_pixel_art(path: Path, record: Record, image: Image.Image) -> None:
+    """Save the pixel art next to the image at a path, with the image's record."""
+    from megaman.sampling.snap import snap  # loads numpy
+
+    pixel_art = snap(image, record.pixel_art, record.palette or ())
+    records.save(path.with_name(pixel_image_file(path.name)), pixel_art, record)
 
 
 class OutputFolder:
@@ -231,6 +256,8 @@ class GalleryWriter:
         complete = is_complete(path, record, self._find_record)
         if complete:
             records.restore_thumbnail(path, record)
+            if record.pixel_art and not without_lora:
+                self._restore_pixel_art(path, record)
         return not complete
 
     def _keep_damaged(self, pending: Sequence[PendingBatch]) -> None:
@@ -274,7 +301,8 @@ class GalleryWriter:
             record = self._save(path, item, group[0].variant, without_lora)
             if not without_lora:
                 base_file = base_image_file(path.name) if self._compare else None
-                entry = records.gallery_image(path.name, record, base_file)
+                pixel_file = pixel_image_file(path.name) if record.pixel_art else None
+                entry = records.gallery_image(path.name, record, base_file, pixel_file)
                 nearest = self._find_nearest(path.name, item, group[0].variant)
                 self._images.append(replace(entry, nearest=nearest))
         if without_lora and self.resumed:  # images of the stopped run may have lacked the base's
@@ -288,6 +316,8 @@ class GalleryWriter:
         )
         self._folder.mkdir(parents=True, exist_ok=True)
         records.save(path, generated.image, record)
+        if record.pixel_art and not without_lora:
+            save_pixel_art(path, record, generated.image)
         return record
 
     def _find_nearest(
@@ -311,6 +341,19 @@ class GalleryWriter:
             f"{plural(len(self._near), 'image')}, such as {self._near[0]}; the LoRA may have "
             "memorized it"
         ]
+
+    def _restore_pixel_art(self, path: Path, record: Record) -> None:
+        """Save the pixel art of an image of the stopped run if it is missing or of another grid."""
+        saved, pixel_path = self._find_record(path), path.with_name(pixel_image_file(path.name))
+        if saved is None:
+            return
+        wanted = replace(saved, pixel_art=record.pixel_art, palette=record.palette)
+        there = records.find_record(pixel_path) if pixel_path.is_file() else None
+        if there == wanted and png.is_whole(pixel_path):
+            return
+        with Image.open(path, formats=["PNG"]) as image:
+            save_pixel_art(path, wanted, image.convert("RGB"))
+        self._images = images_on_disk(self._folder, self._images)
 
     def write_page(self) -> Path:
         """Write the gallery; returns the path of the page."""

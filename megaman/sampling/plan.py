@@ -20,6 +20,7 @@ from megaman.lora import peft_config
 from megaman.sampling import records
 from megaman.sampling.defaults import find_defaults
 from megaman.sampling.jobs import Job, LoraVariant, make_jobs, make_variants
+from megaman.sampling.pixel_grid import PixelGrid
 from megaman.sampling.prompts import PromptSettings, load_prompts
 from megaman.sampling.records import Record, Recorder
 
@@ -37,7 +38,8 @@ class GenerationPlan:
     lora_source says where the LoRAs come from, as the user named it. make_jobs returns the jobs
     for a base of this native size in pixels. wanted is the index of the
     only job to save, None for all; batch_size, memory_format and precision are the command line's
-    words; threads is the count in the image's record, None for a new run.
+    words; threads is the count in the image's record, None for a new run. pixel_grid is that of
+    the pixel art next to each image.
     """
 
     base: str
@@ -55,6 +57,7 @@ class GenerationPlan:
     vae_tiling: bool
     threads: int | None
     source: Record | None
+    pixel_grid: PixelGrid | None = None
 
     @classmethod
     def from_config(
@@ -82,10 +85,12 @@ class GenerationPlan:
             variants.insert(0, LoraVariant((), 1.0, ("without_lora",)))
 
         named = comparison.loras or config.model.lora_path
+        pixel_grid = _pixel_grid(config, [path for path, _ in loras])
 
         def jobs(native_size: int) -> list[Job]:
             defaults = default_settings(config, native_size, settings)
-            return make_jobs(prompts, defaults, config.prompts.num_images_per_prompt)
+            made = make_jobs(prompts, defaults, config.prompts.num_images_per_prompt)
+            return _checked(made, pixel_grid)
 
         return cls(
             base=config.model.base_model or next(bases, DEFAULT_BASE),
@@ -103,6 +108,7 @@ class GenerationPlan:
             vae_tiling=False,
             threads=None,
             source=None,
+            pixel_grid=pixel_grid,
         )
 
     @classmethod
@@ -127,6 +133,9 @@ class GenerationPlan:
                 f"--from_image: its base {source.base} is neither on this machine nor on the hub",
                 "Name it in --base_model",
             )
+        pixel_grid = _pixel_grid(config, list(map(Path, paths)))
+        if pixel_grid is None and source.pixel_art:
+            pixel_grid = PixelGrid(source.pixel_art, tuple(source.palette or ()))
         strengths = [strength for _, strength, _ in source.loras]
         loras = list(zip(map(Path, paths), strengths, strict=True))
         return cls(
@@ -134,7 +143,7 @@ class GenerationPlan:
             loras=tuple(loras),
             lora_source=", ".join(paths),
             variants=tuple(make_variants(loras, [source.lora_scale], one_by_one=False)),
-            make_jobs=lambda native_size: source.jobs(),
+            make_jobs=lambda native_size: _checked(source.jobs(), pixel_grid),
             wanted=source.place,
             fuse=source.fused,
             precision=PRECISIONS[source.dtype],
@@ -145,6 +154,7 @@ class GenerationPlan:
             vae_tiling=source.vae_tiling,
             threads=source.threads,
             source=source,
+            pixel_grid=pixel_grid,
         )
 
     def without(self, misfits: Mapping[Path, str]) -> GenerationPlan:
@@ -209,6 +219,19 @@ def _locate(lora: str, image: Path) -> str:
     return str(next(found, lora))
 
 
+def _pixel_grid(config: GenerateConfig, loras: Sequence[Path]) -> PixelGrid | None:
+    value = config.output.pixel_art
+    return None if value is None else PixelGrid.parse(value, loras)
+
+
+def _checked(jobs: list[Job], pixel_grid: PixelGrid | None) -> list[Job]:
+    """The jobs; raises UserError if an image has fewer pixels than the grid has cells."""
+    if pixel_grid is not None:
+        for job in jobs:
+            pixel_grid.check(job.width, job.height)
+    return jobs
+
+
 def choose_settings(config: GenerateConfig, found: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of the command line by flag; those that nobody typed as found, if they were."""
     settings = config.settings()
@@ -249,6 +272,8 @@ def summarize(plan: GenerationPlan, config: GenerateConfig, jobs: Sequence[Job])
     ]
     if config.comparison.pairs_with_base:
         parts.append("each next to the base's")
+    if plan.pixel_grid:
+        parts.append(f"each as pixel art too: {plan.pixel_grid.summary()}")
     if config.comparison.loras:
         parts.append(f"each by the base and by {plural(len(plan.loras), 'LoRA')}")
         return ", ".join(parts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from megaman.errors import UserError
 from megaman.files import is_network
 from megaman.pages.gallery import GalleryImage, thumbnail_of
 from megaman.sampling.jobs import Job, LoraVariant
+from megaman.sampling.pixel_grid import MAX_COLORS
 from megaman.sampling.png import a1111_text, needs_thumbnail, save_png, save_thumbnail
 from megaman.threads import MAX_THREADS
 
@@ -41,6 +43,8 @@ class RunSettings:
     versions: dict[str, str]
     memory_format: str
     threads: int
+    pixel_art: int = 0
+    palette: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Record:
 
     loras are (absolute path, strength, hash), lora_scale multiplies all strengths; batch are the
     images generated together, each as (prompt, negative prompt, seed), and place is this one's
-    index.
+    index. pixel_art is the number of cells of the pixel art next to it, 0 for none, and palette its
+    colors as rrggbb.
     """
 
     prompt: str
@@ -74,6 +79,8 @@ class Record:
     memory_format: str = "contiguous"  # earlier records lack it
     threads: int = 0  # CPU threads of torch; 0: earlier records lack it
     vae_tile: int = 0  # pixels a side; 0 with vae_tiling: an earlier record, the VAE's own tile
+    pixel_art: int = 0
+    palette: list[str] | None = None
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -211,7 +218,9 @@ def short_name(lora: str) -> str:
     return Path(lora).stem if lora.lower().endswith(".safetensors") else "megaman_lora"
 
 
-def gallery_image(file: str, record: Record, base_file: str | None = None) -> GalleryImage:
+def gallery_image(
+    file: str, record: Record, base_file: str | None = None, pixel_file: str | None = None
+) -> GalleryImage:
     """The image's entry on the page."""
     settings: dict[str, str | int | float] = {
         "steps": record.steps,
@@ -231,6 +240,9 @@ def gallery_image(file: str, record: Record, base_file: str | None = None) -> Ga
         settings["LoRA"] = ", ".join(loras)
         settings["strength"] = f"{record.lora_scale:g}"
     settings["base"] = record.base
+    if record.pixel_art:
+        colors = f", {len(record.palette)} colors" if record.palette else ""
+        settings["pixel art"] = f"{record.pixel_art} cells{colors}"
     return GalleryImage(
         file=file,
         prompt=record.prompt,
@@ -241,6 +253,7 @@ def gallery_image(file: str, record: Record, base_file: str | None = None) -> Ga
         settings=settings,
         base_file=base_file,
         loras=loras,
+        pixel_file=pixel_file,
     )
 
 
@@ -291,6 +304,14 @@ def _is_sampler(value: Any) -> bool:
     return _is_text(value) and samplers.find(value) is not None
 
 
+def _is_color(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{6}", value) is not None
+
+
+def _is_palette(value: Any) -> bool:
+    return value is None or schema.list_of(_is_color, most=MAX_COLORS)(value)
+
+
 _is_text = schema.text(MAX_PROMPT)
 _is_seed = schema.whole(0, 2**64 - 1)
 _is_strength = schema.number(-10, 10)
@@ -321,4 +342,6 @@ CHECKS = {
     "memory_format": schema.one_of("contiguous", "channels_last"),
     "threads": schema.whole(0, MAX_THREADS),
     "vae_tile": schema.whole(0, 8192),
+    "pixel_art": schema.whole(0, 8192),
+    "palette": _is_palette,
 }

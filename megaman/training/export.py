@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaman.data import similarity
+from megaman.data.palette import shared_palette
 from megaman.errors import log_event, summarize_error
 from megaman.lora import files as lora_files
+from megaman.lora.peft_config import PALETTE_KEY
 from megaman.models.typed import scheduler_config
 from megaman.training import memorization, model_card, run_metadata
 from megaman.training.output import save_somewhere
@@ -84,6 +86,9 @@ def _save(
         time.time(),
     )
     images = datasets.images
+    paths = [example.image for example in images.examples]
+    if palette := shared_palette(paths, config.data.background):
+        metadata[PALETTE_KEY] = ",".join(palette)
     card = model_card.write_card(
         training_config, images.captions, images.num_written_captions, samples
     )

@@ -144,6 +144,7 @@ GENERATION_DEFAULTS = {
     "lora_scale": None,  # 1
     "resume": False,
     "from_image": None,
+    "pixel_art": None,
 }
 RECIPES = {
     "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
