@@ -109,7 +109,8 @@ def check_sizes(
     long = [
         image.path
         for image in images
-        if max(image.width, image.height) > MAX_ELONGATION * min(image.width, image.height)
+        if not image.is_pixel_art  # which is seen as a whole
+        and max(image.width, image.height) > MAX_ELONGATION * min(image.width, image.height)
     ]
     if long and squares:
         yield Finding(
