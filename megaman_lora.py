@@ -49,7 +49,7 @@ def train(
     config: TrainConfig, datasets: Datasets, output: OutputFolder, policy: threads.ThreadPolicy
 ) -> int:
     """Train a LoRA and save it in lora_weights/; returns the exit code."""
-    from megaman.training.adapters import inject_lora
+    from megaman.training.adapters import inject_lora, storing_unet
     from megaman.training.announce import announce, write_training_config
     from megaman.training.export import export_lora
     from megaman.training.optimizer import make_optimizer, make_schedule
@@ -71,7 +71,8 @@ def train(
     latents = encode_latents(base, datasets, config, run)
 
     is_new, seed = run.output.checkpoint is None, run.state.seed
-    adapters = inject_lora(base, config.lora, run.compute, seed, samples.notes, is_new)
+    with storing_unet(base, config.compute.base_precision):
+        adapters = inject_lora(base, config.lora, run.compute, seed, samples.notes, is_new)
     training_sets = make_training_sets(config, datasets, latents, run)
     schedule = make_schedule(training_sets[0].batches, config.optimizer, config.explicit, run)
     training_step = TrainingStep(base, adapters, training_sets, captions, config.loss, run)

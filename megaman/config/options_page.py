@@ -45,6 +45,9 @@ Sections of [`generate_megaman.py`](#generate_megamanpy): {generate_sections}.
 # Sentences for the page alone, by script and flag.
 DETAILS = {
     "megaman_lora.py": {
+        "base_precision": "`fp8` stores each weight in one byte (e4m3, with a scale an output "
+        "channel), computes in `--mixed_precision` as before, and takes longer for each step. The "
+        "LoRA is saved as ever and loads everywhere",
         "config": "Or of an earlier run: its `training_config.json`. Typed flags win. Keys are the "
         "flags' names without dashes, lists where a flag takes several words, `true` and `false` "
         "for switches; relative paths are relative to the working directory. From a "

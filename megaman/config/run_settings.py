@@ -53,6 +53,12 @@ class ComputeConfig:
     mixed_precision: str = flag(
         "fp16", "precision of the frozen base", choices=("no", "fp16", "bf16"), common=True
     )
+    base_precision: str = flag(
+        "same",
+        "how the frozen UNet is stored: as it computes, or in fp8, which takes half the memory",
+        choices=("same", "fp8"),
+        resume=True,
+    )
     memory_format: str = flag(
         "auto", "memory layout of the convolutions", choices=("auto", "contiguous", "channels_last")
     )

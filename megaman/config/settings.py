@@ -38,7 +38,8 @@ ORDER = (
     "save_every_n_epochs", "validation_epochs",
     "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps", "validation_prompt",
     "validation_prompts_file", "validation_guidance_scale", "clip_model", "num_validation_images",
-    "snr_gamma", "noise_offset", "mixed_precision", "save_precision", "memory_format",
+    "snr_gamma", "noise_offset", "mixed_precision", "save_precision", "base_precision",
+    "memory_format",
     "enable_xformers_memory_efficient_attention", "compile",
     "gradient_checkpointing", "vram_limit", "seed",
 )  # fmt: skip
@@ -61,6 +62,7 @@ class MemoryRequest:
     encodes_images: bool = False
     num_validation_images: int = 4
     optimizer: str = "adamw"
+    in_float8: bool = False  # how the UNet is stored
 
 
 @dataclass(frozen=True)
@@ -113,4 +115,5 @@ class TrainConfig:
             encodes_images=self.cache.no_cache,
             num_validation_images=self.validation.num_validation_images,
             optimizer=self.optimizer.optimizer,
+            in_float8=self.compute.base_precision == "fp8",
         )

@@ -101,10 +101,14 @@ class Base:
     def vae(self) -> AutoencoderKL:
         return cast(AutoencoderKL, self._get("vae"))
 
-    def _get(self, part: str) -> torch.nn.Module:
+    def load_unet(self, device: torch.device) -> UNet2DConditionModel:
+        """The UNet, on another device than the base's if it was not loaded yet."""
+        return cast(UNet2DConditionModel, self._get("unet", device))
+
+    def _get(self, part: str, device: torch.device | None = None) -> torch.nn.Module:
         if part not in self._loaded:
             with _reporting_errors(self.name):
-                model = self._lazy[part].load(self.device)
+                model = self._lazy[part].load(device or self.device)
             # A LoRA that is added later stays contiguous, as AdamW's moments from a checkpoint are.
             self._loaded[part] = move(model, memory_format=self.memory_format)
         return self._loaded[part]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from torch import nn
 
 from megaman.lora import adapter
 from megaman.lora.files import models_by_part
+from megaman.models.float8 import store_in_float8
+from megaman.models.typed import move
+from megaman.models.weights import CPU
 from megaman.training.compute import TrainingCompute, prepare_unet
 from megaman.training.memory_saving import checkpoint_gradients
 from megaman.training.network_weights import FirstWeights
@@ -51,6 +55,22 @@ class Adapters:
         """Free the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+
+@contextmanager
+def storing_unet(base: Base, base_precision: str) -> Iterator[None]:
+    """Within this a LoRA is injected; the UNet is stored in float8 at its end if base_precision is
+    fp8.
+
+    Until then it is on the CPU, so that the device never holds all of it in the run's precision.
+    """
+    if base_precision != "fp8":
+        yield
+        return
+    unet = base.load_unet(CPU)
+    yield
+    store_in_float8(unet)
+    move(unet, base.device)
 
 
 def inject_lora(

@@ -54,6 +54,7 @@ def announce(
             f"{config.data.resolution} px",
             f"seed {run.state.seed}",
         ),
+        *_float8_lines(config, run),
         *run.notes,
         *_resume_lines(config, run),
         *disk_lines(
@@ -125,6 +126,12 @@ def _lora_line(config: TrainConfig, adapters: Adapters) -> str:
     if adapters.text_encoder is not None:
         line += f", {len(adapters.text_encoder_parameters) // 2} of them in the text encoder"
     return line
+
+
+def _float8_lines(config: TrainConfig, run: Run) -> Iterator[str]:
+    if config.compute.base_precision == "fp8":
+        slower = ", which is slower than without on a CPU" if run.device.type == "cpu" else ""
+        yield f"{INDENT}the UNet is stored in fp8{slower}"
 
 
 def _resume_lines(config: TrainConfig, run: Run) -> Iterator[str]:

@@ -40,6 +40,7 @@ EARLIER_SETTINGS: dict[str, Any] = {
     "upscale": "lanczos",
     "background": "#ffffff",
     "alpha_mask": False,
+    "base_precision": "same",
     **CaptionAugmentation()._asdict(),
 }
 

@@ -26,6 +26,7 @@ from megaman.errors import UserError, summarize_error
 from megaman.lora import adapter
 from megaman.models.base import CONFIGURATION_ERRORS
 from megaman.models.configs import BASE_REMEDY
+from megaman.models.float8 import store_in_float8
 from megaman.models.typed import decode_latents, move, predict_noise, unet_config, vae_config
 from megaman.models.vae_tiling import tile_side
 from megaman.training import loss as diffusion
@@ -67,6 +68,8 @@ def _build_models(
         for model in (unet, text_encoder, vae):
             model.requires_grad_(False).eval()
         parameters = inject(unet, target_modules=request.target_modules)
+        if request.in_float8:
+            store_in_float8(unet)
         if request.trains_text_encoder:
             parameters += inject(text_encoder, target_modules=adapter.TEXT_ENCODER_TARGETS)
     return _Models(unet, text_encoder, vae, parameters)

@@ -198,8 +198,9 @@ def memory_table(
     if remark:
         lines.append(INDENT + remark)
     lines.append(
-        f"plan       {request.resolution} px, {precision.replace('no', 'float32')}, rank "
-        f"{request.lora_rank}: {estimate.summary(1, False, False)} GB"
+        f"plan       {request.resolution} px, {precision.replace('no', 'float32')}"
+        f"{', the UNet in fp8' if request.in_float8 else ''}, rank {request.lora_rank}: "
+        f"{estimate.summary(1, False, False)} GB"
     )
     if limit < math.inf:
         lines.append(f"limit      {gigabytes(limit)} GB")

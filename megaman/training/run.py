@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import nn
 from tqdm import tqdm
 
@@ -268,10 +273,12 @@ def _start_processes(compute: TrainingCompute) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns about old kernels
     # One process writes captions while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    # No buffer ever changes, and a base in float8 consists of them.
+    frozen = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
         mixed_precision=compute.mixed_precision,
         cpu=compute.device.type == "cpu",
-        kwargs_handlers=[patience],
+        kwargs_handlers=[patience, frozen],
     )
 
 
