@@ -49,7 +49,7 @@ class FakeRun:
     def progress_bar(self, **options: Any) -> SimpleNamespace:
         def ignore(*args: Any, **kwargs: Any) -> None: ...
 
-        return SimpleNamespace(update=ignore, close=ignore, set_postfix=ignore)
+        return SimpleNamespace(update=ignore, close=ignore, set_postfix=ignore, disable=True)
 
 
 def progress_of(run: FakeRun) -> Progress:
