@@ -197,7 +197,7 @@ def main() -> None:
             save(results_sheet(options.work_dir), output)
         elif name == "training_report":
             page = train(options.work_dir) / "training_report.html"
-            screenshot(page, output, 960, top=95)
+            screenshot(page, output, 1440, top=520)  # from the samples on
         elif name == "dataset_report":
             dataset_report(options.work_dir, output)
         else:
