@@ -22,6 +22,7 @@ from megaman.data.dataset import MegaManDataset as MegaManDataset  # for users t
 from megaman.errors import install_logging, run_script
 from megaman.models.configs import unet_width
 from megaman.training.datasets import Datasets, find_datasets
+from megaman.training.held_out_split import hold_out_images
 from megaman.training.output import OutputFolder, saved_threads
 
 
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
         if datasets is None:
             return 0
         datasets.check(output.path, config.data.skip_bad_images)
+        hold_out_images(config, datasets, output.checkpoint)
         rule = partial(threads.threads_for_training, unet_width(config.base.pretrained_model_name))
         policy = threads.configure_threads(rule, saved_threads(output.checkpoint))
         return train(config, datasets, output, policy)
@@ -51,7 +53,9 @@ def train(
     """Train a LoRA and save it in lora_weights/; returns the exit code."""
     from megaman.training.adapters import inject_lora, storing_unet
     from megaman.training.announce import announce, write_training_config
+    from megaman.training.evaluation import make_evaluator
     from megaman.training.export import export_lora
+    from megaman.training.judge import make_judge
     from megaman.training.optimizer import make_optimizer, make_schedule
     from megaman.training.prepare import embed_captions, encode_latents, open_base
     from megaman.training.progress import Progress, steps_between, validates_at_start
@@ -68,40 +72,44 @@ def train(
 
     # The frozen models run once, over all captions and images, and leave the memory.
     captions = embed_captions(base, datasets, samples, config)
-    latents = encode_latents(base, datasets, config, run)
+    latents, evaluated = encode_latents(base, datasets, config, run)
 
     is_new, seed = run.output.checkpoint is None, run.state.seed
     with storing_unet(base, config.compute.base_precision):
         adapters = inject_lora(base, config.lora, run.compute, seed, samples.notes, is_new)
     training_sets = make_training_sets(config, datasets, latents, run)
-    schedule = make_schedule(training_sets[0].batches, config.optimizer, config.explicit, run)
+    schedule = make_schedule(training_sets[0], config.optimizer, config.explicit, run)
     training_step = TrainingStep(base, adapters, training_sets, captions, config.loss, run)
     optimizer = make_optimizer(adapters, config.optimizer, schedule, run)
     run.restore(adapters, optimizer.torch_optimizer)
 
     announce(config, run, base, training_sets, adapters, schedule)
     training_config = write_training_config(config, run, base, training_sets, schedule, samples)
+    judge = make_judge(base, captions, evaluated, config, run)
+    evaluator = make_evaluator(judge, adapters, schedule, config, run)
     validate = make_validation(base, captions.sample_embeds, samples, datasets, config, run)
     save_steps, validation_steps = steps_between(config, schedule)
     with run.training():
-        if validates_at_start(run, schedule, validation_steps):
+        evaluator.start()
+        if validates_at_start(run, schedule, validation_steps, evaluator.is_over):
             validate(run.state.step)  # at step 0 the LoRA changes nothing yet: this is the base
         progress = Progress(run, schedule, optimizer, save_steps, validation_steps)
-        for step in progress.steps():
+        for step in progress.steps(evaluator.is_over):
             optimizer.set_lr(step)
             loss = training_step.accumulate(step)
             norm = run.clip_gradients(adapters.parameters, config.optimizer.max_grad_norm)
             progress.record(step, loss, norm, optimizer.step_if_finite(norm))
-            due = progress.due(step)
+            evaluator.after_step(step)
+            due = progress.due(step, evaluator.is_over)
             if due.log:
                 progress.flush(step)
-            is_saved = due.save and run.save_checkpoint(step, adapters, optimizer.torch_optimizer)
+            is_saved = due.save and run.save_checkpoint(step, optimizer.torch_optimizer, evaluator)
             if due.stop:
                 return progress.stop(step, is_saved, config.resume_command())
             if due.validate:
                 validate(step)
         validate.generate_for_card(run.state.step)
-    return export_lora(config, run, base, adapters, datasets, training_config)
+    return export_lora(config, run, base, evaluator, datasets, training_config)
 
 
 def print_memory_table(config: TrainConfig) -> int:

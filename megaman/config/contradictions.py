@@ -11,7 +11,7 @@ from megaman.config.settings import TrainConfig
 from megaman.files import path_within
 
 # The folders in --output_dir that a run replaces.
-REPLACED = r"((checkpoint|samples)-\d+|lora_weights)(?![^/\\])"
+REPLACED = r"((checkpoint|samples)-\d+|lora_weights(_best)?)(?![^/\\])"
 # The flags for the same interval, in steps and in epochs.
 INTERVALS = (("save_steps", "save_every_n_epochs"), ("validation_steps", "validation_epochs"))
 POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
@@ -39,6 +39,7 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
     if "prior_loss_weight" in config.explicit and not config.data.class_data_dir:
         yield _no_effect("prior_loss_weight", "class_data_dir")
     yield from _folder_contradictions(config)
+    yield from _evaluation_contradictions(config)
 
 
 def _no_effect(flag_name: str, required: str) -> str:
@@ -64,7 +65,7 @@ def _rate_contradictions(config: TrainConfig) -> Iterator[str]:
                 )
     warmup, total = optimizer.lr_warmup_steps, optimizer.max_train_steps
     has_warmup = "lr_warmup_steps" in config.explicit and optimizer.lr_scheduler != "constant"
-    if has_warmup and total and warmup >= total:
+    if has_warmup and isinstance(total, int) and warmup >= total:
         yield (
             f"--lr_warmup_steps {warmup} is not below --max_train_steps {total}: the learning rate "
             "would never be reached; lower the one or raise the other"
@@ -95,11 +96,13 @@ def _folder_contradictions(config: TrainConfig) -> Iterator[str]:
     sources = {"data_dir": data_dir}
     if class_data_dir:
         sources["class_data_dir"] = class_data_dir
+    if config.evaluation.validation_data_dir:
+        sources["validation_data_dir"] = config.evaluation.validation_data_dir
     for flag_name, folder_name in sources.items():
         if path_within(output_dir, folder_name):
             yield (
-                f"--output_dir {output_dir} is within --{flag_name}: its samples would be trained "
-                "on; name another"
+                f"--output_dir {output_dir} is within --{flag_name}: its samples would count as "
+                "images; name another"
             )
     if class_data_dir and (
         path_within(class_data_dir, data_dir) or path_within(data_dir, class_data_dir)
@@ -113,4 +116,27 @@ def _folder_contradictions(config: TrainConfig) -> Iterator[str]:
             yield (
                 f"--{flag_name} {folder_name} is where the run in --output_dir puts its outputs: "
                 "name another"
+            )
+
+
+def _evaluation_contradictions(config: TrainConfig) -> Iterator[str]:
+    evaluation = config.evaluation
+    if not evaluation.is_on:
+        for flag_name in ("eval_steps", "use_ema"):
+            if getattr(evaluation, flag_name):
+                yield (
+                    f"--{flag_name} has no effect if no image is held out: add --validation_split "
+                    "0.1 or --validation_data_dir"
+                )
+    held_out = evaluation.validation_data_dir
+    if held_out is None:
+        return
+    if evaluation.validation_split is not None:
+        yield "--validation_split and --validation_data_dir contradict each other: use only one"
+    sources = {"data_dir": config.data.data_dir, "class_data_dir": config.data.class_data_dir}
+    for flag_name, source in sources.items():
+        if source and (path_within(held_out, source) or path_within(source, held_out)):
+            yield (
+                f"--validation_data_dir {held_out} and --{flag_name} share images, which would be "
+                "trained on and held out: separate them"
             )

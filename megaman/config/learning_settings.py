@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from megaman.config.cli import flag
 from megaman.config.presets import DEFAULT_TARGETS
 from megaman.config.values import (
-    COUNT,
     COUNT_OR_ZERO,
     MANY,
     PROBABILITY,
@@ -16,6 +15,7 @@ from megaman.config.values import (
     name,
     number,
     path,
+    steps_or_auto,
 )
 
 SCHEDULERS = [
@@ -73,8 +73,12 @@ class OptimizerConfig:
     num_train_epochs: int = flag(
         100, "times every image is seen", number(int, 1, 10**6), common=True
     )
-    max_train_steps: int | None = flag(
-        None, "optimizer steps; wins over --num_train_epochs", COUNT, common=True
+    max_train_steps: int | str | None = flag(
+        None,
+        "optimizer steps; wins over --num_train_epochs",
+        steps_or_auto,
+        metavar="N|auto",
+        common=True,
     )
     optimizer: str = flag(
         "adamw",

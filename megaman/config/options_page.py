@@ -84,6 +84,10 @@ DETAILS = {
         "use_rslora": "[rsLoRA](https://arxiv.org/abs/2312.03732); choose a lower alpha with it",
         "lora_dropout": "Against memorizing; 0.1 is usual",
         "target_modules": "Matched by the end of their names; convolutions too, such as `conv1`",
+        "max_train_steps": "`auto` ends when held-out images gain no more; see "
+        "[learned or memorized](training.md#learned-or-memorized)",
+        "validation_split": "See [learned or memorized](training.md#learned-or-memorized)",
+        "early_stopping_patience": "`lora_weights/` then holds the best LoRA",
         "optimizer": "`pip install bitsandbytes==0.50.2` or `prodigyopt==1.1.2` first. Prodigy "
         "finds the learning rate; `--learning_rate` is a factor on it, 1 unless it is typed. All "
         "three take betas, epsilon and weight decay",

@@ -9,6 +9,8 @@ from megaman.hub import PROJECT
 DEFAULT_PROMPT = "mega man, blue robot, helmet, game character, high quality"
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 DEMO = PROJECT / "demo"
+DEFAULT_SPLIT = 0.1  # if images have to be held out and none are named
+AUTO_PATIENCE = 3  # evaluations, with --max_train_steps auto
 
 PRESETS: dict[str, dict[str, Any]] = {
     "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
@@ -26,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 DEMO_TRAINING: dict[str, Any] = {
     "pretrained_model_name": str(DEMO / "base"),
     "data_dir": str(DEMO / "images"),
+    "validation_data_dir": str(DEMO / "held_out"),
     "output_dir": "./megaman_demo_output",
     "resolution": 64,
     "center_crop": True,

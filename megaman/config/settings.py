@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megaman.config.cli import flags_of, resume_command, settings_of
+from megaman.config.evaluation_settings import EvaluationConfig
 from megaman.config.image_settings import BucketConfig, CacheConfig, CaptionConfig, DataConfig
 from megaman.config.learning_settings import LoraConfig, LossConfig, OptimizerConfig
 from megaman.config.run_settings import (
@@ -41,7 +42,8 @@ ORDER = (
     "snr_gamma", "noise_offset", "mixed_precision", "save_precision", "base_precision",
     "memory_format",
     "enable_xformers_memory_efficient_attention", "compile",
-    "gradient_checkpointing", "vram_limit", "seed",
+    "gradient_checkpointing", "vram_limit", "seed", "validation_split", "validation_data_dir",
+    "eval_steps", "early_stopping_patience", "use_ema",
 )  # fmt: skip
 
 
@@ -80,6 +82,7 @@ class TrainConfig:
     loss: LossConfig
     compute: ComputeConfig
     validation: ValidationConfig
+    evaluation: EvaluationConfig
     output: OutputConfig
     explicit: frozenset[str]  # flags that were typed
     argv: tuple[str, ...] = field(default=(), compare=False)

@@ -11,7 +11,7 @@ from megaman.config.cli import Parser, fill, frozen
 from megaman.config.config_file import FileFlags, merge, read_config_file
 from megaman.config.contradictions import INTERVALS, contradictions
 from megaman.config.generate import GenerateConfig
-from megaman.config.presets import DEMO_TRAINING, PRESETS
+from megaman.config.presets import AUTO_PATIENCE, DEFAULT_SPLIT, DEMO_TRAINING, PRESETS
 from megaman.config.settings import ORDER, TrainConfig
 
 # Pairs of flags of which a typed one takes the place of the other in --config.
@@ -21,6 +21,7 @@ EXCLUSIVE = (
     ("center_crop", "crop_variants"),
     *INTERVALS,
     ("validation_prompt", "validation_prompts_file"),
+    ("validation_split", "validation_data_dir"),
 )
 
 
@@ -72,6 +73,8 @@ def _recipe(typed: Mapping[str, Any]) -> dict[str, Any]:
         recipe["learning_rate"] = 1.0  # a factor on the rate that it finds
     if "validation_prompts_file" in typed:
         recipe["num_validation_images"] = 1  # of each prompt
+    if "data_dir" in typed or typed.get("validation_split") is not None:
+        recipe.pop("validation_data_dir", None)  # which is for the demo's images
     if "num_train_epochs" in typed:
         recipe.pop("max_train_steps", None)  # which win over epochs
     return recipe
@@ -103,4 +106,19 @@ def derived(values: Mapping[str, Any]) -> dict[str, Any]:
     if keep_tokens is None:  # shuffling must not move the trigger word by accident
         trigger_word = affixes["trigger_word"]
         keep_tokens = sum(map(trigger_word.count, ",，、")) + 1 if trigger_word else 0
-    return {**affixes, "text_encoder_lr": text_encoder_lr, "keep_tokens": keep_tokens}
+    return {
+        **affixes,
+        **_derived_evaluation(values),
+        "text_encoder_lr": text_encoder_lr,
+        "keep_tokens": keep_tokens,
+    }
+
+
+def _derived_evaluation(values: Mapping[str, Any]) -> dict[str, Any]:
+    """--max_train_steps auto stops early, and what stops early needs held-out images."""
+    patience, split = values["early_stopping_patience"], values["validation_split"]
+    if values["max_train_steps"] == "auto" and patience is None:
+        patience = AUTO_PATIENCE
+    if patience is not None and split is None and values["validation_data_dir"] is None:
+        split = DEFAULT_SPLIT
+    return {"early_stopping_patience": patience, "validation_split": split}

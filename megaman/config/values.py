@@ -194,6 +194,23 @@ def side(value: str) -> int:
     return pixels
 
 
+def share_of_images(value: str) -> float:
+    """A share between 0 and 1, such as 0.1; both are excluded."""
+    if re.fullmatch(r"\d+(\.\d+)?\s*%", value):
+        raise InvalidValueError(
+            f"{quote(value)} is not a number: write {float(value[:-1]) / 100:g}"
+        )
+    share = number(float, 0, 1, exclusive=True)(value)
+    if share == 1:
+        raise InvalidValueError("1 would leave no image to train on: 0.1 is usual")
+    return share
+
+
+def steps_or_auto(value: str) -> int | str:
+    """A number of steps, or auto."""
+    return value if value == "auto" else COUNT(value)
+
+
 SEED = number(int, 0, 2**63 - 1)
 STEPS = number(int, 1, 999)
 GUIDANCE = number(float, 0, 100)

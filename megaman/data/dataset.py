@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,27 @@ class MegaManDataset:
         if reasons:
             self.skipped |= reasons
             self.examples = [example for example in self.examples if example.image not in reasons]
+
+    def take_out(self, names: Collection[str]) -> MegaManDataset:
+        """Move the images with these names (`name`) into a dataset of their own."""
+        indices = [index for index in range(len(self)) if self.name(index) in names]
+        taken = self.select(indices)
+        self.examples = [
+            example for index, example in enumerate(self.examples) if index not in set(indices)
+        ]
+        return taken
+
+    def select(self, indices: Sequence[int]) -> MegaManDataset:
+        """A dataset of some of the images, in this order, whose items are cropped in the middle.
+
+        It shares the examples with this one, and nothing is skipped in it yet.
+        """
+        selected = copy.copy(self)
+        selected.examples = [self.examples[index] for index in indices]
+        selected.center_crop = True
+        selected.skipped, selected.sorted_out, selected.unread_metadata = {}, {}, {}
+        selected.metadata_warnings = []
+        return selected
 
     def fingerprint(self) -> str:
         """Count and digest of the images' names, sizes in bytes, captions and repeats, by which a

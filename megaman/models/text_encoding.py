@@ -8,6 +8,7 @@ encoded once if possible, or else at every step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -161,8 +162,9 @@ class CaptionEmbeddings:
     """The prompt_embeds of a run's captions, cached on the CPU or computed at every step.
 
     They are cached, and the text encoder is released, unless it is trained, the captions vary, or
-    the cache would be too large. prompt_embeds then holds those of the fixed texts alone; it is
-    None if the text encoder is trained.
+    the cache would be too large. prompt_embeds then holds those of the fixed and the evaluated
+    texts alone; it is None if the text encoder is trained. The evaluated texts are encoded in
+    batches of their own, or the bits of the others could depend on them.
 
     sample_embeds are those of the prompts of sample images, of any length and with weights
     (`encode_prompt`); None if the text encoder is trained.
@@ -176,6 +178,7 @@ class CaptionEmbeddings:
         varied: bool,
         trained: bool,
         prompts: Sequence[str] = (),
+        evaluated: Sequence[str] = (),
     ):
         self._tokenizer, self._device = base.tokenizer, base.device
         self._text_encoder: nn.Module | None = base.text_encoder
@@ -183,7 +186,8 @@ class CaptionEmbeddings:
         texts = [*captions, *fixed] if is_cached else fixed
         self.prompt_embeds: dict[str, torch.Tensor] | None = None
         if not trained:
-            self.prompt_embeds = encode_captions(base.text_encoder, base.tokenizer, texts)
+            encode = partial(encode_captions, base.text_encoder, base.tokenizer)
+            self.prompt_embeds = {**encode(evaluated), **encode(texts)}
         self.sample_embeds: dict[str, torch.Tensor] | None = None
         if not trained:
             self.sample_embeds = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,7 @@ EARLIER_SETTINGS: dict[str, Any] = {
     "background": "#ffffff",
     "alpha_mask": False,
     "base_precision": "same",
+    "use_ema": False,
     **CaptionAugmentation()._asdict(),
 }
 
@@ -51,7 +53,8 @@ class TrainState:
 
     step counts optimizer steps, elapsed seconds. settings has what a resumed run has to share;
     choices how it was computed (compute.to_record), which a resumed run may share (None in early
-    checkpoints); scaler the state of fp16's loss scaler.
+    checkpoints); scaler the state of fp16's loss scaler. held_out names the images that are held
+    out; evaluation is Evaluator.record(). Both are None without such images.
     """
 
     step: int
@@ -61,6 +64,8 @@ class TrainState:
     settings: dict[str, Any]
     choices: Any = None
     scaler: dict[str, Any] | None = None
+    held_out: list[str] | None = None
+    evaluation: dict[str, Any] | None = None
 
 
 def save(
@@ -69,18 +74,26 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     history: RunHistory | None = None,
+    files: Mapping[str, lora_files.Tensors] = MappingProxyType({}),
 ) -> None:
-    """Write a checkpoint; the folder appears complete or not at all."""
+    """Write a checkpoint, with more files of tensors by name; the folder appears complete or not at
+    all."""
     with replacing_folder(folder) as aside:
         models = lora_files.models_by_part(adapters.unet, adapters.text_encoder)
         lora_files.write_peft(aside, models, adapters.base_name, adapters.notes)
-        optimizer_state.save(aside, _parameters(adapters), optimizer)
+        optimizer_state.save(aside, named_parameters(adapters), optimizer)
+        for name, tensors in files.items():
+            lora_files.write_tensors(aside / name, _on_cpu(tensors))
         if history is not None:
             history.save(aside / HISTORY)
         write_json(aside / STATE, asdict(state))
 
 
-def _parameters(adapters: Adapters) -> dict[str, torch.nn.Parameter]:
+def _on_cpu(tensors: lora_files.Tensors) -> lora_files.Tensors:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def named_parameters(adapters: Adapters) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters under their names in the optimizer's file."""
     parameters = lora.parameters(adapters.unet)
     if adapters.text_encoder is not None:
@@ -101,6 +114,20 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e30
 
 
+_is_best = schema.record(
+    {
+        "step": schema.whole(1, 10**12),
+        "name": schema.one_of("held_out", "ema"),
+        "loss": schema.number(0, 1e30),
+    },
+    exact=True,
+)
+_is_evaluation = schema.record(
+    {
+        "eval_steps": schema.whole(1, 10**12),
+        "best": lambda value: value is None or _is_best(value),
+    }
+)
 _is_train_state = schema.record(
     {
         "step": schema.instance(int),
@@ -111,6 +138,8 @@ _is_train_state = schema.record(
     optional={
         "log_dir": schema.instance(str, type(None)),
         "scaler": lambda value: not value or schema.mapping(_is_finite)(value),
+        "held_out": lambda value: value is None or schema.list_of(schema.text(10_000))(value),
+        "evaluation": lambda value: value is None or _is_evaluation(value),
     },
 )
 
@@ -132,7 +161,25 @@ def restore(folder: Path, adapters: Adapters, optimizer: torch.optim.Optimizer) 
         ) from None
     for model, state in zip(folders.values(), states, strict=True):
         lora_files.restore(model, state)
-    optimizer_state.restore(folder, saved, _parameters(adapters), optimizer)
+    optimizer_state.restore(folder, saved, named_parameters(adapters), optimizer)
+
+
+def read_adapter(path: Path, parameters: Mapping[str, torch.nn.Parameter]) -> lora_files.Tensors:
+    """The values in a checkpoint's file for these parameters.
+
+    Raises UserError if it is missing or damaged, or does not fit.
+    """
+    try:
+        tensors = lora_files.read_tensors(path)
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"{path} is damaged ({error})", "Resume from an earlier checkpoint"
+        ) from None
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+        raise UserError(f"{path} does not fit its adapter", "Resume from an earlier checkpoint")
+    # What is read stays mapped to a file that may be deleted.
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -150,12 +197,13 @@ def shared_settings(
 ) -> dict[str, Any]:
     """What a resumed run has to share; a checkpoint stores it."""
     images = config.optimizer.train_batch_size * world_size
-    class_images = datasets.class_images
+    class_images, held_out = datasets.class_images, datasets.held_out
     return {
         "pretrained_model_name": resolve_name(config.base.pretrained_model_name),
         "seed": seed,
         "data": datasets.images.fingerprint(),
         "class data": "none" if class_images is None else class_images.fingerprint(),
+        "held-out images": "none" if held_out is None else held_out.fingerprint(),
         **config.resume_settings(),
         # Not the flag: auto without pixel art is what earlier runs did.
         "upscale": "; ".join(dataset.upscale_summary() for dataset in datasets.all),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,28 @@ if TYPE_CHECKING:
     from megaman.config.image_settings import BucketConfig, CaptionConfig
     from megaman.config.settings import TrainConfig
 
+MAX_EVALUATED = 32  # held-out images; more would cost more than they say
+
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Datasets:
     """The images to learn, class images if there are any, and the index of their files; load reads
-    the folder of the images again."""
+    the folder of the images again, load_held_out that of held-out images.
+
+    held_out has the images that are never trained on, None if there are none. evaluated has those
+    whose loss is computed, MAX_EVALUATED at most, and as many of the images to learn; it is empty
+    if nothing is held out.
+    """
 
     images: MegaManDataset
     class_images: MegaManDataset | None
     file_index: FileIndex
     load: Callable[[], MegaManDataset]
+    load_held_out: Callable[[], MegaManDataset] | None = None
+    held_out: MegaManDataset | None = None
+    evaluated: tuple[MegaManDataset, ...] = ()
 
     @property
     def all(self) -> list[MegaManDataset]:
@@ -46,22 +57,56 @@ class Datasets:
             captions += dataset.captions
         return captions
 
+    @property
+    def evaluated_captions(self) -> list[str]:
+        """The captions of the images that are evaluated."""
+        captions: list[str] = []
+        for dataset in self.evaluated:
+            captions += dataset.captions
+        return captions
+
+    def hold_out(self, names: Collection[str]) -> None:
+        """Hold these images out, by their names in their folder (`MegaManDataset.name`)."""
+        if self.load_held_out is None:
+            self.held_out = self.images.take_out(names)
+        else:
+            everything = self.load_held_out()
+            self.held_out = everything.take_out(names)
+        num_evaluated = min(len(self.held_out), MAX_EVALUATED)
+        self.evaluated = tuple(
+            dataset.select(_spread(len(dataset), num_evaluated))
+            for dataset in (self.held_out, self.images)
+        )
+
     def write_captions(self, model: str, progress_bar: Callable[..., Iterable[Any]]) -> None:
         """Have a model write captions next to the images that have none; reload() reads them."""
         _write_captions(model, self.images, progress_bar)
+        if self.held_out is not None:
+            _write_captions(model, self.held_out, progress_bar)
 
     def reload(self) -> None:
-        """Read the folder of the images again."""
+        """Read the folders of the images again."""
         self.images = self.load()
+        if self.held_out is not None:
+            self.hold_out(self.held_out_names)
+
+    @property
+    def held_out_names(self) -> list[str]:
+        """The names of the held-out images in their folder."""
+        held_out = self.held_out
+        return [] if held_out is None else [held_out.name(i) for i in range(len(held_out))]
 
     def add_affixes(self, config: CaptionConfig) -> None:
-        """Add trigger word, prefix and suffix to the captions of the images to learn."""
-        self.images.add_affixes(config.trigger_word, config.caption_prefix, config.caption_suffix)
+        """Add trigger word, prefix and suffix to the captions of all but the class images."""
+        affixes = config.trigger_word, config.caption_prefix, config.caption_suffix
+        self.images.add_affixes(*affixes)
+        if self.held_out is not None:
+            self.held_out.add_affixes(*affixes)
 
     def set_buckets(self, native_size: int, config: BucketConfig) -> None:
         """Sort all images into buckets; native_size is the side of the base's images in pixels."""
         limits = config.limits(self.images.size)
-        for dataset in self.all:
+        for dataset in [*self.all, *self.evaluated]:
             dataset.set_buckets(make_buckets(native=native_size, **limits))
 
     def check(self, output_dir: Path, skip_bad: bool) -> None:
@@ -111,7 +156,16 @@ def find_datasets(config: TrainConfig) -> Datasets | None:
     if data.class_data_dir:
         class_images = load(data.class_data_dir, 1, "--class_data_dir")
         _refuse_empty(class_images)
-    return Datasets(images, class_images, file_index, load_images)
+    load_held_out = None
+    if held_out_dir := config.evaluation.validation_data_dir:
+        load_held_out = partial(load, held_out_dir, 1, "--validation_data_dir")
+    return Datasets(images, class_images, file_index, load_images, load_held_out)
+
+
+def _spread(count: int, chosen: int) -> list[int]:
+    """At most chosen of the numbers 0 ... count - 1, spread evenly."""
+    chosen = min(count, chosen)
+    return [i * count // chosen for i in range(chosen)]
 
 
 def _write_captions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 NUM_TIMESTEPS = 8  # per image, spread evenly over the schedule: one in each eighth
+BATCH_SIZE = 32  # noisy latents that the UNet sees at a time
+
+
+class ImageSet(NamedTuple):
+    """Images to evaluate: the latents of each, scaled, [4, h, w], and the captions."""
+
+    latents: list[torch.Tensor]
+    captions: list[str]
 
 
 def held_out_loss(
@@ -35,37 +43,47 @@ def held_out_losses(
     latents: torch.Tensor,
     prompt_embeds: torch.Tensor,
     seed: int,
-    batch_size: int | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> torch.Tensor:
     """The loss of every image at NUM_TIMESTEPS timesteps, float32 [NUM_TIMESTEPS, N] on the CPU.
 
     latents is [N, 4, h, w], scaled; prompt_embeds [N, positions, width]. Row i has timesteps in the
     i-th part of the schedule. The same seed gives the same noise and timesteps, so two models can
-    be compared. batch_size images pass the UNet at a time, or all N.
+    be compared. The UNet sees batch_size noisy latents at a time.
     """
-    generator = torch.Generator().manual_seed(seed)
     device, dtype = cast(Any, unet).device, cast(Any, unet).dtype
+    if dtype.itemsize == 1:  # float8 only stores the weights
+        dtype = prompt_embeds.dtype
+    timesteps, noise = _questions(noise_scheduler, latents, seed)
+    images = torch.arange(len(latents)).repeat(NUM_TIMESTEPS)
+    losses = []
+    for start in range(0, len(images), batch_size):
+        batch = slice(start, start + batch_size)
+        clean, steps = latents[images[batch]], timesteps[batch]
+        noisy = add_noise(noise_scheduler, clean, noise[batch], steps)
+        target = diffusion.target(noise_scheduler, clean, noise[batch], steps)
+        embeds = prompt_embeds[images[batch].to(prompt_embeds.device)]
+        noise_pred = predict_noise(
+            unet, noisy.to(device, dtype), steps.to(device), embeds.to(device, dtype)
+        )
+        losses.append(diffusion.image_losses(noise_pred, target.to(device)))
+    return torch.cat(losses).view(NUM_TIMESTEPS, -1).cpu()
+
+
+def _questions(
+    noise_scheduler: DDPMScheduler, latents: torch.Tensor, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Timesteps [NUM_TIMESTEPS * N] and noise [NUM_TIMESTEPS * N, 4, h, w] for N images, those of
+    the first part of the schedule first."""
+    generator = torch.Generator().manual_seed(seed)
     num_train_timesteps = scheduler_config(noise_scheduler).num_train_timesteps
-    batch_size = batch_size or len(latents)
-    rows = []
+    timesteps, noise = [], []
     for i in range(NUM_TIMESTEPS):
         position = (i + torch.rand(len(latents), generator=generator)) / NUM_TIMESTEPS
-        timesteps = (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
-        noise = torch.randn(latents.shape, generator=generator)
-        noisy = add_noise(noise_scheduler, latents, noise, timesteps)
-        target = diffusion.target(noise_scheduler, latents, noise, timesteps)
-        row = []
-        for start in range(0, len(latents), batch_size):
-            batch = slice(start, start + batch_size)
-            noise_pred = predict_noise(
-                unet,
-                noisy[batch].to(device, dtype),
-                timesteps[batch].to(device),
-                prompt_embeds[batch].to(device, dtype),
-            )
-            row.append(diffusion.image_losses(noise_pred, target[batch].to(device)))
-        rows.append(torch.cat(row))
-    return torch.stack(rows).cpu()
+        steps = (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+        timesteps.append(steps)
+        noise.append(torch.randn(latents.shape, generator=generator))
+    return torch.cat(timesteps), torch.cat(noise)
 
 
 def gain(without: Sequence[float], with_lora: Sequence[float]) -> list[float]:

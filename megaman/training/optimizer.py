@@ -17,11 +17,13 @@ from megaman.training.optimizers import create_optimizer
 
 if TYPE_CHECKING:
     from megaman.config.learning_settings import OptimizerConfig
-    from megaman.data.batches import Batches
     from megaman.training.adapters import Adapters
     from megaman.training.run import Run
+    from megaman.training.training_set import TrainingSet
 
 LearningRate = Callable[[int], float]  # as a function of the steps done
+# With --max_train_steps auto: visits of images in all.
+VISITS_PER_IMAGE, MIN_VISITS, MAX_VISITS = 150, 1500, 50_000
 PATIENCE = 10  # skipped steps in a row; a loss scale that is still being adapted takes fewer
 
 log = logging.getLogger(__name__)
@@ -43,14 +45,19 @@ class Schedule:
 
 
 def make_schedule(
-    batches: Batches, config: OptimizerConfig, explicit: Collection[str], run: Run
+    training_set: TrainingSet, config: OptimizerConfig, explicit: Collection[str], run: Run
 ) -> Schedule:
-    """The schedule of a run; raises UserError if the checkpoint is beyond its last step.
+    """The schedule of a run on its images to learn; raises UserError if the checkpoint is beyond
+    its last step.
 
     explicit has the names of the flags that were typed.
     """
+    batches, max_train_steps = training_set.batches, config.max_train_steps
+    if isinstance(max_train_steps, str):
+        images_per_step = batches.batch_size * batches.accumulation_steps
+        max_train_steps = automatic_steps(len(training_set.dataset), images_per_step)
     total = total_steps(
-        batches.epoch_length, batches.step_length, config.num_train_epochs, config.max_train_steps
+        batches.epoch_length, batches.step_length, config.num_train_epochs, max_train_steps
     )
     if run.state.step > total:
         raise UserError(
@@ -68,6 +75,13 @@ def make_schedule(
 def total_steps(count: int, effective_batch: int, epochs: int, max_train_steps: int | None) -> int:
     """Optimizer steps of a run: max_train_steps if given, else what the epochs amount to."""
     return max_train_steps or math.ceil(epochs * count / effective_batch)
+
+
+def automatic_steps(num_images: int, images_per_step: int) -> int:
+    """The most steps of --max_train_steps auto: more than a LoRA of these images needs, as held-out
+    images end the run."""
+    visits = min(max(VISITS_PER_IMAGE * num_images, MIN_VISITS), MAX_VISITS)
+    return math.ceil(visits / images_per_step)
 
 
 def warmup_steps(scheduler: str, requested: int, is_explicit: bool, total: int) -> int:

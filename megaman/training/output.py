@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # The files and folders that a run writes and may replace.
-OUTPUTS = r"(checkpoint|samples)-\d+|lora_weights|training_config\.json|training_report(\.html)?"
+OUTPUTS = (
+    r"(checkpoint|samples)-\d+|lora_weights(_best)?|training_config\.json|training_report(\.html)?"
+)
 STATE = "training_state.json"  # written last: a folder without it is not a checkpoint
 
 
@@ -70,6 +72,11 @@ class OutputFolder:
     def lora_weights(self) -> Path:
         """The folder of the finished LoRA."""
         return self.path / "lora_weights"
+
+    @property
+    def best_weights(self) -> Path:
+        """The folder of the LoRA with the lowest loss on held-out images."""
+        return self.path / "lora_weights_best"
 
     def checkpoint_folder(self, step: int) -> Path:
         """The folder of a step's checkpoint."""

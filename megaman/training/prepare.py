@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from megaman.data import latent_cache
 from megaman.data.encoding import drop_damaged, encode_dataset
@@ -16,6 +17,7 @@ from megaman.lora.adapter import check_targets
 from megaman.models.base import load_base
 from megaman.models.configs import alias_notice, resolve_name
 from megaman.models.text_encoding import CaptionEmbeddings, truncated_text
+from megaman.training.held_out import ImageSet
 
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
@@ -57,12 +59,18 @@ def embed_captions(
         varied=config.captions.varies_tags,
         trained=config.lora.train_text_encoder,
         prompts=samples.texts,
+        evaluated=datasets.evaluated_captions,
     )
 
 
-def encode_latents(
-    base: Base, datasets: Datasets, config: TrainConfig, run: Run
-) -> list[LatentSource]:
+class EncodedImages(NamedTuple):
+    """The latents of the datasets to train on, and of those that are evaluated."""
+
+    training: list[LatentSource]
+    evaluated: list[ImageSet]
+
+
+def encode_latents(base: Base, datasets: Datasets, config: TrainConfig, run: Run) -> EncodedImages:
     """The latents of all datasets, encoded once and cached, or anew at every visit with --no_cache.
 
     Images that cannot be decoded are dropped and reported. Raises UserError if too few are left.
@@ -82,13 +90,13 @@ def encode_latents(
         dataset.set_truncated(truncated_text(base.tokenizer, dataset.captions))
     if run.is_main_process:
         datasets.report_problems(run.output.path)
-    check_usable(datasets.all, config.data.skip_bad_images)
+    check_usable([*datasets.all, *datasets.evaluated[:1]], config.data.skip_bad_images)
     return latents
 
 
 def _encode_online(
     base: Base, datasets: Datasets, encoding: EncodingConfig, run: Run
-) -> list[LatentSource]:
+) -> EncodedImages:
     encoder = VaeEncoder(base.vae)
     sources: list[LatentSource] = [
         OnlineLatents(encoder, dataset, encoding) for dataset in datasets.all
@@ -96,12 +104,12 @@ def _encode_online(
     for dataset in datasets.all:
         bar = partial(run.progress_bar, desc="looking", total=len(dataset), unit="image")
         drop_damaged(dataset, encoding.num_workers, bar)
-    return sources
+    return EncodedImages(sources, _encode_evaluated(base, datasets, None))
 
 
 def _encode_once(
     base: Base, datasets: Datasets, encoding: EncodingConfig, config: TrainConfig, run: Run
-) -> list[LatentSource]:
+) -> EncodedImages:
     """Encode what is missing from the cache, let the VAE go, and prune the cache."""
     cache_dir = config.cache.path()
     vae_id = identify_vae(base, datasets.file_index)
@@ -113,8 +121,25 @@ def _encode_once(
         sources.append(
             encode_dataset(lambda: base.vae, dataset, encoding, datasets.file_index, cache, bar)
         )
+    evaluated = _encode_evaluated(base, datasets, folder)
     base.release("vae")
     if cache_dir and run.is_main_process:
         files = set().union(*(source.files for source in sources))
         latent_cache.prune(cache_dir, config.cache.cache_limit * GB, files)
-    return sources
+    return EncodedImages(sources, evaluated)
+
+
+def _encode_evaluated(base: Base, datasets: Datasets, folder: Path | None) -> list[ImageSet]:
+    """The latents of the evaluated images: the means of the posteriors of their middles.
+
+    They are encoded after the images to train on, whose batches and so whose bits stay the same.
+    """
+    sets = []
+    for dataset in datasets.evaluated:
+        posteriors = encode_dataset(
+            lambda: base.vae, dataset, EncodingConfig(), datasets.file_index, LatentCache(folder)
+        )
+        means = [posteriors[i][0].chunk(2)[0] for i in range(len(posteriors))]
+        latents = [mean * base.scaling_factor for mean in means]
+        sets.append(ImageSet(latents, dataset.captions))
+    return sets

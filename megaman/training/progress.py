@@ -47,11 +47,11 @@ def steps_between(config: TrainConfig, schedule: Schedule) -> tuple[int, int]:
     return save_steps, validation_steps
 
 
-def validates_at_start(run: Run, schedule: Schedule, validation_steps: int) -> bool:
+def validates_at_start(run: Run, schedule: Schedule, validation_steps: int, is_over: bool) -> bool:
     """Whether sample images are due before the first step: of the base itself, or those that a run
-    was killed before."""
+    was killed before. is_over if there is no step left."""
     start = run.state.step
-    is_due = start % validation_steps == 0 or start == schedule.total_steps
+    is_due = start % validation_steps == 0 or start == schedule.total_steps or is_over
     is_done = run.output.samples_folder(start).exists() and start in run.history.samples
     return start == 0 or (is_due and not is_done)
 
@@ -87,9 +87,14 @@ class Progress:
         )
         self._status = Status(bar, run.history)
 
-    def steps(self) -> Iterator[int]:
-        """The steps that are left, counted from 1."""
-        for step in range(self._first, self._last + 1):
+    def steps(self, is_over: bool = False) -> Iterator[int]:
+        """The steps that are left, counted from 1: none if the run is over, and none after the one
+        for which `due` was asked when it was."""
+        step = self._first - 1
+        if is_over:
+            self._last = step
+        while step < self._last:
+            step += 1
             self._pace.resume()
             yield step
         self._status.close()
@@ -106,12 +111,15 @@ class Progress:
         if step == self._first and self._run.device.type == "cpu":
             runtime.use_huge_pages()  # now that the memory of a step is allocated
 
-    def due(self, step: int) -> Due:
-        """What is due after this step; every process has to ask, as they stop together.
+    def due(self, step: int, is_over: bool = False) -> Due:
+        """What is due after this step, which is the last one if the run is over; every process has
+        to ask, as they stop together.
 
         After the last step everything is; a stop comes with a checkpoint, and a checkpoint is
         never ahead of the log.
         """
+        if is_over:
+            self._last = step
         is_last = step == self._last
         log_is_due = step % LOG_STEPS == 0
         save = step % self._save_steps == 0 or is_last

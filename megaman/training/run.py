@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from megaman.training.adapters import Adapters
     from megaman.training.compute import TrainingCompute
     from megaman.training.datasets import Datasets
+    from megaman.training.evaluation import Evaluator
     from megaman.training.output import OutputFolder
 
 Prepared = TypeVar("Prepared")
@@ -153,7 +154,7 @@ class Run:
             self.output.prune_checkpoints(self.state.step)
 
     def save_checkpoint(
-        self, step: int, adapters: Adapters, optimizer: torch.optim.Optimizer
+        self, step: int, optimizer: torch.optim.Optimizer, evaluator: Evaluator
     ) -> bool:
         """Save the whole state in the main process.
 
@@ -168,10 +169,12 @@ class Run:
             elapsed=self.elapsed,
             choices=to_record(self.compute),
             scaler=self.scaler.state_dict() if self.scaler else None,
+            evaluation=evaluator.record(),
         )
         folder = self.output.checkpoint_folder(step)
         try:
-            checkpoints.save(folder, adapters, optimizer, self.state, self.history)
+            adapters, files = evaluator.adapters, evaluator.files()
+            checkpoints.save(folder, adapters, optimizer, self.state, self.history, files)
             self.output.prune_checkpoints(step)
         except (OSError, UserError) as error:
             log.info(
@@ -315,6 +318,7 @@ def _make_state(
     # Every process has generated its own seed; the first one's holds for all.
     seed, log_dir = broadcast_object_list([seed, log_dir])
     settings = checkpoints.shared_settings(config, datasets, seed, accelerator.num_processes)
+    held_out = None if datasets.held_out is None else datasets.held_out_names
     if saved is None:
-        return TrainState(0, seed, str(log_dir), 0.0, settings)
-    return replace(saved, seed=seed, log_dir=str(log_dir), settings=settings)
+        return TrainState(0, seed, str(log_dir), 0.0, settings, held_out=held_out)
+    return replace(saved, seed=seed, log_dir=str(log_dir), settings=settings, held_out=held_out)

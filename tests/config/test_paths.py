@@ -19,6 +19,7 @@ PATHS = {
         "pretrained_model_name",
         "data_dir",
         "class_data_dir",
+        "validation_data_dir",
         "auto_caption",
         "cache_dir",
         "output_dir",

@@ -153,7 +153,7 @@ def test_a_step_mixes_no_devices_and_waits_for_none(flags, pinned, tmp_path):
         move(model, META)
     adapters = inject_lora(base, config.lora, run.compute, seed=0)
     training_sets = make_training_sets(config, datasets, [latents], run)
-    schedule = make_schedule(training_sets[0].batches, config.optimizer, config.explicit, run)
+    schedule = make_schedule(training_sets[0], config.optimizer, config.explicit, run)
     training_step = TrainingStep(base, adapters, training_sets, captions, config.loss, run)
     adamw = make_optimizer(adapters, config.optimizer, schedule, run)
     progress = Progress(run, schedule, adamw, save_steps=100, validation_steps=100)

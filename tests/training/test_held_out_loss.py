@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from diffusers import DDPMScheduler
 
-from megaman.training.held_out import gain, held_out_loss
+from megaman.training.held_out import gain, held_out_losses
 
 
 class Guesser(torch.nn.Module):
@@ -29,6 +29,12 @@ class Guesser(torch.nn.Module):
         return SimpleNamespace(sample=self.share * noise)
 
 
+def mean_loss(unet, scheduler, latents, states, seed) -> float:
+    losses = held_out_losses(unet, scheduler, latents, states, seed, batch_size=len(latents))
+    assert losses.shape == (8, len(latents))
+    return float(losses.mean())
+
+
 @pytest.fixture(scope="module")
 def setting():
     generator = torch.Generator().manual_seed(1)
@@ -39,7 +45,7 @@ def setting():
 def test_a_perfect_model_loses_nothing_and_a_blind_one_the_noise(setting):
     scheduler, latents, states = setting
     loss = [
-        held_out_loss(Guesser(scheduler, latents, share), scheduler, latents, states, 0)
+        mean_loss(Guesser(scheduler, latents, share), scheduler, latents, states, 0)
         for share in (1, 0.5, 0)
     ]
     assert loss[0] == pytest.approx(0, abs=1e-4)
@@ -50,7 +56,7 @@ def test_a_perfect_model_loses_nothing_and_a_blind_one_the_noise(setting):
 def test_the_seed_fixes_the_questions(setting):
     scheduler, latents, states = setting
     blind = Guesser(scheduler, latents, 0.3)
-    losses = [held_out_loss(blind, scheduler, latents, states, seed) for seed in (0, 0, 1)]
+    losses = [mean_loss(blind, scheduler, latents, states, seed) for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
