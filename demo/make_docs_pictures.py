@@ -155,7 +155,7 @@ def gallery(work_dir: Path, output: Path) -> None:
         words = [sys.executable, str(ROOT / "generate_megaman.py"), "--demo"]
         words += ["--lora_path", "training/lora_weights", "--output_dir", folder.name]
         subprocess.run([*words, "--prompts", *GALLERY_PROMPTS], check=True, cwd=work_dir)
-    screenshot(folder / "index.html", output, 760)
+    screenshot(folder / "index.html", output, 1180, top=225)  # from the filter on
 
 
 def contact_sheet(paths: list[Path], columns: int) -> Image.Image:
