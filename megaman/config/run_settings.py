@@ -120,7 +120,7 @@ class OutputConfig:
     logging_dir: str = flag("./logs", "TensorBoard's folder", folder, metavar="FOLDER")
     log_format: str = flag(
         "text",
-        "text for people, or json for programs: one object a line",
+        "lines of text for people, or json for programs: one object a line",
         choices=("text", "json"),
     )
     open: bool = flag(False, "open the page that follows the run in a browser")
