@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -66,6 +66,21 @@ class TrainState:
     scaler: dict[str, Any] | None = None
     held_out: list[str] | None = None
     evaluation: dict[str, Any] | None = None
+
+
+class CheckpointSource(Protocol):
+    """What the evaluator adds to a checkpoint: the adapters, its record as JSON, and tensors by
+    file."""
+
+    adapters: Adapters
+
+    def record(self) -> dict[str, Any] | None:
+        """TrainState.evaluation."""
+        ...
+
+    def files(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Tensors by the names of files and parameters."""
+        ...
 
 
 def save(

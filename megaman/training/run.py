@@ -30,7 +30,7 @@ from megaman.errors import UserError, log_event, summarize_error
 from megaman.models.configs import unet_width
 from megaman.training import checkpoint as checkpoints
 from megaman.training import history as histories
-from megaman.training.checkpoint import TrainState
+from megaman.training.checkpoint import CheckpointSource, TrainState
 from megaman.training.compute import INDENT, REQUESTS, choose_training_compute, to_record
 from megaman.training.memory_plan import fit_to_memory, hold_to_limit
 from megaman.training.memory_saving import reduce_memory
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from megaman.training.adapters import Adapters
     from megaman.training.compute import TrainingCompute
     from megaman.training.datasets import Datasets
-    from megaman.training.evaluation import Evaluator
     from megaman.training.output import OutputFolder
 
 Prepared = TypeVar("Prepared")
@@ -154,7 +153,7 @@ class Run:
             self.output.prune_checkpoints(self.state.step)
 
     def save_checkpoint(
-        self, step: int, optimizer: torch.optim.Optimizer, evaluator: Evaluator
+        self, step: int, optimizer: torch.optim.Optimizer, evaluator: CheckpointSource
     ) -> bool:
         """Save the whole state in the main process.
 

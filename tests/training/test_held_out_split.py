@@ -139,7 +139,7 @@ def test_a_resumed_run_holds_out_the_same(tmp_path):
 def test_contradictions_are_one_line(flags, error, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        parse_train_config(["--data_dir", "images", *flags])
+        parse_train_config(["--data_dir", "images", "--output_dir", "../out", *flags])
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert error in line
