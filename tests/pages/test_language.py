@@ -74,5 +74,5 @@ def test_every_fixed_text_is_translated(template):
     """What a template marks and does not fill in."""
     source = (TEMPLATES / template).read_text(encoding="utf-8")
     fixed = re.findall(r"<[^<>]* data-t(?: [^<>]*)?>([^<{]+)<", source)
-    assert len(fixed) > 4
+    assert len(fixed) >= 4
     assert set(map(str.strip, fixed)) - {""} <= translations(template)

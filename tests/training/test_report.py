@@ -145,7 +145,7 @@ def test_tensorboard_has_curves_prompts_and_the_table_of_runs(trained):
     assert curves | {"final/loss_smoothed"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("train/loss_smoothed")] == [1, 2, 3]
     assert events.Tags()["images"] == ["validation/00"]
-    assert "mega man" in events.SummaryMetadata("validation/00").display_name
+    assert "volto" in events.SummaryMetadata("validation/00").display_name
     assert HPARAMS <= set(events.summary_metadata)
 
 
