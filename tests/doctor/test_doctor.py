@@ -474,7 +474,7 @@ def test_what_there_is_nothing_about_is_not_on_the_page(tmp_path):
     write(tmp_path, "b.png", scene(1))
     write_report(tmp_path / "named", look_at(tmp_path))
     page = (tmp_path / "named" / PAGE).read_text(encoding="utf-8")
-    headings = re.findall("<h3>(.*?)</h3>", page)
+    headings = re.findall("<h3[^>]*>(.*?)</h3>", page)
     assert headings == ["Shapes, width to height", "Shorter side, of 64 pixels"]
 
 
