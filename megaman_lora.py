@@ -14,16 +14,19 @@ if sys.version_info < (3, 11):
     )
 
 import gc
+from contextlib import suppress
 from functools import partial
 
 from megaman import threads
 from megaman.config.train import TrainConfig, parse_train_config
-from megaman.data.dataset import MegaManDataset as MegaManDataset  # for users to import from here
 from megaman.errors import install_logging, run_script
 from megaman.models.configs import unet_width
-from megaman.training.datasets import Datasets, find_datasets
 from megaman.training.held_out_split import hold_out_images
 from megaman.training.output import OutputFolder, saved_threads
+
+with suppress(Exception):  # main reports a Pillow that is missing or broken
+    from megaman.data.dataset import MegaManDataset as MegaManDataset  # for users to import
+    from megaman.training.datasets import Datasets
 
 
 def main(argv: list[str]) -> int:
@@ -31,11 +34,16 @@ def main(argv: list[str]) -> int:
     install_logging()
     config = parse_train_config(argv)
     install_logging(log_format=config.output.log_format)
-    if config.run.plan:
-        return print_memory_table(config)
+    if config.run.system_info or config.run.plan:
+        from megaman.training.questions import answer
+
+        print(*answer(config), sep="\n")
+        return 0
     gc.set_threshold(50_000, 10, 10)  # or 100,000 images are looked through again and again
     if config.run.check_data:
         return print_data_report(config)
+    from megaman.training.datasets import find_datasets
+
     with OutputFolder.open(config.output) as output:  # no other run may use it until the end
         datasets = find_datasets(config)
         if datasets is None:
@@ -48,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def train(
-    config: TrainConfig, datasets: Datasets, output: OutputFolder, policy: threads.ThreadPolicy
+    config: TrainConfig, datasets: "Datasets", output: OutputFolder, policy: threads.ThreadPolicy
 ) -> int:
     """Train a LoRA and save it in lora_weights/; returns the exit code."""
     from megaman.training.adapters import inject_lora, storing_unet
@@ -110,15 +118,6 @@ def train(
                 validate(step)
         validate.generate_for_card(run.state.step)
     return export_lora(config, run, base, evaluator, datasets, training_config)
-
-
-def print_memory_table(config: TrainConfig) -> int:
-    """--plan: the memory that training would need."""
-    from megaman.training.memory_plan import memory_table
-
-    request, name = config.memory_request(), config.base.pretrained_model_name
-    print(*memory_table(config.compute, request, name, config.cache.path()), sep="\n")
-    return 0
 
 
 def print_data_report(config: TrainConfig) -> int:

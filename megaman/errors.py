@@ -37,6 +37,11 @@ OUT_OF_MEMORY = (
 )
 
 
+BROKEN_INSTALLATION = (
+    "Activate the project's environment; python megaman_lora.py --system_info shows what is wrong"
+)
+
+
 class UserError(Exception):
     """Something that the user can fix: what is wrong, naming the file or flag, and the remedy."""
 
@@ -77,6 +82,10 @@ def _run(main: Callable[[list[str]], int], argv: list[str], saves_memory: str) -
         line, code = str(error), error.exit_code
     except KeyboardInterrupt:
         line, code = "stopped by Ctrl-C; everything saved so far is kept", INTERRUPTED
+    except ImportError as error:
+        if (error.name or "").startswith("megaman"):
+            raise
+        line, code = f"{summarize_error(error)}. {BROKEN_INSTALLATION}", RUN_FAILED
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

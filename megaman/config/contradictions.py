@@ -14,6 +14,8 @@ from megaman.files import path_within
 REPLACED = r"((checkpoint|samples)-\d+|lora_weights(_best)?)(?![^/\\])"
 # The flags for the same interval, in steps and in epochs.
 INTERVALS = (("save_steps", "save_every_n_epochs"), ("validation_steps", "validation_epochs"))
+# What is answered in place of a run.
+QUESTIONS = ("plan", "check_data", "system_info")
 POLYNOMIAL_END = 1e-7  # where diffusers' polynomial schedule ends
 
 
@@ -22,8 +24,9 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
     steps, or the prompt of sample images next to their number 0, is not an error."""
     if config.run.strict and not config.run.check_data:
         yield "--strict belongs to --check_data: add that or omit it"
-    if config.run.plan and config.run.check_data:
-        yield "--plan and --check_data are two questions: ask one at a time"
+    questions = [f"--{name}" for name in QUESTIONS if getattr(config.run, name)]
+    if len(questions) > 1:
+        yield f"{questions[0]} and {questions[1]} are two questions: ask one at a time"
     if config.output.resume_from_checkpoint and config.output.overwrite_output:
         yield "--resume_from_checkpoint and --overwrite_output contradict each other: use only one"
     for steps, epochs in INTERVALS:

@@ -66,6 +66,8 @@ DETAILS = {
         "train_text_encoder": "See [the text encoder](training.md#the-text-encoder)",
         "resume_from_checkpoint": "See [stop and resume](training.md#stop-and-resume)",
         "plan": "See [out of memory](troubleshooting.md#out-of-memory)",
+        "system_info": "With the remedies, and without loading anything broken; the text for a bug "
+        "report. See [installation](troubleshooting.md#installation)",
         "check_data": "See [check the data](dataset.md#check-the-data)",
         "dataset_repeats": "Multiplies the number of kohya's folders such as `10_volto`",
         "resolution": "With buckets, the number of pixels of its square is the most that an image "

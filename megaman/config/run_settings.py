@@ -27,6 +27,9 @@ class RunConfig:
     demo: bool = flag(False, "everything embedded: a whole run in minutes", common=True)
     check_data: bool = flag(False, "report on images and captions, train nothing", common=True)
     plan: bool = flag(False, "show the memory that it would need, train nothing", common=True)
+    system_info: bool = flag(
+        False, "show versions, device and what is wrong with them, train nothing"
+    )
     strict: bool = flag(False, "with --check_data: exit 1 if something is wrong")
     seed: int | None = flag(
         None, "makes a run repeatable (default: a random one)", SEED, common=True

@@ -62,6 +62,7 @@ TRAINING_DEFAULTS = {
     "resolution": 512,
     "check_data": False,
     "plan": False,
+    "system_info": False,
     "strict": False,
     "skip_bad_images": False,
     "center_crop": False,
