@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-ASSETS = ("demo/base", "demo/images", "demo/prompts.txt", "prompts.txt")
+ASSETS = ("demo/base", "demo/images", "demo/held_out", "demo/prompts.txt", "prompts.txt")
 
 
 class BuildWithAssets(build_py):

@@ -109,5 +109,6 @@ def test_a_wheel_holds_the_templates_and_the_demo(tmp_path):
         "megaman/assets/demo/base/unet/diffusion_pytorch_model.safetensors",
     }
     assert expected <= names
-    assert any(name.startswith("megaman/assets/demo/images/") for name in names)
+    for folder in ("images", "held_out"):
+        assert any(name.startswith(f"megaman/assets/demo/{folder}/") for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/", "demo/")) for name in names)
