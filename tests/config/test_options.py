@@ -949,6 +949,8 @@ def test_what_a_resumed_run_has_to_share():
     ).resume_settings()
     assert settings["lora_rank"] == 3 and settings["target_modules"] == ["to_q", "to_k"]
     assert settings.keys() == {
+        "optimizer",
+        "base_precision",
         "lora_rank",
         "lora_alpha",
         "use_rslora",
