@@ -35,4 +35,4 @@ _TABLE = """
     yellow ffff00 yellowgreen 9acd32
 """
 _WORDS = _TABLE.split()
-COLORS = dict(zip(_WORDS[::2], _WORDS[1::2], strict=True))
+COLORS: dict[str, str] = dict(zip(_WORDS[::2], _WORDS[1::2], strict=True))

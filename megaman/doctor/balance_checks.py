@@ -15,7 +15,7 @@ MIN_CAPTIONS = 10  # in fewer, nothing can be said of shares
 MIN_NAMED = 5  # captions that name a kind, to speak of its balance
 NEARLY_ALL = 0.9
 PHRASE_WORDS = range(12, 1, -1)  # words in a phrase, the longest first
-TURNED = r"(?:fac|look|turn|walk|runn?|head|aim|point|mov)\w* (?:to )?(?:the |his |her )?"
+TURNED = r"(?:fac|look|turn|walk|run|head|aim|point|mov)\w* (?:to )?(?:the |his |her )?"
 
 
 def _side(english: str, chinese: str) -> str:

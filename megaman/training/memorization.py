@@ -132,8 +132,7 @@ def describe_datasets(
     CLIP model, None for pixels."""
     num_crops = 1 if config.center_crop else config.crop_variants
     clip = None if clip_model is None else load_clip(clip_model)
-    held_out = getattr(datasets, "held_out", None)
-    return describe_images(datasets.images, held_out, num_crops, seed, clip)
+    return describe_images(datasets.images, datasets.held_out, num_crops, seed, clip)
 
 
 @lru_cache(1)

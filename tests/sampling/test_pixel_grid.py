@@ -20,7 +20,6 @@ from megaman.lora.peft_config import PALETTE_KEY
 from megaman.sampling import output_folder, records
 from megaman.sampling.pixel_grid import PixelGrid, lora_palette, read_palette
 from megaman.sampling.plan import GenerationPlan
-from megaman.sampling.prompts import Prompt
 from megaman.sampling.snap import snap
 
 COLORS = ["161428", "ffb224", "fafcff", "2c68e8"]
@@ -116,8 +115,8 @@ def lora(tmp_path) -> Path:
 
 
 def plan_of(lora: Path, *words: str) -> GenerationPlan:
-    config = parse_generate_config(["--base_model", "a/b", *words])
-    return GenerationPlan.from_config(config, [Prompt("a robot")], [(lora, 1.0)])
+    config = parse_generate_config(["--base_model", "a/b", "--prompts", "a robot", *words])
+    return GenerationPlan.from_config(config, [(lora, 1.0)])
 
 
 def test_the_palette_is_the_loras_or_the_files(tmp_path, lora):

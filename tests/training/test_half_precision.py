@@ -10,7 +10,7 @@ import torch
 from conftest import FEW_TARGETS, ROOT
 from safetensors.torch import load_file
 
-from megaman.training.checkpoint import OPTIMIZER
+from megaman.training.optimizer_state import TENSORS
 
 FLAGS = ["--data_dir", ROOT / "demo" / "held_out", "--learning_rate", 1e-3, "--resolution", 32]
 FLAGS += ["--max_train_steps", 8, "--save_steps", 4, *FEW_TARGETS]
@@ -23,7 +23,7 @@ def saved_scaler(checkpoint: Path) -> dict:
 
 def steps_taken(checkpoint: Path) -> float:
     """AdamW's own count."""
-    tensors = load_file(checkpoint / OPTIMIZER)
+    tensors = load_file(checkpoint / TENSORS)
     (count,) = {float(value) for key, value in tensors.items() if key.endswith(":step")}
     return count
 
