@@ -44,7 +44,7 @@ DEMO_TRAINING: dict[str, Any] = {
     "save_steps": 300,
     "validation_steps": 300,
     "validation_prompt": (
-        "volto, blue robot hero, pixel art, standing, front view, white background"
+        "volto, blue robot hero, pixel art, waving, front view, pink background"
     ),
     "mixed_precision": "no",
     "seed": 0,
