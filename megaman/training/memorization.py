@@ -187,8 +187,8 @@ class MemorizationCheck:
         if not near or any(REMEDY in warning.text for warning in history.warnings):
             return
         text = (
-            f"step {step}: {near[0].sample} is nearer to {near[0].image} than nearly all training "
-            f"images are to each other: the LoRA may have memorized it; {REMEDY}"
+            f"{near[0].sample} is nearer to {near[0].image} than nearly all training images are to "
+            f"each other: the LoRA may have memorized it; {REMEDY}"
         )
-        log.info(text)
+        log.info("step %d: %s", step, text)
         history.add_warning(step, text)
