@@ -32,7 +32,7 @@ class Pairs:
     """Alternates bare steps with training, from the end of the warm-up."""
 
     def __init__(self, warmup: int):
-        self.warmup = warmup
+        self.warmup, self._step = warmup, 0
         self.ours_s: list[float] = []
         self.bare_s: list[float] = []
         self._left = 0.0  # when the loop was last given its turn
@@ -47,7 +47,7 @@ class Pairs:
             self._optimizer = optimizer
 
         self._record_inputs()
-        after_updates(TRAINING_BAR, lambda bar: self.after(bar.n))
+        after_updates(TRAINING_BAR, lambda _: self.after_step())
         register_optimizer_step_post_hook(record_optimizer)
 
     def _record_inputs(self) -> None:
@@ -57,9 +57,11 @@ class Pairs:
 
         cast(Any, UNet2DConditionModel).forward = forward
 
-    def after(self, step: int) -> None:
-        """Run bare steps after this step of the loop, if it is their turn."""
-        if step < self.warmup or (step - self.warmup) % LOGS_EVERY:
+    def after_step(self) -> None:
+        """Run bare steps after a step of the loop, if it is their turn."""
+        self._step += 1
+        since_warmup = self._step - self.warmup
+        if since_warmup < 0 or since_warmup % LOGS_EVERY:
             return
         ended = now()
         if self.bare_s:

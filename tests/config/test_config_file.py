@@ -112,7 +112,7 @@ WRONG = [
     ("a.toml", "lora_rnk = 8", "lora_rnk: is not a flag, did you mean lora_rank"),
     ("a.toml", "guidance_scale = 3", "guidance_scale: is a flag of generate_megaman.py"),
     ("a.toml", "learning_rate = [1e-4]", "learning_rate: takes one value, not a list"),
-    ("a.toml", "[optimizer]\nlora_rank = 8", "optimizer: is a table: move its flags to the top"),
+    ("a.toml", "[training]\nlora_rank = 8", "training: is a table: move its flags to the top"),
     ("a.toml", "lora_rank = {a = 1}", "lora_rank: takes one value, not a table"),
     ("a.toml", "seed = 2026-01-01", "seed: takes one value, not a date"),
     ("a.toml", "lora_rank = true", "lora_rank: takes one value, not true or false"),

@@ -20,6 +20,7 @@ PATHS = {
         "data_dir",
         "class_data_dir",
         "validation_data_dir",
+        "validation_prompts_file",
         "auto_caption",
         "cache_dir",
         "output_dir",
@@ -79,7 +80,9 @@ def test_no_flag_with_a_path_is_forgotten():
         for name in flags:
             words = ("dir", "path", "file", "folder", "checkpoints", "model")
             if any(word in name for word in words) and "limit" not in name:
-                assert name in PATHS[parse] or name == "target_modules" or name == "prompts_file"
+                # clip_model has to be there, which values.model_folder checks.
+                others = ("target_modules", "prompts_file", "clip_model")
+                assert name in PATHS[parse] or name in others
 
 
 @every_flag

@@ -107,6 +107,7 @@ def good_contents() -> dict[str, bytes]:
         "animated.webp": encoded(frames[0], "WEBP", lossless=True, **animated),
         "animated.png": encoded(frames[0], "PNG", **animated),
         "a_jpeg.png": encoded(picture(10), "JPEG"),
+        "a_gif.png": encoded(picture(4), "GIF", save_all=True, append_images=[picture(1)]),
         "CAPITALS.PNG": encoded(picture(11), "PNG"),
         "tall.png": encoded(picture(12, (40, 400)), "PNG"),
         **{
@@ -135,13 +136,15 @@ def bad_contents() -> dict[str, tuple[bytes, str]]:
         "cut.bmp": (encoded(noise(5), "BMP")[:3000], "damaged"),
         "garbled.png": (bytes(garbled), "damaged"),
         "animated.gif": (encoded(picture(3), "GIF", **frames), r"\.gif is not read"),
-        "a_gif.png": (encoded(picture(4), "GIF", **frames), "GIF by its content"),
         "scan.tif": (encoded(picture(5), "TIFF"), r"\.tif is not read"),
         "a_tiff.jpg": (encoded(picture(5), "TIFF"), "TIFF by its content"),
         "phone.HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), r"\.heic is not read"),
         "phone.jpg": (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC or AVIF by its content"),
         "one_pixel.png": (encoded(Image.new("RGB", (1, 1)), "PNG"), "only 1x1 pixels"),
-        "strip.png": (encoded(Image.new("RGB", (30_000, 10)), "PNG"), "only 30000x10 pixels"),
+        "strip.png": (
+            encoded(Image.new("RGB", (30_000, 10)), "PNG"),
+            "30000x10 pixels, one side more than 10 times",
+        ),
         "elongated.png": (
             encoded(Image.new("RGB", (2000, 100)), "PNG"),
             "one side more than 10 times the other",

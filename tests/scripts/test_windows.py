@@ -20,7 +20,14 @@ def opens_text(call: Any) -> bool:
     function = call.func
     name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", None)
     # Of Pillow, the system, megaman.files and megaman.training.
-    others = ("Image.open", "os.open", "write_text", "OutputFolder.open", "Run.open")
+    others = (
+        "Image.open",
+        "os.open",
+        "webbrowser.open",
+        "write_text",
+        "OutputFolder.open",
+        "Run.open",
+    )
     if ast.unparse(function) in others:
         return False
     if name not in ("open", "fdopen"):

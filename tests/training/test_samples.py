@@ -200,4 +200,4 @@ def test_four_images_trained_for_far_too_long_are_memorized(train_here, tmp_path
     history = json.loads((tmp_path / "out" / "checkpoint-24" / HISTORY).read_text())
     (last,) = dict(history["nearest"])[24]
     assert last["is_warning"] and last["image"] == "data/red.png"
-    assert [warning["text"] for warning in history["warnings"]] == said
+    assert [f"step 12: {warning['text']}" for warning in history["warnings"]] == said
