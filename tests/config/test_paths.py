@@ -31,6 +31,7 @@ PATHS = {
     parse_generate_config: [
         "base_model",
         "lora_path",
+        "compare",
         "output_dir",
         "prompts_file",
         "checkpoints",

@@ -14,7 +14,7 @@ from megaman.doctor.page import NAMES
 from megaman.pages.gallery import GalleryImage, write_gallery
 from megaman.pages.html import TEMPLATES
 
-MARKED = "[...document.querySelectorAll('[data-t]')].map((element) => element.innerText)"
+MARKED = "[...document.querySelectorAll('[data-t]')].map((element) => element.textContent)"
 
 
 @pytest.fixture
