@@ -109,7 +109,7 @@ def _prodigy(config: OptimizerConfig, groups: Sequence[dict[str, Any]]) -> torch
             list(groups),
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
+            weight_decay=config.adam_weight_decay,  # pyright: ignore[reportArgumentType]
             use_bias_correction=True,
             safeguard_warmup=True,
         )
