@@ -21,6 +21,7 @@ LEAVES = [
     "version",
     "errors",
     "schema",
+    "sequences",
     "files",
     "locks",
     "threads",

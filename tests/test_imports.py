@@ -16,6 +16,7 @@ STANDARD_ONLY = [
     "files",
     "locks",
     "schema",
+    "sequences",
     "threads",
     "safe_loading",
     "config.samplers",

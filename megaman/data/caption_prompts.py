@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from megaman.data.captions import COMMON_ENDING, contains, split_tags, trigger_words
 from megaman.models.prompt_weights import escape
+from megaman.sequences import spread
 
 MEGA_MAN = ("mega man", "megaman", "rock man", "rockman", "洛克人", "ロックマン")
 MAX_CAPTIONS = 10_000  # that are looked at
@@ -31,7 +32,7 @@ def make_prompts(captions: Sequence[str], trigger_word: str, count: int) -> list
     nobody wrote any and the images' names have no words. Brackets are escaped, since in a prompt
     they would weigh words.
     """
-    captions = _spread([text for text in captions if text != COMMON_ENDING], MAX_CAPTIONS)
+    captions = spread([text for text in captions if text != COMMON_ENDING], MAX_CAPTIONS)
     if not captions or names_mega_man(captions):
         return []
     trigger = trigger_word or trigger_words(captions)
@@ -39,7 +40,7 @@ def make_prompts(captions: Sequence[str], trigger_word: str, count: int) -> list
     prompts = [", ".join(tags) for tags in _tag_combinations(own, trigger, count)]
     if len(prompts) < count:
         others = [text for text in dict.fromkeys(own) if text not in prompts]
-        prompts += _spread(others, count - len(prompts))
+        prompts += spread(others, count - len(prompts))
     return [escape(prompt) for prompt in prompts]
 
 
@@ -55,13 +56,6 @@ def make_prompts_from_counts(counts: Mapping[str, int], trigger: str, count: int
     others = [tag for tag in ranked if tag not in core and counts[tag] >= MIN_SUPPORT]
     combinations = [[*core, tag] for tag in others[:count]] or [core]
     return [escape(", ".join(tags)) for tags in combinations]
-
-
-def _spread(texts: Sequence[str], count: int) -> list[str]:
-    """At most count of the texts, evenly spaced."""
-    if len(texts) <= count:
-        return list(texts)
-    return [texts[index * len(texts) // count] for index in range(count)]
 
 
 def _without_repeats(tags: Iterable[str]) -> list[str]:

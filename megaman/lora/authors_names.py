@@ -53,8 +53,7 @@ def _blocks_down(names: set[str]) -> Iterator[tuple[str, str]]:
     number = 1
     for level in _indices(names, "down_blocks"):
         for place in _indices(names, f"{level}.resnets"):
-            yield place, f"input_blocks.{number}.0"
-            yield place.replace(".resnets.", ".attentions."), f"input_blocks.{number}.1"
+            yield from _resnet_and_attention(place, f"input_blocks.{number}")
             number += 1
         if f"{level}.downsamplers.0" in names:
             yield f"{level}.downsamplers.0.conv", f"input_blocks.{number}.0.op"
@@ -65,11 +64,15 @@ def _blocks_up(names: set[str]) -> Iterator[tuple[str, str]]:
     number = 0
     for level in _indices(names, "up_blocks"):
         for place in _indices(names, f"{level}.resnets"):
-            yield place, f"output_blocks.{number}.0"
-            yield place.replace(".resnets.", ".attentions."), f"output_blocks.{number}.1"
+            yield from _resnet_and_attention(place, f"output_blocks.{number}")
             number += 1
         after_attention = 2 if f"{level}.attentions" in names else 1
         yield f"{level}.upsamplers.0.conv", f"output_blocks.{number - 1}.{after_attention}.conv"
+
+
+def _resnet_and_attention(resnet: str, block: str) -> Iterator[tuple[str, str]]:
+    yield resnet, f"{block}.0"
+    yield resnet.replace(".resnets.", ".attentions."), f"{block}.1"
 
 
 def _indices(names: set[str], stem: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from megaman.data.file_index import FileIndex
 from megaman.data.folders import FolderConfig
 from megaman.data.problems import check_usable, write_instructions, write_problems
 from megaman.errors import UserError
+from megaman.sequences import spread
 
 if TYPE_CHECKING:
     from megaman.config.image_settings import BucketConfig, CaptionConfig
@@ -74,7 +75,7 @@ class Datasets:
             self.held_out = everything.take_out(names)
         num_evaluated = min(len(self.held_out), MAX_EVALUATED)
         self.evaluated = tuple(
-            dataset.select(_spread(len(dataset), num_evaluated))
+            dataset.select(spread(range(len(dataset)), num_evaluated))
             for dataset in (self.held_out, self.images)
         )
 
@@ -160,12 +161,6 @@ def find_datasets(config: TrainConfig) -> Datasets | None:
     if held_out_dir := config.evaluation.validation_data_dir:
         load_held_out = partial(load, held_out_dir, 1, "--validation_data_dir")
     return Datasets(images, class_images, file_index, load_images, load_held_out)
-
-
-def _spread(count: int, chosen: int) -> list[int]:
-    """At most chosen of the numbers 0 ... count - 1, spread evenly."""
-    chosen = min(count, chosen)
-    return [i * count // chosen for i in range(chosen)]
 
 
 def _write_captions(

@@ -18,6 +18,7 @@ from megaman.data.images import BadImageError
 from megaman.data.similarity import SIDE, TrainingImages, describe_all, make_training_images
 from megaman.doctor.duplicates import near_duplicates
 from megaman.errors import summarize_error
+from megaman.sequences import spread
 from megaman.training.history import NearestImage
 
 if TYPE_CHECKING:
@@ -98,12 +99,11 @@ def _small_crops(
 ) -> tuple[list[str], list[NDArray[np.uint8]]]:
     """The names of the images, at most MAX_DESCRIPTORS evenly spaced, and the crops of each, uint8
     [crops, side, side, 3]."""
-    count = min(len(dataset), similarity.MAX_DESCRIPTORS)
-    indices = [i * len(dataset) // count for i in range(count)]
+    indices = spread(range(len(dataset)), similarity.MAX_DESCRIPTORS)
     load = partial(
         _load_crops,
         dataset,
-        num_crops=max(1, min(num_crops, similarity.MAX_DESCRIPTORS // max(count, 1))),
+        num_crops=max(1, min(num_crops, similarity.MAX_DESCRIPTORS // max(len(indices), 1))),
         seed=seed,
         side=side,
     )

@@ -115,7 +115,7 @@ def write_card(
         captions: those of the images that were trained on.
         num_written: how many of them somebody wrote; the others were made from names.
         samples: the folder of the last sample images, which may be missing. Its folder card/ has
-            those for the card, if they are others.
+            the samples for the model card, if they are others.
     """
     files, prompts = {}, {}
     for number, image in enumerate(_choose_samples(samples)):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from megaman.config.cli import flags_of, groups_of
 from megaman.config.train import TrainConfig
 from megaman.runtime import package_versions
+from megaman.sequences import spread
 from megaman.training.export import next_command
-from megaman.training.series import spread
 
 if TYPE_CHECKING:
     from megaman.data.dataset import MegaManDataset

@@ -4,12 +4,11 @@ torch."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 SMOOTHING = 0.98  # of the former mean in the next one: about the last 50 steps count
 MAX_POINTS = 600  # of a curve on the page
 
-Item = TypeVar("Item")
 Value = float | None  # None is a number that was not finite
 
 
@@ -68,9 +67,3 @@ def _buckets(values: Sequence[Value], ends: Sequence[int]) -> Iterator[Sequence[
 def _short(value: Value) -> Value:
     """Five significant digits, which no screen shows more of."""
     return None if value is None else float(f"{value:.5g}")
-
-
-def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many items, evenly spread."""
-    count = min(len(items), most)
-    return [items[i * len(items) // count] for i in range(count)]

@@ -11,10 +11,11 @@ from conftest import FEW_TARGETS, ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megaman.pages import training_page
+from megaman.sequences import spread
 from megaman.training.history import RunHistory, Sample
 from megaman.training.pace import Pace
 from megaman.training.report import COST_SHARE, StepReport, TrainingReport
-from megaman.training.series import Smoothed, bucket_ends, last_of_each, spread, thin
+from megaman.training.series import Smoothed, bucket_ends, last_of_each, thin
 from megaman.training.tensorboard import open_training_log
 
 FLAGS = ["--data_dir", ROOT / "demo" / "held_out", "--validation_steps", 2, *FEW_TARGETS]
