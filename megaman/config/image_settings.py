@@ -91,7 +91,7 @@ class CaptionConfig:
     caption_suffix: str = flag("", "added after every caption, with a space", text)
     auto_caption: str | None = flag(
         None,
-        "BLIP (a name on the hub or a folder) writes missing captions",
+        "BLIP or Florence-2 (hub name or folder) writes missing captions",
         path,
         metavar="MODEL",
         common=True,

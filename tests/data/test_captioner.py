@@ -23,12 +23,8 @@ from transformers import (
     BlipProcessor,
 )
 
-from megaman.data.captioner import (
-    caption_missing,
-    load_captioner,
-    without_caption_file,
-    write_captions,
-)
+from megaman.data.caption_models import load_captioner
+from megaman.data.captioner import caption_missing, without_caption_file, write_captions
 from megaman.data.dataset import MegaManDataset
 from megaman.data.folders import FolderConfig
 from megaman.errors import UserError
@@ -299,10 +295,19 @@ def a_pickle_in_disguise(folder: Path) -> None:
     ("spoil", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "no BLIP that writes captions"),
+        (
+            lambda folder: (folder / "config.json").write_text("[1]"),
+            "no BLIP or Florence-2 that writes captions",
+        ),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
-        (change_config(model_type="blip-2"), "no BLIP that writes captions but a blip-2"),
-        (change_config(architectures=["BlipForQuestionAnswering"]), "no BLIP that writes captions"),
+        (
+            change_config(model_type="blip-2"),
+            "no BLIP or Florence-2 that writes captions but a blip-2",
+        ),
+        (
+            change_config(architectures=["BlipForQuestionAnswering"]),
+            "no BLIP or Florence-2 that writes captions",
+        ),
         (
             change_config(auto_map={"AutoModel": "x--y.Z"}),
             "asks for code or weights from elsewhere",
