@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import ROOT
 
+from megaman.config.train import parse_train_config
 from megaman.training import trace_cache
+from megaman.training.compute import REQUESTS, choose_training_compute
+from megaman.training.fake_models import FakeModels
+from megaman.training.memory_plan import fit_to_memory, memory_table
 from megaman.training.trace_cache import FILE, MAX_TRACES, TraceCache
 
 
@@ -55,3 +61,28 @@ def test_the_file_stays_small(tmp_path):
     traces = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))["traces"]
     assert len(traces) == MAX_TRACES
     assert figure(tmp_path, 0, traced=100) == 100 and figure(tmp_path, 30, traced=100) == 30
+
+
+def test_the_second_plan_of_a_run_traces_nothing(tmp_path, monkeypatch):
+    """That of the run itself and that of --plan; which figures are asked for is their own."""
+    traced: list[object] = []
+
+    def peak(*_: object) -> int:
+        traced.append(None)
+        return 2**20
+
+    monkeypatch.setattr(FakeModels, "peak", peak)
+    base = str(ROOT / "demo" / "base")
+    config = parse_train_config(["--pretrained_model_name", base, "--resolution", "64"])
+    settings = config.settings()
+    compute, _ = choose_training_compute(
+        {flag: settings[flag] for flag in REQUESTS}, (), torch.device("cpu"), 64, None
+    )
+    request, counts = config.memory_request(), []
+    for _ in range(2):
+        fit_to_memory(compute, request, base, 2**33, False, tmp_path)
+        counts.append(len(traced))
+        memory_table(config.compute, request, base, tmp_path)
+        counts.append(len(traced))
+    first, both, *again = counts
+    assert 0 < first < both and again == [both, both]
