@@ -249,9 +249,7 @@ def variant_labels(images: list[GalleryImage]) -> list[str]:
     """
     loras = [str(image.settings.get("LoRA", "")) for image in images]
     strengths = [str(image.settings.get("strength", "1")) for image in images]
-    names = {lora: re.split(r"[/\\]", lora.rstrip("/\\"))[-1] for lora in loras}
-    if len(set(names.values())) < len(names):  # two folders of the same name
-        names = {lora: lora for lora in loras}
+    names = _distinct_ends(set(loras))
     labels = []
     varied = {strength for lora, strength in zip(loras, strengths, strict=True) if lora}
     for lora, strength in zip(loras, strengths, strict=True):
@@ -260,6 +258,16 @@ def variant_labels(images: list[GalleryImage]) -> list[str]:
             parts.append(f"strength {strength}")
         labels.append(", ".join(parts))
     return labels
+
+
+def _distinct_ends(paths: set[str]) -> dict[str, str]:
+    """The end of each path: its name, with as many folders before it as tell the paths apart."""
+    parts = {path: re.split(r"[/\\]+", path.rstrip("/\\")) for path in paths}
+    for depth in range(1, max(map(len, parts.values())) + 1):
+        ends = {path: "/".join(each[-depth:]) for path, each in parts.items()}
+        if len(set(ends.values())) == len(ends):
+            return ends
+    return {path: path for path in paths}
 
 
 def _item(image: GalleryImage, label: str, prompt_index: int) -> dict[str, Any]:

@@ -382,7 +382,11 @@ def test_one_seed_drawn_several_ways_is_a_table(tmp_path):
     ("loras", "labels"),
     [
         (["out/checkpoint-5", "out\\lora_weights"], ["checkpoint-5", "lora_weights"]),
-        (["a/lora_weights", "b/lora_weights/"], ["a/lora_weights", "b/lora_weights/"]),
+        (["a/lora_weights", "b/lora_weights/"], ["a/lora_weights", "b/lora_weights"]),
+        (
+            [f"/home/me/projects/robots/of/many/years/{run}/lora.safetensors" for run in "ab"],
+            ["a/lora.safetensors", "b/lora.safetensors"],  # all that fits above a column
+        ),
         (["a", "a"], ["", ""]),
     ],
 )
