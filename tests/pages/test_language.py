@@ -10,6 +10,8 @@ import pytest
 from conftest import Visit, needs_browser
 from PIL import Image
 
+from megaman.doctor.balance_checks import KINDS, check_balance
+from megaman.doctor.findings import CheckedImage
 from megaman.doctor.page import NAMES
 from megaman.pages.gallery import GalleryImage, write_gallery
 from megaman.pages.html import TEMPLATES
@@ -76,3 +78,25 @@ def test_every_fixed_text_is_translated(template):
     fixed = re.findall(r"<[^<>]* data-t(?: [^<>]*)?>([^<{]+)<", source)
     assert len(fixed) >= 4
     assert set(map(str.strip, fixed)) - {""} <= translations(template)
+
+
+def test_what_the_captions_lack_is_told_in_chinese():
+    """Titles with numbers and names in them, which patterns translate."""
+    source = (TEMPLATES / "report.html").read_text(encoding="utf-8")
+    patterns = re.findall(r"\[/(\^.*?\$)/s?,", source)
+    views = ["front view, standing"] * 11 + ["side view, facing left, running, portrait"]
+    one_sided = [f"there is a robot, {view}" for view in views]
+    texts = []
+    for captions in (one_sided, [*one_sided[1:], "x"], [f"volto {i}" for i in range(12)]):
+        images = [
+            CheckedImage(f"{i}.png", Path(f"{i}.png"), caption, caption_from_file=True)
+            for i, caption in enumerate(captions)
+        ]
+        findings = list(check_balance(images, ""))
+        texts += [finding.title for finding in findings]
+        texts += [f"{finding.remedy}." for finding in findings]
+    assert len(set(texts)) >= 7
+    for text in set(texts) - translations("report.html"):
+        assert any(re.search(pattern, text, re.DOTALL) for pattern in patterns), text
+    values = {value for kind in KINDS.values() for value in kind}
+    assert all(re.search(rf'[ "]{value}"?: "', source) for value in values)
