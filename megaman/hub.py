@@ -19,6 +19,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", flags=re.ASCII)
 ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 
 DEFAULT_BASE = "runwayml/stable-diffusion-v1-5"
+EMBEDDED_BASE = "demo/base"  # below PROJECT
 
 
 def download(

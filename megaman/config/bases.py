@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-# By the base's name in LoRA files (models.configs.resolve_name), under the names of
+from megaman.hub import EMBEDDED_BASE
+
+# By the base's name (models.configs.settings_name), under the names of
 # generate_megaman.py's flags. A LoRA's files note it (lora.notes).
 SUITED: dict[str, dict[str, Any]] = {
-    "demo/base": {
+    EMBEDDED_BASE: {
         "negative_prompt": "",  # the small base was not trained on the words of the default
         "guidance_scale": 5.0,
         "num_inference_steps": 20,

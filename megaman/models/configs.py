@@ -8,7 +8,7 @@ from typing import Any
 
 from megaman.errors import UserError
 from megaman.files import read_json
-from megaman.hub import ALIASES, DEFAULT_BASE, PROJECT, is_base
+from megaman.hub import ALIASES, DEFAULT_BASE, EMBEDDED_BASE, PROJECT, is_base
 
 # The models of a Stable Diffusion, and the stems of their weight files.
 WEIGHTS = {
@@ -38,6 +38,27 @@ def resolve_name(name: str) -> str:
     else:
         return ALIASES.get(name, name)
     return path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else str(path)
+
+
+def settings_name(name: str) -> str:
+    """The name under which config.bases has what suits a base: resolve_name, but demo/base for a
+    copy of the embedded base in any folder, which has the same UNet and VAE."""
+    resolved = resolve_name(name)
+    if resolved == EMBEDDED_BASE or not os.path.isdir(resolved):
+        return resolved
+    try:
+        (own, _), (embedded, _) = read_configs(resolved), read_configs(EMBEDDED_BASE)
+        is_copy = all(_values(own[part]) == _values(embedded[part]) for part in ("unet", "vae"))
+    except (UserError, OSError):  # loading the base reports it better
+        return resolved
+    return EMBEDDED_BASE if is_copy else resolved
+
+
+def _values(config: Any) -> dict[str, Any] | None:
+    """A configuration without the notes of the library that wrote it; None if it is none."""
+    if not isinstance(config, dict):
+        return None
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def alias_notice(name: str) -> str | None:

@@ -12,7 +12,7 @@ from megaman.config.bases import suited_to
 from megaman.data.caption_prompts import make_prompts_from_counts
 from megaman.lora import peft_config
 from megaman.lora.notes import LoraNotes, read_notes
-from megaman.models.configs import resolve_name
+from megaman.models.configs import settings_name
 
 NUM_PROMPTS = 10  # as many as the built-in ones
 
@@ -35,10 +35,10 @@ def find_defaults(loras: Sequence[Path], base_model: str | None) -> GenerationDe
     noted = [read_notes(path) for path in loras]
     prompts = next(filter(None, map(_prompts_of, noted)), [])
     if base_model is not None:
-        return GenerationDefaults(prompts, suited_to(resolve_name(base_model)))
+        return GenerationDefaults(prompts, suited_to(settings_name(base_model)))
     for path, notes in zip(loras, noted, strict=True):
         base = peft_config.base_of(path)
-        settings = notes.settings or (base and suited_to(resolve_name(base)))
+        settings = notes.settings or (base and suited_to(settings_name(base)))
         if settings:
             return GenerationDefaults(prompts, settings)
     return GenerationDefaults(prompts)

@@ -14,7 +14,7 @@ from megaman.config.bases import suited_to
 from megaman.config.presets import DEFAULT_PROMPT
 from megaman.data.caption_prompts import make_prompts
 from megaman.lora.notes import to_header
-from megaman.models.configs import resolve_name
+from megaman.models.configs import settings_name
 from megaman.sampling.defaults import NUM_PROMPTS
 from megaman.sampling.prompts import BUILT_IN, Prompt, log_syntax, read_prompts
 
@@ -59,7 +59,7 @@ def plan_samples(config: TrainConfig, datasets: Datasets) -> SamplePlan:
     """
     captions, trigger = datasets.images.captions, config.captions.trigger_word
     found = make_prompts(captions, trigger, NUM_PROMPTS)
-    suited = suited_to(resolve_name(config.base.pretrained_model_name))
+    suited = suited_to(settings_name(config.base.pretrained_model_name))
     notes = to_header(found, suited)
     count = config.validation.num_validation_images
     if count == 0:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from safetensors.numpy import save_file
 
+from megaman.config.bases import suited_to
 from megaman.config.generate import DEFAULT_NEGATIVE_PROMPT, parse_generate_config
 from megaman.config.presets import DEMO
 from megaman.errors import UserError
 from megaman.files import split_strength
 from megaman.hub import DEFAULT_BASE
 from megaman.lora.notes import to_header
+from megaman.models.configs import settings_name
 from megaman.sampling import png
 from megaman.sampling.jobs import Job, make_variants
 from megaman.sampling.plan import GenerationPlan
@@ -132,6 +136,18 @@ def test_what_suits_one_base_is_not_taken_for_another(lora):
     assert elsewhere == ("pix, a cat", DEFAULT_NEGATIVE_PROMPT, 7.5, 25)
     small = settings_of(plan_of("--lora_path", lora, "--base_model", BASE))
     assert small == ("pix, a cat", "", 5.0, 20)
+
+
+def test_a_copy_of_the_embedded_base_is_known_wherever_it_is(tmp_path):
+    for part in ("unet", "vae", "text_encoder"):
+        (tmp_path / part).mkdir()
+        shutil.copy(ROOT / "demo" / "base" / part / "config.json", tmp_path / part)
+    assert suited_to(settings_name(str(tmp_path))) == suited_to("demo/base") != {}
+    config = tmp_path / "unet" / "config.json"
+    config.write_text(config.read_text("utf-8").replace("160", "192"), "utf-8")
+    assert settings_name(str(tmp_path)) == str(tmp_path)
+    config.unlink()
+    assert settings_name(str(tmp_path)) == str(tmp_path)
 
 
 def test_stable_diffusion_keeps_the_flags_defaults(lora):
