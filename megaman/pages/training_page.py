@@ -25,6 +25,16 @@ def write_page(folder: Path) -> Path:
     return folder / PAGE
 
 
+def read_data(folder: Path, name: str) -> dict[str, Any] | None:
+    """The content of one of the scripts; None if there is none. Raises OSError and ValueError."""
+    path = folder / FOLDER / name
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8").removeprefix(f'trainingReport("{name}",')
+    content = json.loads(text.removesuffix(");\n"))
+    return content if isinstance(content, dict) else None
+
+
 def write_data(folder: Path, name: str, content: dict[str, Any]) -> None:
     """Replace one of the scripts at once; raises OSError.
 

@@ -11,8 +11,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +45,13 @@ STATE = "training_state.json"  # written last: a folder without it is not a chec
 class OutputFolder:
     """A run's folder, the checkpoint that it resumes from, and the outputs of an earlier run that
     are deleted once this one can begin. The newest checkpoints_total_limit checkpoints are kept,
-    or all of them if it is None."""
+    or all of them if it is None. What is in at_end is called when the run ends or fails."""
 
     path: Path
     checkpoint: Path | None
     previous_outputs: tuple[Path, ...]
     checkpoints_total_limit: int | None = None
+    at_end: ExitStack = field(default_factory=ExitStack, compare=False)
 
     @classmethod
     @contextmanager
@@ -66,7 +67,9 @@ class OutputFolder:
                 path, config.resume_from_checkpoint, config.overwrite_output
             )
             limit = config.checkpoints_total_limit
-            yield cls(path, checkpoint, tuple(previous_outputs), limit)
+            output = cls(path, checkpoint, tuple(previous_outputs), limit)
+            with output.at_end:
+                yield output
 
     @property
     def lora_weights(self) -> Path:

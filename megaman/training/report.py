@@ -42,11 +42,13 @@ class StepReport:
 class TrainingReport:
     """The page next to the run's outputs; only the main process has an active one.
 
-    It shows the history it was made with. Nothing is written before begin(), nothing is raised:
-    what cannot be written is logged once and tried again.
+    It shows the history it was made with. Nothing is written before begin(), except that a run
+    that resumes notes its end on the page it left. Nothing is raised: what cannot be written is
+    logged once and tried again.
     """
 
-    def __init__(self, folder: Path, history: RunHistory, is_active: bool):
+    def __init__(self, folder: Path, history: RunHistory, is_active: bool, resumes: bool = False):
+        self._resumes = resumes
         self._folder, self._history, self._is_active = folder, history, is_active
         self._thumbnails = Thumbnails(folder)
         self._content: dict[str, Any] = {}
@@ -87,7 +89,17 @@ class TrainingReport:
         """
         if self._content.get("ended") != "failed":
             self._content |= {"ended": state, **more}
-            self._write_live(state)
+            if self._has_begun:
+                self._write_live(state)
+            elif self._is_active and self._resumes:
+                self._attempt(lambda: self._amend(state))
+
+    def _amend(self, state: str) -> None:
+        """Show an end on the page that the run left before it was resumed."""
+        content = training_page.read_data(self._folder, training_page.LIVE)
+        if content is not None:
+            content |= {**self._content, "state": state, "updated": time.time()}
+            training_page.write_data(self._folder, training_page.LIVE, content)
 
     def _write_live(self, state: str) -> None:
         if not (self._is_active and self._has_begun):

@@ -78,7 +78,10 @@ class Run:
         self.compute, self.state, self.output = compute, state, output
         self.log, self.notes = training_log, notes
         self.history = histories.restore(output.checkpoint, state.step)
-        self.report = TrainingReport(output.path, self.history, self.is_main_process)
+        self.report = TrainingReport(
+            output.path, self.history, self.is_main_process, output.resumes_in_place()
+        )
+        output.at_end.push(self._show_failure)
         self.stop_signal = StopSignal()
         self._elapsed_before, self._started = state.elapsed, time.monotonic()
 
@@ -195,17 +198,17 @@ class Run:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Within this the clock runs, a first signal to stop is only noted, and the page shows
-        what goes wrong."""
+        """Within this the clock runs, and a first signal to stop is only noted."""
         self._started = time.monotonic()
-        try:
-            with self.stop_signal:
-                yield
-        except BaseException as error:
-            is_stop = isinstance(error, KeyboardInterrupt)
-            reason = "" if is_stop else summarize_error(error)
-            self.report.end("stopped" if is_stop else "failed", reason=reason)
-            raise
+        with self.stop_signal:
+            yield
+
+    def _show_failure(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Show on the page why the run ends before it is finished."""
+        if isinstance(error, KeyboardInterrupt):
+            self.report.end("stopped", reason="")
+        elif error is not None:
+            self.report.end("failed", reason=summarize_error(error))
 
     @property
     def elapsed(self) -> float:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import FEW_TARGETS, ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megaman.errors import UserError
 from megaman.pages import training_page
 from megaman.sequences import spread
+from megaman.training import export, prepare
 from megaman.training.history import RunHistory, Sample
 from megaman.training.pace import Pace
 from megaman.training.report import COST_SHARE, StepReport, TrainingReport
@@ -73,6 +76,24 @@ def test_a_failure_is_what_the_page_ends_with(tmp_path):
     live = data_of(tmp_path, "live.js")
     assert live["state"] == live["ended"] == "failed"
     assert live["reason"] == "\udcff memory"
+
+
+@pytest.mark.parametrize("phase", ["encode_latents", "export_lora"])
+def test_a_failure_outside_the_loop_is_shown(phase, train_here, trained, tmp_path, monkeypatch):
+    """Before the page is begun anew, and after the last step."""
+    shutil.copytree(trained.parent, tmp_path, dirs_exist_ok=True)
+    owner = {"encode_latents": prepare, "export_lora": export}[phase]
+
+    def fail(*_) -> None:
+        raise UserError(f"{phase} broke")
+
+    monkeypatch.setattr(owner, phase, fail)
+    flags = ["--max_train_steps", 3, "--num_validation_images", 1, "--save_steps", 2]
+    with pytest.raises(UserError):
+        train_here(tmp_path, "out", *FLAGS, *flags, "--resume_from_checkpoint", "latest")
+    live = data_of(tmp_path / "out", "live.js")
+    assert (live["state"], live["reason"], live["step"]) == ("failed", f"{phase} broke", 3)
+    assert live["curves"]["smoothed"], "the rest stays"
 
 
 def test_only_an_active_report_writes(tmp_path):
