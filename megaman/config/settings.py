@@ -65,6 +65,8 @@ class MemoryRequest:
     num_validation_images: int = 4
     optimizer: str = "adamw"
     in_float8: bool = False  # how the UNet is stored
+    keeps_best: bool = False  # a copy of the best LoRA, on the CPU
+    keeps_average: bool = False  # the EMA of the LoRA, on the device
 
 
 @dataclass(frozen=True)
@@ -119,4 +121,6 @@ class TrainConfig:
             num_validation_images=self.validation.num_validation_images,
             optimizer=self.optimizer.optimizer,
             in_float8=self.compute.base_precision == "fp8",
+            keeps_best=self.evaluation.is_on,
+            keeps_average=self.evaluation.use_ema,
         )

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -127,6 +128,10 @@ class Base:
             self._loaded.pop(part, None)
         if self.device.type == "cuda":
             cuda.empty_cache()
+
+    def files(self) -> list[Path]:
+        """The files with the weights of all three models."""
+        return list(chain.from_iterable(part.stamps for part in self._lazy.values()))
 
     def vae_files(self) -> list[Path]:
         """The files that the VAE depends on: it is the same as long as none of them changes."""

@@ -15,7 +15,7 @@ from megaman.files import write_json
 from megaman.pages.browser import open_page
 from megaman.runtime import device_lines, package_versions
 from megaman.training.compute import INDENT, dtype_name, to_record
-from megaman.training.disk_space import disk_lines
+from megaman.training.disk_space import disk_lines, present_lines
 from megaman.training.report import StepReport
 from megaman.training.report_about import make_about
 
@@ -63,6 +63,11 @@ def announce(
             run.output.path,
             sum(parameter.numel() for parameter in adapters.parameters),
             run.state.step,
+        ),
+        *present_lines(
+            chain.from_iterable(each.latents.files for each in training_sets),
+            config.cache.path(),
+            base,
         ),
     ]
     for line in lines:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaman.errors import plural
+from megaman.hub import PROJECT
 
 if TYPE_CHECKING:
     from megaman.config.train import TrainConfig
+    from megaman.models.base import Base
     from megaman.training.optimizer import Schedule
 
 MOMENTS = 2  # of AdamW, for each parameter, in float32 as the parameter itself
@@ -24,11 +27,16 @@ def disk_lines(
 ) -> Iterator[str]:
     """Lines about what the steps after this one will write into folder."""
     num_checkpoints = _num_checkpoints(config, schedule, step)
-    checkpoint = 4 * (1 + MOMENTS) * num_parameters
+    evaluation = config.evaluation
+    copies = int(evaluation.is_on) + int(evaluation.use_ema)  # the best LoRA, the EMA
+    checkpoint = 4 * (1 + MOMENTS + copies) * num_parameters
     lora = LAYOUTS * BYTES[config.output.save_precision] * num_parameters
-    total = num_checkpoints * checkpoint + lora + _sample_bytes(config, schedule, step)
+    num_loras = 2 if evaluation.is_on else 1
+    total = num_checkpoints * checkpoint + num_loras * lora
+    total += _sample_bytes(config, schedule, step)
+    loras = "last and the best LoRA, each" if evaluation.is_on else "LoRA"
     line = (
-        f"disk       {plural(num_checkpoints, 'checkpoint')} of {size(checkpoint)}, the LoRA "
+        f"disk       {plural(num_checkpoints, 'checkpoint')} of {size(checkpoint)}, the {loras} "
         f"{size(lora)}: about {size(total)} with the samples in {folder}"
     )
     free = free_bytes(folder)
@@ -38,6 +46,27 @@ def disk_lines(
             f"warning    {folder} has less room than this run will need: free some, or add "
             "--checkpoints_total_limit"
         )
+
+
+def present_lines(cached: Iterable[Path], cache_dir: Path | None, base: Base) -> Iterator[str]:
+    """A line about what the run has on the disk already: the latents in these files of the cache,
+    and the base if it was downloaded."""
+    parts = []
+    if cache_dir is not None and (latents := _bytes_of(cached)):
+        parts.append(f"latents {size(latents)} in {cache_dir}")
+    places = (Path(base.name).expanduser(), PROJECT / base.name)
+    if not any(place.exists() for place in places):
+        parts.append(f"{base.name} {size(_bytes_of(base.files()))} from the hub")
+    if parts:
+        yield f"           on the disk already: {', '.join(parts)}"
+
+
+def _bytes_of(files: Iterable[Path]) -> int:
+    total = 0
+    for file in files:
+        with contextlib.suppress(OSError):  # another run may have pruned it
+            total += file.stat().st_size
+    return total
 
 
 def _num_checkpoints(config: TrainConfig, schedule: Schedule, step: int) -> int:

@@ -117,6 +117,9 @@ class MemoryEstimate:
         numbers = sum(parameter.numel() for parameter in lora_parameters)
         self.gradients = numbers * FLOAT32
         self.moments = int(OPTIMIZERS[request.optimizer] * numbers * FLOAT32)
+        # The best LoRA is kept on the CPU.
+        num_copies = int(request.keeps_average) + int(request.keeps_best and not on_gpu)
+        self.copies = num_copies * numbers * FLOAT32
         self.weights = tensor_bytes(*resident)
         # The VAE comes back for sample images if the run has let it go.
         self.reloaded_vae = 0 if request.encodes_images else tensor_bytes(self.vae)
@@ -147,7 +150,7 @@ class MemoryEstimate:
             # Before the UNet's activations exist, and one image at a time if need be.
             encoding = self._encoding_of_one_image(resolution or self.resolution)
             working = max(working, encoding)
-        return self.weights + self.gradients + self.moments + working
+        return self.weights + self.gradients + self.moments + self.copies + working
 
     def activations(
         self, batch_size: int, checkpointing: bool, resolution: int | None = None
@@ -167,7 +170,7 @@ class MemoryEstimate:
         if not self.request.num_validation_images:
             return 0
         working = max(self.decoding(tiled), self.reloaded_vae + self._guided_pass)
-        return self.weights + self.moments + working
+        return self.weights + self.moments + self.copies + working
 
     def decoding(self, tiled: bool) -> int:
         """The VAE's decoding of one sample image in float32, beyond weights that are in memory
@@ -193,6 +196,8 @@ class MemoryEstimate:
             "gradients and optimizer": self.gradients + self.moments,
             "VAE decoding": self.decoding(tiled) if has_images else 0,
         }
+        if self.copies:
+            parts["copies of the LoRA"] = self.copies
         return ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
 
     def _trace_step(self, checkpointing: bool) -> int:

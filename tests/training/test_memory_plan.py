@@ -76,6 +76,16 @@ def test_proportion_is_what_a_trace_gives(small, larger, checkpointing):
     )
 
 
+@pytest.mark.parametrize(("on_gpu", "copies"), [(True, 1), (False, 2)])
+def test_the_average_and_the_best_lora_count(monkeypatch, on_gpu, copies):
+    """The best is kept on the CPU."""
+    monkeypatch.setattr(MemoryEstimate, "activations", lambda *_: 0)
+    none = {"num_validation_images": 0, "on_gpu": on_gpu}
+    without = estimate(DEMO_BASE, 64, **none)
+    both = estimate(DEMO_BASE, 64, **none, keeps_best=True, keeps_average=True)
+    assert both.training_peak(1, False) - without.training_peak(1, False) == copies * both.gradients
+
+
 def test_on_a_cpu_activations_take_more_and_nothing_else_does(small):
     cpu = estimate(DEMO_BASE, 128, on_gpu=False, num_validation_images=1)
     assert cpu.activations(2, False) == pytest.approx(

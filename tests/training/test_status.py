@@ -8,6 +8,8 @@ import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from conftest import FEW_TARGETS, ROOT
@@ -95,6 +97,22 @@ def test_what_will_be_written_and_a_disk_with_less_room(tmp_path, monkeypatch):
     assert "less room than this run will need" in warning and "total_limit" in warning
     monkeypatch.setattr(disk_space, "free_bytes", lambda folder: None)
     assert len(list(disk_space.disk_lines(config, SCHEDULE, tmp_path, 2**20, 0))) == 1
+    evaluated = parse_train_config([*words, "--validation_split", "0.1", "--use_ema"])
+    (line,) = disk_space.disk_lines(evaluated, SCHEDULE, tmp_path, 2**20, 0)
+    assert "10 checkpoints of 20 MB, the last and the best LoRA, each 12 MB: about 224 MB" in line
+
+
+def test_what_is_on_the_disk_already(tmp_path):
+    shards = [tmp_path / "a", tmp_path / "b", tmp_path / "pruned"]
+    for shard in shards[:2]:
+        shard.write_bytes(bytes(2**20))
+    base = cast(Any, SimpleNamespace(name="demo/base", files=lambda: shards))
+    (line,) = disk_space.present_lines(shards, tmp_path, base)
+    assert line == f"           on the disk already: latents 2.0 MB in {tmp_path}"
+    assert not list(disk_space.present_lines([], tmp_path, base))
+    base.name = "someone/base"
+    (line,) = disk_space.present_lines([], None, base)
+    assert line.endswith("on the disk already: someone/base 2.0 MB from the hub")
 
 
 def test_what_was_gained():
