@@ -37,6 +37,7 @@ def hold_out_images(config: TrainConfig, datasets: Datasets, checkpoint: Path | 
         if len(datasets.images) >= SUGGESTED_FROM:
             log.info("--validation_split 0.1 would show overfitting: loss on images held out")
         return
+    _check_folder(config)
     names = saved_names(checkpoint)
     if names is not None:
         _hold_out_again(datasets, names, checkpoint)
@@ -44,6 +45,16 @@ def hold_out_images(config: TrainConfig, datasets: Datasets, checkpoint: Path | 
         _hold_out_folder(config, datasets, datasets.load_held_out())
     else:
         _split(config, datasets)
+
+
+def _check_folder(config: TrainConfig) -> None:
+    folder = config.evaluation.validation_data_dir
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(
+            f"--validation_data_dir {folder} is not a folder",
+            "Name one with images that are not trained on",
+            WRONG_USAGE,
+        )
 
 
 def saved_names(checkpoint: Path | None) -> list[str] | None:

@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image, ImageDraw
 
 from megaman.config.train import parse_train_config
-from megaman.errors import UserError
+from megaman.errors import WRONG_USAGE, UserError
 from megaman.training.datasets import Datasets, find_datasets
 from megaman.training.held_out_split import hold_out_images
 
@@ -88,6 +88,9 @@ def test_a_folder_with_an_image_to_learn_is_refused(tmp_path):
     other.mkdir()
     with pytest.raises(UserError, match="holds no image that can be used"):
         hold_out(folder, "--validation_data_dir", other)
+    with pytest.raises(UserError, match="missing is not a folder") as missing:
+        hold_out(folder, "--validation_data_dir", tmp_path / "missing")
+    assert missing.value.exit_code == WRONG_USAGE
     shutil.copy(folder / "02.png", other / "same.png")
     with pytest.raises(UserError, match=r"same\.png is an image to learn, 02\.png"):
         hold_out(folder, "--validation_data_dir", other)
