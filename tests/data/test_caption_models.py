@@ -41,7 +41,7 @@ def florence(tmp_path_factory) -> Path:
     image."""
     folder = tmp_path_factory.mktemp("florence")
     vocabulary = {token: index for index, token in enumerate(SPECIAL + LETTERS + WORDS)}
-    tokenizer = BartTokenizer(
+    tokenizer: Any = BartTokenizer(
         vocab=vocabulary, merges=[], extra_special_tokens={"image_token": "<image>"}
     )
     common = {"num_heads": [1] * 4, "num_groups": [1] * 4, "window_size": 2}
@@ -57,7 +57,9 @@ def florence(tmp_path_factory) -> Path:
         image_token_id=tokenizer.image_token_id,
     )
     Florence2ForConditionalGeneration(config).save_pretrained(folder)
-    image_processor = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False)
+    image_processor: Any = CLIPImageProcessorPil(
+        size={"height": 64, "width": 64}, do_center_crop=False
+    )
     image_processor.image_seq_length = 5  # 2 x 2 parts of an image, and their mean
     Florence2Processor(image_processor, tokenizer).save_pretrained(folder)
     return folder
@@ -74,7 +76,7 @@ def test_each_image_gets_what_the_authors_detailed_caption_is(florence, tmp_path
     for color in colors:
         Image.new("RGB", (80, 60), color).save(tmp_path / f"{color}.png")
     caption_missing(str(florence), MegaManDataset(tmp_path, None))
-    model = Florence2ForConditionalGeneration.from_pretrained(florence).eval()
+    model: Any = Florence2ForConditionalGeneration.from_pretrained(florence)
     processor: Any = Florence2Processor(
         CLIPImageProcessorPil.from_pretrained(florence), BartTokenizer.from_pretrained(florence)
     )
@@ -82,7 +84,7 @@ def test_each_image_gets_what_the_authors_detailed_caption_is(florence, tmp_path
     for color in colors:
         image = Image.open(tmp_path / f"{color}.png")
         inputs = processor(images=image, text="<DETAILED_CAPTION>", return_tensors="pt")
-        ids = model.generate(**inputs, **FLORENCE_GENERATION)
+        ids = model.eval().generate(**inputs, **FLORENCE_GENERATION)
         caption = processor.batch_decode(ids, skip_special_tokens=True)[0]
         wanted[color] = " ".join(caption.split())
     written = {color: (tmp_path / f"{color}.txt").read_text("utf-8").strip() for color in colors}
