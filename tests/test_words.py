@@ -29,7 +29,6 @@ FOLDERS = ("megaman", "tests", "benchmarks")
 FILES = sorted(chain(ROOT.glob("*.py"), *((ROOT / folder).rglob("*.py") for folder in FOLDERS)))
 FILES.remove(Path(__file__).resolve())
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [page for page in PAGES if page.stem not in ("lab-notes", "file-formats")]
 names = {path: path.relative_to(ROOT).as_posix() for path in FILES}
 
 
