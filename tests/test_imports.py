@@ -24,6 +24,7 @@ STANDARD_ONLY = [
     "config.colors",
     "config.values",
     "config.cli",
+    "config.foreign_flags",
     "config.presets",
     "config.image_settings",
     "config.learning_settings",

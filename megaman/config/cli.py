@@ -13,12 +13,13 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import wraps
 from itertools import chain
 from typing import Any, NoReturn, TypedDict, TypeVar, Unpack, cast, get_type_hints
 
+from megaman.config.foreign_flags import remedy_of
 from megaman.config.values import InvalidValueError, choice, quote
 from megaman.errors import WRONG_USAGE
 from megaman.version import VERSION
@@ -221,14 +222,20 @@ class Parser(argparse.ArgumentParser):
             return f"{quote(' '.join(values))} belongs to no flag"
         flag = word.split("=")[0]
         names = [known[2:] for known in self._option_string_actions if known.startswith("--")]
-        suggestion = nearest(flag.strip("-"), names, prefix="--")
-        return f"{flag[:100]} is not a flag{suggestion}"
+        return f"{flag[:100]} {unknown_flag(flag.strip('-'), names, prefix='--')}"
 
     def refuse(self, errors: Iterable[str]) -> NoReturn:
         """Print each error as a line and exit with the code for wrong usage."""
         lines = [f"error: {' '.join(error.split())[:400]}" for error in dict.fromkeys(errors)]
         print("\n".join(lines) + f". See {self.prog} --help", file=sys.stderr)
         raise SystemExit(WRONG_USAGE)
+
+
+def unknown_flag(name: str, flags: Collection[str], prefix: str = "") -> str:
+    """What is wrong with a name that is none of the flags, and what to write instead if known."""
+    if remedy := remedy_of(name, flags):
+        return f"is another program's flag: {remedy}"
+    return f"is not a flag{nearest(name, flags, prefix)}"
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:

@@ -9,7 +9,8 @@ from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaman.config.cli import Flag, flags_of, nearest
+from megaman.config.cli import Flag, flags_of, unknown_flag
+from megaman.config.foreign_flags import remedy_of
 from megaman.config.values import InvalidValueError, quote
 
 MAX_BYTES = 1_000_000  # no list of flags is longer
@@ -161,9 +162,9 @@ def _unknown(
 ) -> str:
     if name in others:
         return f"is a flag of {other_script}: remove it"
-    if isinstance(value, dict):
+    if isinstance(value, dict) and remedy_of(name, flags) is None:
         return "is a table: move its flags to the top of the file, without the table's name"
-    return f"is not a flag{nearest(name, flags)}"
+    return unknown_flag(name, flags)
 
 
 def _parse(config_field: Field, value: Any) -> Any:

@@ -17,8 +17,8 @@ WEIGHTS = {
     "text_encoder": "model",
 }
 BASE_REMEDY = (
-    "Name a local folder in diffusers' layout or a .safetensors file, "
-    "or try the embedded base with --demo"
+    "Name a folder in diffusers' layout or a .safetensors file (--pretrained_model_name in "
+    "training, --base_model in generation), or try the embedded base with --demo"
 )
 SUFFIX = ".safetensors"  # of a base in a single file
 # Stable Diffusion 1.5's configurations and vocabulary.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaman.data import buckets
 from megaman.data.problems import printable
+from megaman.errors import plural
 from megaman.files import write_json
 from megaman.pages.browser import open_page
 from megaman.runtime import device_lines, package_versions
@@ -107,7 +108,7 @@ def _step_line(config: TrainConfig, run: Run, adapters: Adapters, schedule: Sche
     optimizer, world_size = config.optimizer, run.world_size
     batch_size, accumulation = optimizer.train_batch_size, optimizer.gradient_accumulation_steps
     up_to = "up to " if config.buckets.enable_bucket else ""
-    images = f"{up_to}{batch_size * accumulation * world_size} images"
+    images = up_to + plural(batch_size * accumulation * world_size, "image")
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
     lr = f"{optimizer.lr_scheduler} learning rate up to {optimizer.learning_rate:g}"
     if adapters.text_encoder is not None:

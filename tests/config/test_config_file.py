@@ -110,6 +110,8 @@ def test_a_runs_own_file_repeats_it(write, argv, is_earlier):
 WRONG = [
     ("a.toml", 'config = "a.toml"', "config: a file of flags names no other, nor itself"),
     ("a.toml", "lora_rnk = 8", "lora_rnk: is not a flag, did you mean lora_rank"),
+    ("a.toml", "network_dim = 8", "network_dim: is another program's flag: write --lora_rank"),
+    ("a.toml", "[general]\nseed = 1", "general: is another program's flag: name the images'"),
     ("a.toml", "guidance_scale = 3", "guidance_scale: is a flag of generate_megaman.py"),
     ("a.toml", "learning_rate = [1e-4]", "learning_rate: takes one value, not a list"),
     ("a.toml", "[training]\nlora_rank = 8", "training: is a table: move its flags to the top"),

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaman.config.cli import flags_of, groups_of
+from megaman.config.foreign_flags import FLAG, REMEDIES
 from megaman.config.generate import (
     DEMO_GENERATION,
     GenerateConfig,
@@ -497,6 +498,32 @@ def test_no_number_is_not_finite(value):
 )
 def test_a_mistyped_flag_proposes_the_nearest(options, typed, meant):
     assert f"did you mean {meant}" in refusal(options, typed)
+
+
+@pytest.mark.parametrize(
+    ("options", "typed", "remedy"),
+    [
+        (parse_train_config, ["--network_dim", "8"], "write --lora_rank"),
+        (parse_train_config, ["--train_data_dir=x"], "write --data_dir"),
+        (parse_train_config, ["--sample_every_n_steps", "9"], "write --validation_steps"),
+        (parse_train_config, ["--clip_skip", "2"], "generate_megaman.py has --clip_skip"),
+        (parse_generate_config, ["--network_weights", "x"], "write --lora_path"),
+        (parse_generate_config, ["--W", "512"], "write --width"),
+    ],
+    ids=shown,
+)
+def test_a_flag_of_another_trainer_is_answered_with_ours(options, typed, remedy):
+    flag = typed[0].split("=")[0]
+    assert f"{flag} is another program's flag" in refusal(options, typed)
+    assert remedy in refusal(options, typed)
+
+
+def test_what_replaces_another_trainers_flag_exists():
+    train, generate = flags_of(TrainConfig), flags_of(GenerateConfig)
+    for name, remedy in REMEDIES.items():
+        assert name not in train.keys() & generate.keys(), name
+        named = set(FLAG.findall(remedy))
+        assert named <= train.keys() or named <= generate.keys(), name
 
 
 def test_flags_are_not_abbreviated():
