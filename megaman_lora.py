@@ -21,6 +21,7 @@ from megaman import threads
 from megaman.config.train import TrainConfig, parse_train_config
 from megaman.errors import install_logging, run_script
 from megaman.models.configs import unet_width
+from megaman.processes import Processes, join_processes
 from megaman.training.held_out_split import hold_out_images
 from megaman.training.output import OutputFolder, saved_threads
 
@@ -52,11 +53,16 @@ def main(argv: list[str]) -> int:
         hold_out_images(config, datasets, output.checkpoint)
         rule = partial(threads.threads_for_training, unet_width(config.base.pretrained_model_name))
         policy = threads.configure_threads(rule, saved_threads(output.checkpoint))
-        return train(config, datasets, output, policy)
+        with join_processes("Resume with --resume_from_checkpoint latest") as processes:
+            return train(config, datasets, output, policy, processes)
 
 
 def train(
-    config: TrainConfig, datasets: "Datasets", output: OutputFolder, policy: threads.ThreadPolicy
+    config: TrainConfig,
+    datasets: "Datasets",
+    output: OutputFolder,
+    policy: threads.ThreadPolicy,
+    processes: Processes,
 ) -> int:
     """Train a LoRA and save it in lora_weights/; returns the exit code."""
     from megaman.training.adapters import inject_lora, storing_unet
@@ -73,13 +79,13 @@ def train(
     from megaman.training.training_set import make_training_sets
     from megaman.training.validation import make_validation
 
-    run = Run.open(config, datasets, output, policy)
+    run = Run.open(config, datasets, output, policy, processes)
     samples = plan_samples(config, datasets)
     run.fit_to_memory(config)
     base = open_base(config, datasets, run)
 
     # The frozen models run once, over all captions and images, and leave the memory.
-    captions = embed_captions(base, datasets, samples, config)
+    captions = embed_captions(base, datasets, samples, config, processes)
     latents, evaluated = encode_latents(base, datasets, config, run)
 
     is_new, seed = run.output.checkpoint is None, run.state.seed

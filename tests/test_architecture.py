@@ -29,6 +29,7 @@ LEAVES = [
     "hub",
     "cuda",
     "runtime",
+    "processes",
 ]
 # They load without torch: whole packages, and what data does before anything is captioned or
 # encoded.

@@ -72,6 +72,7 @@ DOCTOR = [name for name in MODULES if name.startswith("doctor.")]  # numpy yes, 
 NO_TORCH = [
     *NEVER_TORCH,
     "hub",
+    "processes",
     "training.held_out_split",
     "models.configs",
     "data.problems",
@@ -91,7 +92,7 @@ NO_TORCH = [
     "data.dataset",
     "sampling.pixel_grid",
 ]  # not until it is needed
-MAY_PRINT = {"errors": "sys.stderr", "config.cli": "sys.stderr"}  # and the scripts
+MAY_PRINT = dict.fromkeys(["errors", "config.cli", "processes"], "sys.stderr")  # and the scripts
 
 
 @pytest.mark.parametrize("name", [*MODULES, *SCRIPTS])

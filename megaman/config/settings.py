@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,8 +91,10 @@ class TrainConfig:
     argv: tuple[str, ...] = field(default=(), compare=False)
 
     def resume_command(self) -> str:
-        """The command line that resumes a run of this config."""
-        return f"python megaman_lora.py {shlex.join(resume_command(list(self.argv)))}"
+        """The command line that resumes a run of this config, in as many processes."""
+        count = os.environ.get("WORLD_SIZE", "1")
+        launcher = "python" if count == "1" else f"torchrun --nproc_per_node {count}"
+        return f"{launcher} megaman_lora.py {shlex.join(resume_command(list(self.argv)))}"
 
     def settings(self) -> dict[str, Any]:
         """The value of every flag, as training_config.json holds it."""

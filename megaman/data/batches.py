@@ -8,7 +8,6 @@ run would have got, whatever the number of processes; no random state has to be 
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -72,10 +71,8 @@ class MicroBatch:
     sample_indices seed the random numbers of each sample (`generator_for`); positions are the
     images' positions in the epoch.
 
-    The mean loss is divided by divisor. The sum over a step's micro-batches, averaged over the
-    processes as DDP averages gradients, is then the mean loss over all images of the step. The
-    divisor is infinite for an image that only stands in for a process without images of its own,
-    because every process has to take part in the exchange of gradients.
+    The mean loss is divided by divisor. The sum over a step's micro-batches, of all processes, is
+    then the mean loss over all images of the step.
     """
 
     sample_indices: tuple[int, ...]
@@ -91,7 +88,7 @@ class _Batch(NamedTuple):
 
 
 class Batches:
-    """The batches of a run. All processes together compute a batch, batch_size images each;
+    """The batches of a run. All processes together compute a batch of batch_size images;
     accumulation_steps batches make a step.
 
     Without buckets the images come in one endless sequence of epochs, and a batch may reach into
@@ -114,7 +111,7 @@ class Batches:
         seed: int,
     ):
         self.count, self.seed = count, seed
-        self.batch_size = batch_size * world_size
+        self.batch_size = batch_size
         self.accumulation_steps = accumulation_steps
         self.world_size = world_size
         # The length of an epoch and of a step: in images, or in batches if these differ in size.
@@ -131,10 +128,7 @@ class Batches:
 
     def micro_batches(self, step: int, rank: int, size: int) -> list[MicroBatch]:
         """What the process with this rank computes in step 1, 2, ...: micro-batches of at most size
-        images.
-
-        With several processes size has to be the batch_size, so that each process has the same
-        number of micro-batches.
+        images; none if the step has fewer images than there are processes.
         """
         numbers = range((step - 1) * self.accumulation_steps, step * self.accumulation_steps)
         batches = [self._batch(number) for number in numbers]
@@ -149,13 +143,11 @@ class Batches:
         first, positions = batch
         start = len(positions) * rank // self.world_size
         stop = len(positions) * (rank + 1) // self.world_size
-        if start == stop:
-            return [MicroBatch((first,), positions[:1], math.inf)]
         micro_batches = []
         for low in range(start, stop, size):
             high = min(low + size, stop)
             sample_indices = tuple(range(first + low, first + high))
-            divisor = step_images / ((high - low) * self.world_size)
+            divisor = step_images / (high - low)
             micro_batches.append(MicroBatch(sample_indices, positions[low:high], divisor))
         return micro_batches
 

@@ -18,6 +18,7 @@ from megaman.data.latent_cache import LatentCache
 from megaman.data.latents import CachedLatents
 from megaman.data.vae_encoder import EncodingConfig, VaeEncoder
 from megaman.errors import UserError, summarize_error
+from megaman.processes import Processes
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -39,6 +40,11 @@ class _MissingCrops:
     index: int
     crops: dict[str, Crop]
 
+    def left(self, cache: LatentCache) -> _MissingCrops:
+        """Those that are still missing."""
+        crops = {key: crop for key, crop in self.crops.items() if key not in cache}
+        return _MissingCrops(self.index, crops)
+
 
 def encode_dataset(
     load_vae: Callable[[], AutoencoderKL],
@@ -53,13 +59,22 @@ def encode_dataset(
     Images that cannot be decoded are dropped from the dataset with the reason. load_vae is called
     only if something is missing. Every batch is stored at once, so a stop loses one at most.
 
+    Several processes, all of which have to call this, share out what is missing. What one of them
+    does not find in the cache afterwards it encodes itself: on another machine's disk, perhaps, or
+    if the folder cannot be written.
+
     Workers may be spawned: the dataset is pickled for them. More workers than cores would only slow
     each other down.
     """
     keys, missing = _find_missing(dataset, config, file_index, cache)
-    reasons: dict[int, str] = {}
-    if missing:
-        reasons = _encode_missing(VaeEncoder(load_vae()), dataset, missing, cache, config, progress)
+    cache.processes.exchange(None)  # none adds to the cache while another looks what is missing
+    own = cache.processes.share(missing)
+    reasons = _encode_missing(load_vae, dataset, own, cache, config, progress) if own else {}
+    if cache.processes.count > 1:
+        reasons |= _join_shares(cache, reasons)
+        left = [one.left(cache) for one in missing if one.index not in reasons]
+        if left := [one for one in left if one.crops]:
+            reasons |= _encode_missing(load_vae, dataset, left, cache, config, progress)
     # A copy of a damaged image was not decoded, but its latents are missing all the same.
     bad = {
         index
@@ -97,8 +112,18 @@ def _find_missing(
     return keys, missing
 
 
+def _join_shares(cache: LatentCache, reasons: dict[int, str]) -> dict[int, str]:
+    """Wait for the shares of all processes and look for them in the cache; returns why images could
+    not be decoded in any of them, by index."""
+    together: dict[int, str] = {}
+    for share in cache.processes.exchange(reasons):
+        together |= share
+    cache.find_shards()
+    return together
+
+
 def _encode_missing(
-    encoder: VaeEncoder,
+    load_vae: Callable[[], AutoencoderKL],
     dataset: MegaManDataset,
     missing: Sequence[_MissingCrops],
     cache: LatentCache,
@@ -107,6 +132,7 @@ def _encode_missing(
 ) -> dict[int, str]:
     """Encode these crops into the cache, in batches of one size; returns why images could not be
     decoded, by index."""
+    encoder = VaeEncoder(load_vae())
     num_workers = min(config.num_workers, _usable_cores())
     loader = DataLoader(_CropReader(dataset, missing), batch_size=None, num_workers=num_workers)
     # A run makes at most MAX_SHARDS shards.
@@ -183,10 +209,12 @@ def _key(digest: bytes, crop: Crop, rendering: Rendering) -> str:
 
 def drop_damaged(
     dataset: MegaManDataset,
+    processes: Processes,
     num_threads: int,
     progress: Progress = iter,
 ) -> None:
-    """Decode every image once and drop the damaged ones, which would stop the run later."""
+    """Decode every image once, in one of the processes, and drop the damaged ones, which would stop
+    the run later."""
 
     def find_damage(index: int) -> str | None:
         try:
@@ -196,6 +224,9 @@ def drop_damaged(
         return None
 
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        damage = list(progress(pool.map(find_damage, range(len(dataset)))))
-    pairs = zip(dataset.examples, damage, strict=True)
-    dataset.drop({example.image: reason for example, reason in pairs if reason})
+        own = processes.share(range(len(dataset)))
+        damage = dict(zip(own, progress(pool.map(find_damage, own)), strict=True))
+    examples, reasons = dataset.examples, {}
+    for share in processes.exchange(damage):
+        reasons |= {examples[index].image: reason for index, reason in share.items() if reason}
+    dataset.drop(reasons)

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from megaman.errors import UserError, summarize_error
 from megaman.files import ASIDE, replacing
+from megaman.processes import Processes
 from megaman.safe_loading import read_header
 
 FOLDER, SUFFIX = "moments", ".safetensors"
@@ -48,17 +49,25 @@ class LatentCache:
     """The shards of one VAE.
 
     folder is the VAE's own (`vae_folder`), or None to keep everything in memory. If it cannot be
-    written, whatever is added from then on stays in memory, and write_error says why.
+    written, whatever is added from then on stays in memory, and write_error says why. processes are
+    those that fill it together.
     """
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None, processes: Processes | None = None):
         self.folder, self.write_error = folder, ""
+        self.processes = processes or Processes()
         self._tensors: list[torch.Tensor] = []  # one per shard, flat and memory-mapped
         self._files: list[Path | None] = []
         self._locations: dict[str, Location] = {}
         self._read_shards: list[int] = []  # since they were last mapped
-        for path in sorted(folder.glob(f"*{SUFFIX}")) if folder else []:
-            self._map(path)
+        self.find_shards()
+
+    def find_shards(self) -> None:
+        """Add the shards that have come into the folder since it was last looked through."""
+        known = set(self._files)
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")) if self.folder else []:
+            if path not in known:
+                self._map(path)
 
     @property
     def cache_dir(self) -> Path | None:

@@ -17,6 +17,7 @@ from torch import nn
 from megaman import cuda
 from megaman.errors import UserError
 from megaman.models.prompt_weights import parse
+from megaman.processes import Processes
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -146,15 +147,32 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_captions(
-    text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: Sequence[str]
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    captions: Sequence[str],
+    processes: Processes | None = None,
 ) -> dict[str, torch.Tensor]:
-    """prompt_embeds [positions, width] of each distinct caption, truncated and on the CPU."""
+    """prompt_embeds [positions, width] of each distinct caption, truncated and on the CPU.
+
+    Several processes, all of which have to call this, share the batches out and exchange what they
+    have encoded.
+    """
+    processes = processes or Processes()
     prompt_embeds = {}
     distinct = list(dict.fromkeys(captions))
-    for start in range(0, len(distinct), ENCODER_BATCH):
-        batch = distinct[start : start + ENCODER_BATCH]
-        embeds = text_encoder(tokenize(tokenizer, batch).to(text_encoder.device))[0].cpu()
-        prompt_embeds.update(zip(batch, embeds, strict=True))
+    batches = [
+        distinct[start : start + ENCODER_BATCH] for start in range(0, len(distinct), ENCODER_BATCH)
+    ]
+    for first in range(0, len(batches), processes.count):
+        together = batches[first : first + processes.count]
+        embeds = None
+        for batch in processes.share(together):
+            input_ids = tokenize(tokenizer, batch).to(text_encoder.device)
+            embeds = text_encoder(input_ids)[0].cpu()
+        exchanged = processes.exchange(embeds)[: len(together)]
+        for batch, others in zip(together, exchanged, strict=True):
+            assert others is not None
+            prompt_embeds.update(zip(batch, others, strict=True))
     return prompt_embeds
 
 
@@ -167,7 +185,7 @@ class CaptionEmbeddings:
     batches of their own, or the bits of the others could depend on them.
 
     sample_embeds are those of the prompts of sample images, of any length and with weights
-    (`encode_prompt`); None if the text encoder is trained.
+    (`encode_prompt`); None if the text encoder is trained. Several processes share out the others.
     """
 
     def __init__(
@@ -179,6 +197,7 @@ class CaptionEmbeddings:
         trained: bool,
         prompts: Sequence[str] = (),
         evaluated: Sequence[str] = (),
+        processes: Processes | None = None,
     ):
         self._tokenizer, self._device = base.tokenizer, base.device
         self._text_encoder: nn.Module | None = base.text_encoder
@@ -186,7 +205,9 @@ class CaptionEmbeddings:
         texts = [*captions, *fixed] if is_cached else fixed
         self.prompt_embeds: dict[str, torch.Tensor] | None = None
         if not trained:
-            encode = partial(encode_captions, base.text_encoder, base.tokenizer)
+            encode = partial(
+                encode_captions, base.text_encoder, base.tokenizer, processes=processes
+            )
             self.prompt_embeds = {**encode(evaluated), **encode(texts)}
         self.sample_embeds: dict[str, torch.Tensor] | None = None
         if not trained:

@@ -105,19 +105,18 @@ def _pixel_art_line(training_sets: Sequence[TrainingSet]) -> Iterator[str]:
 
 
 def _step_line(config: TrainConfig, run: Run, adapters: Adapters, schedule: Schedule) -> str:
-    optimizer, world_size = config.optimizer, run.world_size
-    batch_size, accumulation = optimizer.train_batch_size, optimizer.gradient_accumulation_steps
+    optimizer = config.optimizer
     up_to = "up to " if config.buckets.enable_bucket else ""
-    images = up_to + plural(batch_size * accumulation * world_size, "image")
-    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    images = up_to + plural(run.step_images.count, "image")
     lr = f"{optimizer.lr_scheduler} learning rate up to {optimizer.learning_rate:g}"
     if adapters.text_encoder is not None:
         lr += f" and {optimizer.text_encoder_lr:g} (text encoder)"
     if optimizer.optimizer != "adamw":
         lr += f", {optimizer.optimizer}"
+    shares = run.step_images.summary(run.world_size)
     return (
-        f"steps      {schedule.total_steps} of {images} ({batch_size} x {accumulation} accumulated "
-        f"x {processes}), {schedule.epochs:.1f} epochs, {lr}, {schedule.warmup_steps} warm-up"
+        f"steps      {schedule.total_steps} of {images} ({shares}), "
+        f"{schedule.epochs:.1f} epochs, {lr}, {schedule.warmup_steps} warm-up"
     )
 
 

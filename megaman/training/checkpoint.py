@@ -54,7 +54,8 @@ class TrainState:
     step counts optimizer steps, elapsed seconds. settings has what a resumed run has to share;
     choices how it was computed (compute.to_record), which a resumed run may share (None in early
     checkpoints); scaler the state of fp16's loss scaler. held_out names the images that are held
-    out; evaluation is Evaluator.record(). Both are None without such images.
+    out; evaluation is Evaluator.record(). Both are None without such images. world_size is the
+    number of processes for which the flags are meant, None in early checkpoints.
     """
 
     step: int
@@ -66,6 +67,7 @@ class TrainState:
     scaler: dict[str, Any] | None = None
     held_out: list[str] | None = None
     evaluation: dict[str, Any] | None = None
+    world_size: int | None = None
 
 
 class CheckpointSource(Protocol):
@@ -155,6 +157,7 @@ _is_train_state = schema.record(
         "scaler": lambda value: not value or schema.mapping(_is_finite)(value),
         "held_out": lambda value: value is None or schema.list_of(schema.text(10_000))(value),
         "evaluation": lambda value: value is None or _is_evaluation(value),
+        "world_size": lambda value: value is None or schema.whole(1, 10**6)(value),
     },
 )
 
@@ -208,10 +211,10 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
 
 def shared_settings(
-    config: TrainConfig, datasets: Datasets, seed: int, world_size: int
+    config: TrainConfig, datasets: Datasets, seed: int, step_images: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """What a resumed run has to share; a checkpoint stores it."""
-    images = config.optimizer.train_batch_size * world_size
+    """What a resumed run has to share; a checkpoint stores it. step_images are
+    StepImages.settings."""
     class_images, held_out = datasets.class_images, datasets.held_out
     return {
         "pretrained_model_name": resolve_name(config.base.pretrained_model_name),
@@ -222,6 +225,5 @@ def shared_settings(
         **config.resume_settings(),
         # Not the flag: auto without pixel art is what earlier runs did.
         "upscale": "; ".join(dataset.upscale_summary() for dataset in datasets.all),
-        "pictures a step": images * config.optimizer.gradient_accumulation_steps,
-        "pictures of one bucket": images if config.buckets.enable_bucket else None,
+        **step_images,
     }

@@ -42,7 +42,7 @@ class Best:
 
 
 class Evaluator:
-    """Evaluates the LoRA in training when it is due, in the main process.
+    """Evaluates the LoRA in training when it is due; all processes have the same results.
 
     Without a judge nothing is ever due. best is None until the first evaluation after step 0.
 
@@ -159,13 +159,12 @@ class Evaluator:
     def _evaluate_if_due(self, step: int) -> None:
         if self._judge is None or not self.plan.is_due(step):
             return
-        if self._run.is_main_process:
-            try:
-                self._evaluate(self._judge, step)
-            except Exception as error:
-                reason = summarize_error(error)
-                log.info("step %d: no held-out loss (%s); training continues", step, reason)
-        self.is_over = self._run.any_process(self._has_lost_patience())
+        try:
+            self._evaluate(self._judge, step)
+        except Exception as error:
+            reason = summarize_error(error)
+            log.info("step %d: no held-out loss (%s); training continues", step, reason)
+        self.is_over = self._has_lost_patience()
         if self.is_over and step < self.plan.total_steps:
             log.info(
                 "step %d: the run ends, as %d evaluations found no better LoRA", step, self.patience

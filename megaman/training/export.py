@@ -73,7 +73,6 @@ def export_lora(
         command = next_command(config, run, folder)
         log.info("next: %s", command)
         run.report.end("finished", lora=folder.as_posix(), generate=command)
-    run.close()
     return 0 if is_in_place else 1
 
 

@@ -51,23 +51,55 @@ def held_out_losses(
     i-th part of the schedule. The same seed gives the same noise and timesteps, so two models can
     be compared. The UNet sees batch_size noisy latents at a time.
     """
-    device, dtype = cast(Any, unet).device, cast(Any, unet).dtype
-    if dtype.itemsize == 1:  # float8 only stores the weights
-        dtype = prompt_embeds.dtype
-    timesteps, noise = _questions(noise_scheduler, latents, seed)
-    images = torch.arange(len(latents)).repeat(NUM_TIMESTEPS)
-    losses = []
-    for start in range(0, len(images), batch_size):
-        batch = slice(start, start + batch_size)
-        clean, steps = latents[images[batch]], timesteps[batch]
-        noisy = add_noise(noise_scheduler, clean, noise[batch], steps)
-        target = diffusion.target(noise_scheduler, clean, noise[batch], steps)
-        embeds = prompt_embeds[images[batch].to(prompt_embeds.device)]
+    questions = Questions.ask(noise_scheduler, latents, prompt_embeds, seed)
+    losses = [questions.losses(unet, batch) for batch in questions.batches(batch_size)]
+    return torch.cat(losses).view(NUM_TIMESTEPS, -1)
+
+
+class Questions(NamedTuple):
+    """NUM_TIMESTEPS noisy latents of each of N images, those of the first part of the schedule
+    first: timesteps [NUM_TIMESTEPS * N] and noise [NUM_TIMESTEPS * N, 4, h, w] for latents
+    [N, 4, h, w] with prompt_embeds [N, positions, width]."""
+
+    noise_scheduler: DDPMScheduler
+    latents: torch.Tensor
+    prompt_embeds: torch.Tensor
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+
+    @classmethod
+    def ask(
+        cls,
+        noise_scheduler: DDPMScheduler,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        seed: int,
+    ) -> Questions:
+        """Those of a seed, always the same."""
+        timesteps, noise = _questions(noise_scheduler, latents, seed)
+        return cls(noise_scheduler, latents, prompt_embeds, timesteps, noise)
+
+    def batches(self, size: int) -> list[range]:
+        """All questions, in batches of this size."""
+        count = len(self.timesteps)
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    @torch.no_grad()
+    def losses(self, unet: nn.Module, batch: range) -> torch.Tensor:
+        """The loss of each question of a batch, float32 on the CPU."""
+        device, dtype = cast(Any, unet).device, cast(Any, unet).dtype
+        if dtype.itemsize == 1:  # float8 only stores the weights
+            dtype = self.prompt_embeds.dtype
+        chosen = slice(batch.start, batch.stop)
+        images = torch.arange(batch.start, batch.stop) % len(self.latents)
+        clean, noise, steps = self.latents[images], self.noise[chosen], self.timesteps[chosen]
+        noisy = add_noise(self.noise_scheduler, clean, noise, steps)
+        target = diffusion.target(self.noise_scheduler, clean, noise, steps)
+        embeds = self.prompt_embeds[images.to(self.prompt_embeds.device)]
         noise_pred = predict_noise(
             unet, noisy.to(device, dtype), steps.to(device), embeds.to(device, dtype)
         )
-        losses.append(diffusion.image_losses(noise_pred, target.to(device)))
-    return torch.cat(losses).view(NUM_TIMESTEPS, -1).cpu()
+        return diffusion.image_losses(noise_pred, target.to(device)).cpu()
 
 
 def _questions(

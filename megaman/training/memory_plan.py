@@ -41,7 +41,6 @@ def fit_to_memory(
     request: MemoryRequest,
     base_name: str,
     limit: float,
-    can_shrink: bool,
     cache_dir: Path | None = None,
 ) -> MemoryPlan:
     """Plan a run that fits into limit bytes (see plan_memory) and log what it needs.
@@ -61,9 +60,7 @@ def fit_to_memory(
     except Exception as error:  # whatever it is, loading the base gives the better message
         log.info("memory     cannot be estimated (%s)", summarize_error(error))
         return unchanged
-    plan = plan_memory(
-        estimate, compute.micro_batching, compute.gradient_checkpointing, limit, can_shrink
-    )
+    plan = plan_memory(estimate, compute.micro_batching, compute.gradient_checkpointing, limit)
     for line in plan.lines:
         log.info(line)
     if remark:
@@ -76,13 +73,12 @@ def plan_memory(
     batching: MicroBatching,
     checkpointing: bool,
     limit: float,
-    can_shrink: bool,
 ) -> MemoryPlan:
     """Fit a run into limit bytes without changing what it computes.
 
-    VAE tiling for sample images comes first, then gradient checkpointing, then (only with
-    can_shrink) smaller micro-batches. Sample images that still do not fit do not stop the run:
-    Validation skips them. Raises UserError if training does not fit, with what would.
+    VAE tiling for sample images comes first, then gradient checkpointing, then smaller
+    micro-batches. Sample images that still do not fit do not stop the run: Validation skips them.
+    Raises UserError if training on one image at a time does not fit, with what would.
     """
     usable = limit * runtime.USABLE
     original, measures = batching, []
@@ -92,8 +88,7 @@ def plan_memory(
     if not checkpointing and estimate.training_peak(batching.size, False) > usable:
         checkpointing = True
         measures.append("gradient checkpointing")
-    if can_shrink:
-        batching = _shrink(estimate, batching, checkpointing, usable)
+    batching = _shrink(estimate, batching, checkpointing, usable)
     if batching != original:
         measures.append(
             f"{batching.accumulation_steps} micro-batches of {batching.size} a step, with the same "
@@ -101,7 +96,7 @@ def plan_memory(
         )
     needed = estimate.training_peak(batching.size, checkpointing)
     if needed > limit:
-        raise _refusal(estimate, batching.size, needed, limit)
+        raise _refusal(estimate, needed, limit)
     peak = max(needed, estimate.validation_peak(tiled))
     parts = estimate.summary(batching.size, checkpointing, tiled)
     lines = [f"memory     needs about {gigabytes(peak)} GB of {gigabytes(limit)} GB ({parts})"]
@@ -125,25 +120,19 @@ def _shrink(
     return batching
 
 
-def _refusal(estimate: MemoryEstimate, batch_size: int, needed: int, limit: float) -> UserError:
-    """The error for a run that does not fit: names a batch size or a resolution that would."""
-    images = "one image" if batch_size == 1 else f"{batch_size} images"
+def _refusal(estimate: MemoryEstimate, needed: int, limit: float) -> UserError:
+    """The error for a run of which not even one image fits: names a resolution that would."""
     message = (
-        f"Training on {images} of {estimate.resolution} px at a time needs about "
+        f"Training on one image of {estimate.resolution} px at a time needs about "
         f"{needed / GB:.2f} GB even with gradient checkpointing, and there are {limit / GB:.2f} GB"
     )
-    if fewer := _largest_fitting(
-        range(batch_size - 1, 0, -1), lambda count: estimate.training_peak(count, True), limit
-    ):
-        return UserError(message, f"--train_batch_size {fewer} would fit")
     step = 64 if estimate.resolution > 64 else estimate.vae_scale_factor
     if smaller := _largest_fitting(
         range(estimate.resolution // step * step, 0, -step),
         lambda side: estimate.training_peak(1, True, side),
         limit,
     ):
-        more = " with --train_batch_size 1" if batch_size > 1 else ""
-        return UserError(message, f"--resolution {smaller} would fit{more}")
+        return UserError(message, f"--resolution {smaller} would fit")
     remedy = "Close other programs"
     if estimate.dtype == torch.float32:
         remedy = "--mixed_precision fp16 takes half of that; or close other programs"

@@ -154,7 +154,7 @@ def make_optimizer(
         learning_rate(config.lr_scheduler, group["lr"], schedule.warmup_steps, schedule.total_steps)
         for group in groups
     ]
-    return Optimizer(run.prepare(torch_optimizer), learning_rates, run.scaler)
+    return Optimizer(run.prepare_optimizer(torch_optimizer), learning_rates, run.scaler)
 
 
 class SkippedSteps:

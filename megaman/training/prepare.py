@@ -22,6 +22,7 @@ from megaman.training.held_out import ImageSet
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
     from megaman.models.base import Base
+    from megaman.processes import Processes
     from megaman.training.datasets import Datasets
     from megaman.training.run import Run
     from megaman.training.samples import SamplePlan
@@ -49,9 +50,14 @@ def open_base(config: TrainConfig, datasets: Datasets, run: Run) -> Base:
 
 
 def embed_captions(
-    base: Base, datasets: Datasets, samples: SamplePlan, config: TrainConfig
+    base: Base,
+    datasets: Datasets,
+    samples: SamplePlan,
+    config: TrainConfig,
+    processes: Processes,
 ) -> CaptionEmbeddings:
-    """The prompt_embeds of all captions and of the sample images' prompts."""
+    """The prompt_embeds of all captions, which the processes share out, and of the sample images'
+    prompts."""
     return CaptionEmbeddings(
         base,
         datasets.captions,
@@ -60,6 +66,7 @@ def embed_captions(
         trained=config.lora.train_text_encoder,
         prompts=samples.texts,
         evaluated=datasets.evaluated_captions,
+        processes=processes,
     )
 
 
@@ -73,7 +80,8 @@ class EncodedImages(NamedTuple):
 def encode_latents(base: Base, datasets: Datasets, config: TrainConfig, run: Run) -> EncodedImages:
     """The latents of all datasets, encoded once and cached, or anew at every visit with --no_cache.
 
-    Images that cannot be decoded are dropped and reported. Raises UserError if too few are left.
+    The processes share out what is to be encoded, or looked through with --no_cache. Images that
+    cannot be decoded are dropped and reported. Raises UserError if too few are left.
     """
     encoding = EncodingConfig(
         config.data.crop_variants,
@@ -81,11 +89,10 @@ def encode_latents(base: Base, datasets: Datasets, config: TrainConfig, run: Run
         run.state.seed,
         config.data.dataloader_num_workers,
     )
-    with run.main_process_first():  # the others find everything in the cache
-        if config.cache.no_cache:
-            latents = _encode_online(base, datasets, encoding, run)
-        else:
-            latents = _encode_once(base, datasets, encoding, config, run)
+    if config.cache.no_cache:
+        latents = _encode_online(base, datasets, encoding, run)
+    else:
+        latents = _encode_once(base, datasets, encoding, config, run)
     for dataset in datasets.all:
         dataset.set_truncated(truncated_text(base.tokenizer, dataset.captions))
     if run.is_main_process:
@@ -103,8 +110,8 @@ def _encode_online(
     ]
     for dataset in datasets.all:
         bar = partial(run.progress_bar, desc="looking", total=len(dataset), unit="image")
-        drop_damaged(dataset, encoding.num_workers, bar)
-    return EncodedImages(sources, _encode_evaluated(base, datasets, None))
+        drop_damaged(dataset, run.processes, encoding.num_workers, bar)
+    return EncodedImages(sources, _encode_evaluated(base, datasets, None, run))
 
 
 def _encode_once(
@@ -117,11 +124,11 @@ def _encode_once(
     sources: list[LatentSource] = []
     for dataset in datasets.all:
         bar = partial(run.progress_bar, desc="encoding", total=len(dataset), unit="image")
-        cache = LatentCache(folder)
+        cache = LatentCache(folder, run.processes)
         sources.append(
             encode_dataset(lambda: base.vae, dataset, encoding, datasets.file_index, cache, bar)
         )
-    evaluated = _encode_evaluated(base, datasets, folder)
+    evaluated = _encode_evaluated(base, datasets, folder, run)
     base.release("vae")
     if cache_dir and run.is_main_process:
         files = set().union(*(source.files for source in sources))
@@ -129,15 +136,18 @@ def _encode_once(
     return EncodedImages(sources, evaluated)
 
 
-def _encode_evaluated(base: Base, datasets: Datasets, folder: Path | None) -> list[ImageSet]:
+def _encode_evaluated(
+    base: Base, datasets: Datasets, folder: Path | None, run: Run
+) -> list[ImageSet]:
     """The latents of the evaluated images: the means of the posteriors of their middles.
 
     They are encoded after the images to train on, whose batches and so whose bits stay the same.
     """
     sets = []
     for dataset in datasets.evaluated:
+        cache = LatentCache(folder, run.processes)
         posteriors = encode_dataset(
-            lambda: base.vae, dataset, EncodingConfig(), datasets.file_index, LatentCache(folder)
+            lambda: base.vae, dataset, EncodingConfig(), datasets.file_index, cache
         )
         means = [posteriors[i][0].chunk(2)[0] for i in range(len(posteriors))]
         latents = [mean * base.scaling_factor for mean in means]

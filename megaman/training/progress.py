@@ -102,8 +102,8 @@ class Progress:
     def record(
         self, step: int, loss: torch.Tensor, norm: torch.Tensor, is_finite: torch.Tensor
     ) -> None:
-        """Note the loss of a step, the norm of its gradients before clipping, and whether that was
-        finite (0-d)."""
+        """Note this process's share of the loss of a step, the norm of the gradients before
+        clipping, and whether that was finite (0-d)."""
         self._losses.append(loss)
         self._norms.append(norm)
         self._finite.append(is_finite)
@@ -138,7 +138,7 @@ class Progress:
 
     def flush(self, step: int) -> None:
         """Log the losses up to this step; raises UserError after too many skipped steps."""
-        losses = self._run.mean(torch.stack(self._losses)).tolist()
+        losses = self._run.total(torch.stack(self._losses)).tolist()
         if skipped := self._skipped.add(torch.stack(self._finite).tolist(), step):
             log.info(self._skipped_line(skipped))
         norms = torch.stack(self._norms).tolist()  # equal in all processes

@@ -9,19 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-)
 from torch import nn
 from tqdm import tqdm
 
@@ -38,19 +31,31 @@ from megaman.training.optimizers import require_library
 from megaman.training.output import choose_log_dir
 from megaman.training.report import TrainingReport
 from megaman.training.signals import StopSignal
+from megaman.training.step_images import plan_step_images
 from megaman.training.tensorboard import TrainingLog, open_training_log
 
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
+    from megaman.processes import Processes
     from megaman.threads import ThreadPolicy
     from megaman.training.adapters import Adapters
     from megaman.training.compute import TrainingCompute
     from megaman.training.datasets import Datasets
     from megaman.training.output import OutputFolder
+    from megaman.training.step_images import StepImages
 
 Prepared = TypeVar("Prepared")
 
 log = logging.getLogger(__name__)
+
+
+class Team(NamedTuple):
+    """The processes of a run, accelerate's view of this one, and the images that they share in a
+    step."""
+
+    processes: Processes
+    accelerator: Accelerator
+    step_images: StepImages
 
 
 class Run:
@@ -63,18 +68,17 @@ class Run:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        team: Team,
         compute: TrainingCompute,
         state: TrainState,
         output: OutputFolder,
         training_log: TrainingLog,
         notes: Sequence[str],
     ):
-        self._accelerator = accelerator
-        self.device: torch.device = accelerator.device
-        self.rank: int = accelerator.process_index
-        self.world_size: int = accelerator.num_processes
-        self.is_main_process: bool = accelerator.is_main_process
+        self.processes, self._accelerator, self.step_images = team
+        self.device: torch.device = self._accelerator.device
+        self.rank, self.world_size = self.processes.rank, self.processes.count
+        self.is_main_process = self.processes.is_main
         self.compute, self.state, self.output = compute, state, output
         self.log, self.notes = training_log, notes
         self.history = histories.restore(output.checkpoint, state.step)
@@ -87,9 +91,14 @@ class Run:
 
     @classmethod
     def open(
-        cls, config: TrainConfig, datasets: Datasets, output: OutputFolder, policy: ThreadPolicy
+        cls,
+        config: TrainConfig,
+        datasets: Datasets,
+        output: OutputFolder,
+        policy: ThreadPolicy,
+        processes: Processes,
     ) -> Run:
-        """Start the processes, complete the captions, and take over what a checkpoint stores.
+        """Complete the captions, and take over what a checkpoint stores.
 
         Raises UserError if the checkpoint belongs to a run with other settings, or if the library
         of the optimizer is missing.
@@ -108,9 +117,14 @@ class Run:
         if policy.remark:
             notes.append(f"{INDENT}{policy.remark}")
         runtime.keep_freed_memory()
-        accelerator = _start_processes(compute)
-        _complete_captions(config, datasets, accelerator)
-        state = _make_state(config, datasets, saved, output.resumes_in_place(), accelerator)
+        accelerator = _start_accelerator(compute)
+        _complete_captions(config, datasets, processes)
+        step_images, world_size, line = plan_step_images(config, processes.count, saved)
+        notes += [line] if line else []
+        seed, log_dir = processes.from_main(partial(_choose_seed, config, saved, output))
+        shared = step_images.settings(config.buckets.enable_bucket)
+        settings = checkpoints.shared_settings(config, datasets, seed, shared)
+        state = _make_state(saved, (seed, log_dir), settings, datasets, world_size)
         if different := checkpoints.differences(saved.settings, state.settings) if saved else []:
             raise UserError(
                 f"{output.checkpoint} is of another run: {'; '.join(different)}",
@@ -119,7 +133,8 @@ class Run:
         training_log = open_training_log(
             Path(str(state.log_dir)), state.step + 1 if saved else None
         )
-        return cls(accelerator, compute, state, output, training_log, notes)
+        team = Team(processes, accelerator, step_images)
+        return cls(team, compute, state, output, training_log, notes)
 
     def fit_to_memory(self, config: TrainConfig) -> None:
         """Take the measures that the run needs to fit into memory; raises UserError if none
@@ -129,8 +144,7 @@ class Run:
             self.compute,
             config.memory_request(),
             config.base.pretrained_model_name,
-            min(gather_object([limit])),  # the same in every process
-            can_shrink=self.world_size == 1,
+            min(self.processes.exchange(limit)),  # the same in every process
             cache_dir=config.cache.path(),
         )
         self.compute = replace(
@@ -220,41 +234,53 @@ class Run:
         """The loss scaler of fp16."""
         return self._accelerator.scaler
 
-    def prepare(self, model_or_optimizer: Prepared) -> Prepared:
-        """Have a model compute in the run's precision and exchange its gradients between the
-        processes; have an optimizer use the loss scaler."""
-        return self._accelerator.prepare(model_or_optimizer)
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Have a model compute in the run's precision."""
+        # In training mode accelerate would wrap it in DDP, which sends the whole base to the other
+        # processes; exchange_gradients does what is left to do.
+        return self._accelerator.prepare_model(model, evaluation_mode=True)
+
+    def prepare_optimizer(self, optimizer: Prepared) -> Prepared:
+        """Have an optimizer use the loss scaler."""
+        return self._accelerator.prepare(optimizer)
 
     def autocast(self) -> AbstractContextManager:
         """A context in which models compute in the run's precision."""
         return self._accelerator.autocast()
 
-    def no_sync(self, model: nn.Module) -> AbstractContextManager:
-        """A context in which the processes do not exchange the model's gradients."""
-        return self._accelerator.no_sync(model)
-
     def backward(self, loss: torch.Tensor) -> None:
         """Add up the gradients of a loss (0-d), scaled in fp16."""
         self._accelerator.backward(loss)
+
+    def exchange_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up the gradients of these parameters over the processes, in one exchange.
+
+        A process without an image in this step has none, which counts as zeros.
+        """
+        if self.world_size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [cast(torch.Tensor, parameter.grad) for parameter in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self.processes.add_up(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view(gradient.shape))
 
     def clip_gradients(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
         """Clip the gradients and return their norm before (0-d)."""
         return cast(torch.Tensor, self._accelerator.clip_grad_norm_(parameters, max_norm))
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over the processes."""
-        return cast(torch.Tensor, self._accelerator.reduce(values, reduction="mean"))
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the processes."""
+        self.processes.add_up(values)
+        return values
 
     def any_process(self, condition: bool) -> bool:
         """Whether it is true in any of the processes."""
-        if self.world_size == 1:
-            return condition
-        value = torch.tensor(float(condition), device=self.device)
-        return bool(self._accelerator.reduce(value, reduction="sum"))
-
-    def main_process_first(self) -> AbstractContextManager:
-        """A context that the others enter when this machine's main process has left it."""
-        return self._accelerator.local_main_process_first()
+        return any(self.processes.exchange(condition))
 
     def progress_bar(self, iterable: Any = None, **options: Any) -> tqdm:
         """A tqdm bar, visible in the main process only, and only in a terminal."""
@@ -262,65 +288,58 @@ class Run:
 
     def wait_for_everyone(self) -> None:
         """Wait until all processes are here."""
-        self._accelerator.wait_for_everyone()
-
-    def close(self) -> None:
-        """End the processes' group."""
-        self._accelerator.end_training()
-        if self.world_size > 1:
-            # Gloo's thread needs the GIL to free the last barrier's tensor. Without this pause this
-            # thread may free the process group first, which joins that thread while holding the
-            # GIL: a deadlock.
-            time.sleep(0.5)
+        self.processes.exchange(None)
 
 
-def _start_processes(compute: TrainingCompute) -> Accelerator:
+def _start_accelerator(compute: TrainingCompute) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns about old kernels
-    # One process writes captions while the others wait.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    # No buffer ever changes, and a base in float8 consists of them.
-    frozen = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(
-        mixed_precision=compute.mixed_precision,
-        cpu=compute.device.type == "cpu",
-        kwargs_handlers=[patience, frozen],
-    )
+    return Accelerator(mixed_precision=compute.mixed_precision, cpu=compute.device.type == "cpu")
 
 
-def _complete_captions(config: TrainConfig, datasets: Datasets, accelerator: Accelerator) -> None:
+def _complete_captions(config: TrainConfig, datasets: Datasets, processes: Processes) -> None:
     """Write the missing captions in one process, read them in all, and add the affixes."""
     if config.captions.auto_caption:
-        if accelerator.is_main_process:
+        if processes.is_main:
             bar = partial(tqdm, desc="captioning", unit="image")
             datasets.write_captions(config.captions.auto_caption, bar)
-        accelerator.wait_for_everyone()
+        processes.exchange(None)
         datasets.reload()
     datasets.add_affixes(config.captions)
 
 
-def _make_state(
-    config: TrainConfig,
-    datasets: Datasets,
-    saved: TrainState | None,
-    in_place: bool,
-    accelerator: Accelerator,
-) -> TrainState:
-    """The state at the start: a resumed run keeps its step, seed and time and, if it resumes in
-    place, its TensorBoard folder: elsewhere that is another run's."""
+def _choose_seed(
+    config: TrainConfig, saved: TrainState | None, output: OutputFolder
+) -> tuple[int, str]:
+    """The seed and TensorBoard's folder: a resumed run keeps its seed and, if it resumes in place,
+    its folder: elsewhere that is another run's."""
     seed = config.run.seed
     if seed is None:
         seed = saved.seed if saved else secrets.randbelow(2**31)
-    log_dir = None
-    if accelerator.is_main_process:
-        log_dir = choose_log_dir(
-            saved.log_dir if saved and in_place else None,
-            config.output.logging_dir,
-            Path(config.output.output_dir),
-        )
-    # Every process has generated its own seed; the first one's holds for all.
-    seed, log_dir = broadcast_object_list([seed, log_dir])
-    settings = checkpoints.shared_settings(config, datasets, seed, accelerator.num_processes)
+    log_dir = choose_log_dir(
+        saved.log_dir if saved and output.resumes_in_place() else None,
+        config.output.logging_dir,
+        Path(config.output.output_dir),
+    )
+    return seed, str(log_dir)
+
+
+def _make_state(
+    saved: TrainState | None,
+    chosen: tuple[int, str],
+    settings: dict[str, Any],
+    datasets: Datasets,
+    world_size: int,
+) -> TrainState:
+    """The state at the start: a resumed run keeps its step and its time. chosen are the seed and
+    TensorBoard's folder."""
+    seed, log_dir = chosen
+    state = saved or TrainState(0, seed, log_dir, 0.0, settings)
     held_out = None if datasets.held_out is None else datasets.held_out_names
-    if saved is None:
-        return TrainState(0, seed, str(log_dir), 0.0, settings, held_out=held_out)
-    return replace(saved, seed=seed, log_dir=str(log_dir), settings=settings, held_out=held_out)
+    return replace(
+        state,
+        seed=seed,
+        log_dir=log_dir,
+        settings=settings,
+        held_out=held_out,
+        world_size=world_size,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +11,6 @@ import torch
 
 from megaman import cuda
 from megaman.data import batches
-from megaman.errors import UserError
 from megaman.models.typed import add_noise, predict_noise, scheduler_config
 from megaman.runtime import retry_on_oom
 from megaman.training import loss as diffusion
@@ -44,16 +42,19 @@ class TrainingStep:
         self._noise_scheduler, self._scaling_factor = base.noise_scheduler, base.scaling_factor
         self._adapters, self._sets, self._captions = adapters, training_sets, captions
         self._config, self._run = config, run
-        self._models: list[torch.nn.Module] = [run.prepare(model) for model in adapters.models]
+        self._models = [run.prepare_model(model) for model in adapters.models]
         for model in adapters.models:
             model.train()
 
     def accumulate(self, step: int) -> torch.Tensor:
-        """Add up the gradients of step 1, 2, ...; returns its loss (0-d).
+        """Add up the gradients of step 1, 2, ..., those of all processes; returns this process's
+        share of its loss (0-d).
 
-        If memory runs out, the step is computed again with less (see memory_saving.py).
+        If memory runs out, the process computes its share again with less (see memory_saving.py).
         """
-        return retry_on_oom(partial(self._accumulate, step), self._reduce_memory)
+        loss = retry_on_oom(partial(self._accumulate, step), self._reduce_memory)
+        self._run.exchange_gradients(self._adapters.parameters)
+        return loss
 
     def _accumulate(self, step: int) -> torch.Tensor:
         rank, size = self._run.rank, self._run.compute.micro_batching.size
@@ -63,14 +64,12 @@ class TrainingStep:
             micro_batches += [(training_set, batch) for batch in batches_of_set]
             training_set.prefetch(step, rank, size)
         step_loss = torch.zeros((), device=self._run.device)
-        for i, (training_set, batch) in enumerate(micro_batches, start=1):
-            with contextlib.ExitStack() as stack:
-                if i < len(micro_batches):  # the processes exchange gradients in the last one only
-                    for model in self._models:
-                        stack.enter_context(self._run.no_sync(model))
-                loss = training_set.weight * self._loss(training_set, batch) / batch.divisor
-                self._run.backward(loss)
-                step_loss += loss.detach()
+        for training_set, batch in micro_batches:
+            loss = training_set.weight * self._loss(training_set, batch) / batch.divisor
+            self._run.backward(loss)
+            step_loss += loss.detach()
+        if not micro_batches:  # fp16's loss scaler begins with a backward pass
+            self._run.backward(torch.zeros_like(step_loss).requires_grad_())
         return step_loss
 
     def _loss(self, training_set: TrainingSet, batch: MicroBatch) -> torch.Tensor:
@@ -113,10 +112,6 @@ class TrainingStep:
 
     def _reduce_memory(self) -> None:
         self._adapters.zero_grad()
-        if self._run.world_size > 1:
-            raise UserError(
-                "One of the processes ran out of memory", "Lower --train_batch_size for all of them"
-            )
         resolution = self._sets[0].dataset.size
         measure = self._run.reduce_memory(self._adapters.models, resolution)
         log.info("too little memory: %s", measure)

@@ -16,7 +16,6 @@ from megaman.training import loss as diffusion
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megaman.config.learning_settings import OptimizerConfig
     from megaman.config.settings import TrainConfig
     from megaman.data.batches import MicroBatch
     from megaman.data.dataset import MegaManDataset
@@ -120,7 +119,7 @@ def make_training_sets(
     seed = run.state.seed
 
     def make_batches(dataset: MegaManDataset, source: LatentSource, seed: int) -> Batches:
-        return _make_batches(dataset, source, config.optimizer, run.world_size, seed)
+        return _make_batches(dataset, source, run, seed)
 
     augmentation = CaptionAugmentation(
         shuffle_caption=config.captions.shuffle_caption,
@@ -144,8 +143,7 @@ def make_training_sets(
 def _make_batches(
     dataset: MegaManDataset,
     latents: LatentSource,
-    config: OptimizerConfig,
-    world_size: int,
+    run: Run,
     seed: int,
 ) -> Batches:
     indices = dataset.epoch_indices()
@@ -153,8 +151,8 @@ def _make_batches(
     return Batches(
         len(indices),
         buckets,
-        config.train_batch_size,
-        config.gradient_accumulation_steps,
-        world_size,
+        run.step_images.batch_size,
+        run.step_images.accumulation_steps,
+        run.world_size,
         seed,
     )

@@ -5,24 +5,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from itertools import chain, product
+from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaman.data.batches import Batches, MicroBatch, position_at
-from megaman.data.buckets import Size, make_buckets
+from megaman.data.batches import Batches, position_at
+from megaman.data.buckets import make_buckets
 
 SD15 = make_buckets(512, 512, None, None, None, True)
 SIDE = st.integers(16, 5000)
 SIZES = st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=40)
-
-
-def assert_one_size(micro_batches: tuple[MicroBatch, ...], shapes: list[Size]) -> None:
-    """What the processes compute at the same time is of one bucket."""
-    positions = chain.from_iterable(each.positions for each in micro_batches)
-    assert len({shapes[position] for position in positions}) == 1
 
 
 @given(
@@ -42,29 +36,23 @@ def test_every_picture_exactly_once_an_epoch(
     sizes."""
     buckets = make_buckets(512, 512, None, None, None, upscale)
     shapes = [buckets.size_for(*size) for size in sizes]
-    batches = Batches(len(shapes), shapes, batch_size, accumulation_steps, world_size, seed)
-    if world_size > 1:
-        micro_batch_size = batch_size
+    whole = batch_size * world_size
+    batches = Batches(len(shapes), shapes, whole, accumulation_steps, world_size, seed)
     # So many steps end where an epoch does.
     steps = math.lcm(batches.epoch_length, accumulation_steps) // accumulation_steps
     epochs = steps * accumulation_steps // batches.epoch_length
     positions, sample_indices = Counter(), Counter()
     for step in range(1 + epoch * steps, 1 + (epoch + 1) * steps):
-        per_process = [
-            batches.micro_batches(step, rank, micro_batch_size) for rank in range(world_size)
-        ]
-        assert len({len(one) for one in per_process}) == 1, "as many exchanges in each process"
         weights = Counter()
-        for together in zip(*per_process, strict=True):
-            assert_one_size(together, shapes)
-            for each in together:
+        for rank in range(world_size):
+            for each in batches.micro_batches(step, rank, micro_batch_size):
                 size = len(each.positions)
                 assert 1 <= size == len(each.sample_indices) <= micro_batch_size
-                if each.divisor < math.inf:
-                    positions.update(each.positions)
-                    sample_indices.update(each.sample_indices)
-                    weight = 1 / size / each.divisor / world_size
-                    weights.update(dict.fromkeys(each.sample_indices, weight))
+                assert len({shapes[position] for position in each.positions}) == 1
+                positions.update(each.positions)
+                sample_indices.update(each.sample_indices)
+                weight = 1 / size / each.divisor
+                weights.update(dict.fromkeys(each.sample_indices, weight))
         assert sum(weights.values()) == pytest.approx(1)
         assert max(weights.values()) == pytest.approx(min(weights.values())), (
             "every image of a step counts the same"
@@ -84,13 +72,11 @@ def test_processes_and_parts_share_the_same_batches(sizes, batch_size, accumulat
     shapes = [SD15.size_for(*size) for size in sizes]
 
     def samples(step: int, world_size: int, micro_batch_size: int) -> list[tuple[int, int]]:
-        own_size = 4 * batch_size // world_size
-        batches = Batches(len(shapes), shapes, own_size, accumulation_steps, world_size, seed)
+        batches = Batches(len(shapes), shapes, 4 * batch_size, accumulation_steps, world_size, seed)
         pairs: list[tuple[int, int]] = []
         for rank in range(world_size):
             for each in batches.micro_batches(step, rank, micro_batch_size):
-                if each.divisor < math.inf:
-                    pairs += zip(each.sample_indices, each.positions, strict=True)
+                pairs += zip(each.sample_indices, each.positions, strict=True)
         return sorted(pairs)
 
     for step in (7, 1, 100):
@@ -122,7 +108,7 @@ def test_without_buckets_the_pictures_come_in_one_endless_row(
 ):
     """The order that runs without buckets have always had, and no micro-batch smaller than
     another."""
-    batches = Batches(count, None, size, accumulation_steps, world_size, seed)
+    batches = Batches(count, None, size * world_size, accumulation_steps, world_size, seed)
     assert batches.epoch_length == count
     assert batches.step_length == size * accumulation_steps * world_size
     for rank in range(world_size):
@@ -131,4 +117,4 @@ def test_without_buckets_the_pictures_come_in_one_endless_row(
             samples = range(first, first + size)
             assert micro_batch.sample_indices == tuple(samples)
             assert micro_batch.positions == tuple(position_at(i, count, seed) for i in samples)
-            assert micro_batch.divisor == accumulation_steps
+            assert micro_batch.divisor == accumulation_steps * world_size

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 
 import pytest
 import torch
-from conftest import FEW_TARGETS, ROOT, learned_alike
+from conftest import FEW_TARGETS, ROOT
 from diffusers import UNet2DConditionModel
 from failing import fail_on
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megaman.data import batches
@@ -148,45 +146,6 @@ def test_squares_are_not_resumed_in_buckets(data, train_here, tmp_path):
         train_here(
             tmp_path, "out", "--data_dir", data, "--resume_from_checkpoint", "latest", *FLAGS
         )
-
-
-def test_two_processes_come_to_the_same(whole, data, base_folder, forked, tmp_path):
-    """Two processes with two images each and one with four: the same batches, smaller ones
-    included, so the same LoRA except for rounding. The bucket of three is shared unequally, and for
-    that of one image a process has none of its own."""
-    words = [
-        "--pretrained_model_name",
-        base_folder,
-        "--data_dir",
-        data,
-        "--output_dir",
-        "out",
-        "--resolution",
-        64,
-        "--num_validation_images",
-        0,
-        "--seed",
-        0,
-        "--max_train_steps",
-        8,
-        *FLAGS,
-        "--train_batch_size",
-        2,
-    ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    runs = []
-    for rank in ("0", "1"):  # as torchrun starts them
-        env = shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
-        runs.append(forked.start(["megaman_lora.py", *words], tmp_path, env=env))
-    outputs = [run.communicate() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    assert "x 2 processes" in outputs[0][0]
-    state = load_file(tmp_path / "out" / "lora_weights" / "adapter_model.safetensors")
-    assert learned_alike(whole[1], state, share=0.02)
-    assert losses(tmp_path / "logs") == pytest.approx(losses(whole[0] / "logs-out"), rel=1e-4)
 
 
 def test_too_little_memory_changes_no_batch(whole, data, train_here, tmp_path, monkeypatch, capsys):

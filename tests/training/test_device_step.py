@@ -23,6 +23,7 @@ from megaman.data.vae_encoder import EncodingConfig, VaeEncoder
 from megaman.models.base import Base, load_base
 from megaman.models.text_encoding import CaptionEmbeddings
 from megaman.models.typed import move
+from megaman.processes import Processes
 from megaman.training.adapters import inject_lora
 from megaman.training.checkpoint import TrainState
 from megaman.training.compute import REQUESTS, choose_training_compute
@@ -30,8 +31,9 @@ from megaman.training.datasets import Datasets, find_datasets
 from megaman.training.optimizer import make_optimizer, make_schedule
 from megaman.training.output import OutputFolder
 from megaman.training.progress import Progress
-from megaman.training.run import Run
+from megaman.training.run import Run, Team
 from megaman.training.step import TrainingStep
+from megaman.training.step_images import StepImages
 from megaman.training.tensorboard import TrainingLog
 from megaman.training.training_set import make_training_sets
 
@@ -60,22 +62,19 @@ class NoBlockingCopies(TorchDispatchMode):
 class MetaAccelerator:
     """Stands for accelerate's on a GPU, in float32."""
 
-    device, process_index, num_processes, is_main_process, scaler = META, 0, 1, True, None
+    device, scaler = META, None
 
-    def prepare(self, item: Any) -> Any:
-        return Prepared(item) if isinstance(item, torch.optim.Optimizer) else item
+    def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
+        return Prepared(optimizer)
+
+    def prepare_model(self, model: torch.nn.Module, evaluation_mode: bool) -> torch.nn.Module:
+        return model
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float) -> torch.Tensor:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-
-    def reduce(self, values: torch.Tensor, reduction: str) -> torch.Tensor:
-        return values
-
-    def no_sync(self, model: torch.nn.Module) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
 
 
 class Prepared:
@@ -90,8 +89,10 @@ def make_run(config: TrainConfig, folder: Path) -> Run:
     settings = config.settings()
     requested = {flag: settings[flag] for flag in REQUESTS}
     compute, _ = choose_training_compute(requested, config.explicit, META, 64, None)
+    images = config.optimizer.train_batch_size
+    steps = StepImages(images, config.optimizer.gradient_accumulation_steps, images)
     return Run(
-        cast(Any, MetaAccelerator()),
+        Team(Processes(), cast(Any, MetaAccelerator()), steps),
         compute,
         TrainState(0, 0, None, 0.0, {}),
         OutputFolder(folder, None, ()),

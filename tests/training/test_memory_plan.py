@@ -122,7 +122,7 @@ def test_each_measure_is_taken_where_it_is_needed_and_in_its_order(sd15):
     for tenths in range(100, 0, -1):
         limit = tenths / 10 * GB
         try:
-            chosen = plan_memory(sd15, MicroBatching(4, 2), False, limit, can_shrink=True)
+            chosen = plan_memory(sd15, MicroBatching(4, 2), False, limit)
         except UserError:
             break
         split = chosen.micro_batching
@@ -145,7 +145,7 @@ def test_each_measure_is_taken_where_it_is_needed_and_in_its_order(sd15):
 
 def test_what_fits_is_left_alone_and_said(small):
     limit = int(small.training_peak(1, False) / runtime.USABLE * 2)
-    chosen = plan_memory(small, MicroBatching(1, 1), False, limit, True)
+    chosen = plan_memory(small, MicroBatching(1, 1), False, limit)
     assert (chosen.gradient_checkpointing, chosen.vae_tile, chosen.micro_batching.size) == (
         False,
         0,
@@ -159,25 +159,15 @@ def test_what_fits_is_left_alone_and_said(small):
     )
 
 
-def test_several_processes_keep_their_micro_batches(small):
-    batching = MicroBatching(4, 1)
-    limit = int(small.training_peak(4, True) * 1.02)
-    chosen = plan_memory(small, batching, False, limit, can_shrink=False)
-    assert (chosen.gradient_checkpointing, chosen.micro_batching.size) == (True, 4)
-    with pytest.raises(UserError, match=r"4 images of 128 px .* --train_batch_size \d would fit"):
-        limit = int(small.training_peak(4, True) * 0.98)
-        plan_memory(small, batching, False, limit, can_shrink=False)
-
-
 def test_a_refusal_names_what_would_fit(sd15):
     with pytest.raises(UserError) as refused:
-        plan_memory(sd15, MicroBatching(1, 1), False, int(1.9 * GB), True)
+        plan_memory(sd15, MicroBatching(1, 1), False, int(1.9 * GB))
     size = int(str(refused.value).partition("--resolution ")[2].split()[0])
     assert size < 512
     assert sd15.training_peak(1, True, size) <= 1.9 * GB < sd15.training_peak(1, True)
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match=r"the weights alone take 1\.6"):
-        plan_memory(sd15, MicroBatching(1, 1), False, GB, True)
+        plan_memory(sd15, MicroBatching(1, 1), False, GB)
 
 
 def test_the_vae_decodes_in_the_tiles_that_were_planned(small):

@@ -43,7 +43,7 @@ class FakeRun:
         self.questions += 1
         return condition
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def total(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
     def progress_bar(self, **options: Any) -> SimpleNamespace:
