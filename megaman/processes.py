@@ -109,8 +109,10 @@ class _Group(Processes):
             "gloo", store=self.store, rank=rank, world_size=count, timeout=JOINING
         )
         self._talk = distributed.new_group(timeout=PATIENCE)
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        super().__init__(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+        local_rank = int(os.environ.get("LOCAL_RANK", str(rank)))
+        super().__init__(
+            rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", str(count)))
+        )
 
     def exchange(self, value: Value) -> list[Value]:
         distributed = _torch().distributed
