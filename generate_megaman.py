@@ -9,88 +9,87 @@ if sys.version_info < (3, 11):
 
 import logging
 import shlex
+from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from megaman.config.generate import GenerateConfig, parse_generate_config
-from megaman.errors import UserError, install_logging, plural, run_script
+from megaman.errors import INTERRUPTED, UserError, install_logging, plural, run_script
 from megaman.files import split_strength
-from megaman.models.configs import alias_notice, resolve_name, unet_width
+from megaman.locks import claim
+from megaman.models.configs import unet_width
 from megaman.pages.browser import show_page
-from megaman.sampling.jobs import PendingBatch
+from megaman.processes import Processes, join_processes, launcher, one_report
+from megaman.sampling.jobs import PendingBatch, count_images, share_out
 from megaman.sampling.output_folder import GalleryWriter, OutputFolder
 from megaman.sampling.plan import GenerationPlan, summarize
-from megaman.threads import configure_threads, generation_workers, threads_for_generation
+from megaman.threads import ThreadPolicy, configure_threads, threads_for_generation
 from megaman.training.output import different_loras, find_all
 
 if TYPE_CHECKING:
+    from megaman.pages.gallery import GalleryImage
     from megaman.sampling.generator import ImageGenerator
+    from megaman.sampling.image_saver import ImageSaver
 
 log = logging.getLogger("megaman.generate")
-BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+BAR: dict[str, Any] = {"unit": "image", "bar_format": FORMAT}
 
 
 def main(argv: list[str]) -> int:
     install_logging()
-    config = parse_generate_config(argv)
-    plan = make_plan(config)
-    folder = OutputFolder(Path(config.output.output_dir), config.comparison.clip_model)
-    width = unet_width(plan.base)
-    policy = configure_threads(partial(threads_for_generation, width), plan.threads)
-
-    from megaman import runtime
-    from megaman.lora.stack import LoraStack, misfits
-    from megaman.models.base import load_base
-    from megaman.sampling.generator import ImageGenerator, Sampling
-    from megaman.sampling.limits import limits_for
-
-    device = runtime.choose_device(config.compute.device)
-    compute = runtime.choose_compute(plan.precision, device, width, plan.memory_format)
-    runtime.set_threads(policy)
-    runtime.keep_freed_memory()
-
-    base_name = resolve_name(plan.base)
-    log.info(f"loading {base_name}{' and the LoRA in ' if plan.loras else ''}{plan.lora_source}")
-    if notice := alias_notice(plan.base):
-        log.info(f"  {notice}")
-    base = load_base(base_name, compute.dtype, memory_format=compute.torch_memory_format)
-    plan = plan.without(misfits(base, plan.loras) if config.comparison.loras else {})
-    loras = LoraStack(base, plan.loras, plan.fuse, rescale=len(plan.variants) > 1)
-    jobs = plan.make_jobs(base.native_size)
-    limits = limits_for(base, jobs, plan.batch_size, device)
-    limits.tiling = limits.tiling or plan.vae_tiling
-    workers = generation_workers(width, policy) if device.type == "cpu" else None
-    sampling = Sampling(plan.sampler, plan.clip_skip, workers, plan.pixel_grid)
-    generator = ImageGenerator(base, loras, compute, limits, sampling)
-    resume, compare = config.again.resume, config.comparison.pairs_with_base
-    writer = GalleryWriter(folder, generator.recorder, plan.variants, jobs, resume, compare)
-    batches = generator.make_batches(jobs, plan.batch_size)
-    pending = writer.pending(batches, plan.is_wanted)
-
-    log.info(summarize(plan, config, jobs))
-    for warning in plan.warnings(generator.recorder, len(batches), limits.tiling):
-        log.info(f"           {warning}: the pixels may differ")
-    for line in loras.summary(plan.shared_scale):
-        log.info(line)
-    log.info("\n".join(runtime.device_lines(compute, limits.summary(max(map(len, batches))))))
-    if policy.remark:
-        log.info(f"           {policy.remark}")
-    if resume:
-        log.info(writer.summary(plan.count(jobs), pending))
-
+    with one_report():
+        config = parse_generate_config(argv)
+        plan = make_plan(config)
+        rule = partial(threads_for_generation, unet_width(plan.base))
+    policy = configure_threads(rule, plan.threads)
     try:
-        page = generate(generator, writer, pending)
+        with join_processes("Finished images are kept: add --resume to the command") as processes:
+            return run(config, plan, policy, processes)
     except KeyboardInterrupt:
-        arguments = [word for word in argv if word != "--resume"]
-        command = shlex.join(["python", "generate_megaman.py", *arguments, "--resume"])
-        log.info(f"stopped; finished images are kept. To resume: {command}")
-        return 130
-    for warning in writer.warnings():
-        log.info(warning)
-    if len(plan.variants) > 1:
-        log.info(f"the comparison as one picture: {writer.write_grid()}")
-    show_page(page, plural(plan.count(jobs), "image"), config.output.open)
+        words = [*launcher(), "generate_megaman.py", *filter("--resume".__ne__, argv), "--resume"]
+        log.info(f"stopped; finished images are kept. To resume: {shlex.join(words)}")
+        return INTERRUPTED
+
+
+def run(
+    config: GenerateConfig, plan: GenerationPlan, policy: ThreadPolicy, processes: Processes
+) -> int:
+    """Generate the plan's images, a share in each process; the main one writes the gallery."""
+    output = Path(config.output.output_dir)
+    with claim(output, "--output_dir"):
+        folder = OutputFolder(output, config.comparison.clip_model) if processes.is_main else None
+        from megaman.sampling.loading import load_generator
+
+        device, skips_misfits = config.compute.device, bool(config.comparison.loras)
+        plan, generator, jobs = load_generator(plan, policy, processes, device, skips_misfits)
+        batches = generator.make_batches(jobs, plan.batch_size)
+        writer, pending = None, []
+        if folder is not None:
+            recorder = generator.recorder
+            resume, compare = config.again.resume, config.comparison.pairs_with_base
+            writer = GalleryWriter(folder, recorder, plan.variants, jobs, resume, compare)
+            pending = writer.pending(batches, plan.is_wanted)
+            log.info(summarize(plan, config, jobs))
+            for warning in plan.warnings(recorder, len(batches), generator.limits.tiling):
+                log.info(f"           {warning}: the pixels may differ")
+            log.info("\n".join(generator.summary(plan.shared_scale, batches)))
+            for line in (policy.remark, processes.summary):
+                log.info(line and f"           {line}")  # an empty line is not printed
+            if resume:
+                log.info(writer.summary(plan.count(jobs), pending))
+        shares = processes.from_main(lambda: share_out(pending, processes.count))
+        saver = cast("ImageSaver", processes.from_main(lambda: writer and writer.saver))
+        saved = generate(generator, saver, shares[processes.rank], writer)
+        saved = list(chain(*processes.exchange(saved)))
+        if writer is not None:
+            page = writer.add(saved)
+            log.info("\n".join(writer.warnings()))
+            if len(plan.variants) > 1:
+                log.info(f"the comparison as one picture: {writer.write_grid()}")
+            show_page(page, plural(plan.count(jobs), "image"), config.output.open)
     return 0
 
 
@@ -115,16 +114,17 @@ def requested_loras(config: GenerateConfig) -> list[tuple[Path, float]]:
 
 
 def generate(
-    generator: "ImageGenerator", writer: GalleryWriter, pending: list[PendingBatch]
-) -> Path:
-    """Generate the pending batches, each saved when it is done; returns the path of the page."""
+    generator: "ImageGenerator",
+    saver: "ImageSaver",
+    pending: Sequence[PendingBatch],
+    writer: GalleryWriter | None,
+) -> list["GalleryImage"]:
+    """Generate the pending batches, each saved when done; returns the gallery's entries."""
     from tqdm import tqdm
 
-    if not pending:
-        return writer.write_page()  # with the images of a killed run
-    images = sum(len(item.batch) for item in pending if item.missing)
-    images += sum(len(item.batch) for item in pending if item.missing_base)
-    with tqdm(total=images, desc="generating", unit="image", bar_format=BAR_FORMAT) as bar:
+    images, saved = count_images(pending), []
+    is_hidden = writer is None or not pending
+    with tqdm(total=images, desc="generating", disable=is_hidden, **BAR) as bar:
 
         def advance(part: float) -> None:
             bar.update(min(part, images - bar.n))  # what ran out of memory counts twice
@@ -135,9 +135,10 @@ def generate(
                 batches = [item.batch for item in group if item.jobs_to_save(without_lora)]
                 if batches:
                     generated = generator.generate(batches, advance, without_lora)
-                    writer.save_images(group, generated, without_lora)
-            page = writer.write_page()
-    return page
+                    saved += saver.save(group, generated, without_lora)
+            if writer is not None:
+                writer.add(saved)
+    return saved
 
 
 def command() -> int:

@@ -66,11 +66,24 @@ def threads_for_generation(width: int, usable: int) -> int | None:
     return 1 if 0 < width < NARROW else _threads_for_wide(usable)
 
 
-def generation_workers(width: int, policy: ThreadPolicy) -> int | None:
-    """How many batches a generation runs in parallel on a CPU; None if it runs one by one."""
-    if 0 < width < NARROW and policy.count == 1:
-        return usable_cpus()
-    return None
+def generation_workers(
+    width: int,
+    policy: ThreadPolicy,
+    processes: int = 1,
+    environment: Mapping[str, str] = os.environ,
+) -> int | None:
+    """How many small batches a generation runs in parallel on a CPU; None if it runs large ones,
+    one by one.
+
+    processes is the number of this run's processes on this machine. One thread means small batches
+    whoever chose it, since the launcher of several processes does and they are to give the same
+    bits as one process; but a user who chose one thread for one process gets one busy CPU.
+    """
+    has_one_thread = policy.count == 1 or environment.get("OMP_NUM_THREADS", "").strip() == "1"
+    if not (0 < width < NARROW and has_one_thread):
+        return None
+    is_user_choice = policy.count is None and processes == 1
+    return 1 if is_user_choice else max(1, usable_cpus() // processes)
 
 
 def _threads_for_wide(usable: int) -> int | None:

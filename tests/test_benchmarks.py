@@ -271,6 +271,12 @@ def test_the_gpu_page_answers_on_a_cpu_and_survives_what_fails(tmp_path, monkeyp
     assert "- generating: failed (RuntimeError: on purpose)" in text
 
 
+def test_a_cached_crop_takes_its_numbers_and_little_more():
+    import scaling
+
+    assert 8 * 8 * 8 * 4 < scaling.cached_bytes(64, crops=8) < 8 * 8 * 8 * 4 * 1.1
+
+
 @pytest.mark.slow
 def test_the_bare_steps_of_the_gpu_page(base_folder):
     import gpu_runs

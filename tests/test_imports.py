@@ -61,6 +61,7 @@ NEVER_TORCH = [
     "pages.browser",
     "sampling.png",
     "sampling.records",
+    "sampling.image_saver",
     "sampling.output_folder",
     "sampling.plan",
     "sampling.defaults",

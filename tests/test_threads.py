@@ -17,6 +17,7 @@ from megaman.threads import (
     NARROW,
     SPIN_COUNT,
     WAIT_VARIABLES,
+    ThreadPolicy,
     choose_threads,
     threads_for_generation,
     threads_for_training,
@@ -190,6 +191,18 @@ def watched(run_script, tmp_path_factory):
         return json.loads(done.stdout.splitlines()[-1]), done.stdout
 
     return folder, run
+
+
+def test_processes_share_the_cpus_and_one_thread_means_small_batches(monkeypatch):
+    """Whoever chose the thread, so that all give the same bits; a user's one is one busy CPU."""
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 8)
+    ours, theirs = ThreadPolicy(1, {}), ThreadPolicy(None, {})
+    one = {"OMP_NUM_THREADS": "1"}
+    assert threads.generation_workers(64, ours, 1, {}) == 8
+    assert threads.generation_workers(64, theirs, 1, one) == 1
+    assert [threads.generation_workers(64, theirs, count, one) for count in (2, 16)] == [4, 1]
+    assert threads.generation_workers(64, theirs, 2, {"OMP_NUM_THREADS": "2"}) is None
+    assert threads.generation_workers(320, theirs, 2, one) is None
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,12 @@ class ImageGenerator:
         )
         return Recorder(settings, self.loras.hashes)
 
+    def summary(self, scale: float, batches: Sequence[Sequence[Job]]) -> list[str]:
+        """The lines about the LoRAs at a scale and the device, for these batches."""
+        largest = max(map(len, batches))
+        device = runtime.device_lines(self.compute, self.limits.summary(largest))
+        return [*self.loras.summary(scale), *device]
+
     def set_variant(self, variant: LoraVariant) -> None:
         """Generate with this variant's LoRAs from here on."""
         if variant is not self._variant:

@@ -65,6 +65,12 @@ class PendingBatch:
         return self.missing_base if without_lora else self.missing
 
 
+def count_images(pending: Sequence[PendingBatch]) -> int:
+    """How many images these batches generate, those of the base included."""
+    images = sum(len(item.batch) for item in pending if item.missing)
+    return images + sum(len(item.batch) for item in pending if item.missing_base)
+
+
 def make_jobs(
     prompts: Sequence[Prompt], defaults: PromptSettings, num_images_per_prompt: int
 ) -> list[Job]:
@@ -133,6 +139,28 @@ def make_batches(
         size = batch_size(alike[0])
         batches += [alike[start : start + size] for start in range(0, len(alike), size)]
     return batches
+
+
+def share_out(pending: Sequence[PendingBatch], count: int) -> list[list[PendingBatch]]:
+    """The batches in count lists of about equal work, one a process, each of neighbors.
+
+    So each process generates with few variants, and all lists together are in order. If there are
+    fewer batches than lists, the last lists are empty.
+    """
+    shares: list[list[PendingBatch]] = [[] for _ in range(count)]
+    whole, before = sum(_work(item) for item in pending), 0
+    for item in pending:
+        middle = before + _work(item) / 2
+        shares[int(middle / whole * count)].append(item)
+        before += _work(item)
+    return sorted(shares, key=lambda share: not share)
+
+
+def _work(item: PendingBatch) -> int:
+    """In pixels times steps."""
+    first = item.batch[0]
+    times = bool(item.missing) + bool(item.missing_base)
+    return times * len(item.batch) * first.width * first.height * first.num_inference_steps
 
 
 def image_file(job: Job, variant: LoraVariant, first: int) -> str:

@@ -137,14 +137,28 @@ def plan_limits(
     return limits
 
 
+def tightest(limits: Sequence[SamplingLimits]) -> SamplingLimits:
+    """Limits that keep to all of these, of runs of the same images."""
+    return SamplingLimits(
+        pixels=min(each.pixels for each in limits),
+        largest=limits[0].largest,
+        tiling=any(each.tiling for each in limits),
+        offload=any(each.offload for each in limits),
+    )
+
+
 def limits_for(
-    base: Base, jobs: Sequence[Job], batch_size: int | None, device: torch.device
+    base: Base,
+    jobs: Sequence[Job],
+    batch_size: int | None,
+    device: torch.device,
+    shared_by: int = 1,
 ) -> SamplingLimits:
     """The limits for these jobs on the device's free memory; batch_size None leaves it to us.
 
-    On Windows torch is held to that memory.
+    shared_by is the number of processes that share that memory. On Windows torch is held to it.
     """
-    free = runtime.free_memory(device)
+    free = runtime.free_memory(device) // shared_by
     cuda.avoid_shared_memory(free, device)
     largest = max(jobs, key=lambda job: job.width * job.height)
     pixels = largest.width * largest.height

@@ -21,25 +21,22 @@ from megaman.errors import UserError, plural
 from megaman.pages import grid
 from megaman.pages.gallery import (
     GalleryImage,
-    NearestImage,
     read_images,
     title_of,
     variant_labels,
     write_gallery,
 )
 from megaman.sampling import png, records
+from megaman.sampling.image_saver import ImageSaver, save_pixel_art
 from megaman.sampling.jobs import (
     Job,
     LoraVariant,
     PendingBatch,
     base_image_file,
-    image_file,
     pixel_image_file,
 )
 
 if TYPE_CHECKING:
-    from megaman.sampling.generator import GeneratedImage
-    from megaman.sampling.nearest import NearestImages
     from megaman.sampling.records import Record, Recorder
 
 log = logging.getLogger(__name__)
@@ -148,29 +145,6 @@ def keep_damaged(path: Path) -> Path:
     return path.rename(path.with_name(kept))
 
 
-def refuse_taken(path: Path) -> None:
-    """Raise UserError if an image has this name by now: it was free when the run began."""
-    if path.exists():
-        raise UserError(
-            f"{path} was written by another run in the meantime",
-            "Give each run its own --output_dir",
-        )
-
-
-def _make_finder(loras: Sequence[Path], clip_model: str | None) -> NearestImages:
-    from megaman.sampling.nearest import NearestImages  # loads numpy
-
-    return NearestImages(loras, clip_model)
-
-
-def save_pixel_art(path: Path, record: Record, image: Image.Image) -> None:
-    """Save the pixel art next to the image at a path, with the image's record."""
-    from megaman.sampling.snap import snap  # loads numpy
-
-    pixel_art = snap(image, record.pixel_art, record.palette or ())
-    records.save(path.with_name(pixel_image_file(path.name)), pixel_art, record)
-
-
 class OutputFolder:
     """--output_dir with the images of its gallery.
 
@@ -190,9 +164,10 @@ class OutputFolder:
 
 
 class GalleryWriter:
-    """Adds the images of a run to an output folder. The page is complete after each save.
+    """Adds the images of a run to an output folder.
 
-    first is the number of the run's first prompt; resumed says whether images of the run exist.
+    saver saves them; it can be sent to other processes. resumed says whether images of the run
+    exist.
 
     Args:
         variants, jobs: what the run generates.
@@ -210,15 +185,16 @@ class GalleryWriter:
         compare: bool,
     ):
         self._folder, self._images = folder.path, folder.images
-        self._clip_model = folder.clip_model
         self._find_record = folder.find_record
         self._recorder, self._variants, self._jobs = recorder, variants, jobs
         self._compare = compare
-        self._finders: dict[tuple[Path, ...], NearestImages] = {}
         self._near: list[str] = []  # files of images that are suspiciously near to a training image
         stopped = self._find_stopped() if resume else None
         self.resumed = stopped is not None
-        self.first = first_free(folder.path) if stopped is None else stopped
+        first = first_free(folder.path) if stopped is None else stopped
+        self.saver = ImageSaver(folder.path, first, recorder, compare, folder.clip_model)
+        places = enumerate(product(variants, jobs))
+        self._order = {self.saver.path(job, each).name: place for place, (each, job) in places}
 
     def _find_stopped(self) -> int | None:
         wanted = []
@@ -252,7 +228,7 @@ class GalleryWriter:
         if not self.resumed:
             return True
         record = self._recorder.record(job, [job], variant, without_lora=without_lora)
-        path = self._path(job, variant, without_lora)
+        path = self.saver.path(job, variant, without_lora)
         complete = is_complete(path, record, self._find_record)
         if complete:
             records.restore_thumbnail(path, record)
@@ -264,15 +240,11 @@ class GalleryWriter:
         """Rename the damaged images among those to save; the gallery lists them no longer."""
         for item, without_lora in product(pending, (False, True)):
             for job in item.jobs_to_save(without_lora):
-                path = self._path(job, item.variant, without_lora)
+                path = self.saver.path(job, item.variant, without_lora)
                 if path.exists() and not png.is_whole(path):
                     kept = keep_damaged(path)
                     log.info(f"{path} is damaged: kept as {kept.name} and generated again")
         self._images = images_on_disk(self._folder, self._images)
-
-    def _path(self, job: Job, variant: LoraVariant, without_lora: bool = False) -> Path:
-        file = image_file(job, variant, self.first)
-        return self._folder / (base_image_file(file) if without_lora else file)
 
     def summary(self, count: int, pending: Sequence[PendingBatch]) -> str:
         """What a resumed run finds of the images that it would generate, count in all."""
@@ -280,57 +252,6 @@ class GalleryWriter:
             return "resuming   nothing of this run is there"
         missing = sum(len({*item.missing, *item.missing_base}) for item in pending)
         return f"resuming   {count - missing} of {count} are there"
-
-    def save_images(
-        self,
-        group: Sequence[PendingBatch],
-        generated: Sequence[GeneratedImage],
-        without_lora: bool,
-    ) -> None:
-        """Save the missing images of a group of batches with one variant, and list them; with
-        without_lora, the base's images next to those of the same jobs.
-
-        Raises UserError if another run took a name.
-        """
-        jobs = {job for item in group for job in item.jobs_to_save(without_lora)}
-        for item in generated:
-            if item.job not in jobs:
-                continue
-            path = self._path(item.job, group[0].variant, without_lora)
-            refuse_taken(path)
-            record = self._save(path, item, group[0].variant, without_lora)
-            if not without_lora:
-                base_file = base_image_file(path.name) if self._compare else None
-                pixel_file = pixel_image_file(path.name) if record.pixel_art else None
-                entry = records.gallery_image(path.name, record, base_file, pixel_file)
-                nearest = self._find_nearest(path.name, item, group[0].variant)
-                self._images.append(replace(entry, nearest=nearest))
-        if without_lora and self.resumed:  # images of the stopped run may have lacked the base's
-            self._images = images_on_disk(self._folder, self._images)
-
-    def _save(
-        self, path: Path, generated: GeneratedImage, variant: LoraVariant, without_lora: bool
-    ) -> Record:
-        record = self._recorder.record(
-            generated.job, generated.batch, variant, generated.vae_tile, without_lora
-        )
-        self._folder.mkdir(parents=True, exist_ok=True)
-        records.save(path, generated.image, record)
-        if record.pixel_art and not without_lora:
-            save_pixel_art(path, record, generated.image)
-        return record
-
-    def _find_nearest(
-        self, file: str, generated: GeneratedImage, variant: LoraVariant
-    ) -> NearestImage | None:
-        """The training image nearest to an image with a LoRA; None if no LoRA knows its images."""
-        paths = tuple(path for _, path, strength in variant.loras if strength * variant.scale)
-        if paths not in self._finders:
-            self._finders[paths] = _make_finder(paths, self._clip_model)
-        nearest = self._finders[paths].find(self._folder, file, generated.image)
-        if nearest is not None and nearest.is_near:
-            self._near.append(file)
-        return nearest
 
     def warnings(self) -> list[str]:
         """What the user should know about the images of this run."""
@@ -355,6 +276,33 @@ class GalleryWriter:
             save_pixel_art(path, wanted, image.convert("RGB"))
         self._images = images_on_disk(self._folder, self._images)
 
+    def add(self, images: Sequence[GalleryImage]) -> Path:
+        """List images that the saver has saved, those of this run by variant, prompt and number,
+        and write the page; returns its path.
+
+        Raises UserError if other processes have saved images that this one does not see.
+        """
+        listed = {image.file for image in self._images}
+        added = [image for image in images if image.file not in listed]
+        if unseen := [image.file for image in added if not (self._folder / image.file).exists()]:
+            raise UserError(
+                f"--output_dir {self._folder} lacks {unseen[0]}, which another machine has saved",
+                "Name a folder on a disk that all machines share",
+            )
+        self._near += [image.file for image in added if image.nearest and image.nearest.is_near]
+        self._images = self._in_order([*self._images, *added])
+        if self._compare and self.resumed:  # images of the stopped run may have lacked the base's
+            self._images = images_on_disk(self._folder, self._images)
+        return self.write_page()
+
+    def _in_order(self, images: Sequence[GalleryImage]) -> list[GalleryImage]:
+        """The images with those of this run, which several processes and a stopped run may have
+        saved, in the order in which one process generates them; the others stay in their places."""
+        own = [image for image in images if image.file in self._order]
+        own.sort(key=lambda image: self._order[image.file])
+        following = iter(own)
+        return [next(following) if image.file in self._order else image for image in images]
+
     def write_page(self) -> Path:
         """Write the gallery; returns the path of the page."""
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -362,13 +310,13 @@ class GalleryWriter:
 
     def write_grid(self) -> Path:
         """Write the comparison as one image: a column a variant, a row a job."""
-        sheet = self._folder / f"grid_{self.first:03d}.png"
+        sheet = self._folder / f"grid_{self.saver.first:03d}.png"
         files = [image.file for image in self._images]
         labels = dict(zip(files, variant_labels(self._images), strict=True))
-        columns = [labels[self._path(self._jobs[0], each).name] for each in self._variants]
+        columns = [labels[self.saver.path(self._jobs[0], each).name] for each in self._variants]
         rows = []
         for job in self._jobs:
-            label = f"{self.first + job.prompt_index:03d}, seed {job.seed}\n{job.prompt}"
-            rows.append((label, [self._path(job, each) for each in self._variants]))
+            label = f"{self.saver.first + job.prompt_index:03d}, seed {job.seed}\n{job.prompt}"
+            rows.append((label, [self.saver.path(job, each) for each in self._variants]))
         grid.save_grid(sheet, columns, rows)
         return sheet

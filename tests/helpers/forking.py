@@ -32,7 +32,7 @@ LIBRARIES = [
 # Modules that load what the scripts import in functions, and the scripts.
 OURS = [
     "megaman.training.validation",
-    "megaman.sampling.generator",
+    "megaman.sampling.loading",
     "generate_megaman",
     "megaman_lora",
 ]

@@ -605,21 +605,23 @@ def test_an_image_that_was_deleted_is_on_the_page_once(generate, tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--compare", "base"]], ids=" ".join)
 def test_two_runs_into_one_folder_lose_nothing(generate, monkeypatch, tmp_path, flags):
-    """Whoever comes second to a name stops in a line, and the other's images stay."""
+    """Whoever comes second is refused in a line, and the first generates its images."""
     generate_images = ImageGenerator.generate
+    refused = []
 
     def generate_next_to_another(generator, batches, *rest, **without_lora):
         monkeypatch.setattr(ImageGenerator, "generate", generate_images)
-        generate("--prompts", "a red cat", *flags)
+        with pytest.raises(UserError, match="in use by another run") as raised:
+            generate("--prompts", "a red cat", *flags)
+        refused.append(raised.value)
         return generate_images(generator, batches, *rest, **without_lora)
 
     monkeypatch.setattr(ImageGenerator, "generate", generate_next_to_another)
-    with pytest.raises(UserError, match="written by another run"):
-        generate(*flags)
+    generate(*flags)
     pngs = list((tmp_path / "out").glob("*.png"))
-    assert len(pngs) == 1 + bool(flags)
+    assert len(refused) == 1 and len(pngs) == 1 + bool(flags)
     assert all(
-        json.loads(Image.open(path).info["megaman"])["prompt"] == "a red cat" for path in pngs
+        json.loads(Image.open(path).info["megaman"])["prompt"] == "a blue robot" for path in pngs
     )
 
 
