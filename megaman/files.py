@@ -235,7 +235,9 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
-def digest_of(path: Path) -> bytes:
-    """The 160-bit BLAKE2b hash of a file's bytes; raises OSError if it cannot be read."""
+def digest_of(path: Path, start: int = 0) -> bytes:
+    """The 160-bit BLAKE2b hash of a file's bytes from start on; raises OSError if it cannot be
+    read."""
     with open(path, "rb") as file:
+        file.seek(start)
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).digest()

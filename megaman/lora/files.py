@@ -171,8 +171,8 @@ def config_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, allow_bytes: bool = False) -> Tensors:
-    """Read an untrusted safetensors file; raises UserError if it is damaged or not finite, or if it
-    has whole numbers other than bytes that are allowed."""
+    """Read an untrusted safetensors file; raises UserError if it is damaged or not finite, if it
+    has whole numbers other than bytes that are allowed, or if such numbers show another adapter."""
     check_safetensors(path)
     try:
         tensors = load_file(path)
@@ -187,7 +187,14 @@ def read_tensors(path: Path, allow_bytes: bool = False) -> Tensors:
             continue
         if name.endswith(".alpha") and not tensor.is_complex():  # kohya's may be whole numbers
             tensor = tensors[name] = tensor.float()
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+        if not tensor.is_floating_point():
+            lora_formats.refuse_other_adapter(path, name)
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {name[:200]!r} holds {kind}, not floating-point numbers",
+                "Take an earlier checkpoint, or name another LoRA",
+            )
+        if not tensor.float().isfinite().all():
             raise UserError(
                 f"{path}: {name[:200]!r} holds numbers that are not finite",
                 "Take an earlier checkpoint",

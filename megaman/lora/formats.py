@@ -160,18 +160,23 @@ def for_parts(
     return kept, set(part_of.values()) - set(parts)
 
 
-def _match(path: Path, key: str) -> re.Match[str]:
-    """The parts of a key; raises UserError for one of another adapter than a plain LoRA."""
+def refuse_other_adapter(path: Path, key: str) -> None:
+    """Raise UserError, naming what it is, if a tensor of this name is another adapter's."""
     if kind := other_adapter(key):
         article = "an" if kind.startswith(("OFT", "IA3")) else "a"
         raise UserError(
             f"{path} is {article} {kind}, not a plain LoRA", "Name a LoRA, or convert it to one"
         )
+
+
+def _match(path: Path, key: str) -> re.Match[str]:
+    """The parts of a key; raises UserError for one of another adapter than a plain LoRA."""
+    refuse_other_adapter(path, key)
     match = KEY.fullmatch(key)
     if match is None and key.endswith(".weight"):
         raise UserError(f"{path} is no LoRA: it holds the whole layer {key[:200]!r}", REMEDY)
     if match is None:
-        raise UserError(f"{path} is no LoRA: it holds {key[:200]!r}", REMEDY)
+        raise UserError(f"{path} is no plain LoRA: it holds {key[:200]!r}", REMEDY)
     return match
 
 

@@ -17,10 +17,10 @@ EMBEDDING = "textual inversion embedding"
 # Adapters that are trained and saved like a LoRA but are none, by a part of their tensors' names.
 OTHER_ADAPTERS = {
     "lora_embedding_": "LoRA of an embedding layer",
-    "hada_w": "LoHa",
-    "lokr_w": "LoKr",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
     "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
+    "lora_magnitude": "DoRA",
     "lora_mid": "LoCon with a core tensor",
     "boft_": "BOFT",
     "oft_": "OFT",
@@ -36,7 +36,9 @@ OTHER_ENDINGS = {
     ".diff": "file with whole weight differences",
     ".set_weight": "file with whole weights",
     ".a1.weight": "GLoRA",
+    ".a2.weight": "GLoRA",
     ".b1.weight": "GLoRA",
+    ".b2.weight": "GLoRA",
 }
 # Other models by their name in the header, by a part of their layers' names, and by the width of
 # their prompt_embeds.
@@ -63,10 +65,11 @@ BY_LAYER_NAME = {
     "lora_unet_input_blocks_": "SDXL",
     "lora_unet_output_blocks_": "SDXL",
 }
+# Layers in kohya's form of the authors' names that SDXL does not have.
+NOT_SDXL = re.compile(r"lora_unet_(input_blocks_([12]_1|10|11)|output_blocks_([678]_1|9|10|11))_.*")
 BY_WIDTH = {1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 
 
-SD15_WIDTH = 768
 SD15_HEADERS = ("sd_v1", "stable-diffusion-v1")
 READS_PROMPT = re.compile(
     rf".*attn2[._](?:processor[._])?to_[kv][._](?:{'|'.join(map(re.escape, DOWN))})\.weight"
@@ -96,7 +99,9 @@ def foreign_base(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor
     widths = {tensor.shape[1] for tensor in readers if tensor.ndim >= 2}
     for width in widths & BY_WIDTH.keys():
         return BY_WIDTH[width]
-    if SD15_WIDTH in widths or any(word in header for word in SD15_HEADERS):
+    if widths or any(word in header for word in SD15_HEADERS):
+        return None  # of another width, as the embedded base's, the layers decide
+    if any(NOT_SDXL.fullmatch(key) for key in tensors):
         return None
     for part, kind in BY_LAYER_NAME.items():
         if any(part in key for key in tensors):

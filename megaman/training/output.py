@@ -27,6 +27,7 @@ from megaman.files import (
     safe_name,
 )
 from megaman.locks import claim, is_first_process
+from megaman.safe_loading import read_header
 from megaman.threads import MAX_THREADS
 
 if TYPE_CHECKING:
@@ -186,10 +187,15 @@ def different_loras(checkpoints: Sequence[Path], finished: Path) -> list[Path]:
 
 
 def _peft_content(folder: Path) -> dict[str, Any]:
-    """What a LoRA's images depend on, by file: hashes of the weights, and the configurations."""
+    """What a LoRA's images depend on, by file: tables and hashes of the tensors, and the
+    configurations.
+
+    A header's texts are not compared; safetensors writes them in another order each time.
+    """
     content: dict[str, Any] = {}
     for path in sorted(folder.glob("**/adapter_model.safetensors")):
-        content[path.relative_to(folder).as_posix()] = digest_of(path)
+        tensors, data_start = read_header(path)
+        content[path.relative_to(folder).as_posix()] = tensors, digest_of(path, data_start)
     for path in sorted(folder.glob("**/adapter_config.json")):
         config = read_json(path)
         if isinstance(config, dict):

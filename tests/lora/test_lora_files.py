@@ -216,7 +216,7 @@ PEFT_EXTRAS = {
     "embedding layer": ("conv_in.lora_embedding_A", (4, 64)),
     "whole layer 'conv_in.weight'": ("conv_in.weight", (64, 4, 3, 3)),
     "no PEFT folder": ("conv_in.lora_up.weight", (64, 4)),
-    "is no LoRA": ("conv_in.lora_E", (64, 1)),
+    "is no plain LoRA": ("conv_in.lora_E", (64, 1)),
 }
 
 

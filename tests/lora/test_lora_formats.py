@@ -240,6 +240,20 @@ def test_files_with_the_authors_names_of_layers(made, base_folder, tmp_path, wor
     assert apart(found, Models(base_folder).merge(made)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("attends_to_prompt", [True, False])
+def test_names_that_sdxl_has_too_do_not_make_it_one(base_folder, tmp_path, attends_to_prompt):
+    """The width of the prompt's embeddings, or attention where SDXL has none, says more."""
+    made = Made(base_folder)
+    if not attends_to_prompt:
+        ends = ("0.attentions.0.transformer_blocks.0.attn1.to_out.0", "0.attentions.0.proj_in")
+        only = [key for key in made.layers if key[1].endswith(ends) and "down" in key[1]]
+        assert {AUTHORS[layer][:16] for _, layer in only} == {"input_blocks.1.1"}
+        made.layers = {key: made.layers[key] for key in only}
+    save_file(made.named(in_authors_words_flat), tmp_path / "style.safetensors")
+    found = loaded(base_folder, (tmp_path / "style.safetensors", 1.0))
+    assert apart(found, Models(base_folder).merge(made)) <= TOLERANCE
+
+
 def test_keys_with_the_name_of_an_adapter(base_folder, tmp_path):
     made = Made(base_folder, dtype=torch.float32, scaled=False)
     save_file(made.named(in_pefts_raw_words), tmp_path / "style.safetensors")
@@ -399,10 +413,18 @@ def test_a_lora_of_another_model_is_refused_by_its_name(base_folder, tmp_path, n
 OTHER_ADAPTERS = {
     "LoHa": {"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)},
     "LoKr": {"lora_unet_conv_in.lokr_w1": torch.ones(2, 2)},
+    "LoHa,": {f"lora_unet_conv_in.hada_{end}": torch.ones(2, 2) for end in ("t1", "w1_a")},
+    "LoKr,": {f"lora_unet_conv_in.lokr_{end}": torch.ones(2, 2) for end in ("t2", "w1")},
     "DoRA": {**pair("lora_unet_conv_in"), "lora_unet_conv_in.dora_scale": torch.ones(4, 1)},
     "an OFT": {"lora_unet_conv_in.oft_blocks": torch.ones(2, 2)},
     "BOFT": {"lora_unet_conv_in.boft_blocks": torch.ones(2, 2)},
     "an IA3": {"lora_unet_conv_in.ia3_l": torch.ones(2, 2)},
+    "an IA3,": {
+        "lora_unet_conv_in.on_input": torch.tensor(True),
+        "lora_unet_conv_in.weight": torch.ones(64),
+    },
+    "holds int64, not floating-point": pair("lora_unet_conv_in")
+    | {"lora_unet_conv_in.lora_up.weight": torch.ones(64, 2, dtype=torch.int64)},
     "GLoRA": {"lora_unet_conv_in.a1.weight": torch.ones(2, 2)},
     "textual inversion embedding": {"emb_params": torch.ones(2, 64)},
     "whole weight differences": {"diffusion_model.out.2.diff": torch.ones(4, 64, 3, 3)},
