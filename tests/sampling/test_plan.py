@@ -75,18 +75,40 @@ def test_a_missing_lora_is_reported_before_a_base_is_loaded(lora, flags):
         plan_of("--lora_path", lora, lora.parent / "nothing", *flags)
 
 
-@pytest.fixture
-def image(tmp_path):
-    """An image in a gallery, with a relative path of its LoRA, as version 1.0.0 recorded it."""
-    run = RunSettings("euler", 1, BASE, True, "cpu", "float32", {}, "contiguous", 1)
+RUN = RunSettings("euler", 1, BASE, True, "cpu", "float32", {}, "contiguous", 1)
+RECORDER = Recorder(RUN, {Path("mine"): "0123456789ab"})
+
+
+def write_image(folder: Path, **values) -> Path:
+    """An image with a relative path of its LoRA, as version 1.0.0 recorded it; values are set in
+    its record."""
     (variant,) = make_variants([(Path("mine"), 1.0)], [1.0], one_by_one=False)
     job = Job(0, 0, "a robot", "", 1, 64, 64, 2, 5.0)
-    record = asdict(Recorder(run, {Path("mine"): "0123456789ab"}).record(job, [job], variant))
+    record = asdict(RECORDER.record(job, [job], variant)) | values
     record["loras"][0][0] = "mine"
-    (tmp_path / "work" / "gallery").mkdir(parents=True)
-    path = tmp_path / "work" / "gallery" / "a.png"
-    png.save_png(path, Image.new("RGB", (64, 64)), "", {KEY: json.dumps(record)})
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    png.save_png(folder / "a.png", Image.new("RGB", (64, 64)), "", {KEY: json.dumps(record)})
+    return folder / "a.png"
+
+
+@pytest.fixture
+def image(tmp_path):
+    return write_image(tmp_path / "work" / "gallery")
+
+
+@pytest.mark.parametrize(
+    ("then", "tiles_now", "said"),
+    [
+        ({}, False, []),
+        ({}, True, ["the VAE decodes in tiles"]),
+        ({"vae_tiling": True, "vae_tile": 32}, True, []),
+        ({"vae_tiling": True}, True, ["the VAE decodes in other tiles"]),
+    ],
+)
+def test_tiles_that_an_image_did_not_have_are_said(tmp_path, then, tiles_now, said):
+    """Earlier records have no side of a tile: it was the VAE's own."""
+    plan = plan_from(write_image(tmp_path, **then))
+    assert plan.warnings(RECORDER, 1, tiles_now) == said
 
 
 @pytest.mark.parametrize("place", ["elsewhere", "work", "work/gallery"])
