@@ -4,7 +4,7 @@
 
 Prints tables in Markdown: bytes that data-parallel training exchanges in an update, operations of a
 step, planned memory, disk. The exchange of the embedded base is measured: two processes make an
-update and count what they hand to all_reduce. Everything else is computed from models without
+update and count what they hand to each other. Everything else is computed from models without
 contents, in minutes and on any machine; no GPU is used. The last line is JSON for programs.
 """
 
@@ -18,15 +18,14 @@ import sys
 import tempfile
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import paths
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import distributed
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaman.config.presets import DEFAULT_TARGETS
@@ -40,6 +39,7 @@ from megaman.models.weights import build
 from megaman.training import loss as diffusion
 from megaman.training.fake_models import FakeModels
 from megaman.training.memory_estimate import MemoryEstimate
+from megaman.training.run import Run
 
 RANKS, RESOLUTIONS, BATCHES = (4, 16, 64), (256, 512, 768), (1, 4)
 GBITS = (1, 10, 100)  # a second
@@ -87,13 +87,14 @@ def count_exchange(rank: int, port: int, results: Path) -> None:
             adapter.inject(unet, RANKS[0], RANKS[0], DEFAULT_TARGETS)
         exchanged: list[int] = []
 
-        def hook(group, bucket, exchanged=exchanged):  # torch reads annotations, and wants none
-            exchanged.append(bucket.buffer().nbytes)
-            return allreduce_hook(group, bucket)
+        def add_up(tensor: torch.Tensor, exchanged: list[int] = exchanged) -> None:
+            exchanged.append(tensor.nbytes)
+            distributed.all_reduce(tensor)
 
-        parallel = DistributedDataParallel(unet)
-        parallel.register_comm_hook(None, hook)
-        noise_pred(parallel, configs["unet"], 16).square().mean().backward()
+        noise_pred(unet, configs["unet"], 16).square().mean().backward()
+        run = SimpleNamespace(world_size=2, processes=SimpleNamespace(add_up=add_up))
+        trained = [each for each in unet.parameters() if each.requires_grad]
+        Run.exchange_gradients(cast(Run, run), trained)
         found.append((numbers(unet), sum(exchanged)))
     if rank == 0:
         results.write_text(json.dumps(found))
