@@ -214,29 +214,6 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def prepare_cpu() -> None:
-    """Prepare memory and libraries before the first computation."""
-    keep_freed_memory()
-    _load_mkl()
-
-
-def _load_mkl() -> None:
-    """Load MKL from another folder if the current one was deleted.
-
-    torch loads it with the first product of matrices; it asks for the current folder and ends the
-    process if there is none.
-    """
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        with contextlib.suppress(OSError):
-            deleted = os.open(".", os.O_RDONLY)
-            os.chdir("/")
-            torch.mm(torch.ones(8, 8), torch.ones(8, 8))
-            os.fchdir(deleted)  # a relative path stays one that does not exist
-            os.close(deleted)
-
-
 def use_huge_pages() -> None:
     """Make Linux back the memory that `keep_freed_memory` keeps with pages of 2 MB, not 4 KB.
 

@@ -38,7 +38,7 @@ def load_generator(
     width = unet_width(plan.base)
     compute = runtime.choose_compute(plan.precision, device, width, plan.memory_format)
     runtime.set_threads(policy)
-    runtime.prepare_cpu()
+    runtime.keep_freed_memory()
 
     base_name = resolve_name(plan.base)
     log.info(f"loading {base_name}{' and the LoRA in ' if plan.loras else ''}{plan.lora_source}")

@@ -116,7 +116,7 @@ class Run:
         )
         if policy.remark:
             notes.append(f"{INDENT}{policy.remark}")
-        runtime.prepare_cpu()
+        runtime.keep_freed_memory()
         accelerator = _start_accelerator(compute)
         _complete_captions(config, datasets, processes)
         step_images, world_size, line = plan_step_images(config, processes.count, saved)

@@ -125,22 +125,3 @@ def test_a_run_without_any_home_saves_its_lora(train_here, tmp_path, monkeypatch
     data = ROOT / "demo" / "held_out"
     train_here(tmp_path, "out", "--data_dir", data, *FEW_TARGETS, "--max_train_steps", 1)
     assert not (tmp_path / "~").exists()
-
-
-DELETED = """
-import os, sys
-folder = sys.argv.pop(1)
-os.mkdir(folder), os.chdir(folder), os.rmdir(folder)
-import megaman_lora
-sys.exit(megaman_lora.main(sys.argv[1:]))
-"""
-
-
-def test_a_run_whose_current_folder_was_deleted_saves_its_lora(forked, base_folder, tmp_path):
-    """MKL would end the process."""
-    words = ["--pretrained_model_name", base_folder, "--data_dir", ROOT / "demo" / "held_out"]
-    words += ["--output_dir", tmp_path / "out", "--logging_dir", tmp_path / "logs"]
-    words += ["--resolution", 64, "--num_validation_images", 0, "--max_train_steps", 1]
-    run = forked.run(["-c", DELETED, tmp_path / "gone", *words, *FEW_TARGETS], tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / "out" / "lora_weights" / "megaman_lora.safetensors").is_file()
