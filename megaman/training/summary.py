@@ -24,9 +24,9 @@ def closing_lines(config: TrainConfig, run: Run) -> Iterator[str]:
     """What was gained, and where page, samples and TensorBoard are."""
     yield from gain_lines(run.history)
     yield f"page       {run.report.page.resolve().as_uri()}"
-    if run.history.samples:
-        folder = run.output.samples_folder(max(run.history.samples))
-        yield f"samples    {folder}"
+    steps = [step for step, samples in run.history.samples.items() if samples]
+    if steps:
+        yield f"samples    {run.output.samples_folder(max(steps))}"
     yield f"curves     tensorboard --logdir {config.output.logging_dir}"
 
 

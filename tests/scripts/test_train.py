@@ -333,6 +333,7 @@ def test_without_a_seed_one_is_generated_and_stored(data, base_folder, forked, t
     ]["seed"]
     assert seed > 0
     assert f"seed {seed}" in done.stdout
+    assert "\nsamples " not in done.stdout, "there are none"
 
 
 def test_overwriting_where_it_is_meant(train_here, data, tmp_path):
