@@ -97,7 +97,7 @@ def count_exchange(rank: int, port: int, results: Path) -> None:
         Run.exchange_gradients(cast(Run, run), trained)
         found.append((numbers(unet), sum(exchanged)))
     if rank == 0:
-        results.write_text(json.dumps(found))
+        results.write_text(json.dumps(found), encoding="utf-8")
     distributed.destroy_process_group()
 
 
@@ -113,7 +113,7 @@ def measure_exchange() -> list[tuple[int, int]]:
         torch.multiprocessing.start_processes(
             count_exchange, (port, results), nprocs=2, start_method=method
         )
-        return json.loads(results.read_text())
+        return json.loads(results.read_text(encoding="utf-8"))
 
 
 def exchange_rows(configs: dict[str, Any]) -> list[dict[str, Any]]:

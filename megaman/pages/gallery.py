@@ -263,7 +263,7 @@ def variant_labels(images: list[GalleryImage]) -> list[str]:
 def _distinct_ends(paths: set[str]) -> dict[str, str]:
     """The end of each path: its name, with as many folders before it as tell the paths apart."""
     parts = {path: re.split(r"[/\\]+", path.rstrip("/\\")) for path in paths}
-    for depth in range(1, max(map(len, parts.values())) + 1):
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
         ends = {path: "/".join(each[-depth:]) for path, each in parts.items()}
         if len(set(ends.values())) == len(ends):
             return ends

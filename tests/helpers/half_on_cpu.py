@@ -17,10 +17,10 @@ def install(
 ) -> list[torch.amp.GradScaler]:
     """Let training compute in fp16 from here on; returns the list of the runs' loss scalers."""
     scalers: list[torch.amp.GradScaler] = []
-    start_processes = run._start_processes
+    start_accelerator = run._start_accelerator
 
     def start_in_fp16(compute) -> Accelerator:
-        accelerator = start_processes(replace(compute, mixed_precision="bf16"))
+        accelerator = start_accelerator(replace(compute, mixed_precision="bf16"))
         accelerator.state._mixed_precision = "fp16"
         scalers.append(
             torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=growth_interval)
@@ -29,5 +29,5 @@ def install(
         return accelerator
 
     monkeypatch.setattr(runtime, "precision", lambda *_: ("fp16", "fp16 for a test"))
-    monkeypatch.setattr(run, "_start_processes", start_in_fp16)
+    monkeypatch.setattr(run, "_start_accelerator", start_in_fp16)
     return scalers

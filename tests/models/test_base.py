@@ -135,7 +135,7 @@ def test_the_name_that_is_noted_holds_elsewhere(base_folder, tmp_path, monkeypat
 def test_a_folder_that_is_not_there(name):
     line = refusal(name)
     assert "neither a folder on this machine nor a name on the hub" in line
-    assert "local folder" in line and "--demo" in line
+    assert "Name a folder" in line and "--demo" in line
 
 
 def test_an_absolute_folder_that_is_not_there(tmp_path):
@@ -145,7 +145,7 @@ def test_an_absolute_folder_that_is_not_there(tmp_path):
 def test_a_name_on_the_hub_without_a_network():
     """conftest.py switches the hub off in this process."""
     line = refusal("someone/some-model")
-    assert "not on this machine" in line and "local folder" in line and "--demo" in line
+    assert "not on this machine" in line and "Name a folder" in line and "--demo" in line
     with pytest.raises(UserError, match=NEW_NAME):
         find_base(OLD_NAME, half=False)
 
@@ -475,7 +475,7 @@ def test_what_the_hub_does_not_give_ends_in_one_line(hub, ask, tmp_path):
     for way, line in lines.items():
         assert line.startswith("UserError: ") and "\n" not in line
         assert f"someone/{way}" in line
-        assert "local folder" in line and "--demo" in line, "the two ways on"
+        assert "Name a folder" in line and "--demo" in line, "the two ways on"
     for way in ("none", "gated"):
         assert f"The hub has no model someone/{way}, or it needs a login" in lines[way]
     for way in ("error", "portal", "broken", "silent"):
@@ -485,4 +485,4 @@ def test_what_the_hub_does_not_give_ends_in_one_line(hub, ask, tmp_path):
 def test_no_hub_at_all_ends_in_one_line(ask):
     (line,) = ask("http://127.0.0.1:9", ("load", "someone/some-base"))
     assert line.startswith("UserError: The base someone/some-base is not on this machine")
-    assert "\n" not in line and "local folder" in line and "--demo" in line
+    assert "\n" not in line and "Name a folder" in line and "--demo" in line

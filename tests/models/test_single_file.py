@@ -510,7 +510,7 @@ def test_a_link_keeps_its_name(small):
 )
 def test_a_file_that_is_not_there(name):
     with pytest.raises(
-        UserError, match=f"There is no file {re.escape(name)}.*local folder.*--demo"
+        UserError, match=f"There is no file {re.escape(name)}.*Name a folder.*--demo"
     ):
         load_base(name, torch.float32)
 

@@ -103,7 +103,7 @@ def test_when_one_process_is_killed_the_other_ends_with_a_line(lora_path, ranks,
         f"error: Process {victim} has died, so the others end. "
         "Finished images are kept: add --resume to the command"
     ]
-    assert not list((tmp_path / "out").glob("*.aside"))
+    assert not list((tmp_path / "out").glob(f"*.{other.pid}.aside"))
 
 
 def test_ctrl_c_ends_all_with_one_line(lora_path, ranks, tmp_path):

@@ -80,7 +80,7 @@ def test_the_second_plan_of_a_run_traces_nothing(tmp_path, monkeypatch):
     )
     request, counts = config.memory_request(), []
     for _ in range(2):
-        fit_to_memory(compute, request, base, 2**33, False, tmp_path)
+        fit_to_memory(compute, request, base, 2**33, tmp_path)
         counts.append(len(traced))
         memory_table(config.compute, request, base, tmp_path)
         counts.append(len(traced))
