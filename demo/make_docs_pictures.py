@@ -50,7 +50,7 @@ UNDERTRAINED = "checkpoint-150"
 HERO = "volto, blue robot hero, pixel art"
 GALLERY_PROMPTS = (
     f"{HERO}, waving, front view, pink background",
-    f"{HERO}, running, facing right, orange background",
+    f"{HERO}, portrait, happy, yellow background",
 )
 PICTURES = ("dataset_good", "dataset_report", "training_report", "results", "gallery")
 WIDTH = 830  # pixels: of an image on GitHub

@@ -69,6 +69,23 @@ def test_a_larger_canvas_shows_the_same_pose():
     assert (shrunk ^ small).sum() < 0.25 * small.sum()
 
 
+def test_half_of_a_batch_are_portraits():
+    import make_base
+    import torch
+
+    count = make_base.HELD_OUT + 1000
+    captions = ["pixel art, red robot, running"] * count
+    for row in (3, 7, count - 1):  # the last is held out
+        captions[row] = "pixel art, red robot, portrait, happy, white background"
+    latents = np.arange(count, dtype=np.float16).reshape(-1, 1)
+    tokenizer = make_base.make_tokenizer(ROOT / "demo/base/tokenizer", [])
+    data = make_base.LatentData.from_captions(latents, captions, tokenizer, torch.device("cpu"))
+    rows = [int(row) for row in data.batch(np.random.default_rng(0))[0]]
+    portraits = sum(row in (3, 7) for row in rows)
+    assert portraits >= make_base.BATCH_SIZE * make_base.PORTRAIT_SHARE and portraits < len(rows)
+    assert max(rows) < 1000, "nothing that is held out"
+
+
 def test_a_resumed_training_of_the_base_takes_the_same_steps():
     import make_base
     import torch
@@ -77,7 +94,7 @@ def test_a_resumed_training_of_the_base_takes_the_same_steps():
     count = make_base.HELD_OUT + 32
     latents = torch.from_numpy(rng.normal(size=(count, 8, 16, 16)).astype(np.float16))
     ids = torch.from_numpy(rng.integers(0, 90, (count, make_base.POSITIONS)))
-    data = make_base.LatentData(latents, ids, ids[0])
+    data = make_base.LatentData(latents, ids, ids[0], portraits=np.arange(4))
 
     def trainer() -> make_base.DenoiserTrainer:
         torch.manual_seed(0)

@@ -47,7 +47,7 @@ class Forks:
     def ask(self, order: dict) -> int | None:
         if self._process is None:
             variables = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}
-            variables["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as processes.py sets it, but torch is there
+            variables["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # processes.py is too late
             self._process = subprocess.Popen(
                 [sys.executable, __file__],
                 env=variables,
