@@ -1,5 +1,5 @@
-"""A checkpoint that an early version wrote (17da076, on the fourth base) resumes, and ends as it did
-then."""
+"""A checkpoint that an early version wrote (17da076, on the fourth base) resumes, and ends as
+it did then."""
 
 from __future__ import annotations
 
