@@ -149,7 +149,7 @@ def make_mosaics(work: Path, count: int, seed: int) -> np.ndarray:
 def make_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
     """Learn a byte-level BPE vocabulary in CLIP's format (end-of-word suffix, lower case, 77
     positions)."""
-    if not (folder / "vocab.json").is_file():
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
         bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(r"\s+", " "), normalizers.Lowercase()]

@@ -78,7 +78,10 @@ def test_half_of_a_batch_are_portraits():
     for row in (3, 7, count - 1):  # the last is held out
         captions[row] = "pixel art, red robot, portrait, happy, white background"
     latents = np.arange(count, dtype=np.float16).reshape(-1, 1)
-    tokenizer = make_base.make_tokenizer(ROOT / "demo/base/tokenizer", [])
+    folder = ROOT / "demo/base/tokenizer"
+    files = sorted(folder.iterdir())
+    tokenizer = make_base.make_tokenizer(folder, [])
+    assert sorted(folder.iterdir()) == files, "a finished tokenizer is not learned again"
     data = make_base.LatentData.from_captions(latents, captions, tokenizer, torch.device("cpu"))
     rows = [int(row) for row in data.batch(np.random.default_rng(0))[0]]
     portraits = sum(row in (3, 7) for row in rows)
