@@ -85,7 +85,7 @@ def train(
     base = open_base(config, datasets, run)
 
     # The frozen models run once, over all captions and images, and leave the memory.
-    captions = embed_captions(base, datasets, samples, config, processes)
+    captions = embed_captions(base, datasets, samples, config, run)
     latents, evaluated = encode_latents(base, datasets, config, run)
 
     is_new, seed = run.output.checkpoint is None, run.state.seed

@@ -1,9 +1,9 @@
-"""The processes that `accelerate launch` or torchrun started for one run whose work needs no
-gradients: what they tell each other, and how all of them end when one does.
+"""The processes that `accelerate launch` or torchrun started for one run: what they tell each
+other, and how all of them end when one does.
 
-They talk through torch.distributed's gloo, on GPUs as well: a few objects a run. Each process waits
-in a thread for a message of its neighbor, which comes when the run is over. If the connection
-breaks before that, the neighbor has died.
+They exchange objects through torch.distributed's gloo, on GPUs as well, and add up gradients with
+NCCL where each has a GPU of its own. Each process waits in a thread for a message of its neighbor,
+which comes when the run is over. If the connection breaks before that, the neighbor has died.
 """
 
 from __future__ import annotations

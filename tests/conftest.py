@@ -191,6 +191,27 @@ def train_here(base_folder) -> Callable:
     return run
 
 
+def save_visible_lora(
+    folder: Path, base_folder: Path, rank: int, alpha: float, targets: list[str]
+) -> Path:
+    """Save a LoRA that visibly changes the base, which its folder names; returns the folder."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from megaman.lora import adapter
+    from megaman.lora.files import save_lora
+
+    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
+    torch.manual_seed(0)
+    adapter.inject(unet, rank, alpha, targets)
+    with torch.no_grad():
+        for name, parameter in adapter.parameters(unet).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    save_lora(folder, {"unet": unet}, str(base_folder), {})
+    return folder
+
+
 def learned_alike(one: dict, other: dict, share: float = 1e-3) -> bool:
     """Whether two LoRAs that began alike have moved alike, all in all: by the norm of their
     difference as a share of how far B came from zero.

@@ -22,7 +22,6 @@ from megaman.training.held_out import ImageSet
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
     from megaman.models.base import Base
-    from megaman.processes import Processes
     from megaman.training.datasets import Datasets
     from megaman.training.run import Run
     from megaman.training.samples import SamplePlan
@@ -50,11 +49,7 @@ def open_base(config: TrainConfig, datasets: Datasets, run: Run) -> Base:
 
 
 def embed_captions(
-    base: Base,
-    datasets: Datasets,
-    samples: SamplePlan,
-    config: TrainConfig,
-    processes: Processes,
+    base: Base, datasets: Datasets, samples: SamplePlan, config: TrainConfig, run: Run
 ) -> CaptionEmbeddings:
     """The prompt_embeds of all captions, which the processes share out, and of the sample images'
     prompts."""
@@ -66,7 +61,7 @@ def embed_captions(
         trained=config.lora.train_text_encoder,
         prompts=samples.texts,
         evaluated=datasets.evaluated_captions,
-        processes=processes,
+        processes=run.processes,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_visible_lora
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
@@ -30,16 +30,8 @@ from megaman.sampling.generator import ImageGenerator
 @pytest.fixture(scope="module")
 def lora_path(base_folder, tmp_path_factory):
     """A LoRA that visibly changes the base; its folder says which base it belongs to."""
-    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
-    torch.manual_seed(0)
-    adapter.inject(unet, 4, 16, ["to_v", "conv1"])
-    with torch.no_grad():
-        for name, parameter in adapter.parameters(unet).items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
-    lora_files.save_lora(folder, {"unet": unet}, str(base_folder), {})
-    return folder
+    return save_visible_lora(folder, base_folder, 4, 16, ["to_v", "conv1"])
 
 
 GENERATE = ["--num_inference_steps", 3, "--prompts", "a blue robot"]

@@ -9,12 +9,9 @@ import time
 from itertools import chain
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
+from conftest import save_visible_lora
 
 from megaman.errors import UserError
-from megaman.lora import adapter
-from megaman.lora import files as lora_files
 from megaman.pages.gallery import read_images
 from megaman.processes import one_report
 from megaman.sampling.jobs import LoraVariant, PendingBatch, make_jobs, share_out
@@ -25,16 +22,8 @@ from megaman.sampling.prompts import Prompt, PromptSettings
 @pytest.fixture(scope="module")
 def lora_path(base_folder, tmp_path_factory):
     """A LoRA with a visible effect."""
-    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
-    torch.manual_seed(0)
-    adapter.inject(unet, 2, 8, ["to_v"])
-    with torch.no_grad():
-        for name, parameter in adapter.parameters(unet).items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
-    lora_files.save_lora(folder, {"unet": unet}, str(base_folder), {})
-    return folder
+    return save_visible_lora(folder, base_folder, 2, 8, ["to_v"])
 
 
 @pytest.fixture
