@@ -29,7 +29,7 @@ from megaman.threads import ThreadPolicy, configure_threads, threads_for_generat
 from megaman.training.output import different_loras, find_all
 
 if TYPE_CHECKING:
-    from megaman.pages.gallery import GalleryImage
+    from megaman.pages.gallery_images import GalleryImage
     from megaman.sampling.generator import ImageGenerator
     from megaman.sampling.image_saver import ImageSaver
 

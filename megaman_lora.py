@@ -74,10 +74,10 @@ def train(
     from megaman.training.prepare import embed_captions, encode_latents, open_base
     from megaman.training.progress import Progress, steps_between, validates_at_start
     from megaman.training.run import Run
+    from megaman.training.sample_images import make_sample_images
     from megaman.training.samples import plan_samples
     from megaman.training.step import TrainingStep
     from megaman.training.training_set import make_training_sets
-    from megaman.training.validation import make_validation
 
     run = Run.open(config, datasets, output, policy, processes)
     samples = plan_samples(config, datasets)
@@ -101,7 +101,7 @@ def train(
     training_config = write_training_config(config, run, base, training_sets, schedule, samples)
     judge = make_judge(base, captions, evaluated, config, run)
     evaluator = make_evaluator(judge, adapters, schedule, config, run)
-    validate = make_validation(base, captions.sample_embeds, samples, datasets, config, run)
+    validate = make_sample_images(base, captions.sample_embeds, samples, datasets, config, run)
     save_steps, validation_steps = steps_between(config, schedule)
     with run.training():
         evaluator.start()

@@ -18,7 +18,8 @@ import paths  # noqa: F401  # the package's modules become importable
 from browser import Browser, Visit, chromium
 from PIL import Image
 
-from megaman.pages.gallery import GalleryImage, thumbnail_of, write_gallery
+from megaman.pages.gallery import thumbnail_of, write_gallery
+from megaman.pages.gallery_images import GalleryImage
 from megaman.sampling.png import save_thumbnail
 
 PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0"

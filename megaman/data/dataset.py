@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import random
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from megaman.data.buckets import Buckets, Size
 from megaman.data.captions import add_affixes, names_a_side
 from megaman.data.crops import LANCZOS, Crop, Rendering, make_boxes, render_crops, render_small
 from megaman.data.file_index import FileIndex
-from megaman.data.folders import Example, FolderConfig, read_layout, summarize_sources
+from megaman.data.folders import Example, FolderConfig, read_layout
 from megaman.data.image_info import read_info
 from megaman.data.images import (
     BadImageError,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:  # torch is imported when an item is read: counting a folder m
 
 DEFAULT_CONFIG = FolderConfig()
 DEFAULT_RENDERING = Rendering()
-MAX_FOLDERS = 8  # with repeats, in the summary
 
 
 class MegaManDataset:
@@ -196,29 +194,6 @@ class MegaManDataset:
         selected.metadata_warnings = []
         return selected
 
-    def fingerprint(self) -> str:
-        """Count and digest of the images' names, sizes in bytes, captions and repeats, by which a
-        resumed run recognizes its data."""
-        digest = hashlib.sha256()
-        for index, example in enumerate(self.examples):
-            info = example.info
-            file_size = info.file_size if info else stamp_of(example.image).size
-            text = f"{self.name(index)}\n{file_size}\n{example.caption}\n"
-            if example.repeats != 1:
-                text += f"x {example.repeats}\n"
-            digest.update(text.encode("utf-8", "surrogatepass"))
-        return f"{len(self)} pictures ({digest.hexdigest()[:8]})"
-
-    def upscale_summary(self) -> str:
-        """How images are enlarged, by which a resumed run recognizes it: LANCZOS, or how many and
-        which of them like pixel art."""
-        examples = enumerate(self.examples)
-        names = [self.name(index) for index, one in examples if one.info and one.info.cell]
-        if not names:
-            return LANCZOS
-        digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
-        return f"nearest for {len(names)} ({digest[:8]}), else {LANCZOS}"
-
     def epoch_indices(self) -> list[int]:
         """The indices of the images that make up an epoch: each as often as it is repeated."""
         indices = []
@@ -237,36 +212,6 @@ class MegaManDataset:
             group = groups.setdefault(names[example.folder], (example.repeats, []))
             group[1].append(example.caption)
         return groups
-
-    def summary(self, num_crops: int | None, flip: bool) -> list[str]:
-        """The images, captions and repeats in about three lines.
-
-        num_crops is the number of crops of all images, or None if every visit has its own.
-        """
-        sources = summarize_sources(example.source for example in self.examples)
-        lines = [self._summarize_images(num_crops, flip), f"captions   {sources}"]
-        if flip and (fixed := [i for i in range(len(self)) if not self.can_flip(i)]):
-            note = f"           not mirrored: {len(fixed)}, whose captions say left or right"
-            lines.insert(1, note)
-        return lines + self._summarize_repeats()
-
-    def _summarize_images(self, num_crops: int | None, flip: bool) -> str:
-        folders = len({example.image.parent for example in self.examples})
-        place = f"{folders} folders of {self.data_dir}" if folders > 1 else self.data_dir
-        crops = "encoded anew at every visit" if num_crops is None else f"{num_crops} crops"
-        mirrored = " with their mirror images" if flip else ""
-        return f"images     {len(self)} in {place}, {crops}{mirrored}"
-
-    def _summarize_repeats(self) -> list[str]:
-        counts = {name: repeats for name, (repeats, _) in self.by_folder().items()}
-        repeated = [f"{name} x {count}" for name, count in counts.items() if count > 1]
-        if not repeated:
-            return []
-        shown = ", ".join(repeated[:MAX_FOLDERS])
-        if len(repeated) > MAX_FOLDERS:
-            shown += f" and {len(repeated) - MAX_FOLDERS} more"
-        total = sum(example.repeats for example in self.examples)
-        return [f"repeats    {shown}: {total} images an epoch"]
 
     def can_flip(self, index: int) -> bool:
         """Whether the image may be mirrored: not if its caption says left or right."""

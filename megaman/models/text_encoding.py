@@ -8,6 +8,7 @@ encoded once if possible, or else at every step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -176,6 +177,17 @@ def encode_captions(
     return prompt_embeds
 
 
+@dataclass(frozen=True)
+class RunTexts:
+    """What a run encodes: the captions it trains on, the texts that are the same at every step (the
+    empty one), the evaluated captions, and the prompts of sample images."""
+
+    captions: Sequence[str]
+    fixed: Sequence[str] = ("",)
+    evaluated: Sequence[str] = ()
+    prompts: Sequence[str] = ()
+
+
 class CaptionEmbeddings:
     """The prompt_embeds of a run's captions, cached on the CPU or computed at every step.
 
@@ -191,29 +203,27 @@ class CaptionEmbeddings:
     def __init__(
         self,
         base: Base,
-        captions: Sequence[str],
-        fixed: Sequence[str],
-        varied: bool,
-        trained: bool,
-        prompts: Sequence[str] = (),
-        evaluated: Sequence[str] = (),
+        texts: RunTexts,
+        is_varied: bool,
+        is_trained: bool,
         processes: Processes | None = None,
     ):
         self._tokenizer, self._device = base.tokenizer, base.device
         self._text_encoder: nn.Module | None = base.text_encoder
-        is_cached = not (varied or trained or exceeds_cache(base.text_encoder, captions))
-        texts = [*captions, *fixed] if is_cached else fixed
+        is_too_large = exceeds_cache(base.text_encoder, texts.captions)
+        is_cached = not (is_varied or is_trained or is_too_large)
+        cached = [*texts.captions, *texts.fixed] if is_cached else texts.fixed
         self.prompt_embeds: dict[str, torch.Tensor] | None = None
-        if not trained:
+        if not is_trained:
             encode = partial(
                 encode_captions, base.text_encoder, base.tokenizer, processes=processes
             )
-            self.prompt_embeds = {**encode(evaluated), **encode(texts)}
+            self.prompt_embeds = {**encode(texts.evaluated), **encode(cached)}
         self.sample_embeds: dict[str, torch.Tensor] | None = None
-        if not trained:
+        if not is_trained:
             self.sample_embeds = {
                 prompt: encode_prompt(base.text_encoder, base.tokenizer, prompt)
-                for prompt in prompts
+                for prompt in texts.prompts
             }
         if is_cached:
             self._text_encoder = None

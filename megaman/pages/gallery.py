@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import secrets
-import shlex
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from megaman import schema
-from megaman.errors import UserError
-from megaman.files import read_json, split_strength, write_json, write_text
+from megaman.files import split_strength, write_json, write_text
+from megaman.pages.gallery_command import command
+from megaman.pages.gallery_images import IMAGES, GalleryImage, NearestImage, read_gallery
 from megaman.pages.html import href, render
 
-IMAGES, PAGE = "images.json", "index.html"
+PAGE = "index.html"
 THUMBNAILS = "thumbnails"
 MAX_RUN = 60  # sections in a group: full rows with 1 to 6 side by side
 GENERIC = re.compile(
@@ -27,112 +23,6 @@ GENERIC = re.compile(
     r"|(megaman_lora|pytorch_lora_weights|adapter_model)\.safetensors"
 )
 TINY = 256  # pixels of width below which images are enlarged
-
-
-@dataclass(frozen=True)
-class NearestImage:
-    """The training image that is nearest to an image; is_near means suspiciously.
-
-    distance is in levels of 255 (data.similarity); preview is a file relative to the gallery's
-    folder, None if the training image was not there.
-    """
-
-    name: str
-    distance: float
-    is_near: bool
-    preview: str | None = None
-
-
-@dataclass(frozen=True)
-class GalleryImage:
-    """One image and all settings that generate it again; width and height in pixels."""
-
-    file: str  # relative to the gallery's folder
-    prompt: str
-    negative_prompt: str
-    seed: int
-    width: int
-    height: int
-    settings: dict[str, str | int | float]  # shown in this order with these names
-    base_file: str | None = None  # the same seed without the LoRA
-    loras: list[str] = field(default_factory=list)  # NAME:STRENGTH as for --lora_path
-    nearest: NearestImage | None = None
-    pixel_file: str | None = None  # the same image as pixel art
-
-
-_is_text, _is_int = schema.instance(str), schema.instance(int)
-CHECKS = {
-    "file": _is_text,
-    "prompt": _is_text,
-    "negative_prompt": _is_text,
-    "seed": _is_int,
-    "width": _is_int,
-    "height": _is_int,
-    "settings": schema.instance(dict),
-    "base_file": schema.instance(str, type(None)),
-    "loras": schema.instance(list),
-    "nearest": schema.instance(NearestImage, type(None)),
-    "pixel_file": schema.instance(str, type(None)),
-}
-_is_nearest = schema.record(
-    {
-        "name": _is_text,
-        "distance": schema.number(0, 1e6),
-        "is_near": schema.instance(bool),
-        "preview": schema.instance(str, type(None)),
-    },
-    exact=True,
-)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
-
-
-def read_images(folder: Path) -> list[GalleryImage]:
-    """The images in folder/images.json, if there is one; raises UserError if it is damaged."""
-    path = folder / IMAGES
-    _, records = _read(path)
-    return [_image(path, number, record) for number, record in enumerate(records, start=1)]
-
-
-def _read(path: Path) -> tuple[str, list[Any]]:
-    """The gallery's id and records; for the first galleries, bare lists, the id is new."""
-    content = read_json(path) if path.exists() else []
-    if isinstance(content, list):
-        content = {"gallery": secrets.token_hex(8), "images": content}
-    if not isinstance(content, dict) or content.keys() != {"gallery", "images"}:
-        raise _broken(path, "it holds neither a list nor an object with gallery and images")
-    gallery, records = content["gallery"], content["images"]
-    if not _is_id(gallery) or not isinstance(records, list):
-        raise _broken(path, "gallery is no id of 16 digits, or images is no list")
-    try:
-        json.dumps(records, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise _broken(path, "a text in it is not valid Unicode") from None
-    return gallery, records
-
-
-def _image(path: Path, number: int, record: Any) -> GalleryImage:
-    """The image of an entry, counted from 1; raises UserError if the entry is not valid."""
-    if not isinstance(record, dict):
-        raise _broken(path, f"entry {number} is not an object")
-    nearest = record.get("nearest")
-    if isinstance(nearest, dict) and _is_nearest(nearest):
-        record = {**record, "nearest": NearestImage(**nearest)}
-    try:
-        image = GalleryImage(**record)
-    except TypeError:  # an unknown or a missing field
-        names = ", ".join(field.name for field in fields(GalleryImage))
-        raise _broken(path, f"entry {number} does not have the fields {names}") from None
-    if name := schema.first_invalid(vars(image), CHECKS):
-        raise _broken(path, f"{name} of entry {number} is of the wrong kind")
-    return image
-
-
-def _broken(path: Path, reason: str) -> UserError:
-    message = f"{path} is not a gallery's list of images: {reason}"
-    return UserError(message, "Remove it or choose another --output_dir")
 
 
 def title_of(images: Sequence[GalleryImage]) -> str:
@@ -162,7 +52,7 @@ def write_gallery(folder: Path, images: list[GalleryImage], title: str) -> Path:
 
     The gallery keeps its id, under which a browser stores the favorites.
     """
-    gallery, _ = _read(folder / IMAGES)
+    gallery, _ = read_gallery(folder / IMAGES)
     write_json(folder / IMAGES, {"gallery": gallery, "images": [asdict(image) for image in images]})
     write_text(folder / PAGE, _page(folder, images, title, gallery))
     return folder / PAGE
@@ -317,54 +207,3 @@ def _common_settings(items: list[dict[str, Any]]) -> dict[str, str]:
         for name, value in first.items()
         if all(item["settings"].get(name) == value for item in items)
     }
-
-
-FLAGS = {
-    "base": "--base_model",
-    "strength": "--lora_scale",
-    "steps": "--num_inference_steps",
-    "guidance": "--guidance_scale",
-    "sampler": "--scheduler",
-    "clip skip": "--clip_skip",
-}
-
-
-CONTROL_CHARACTERS = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories
-
-
-def command(image: GalleryImage) -> str | None:
-    """The command that generates the image again, for sh, or for PowerShell on Windows.
-
-    None if a text has a control character: shells differ in what they make of a pasted one.
-    """
-    flags = {FLAGS[name]: image.settings[name] for name in FLAGS if name in image.settings}
-    values = {
-        "--prompts": image.prompt,
-        "--negative_prompt": image.negative_prompt,
-        "--seed": image.seed,
-        "--height": image.height,
-        "--width": image.width,
-        **flags,
-    }
-    loras: list[Any] = list(image.loras)
-    if not loras and "LoRA" in image.settings:
-        loras = [image.settings["LoRA"]]
-    if any(_has_control_character(str(text)) for text in (*values.values(), *loras)):
-        return None
-    words = [f"{flag}={_quoted(str(value))}" for flag, value in values.items()]
-    if len(loras) == 1:
-        words.append(f"--lora_path={_quoted(str(loras[0]))}")
-    elif loras:
-        words = ["--lora_path", *(_quoted(str(lora)) for lora in loras), *words]
-    return " ".join(["python generate_megaman.py", *words])
-
-
-def _has_control_character(text: str) -> bool:
-    return any(unicodedata.category(character) in CONTROL_CHARACTERS for character in text)
-
-
-def _quoted(text: str) -> str:
-    """A word for sh, or for PowerShell, which takes curly quotation marks for straight ones."""
-    if os.name == "nt":
-        return "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'"
-    return shlex.quote(text)

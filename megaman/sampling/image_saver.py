@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaman.errors import UserError
-from megaman.pages.gallery import GalleryImage, NearestImage
+from megaman.pages.gallery_images import GalleryImage, NearestImage
 from megaman.sampling import records
 from megaman.sampling.jobs import (
     Job,

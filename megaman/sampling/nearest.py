@@ -17,7 +17,8 @@ from megaman.data.similarity import CLIP_FILE, FILE, Describe, TrainingImages, d
 from megaman.errors import UserError
 from megaman.files import is_inside, is_network, read_json, replacing
 from megaman.lora import peft_config
-from megaman.pages.gallery import THUMBNAILS, NearestImage
+from megaman.pages.gallery import THUMBNAILS
+from megaman.pages.gallery_images import NearestImage
 
 if TYPE_CHECKING:
     from PIL import Image

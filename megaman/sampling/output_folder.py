@@ -19,14 +19,9 @@ from PIL import Image
 
 from megaman.errors import UserError, plural
 from megaman.pages import grid
-from megaman.pages.gallery import (
-    GalleryImage,
-    read_images,
-    title_of,
-    variant_labels,
-    write_gallery,
-)
-from megaman.sampling import png, records
+from megaman.pages.gallery import title_of, variant_labels, write_gallery
+from megaman.pages.gallery_images import GalleryImage, read_images
+from megaman.sampling import png, record_reader, records
 from megaman.sampling.image_saver import ImageSaver, save_pixel_art
 from megaman.sampling.jobs import (
     Job,
@@ -71,7 +66,7 @@ def images_on_disk(folder: Path, images: list[GalleryImage]) -> list[GalleryImag
 
 
 def add_unlisted(
-    folder: Path, images: list[GalleryImage], find_record: FindRecord = records.find_record
+    folder: Path, images: list[GalleryImage], find_record: FindRecord = record_reader.find_record
 ) -> list[GalleryImage]:
     """The gallery's images, and those that a killed run saved before the page listed them."""
     listed = {file for image in images for file in (image.file, image.base_file)}
@@ -99,7 +94,7 @@ def first_free(folder: Path) -> int:
 def first_of_stopped(
     folder: Path,
     wanted: Sequence[tuple[int, Record]],
-    find_record: FindRecord = records.find_record,
+    find_record: FindRecord = record_reader.find_record,
 ) -> int | None:
     """The number of the first prompt in the run that was stopped, or None if there is no image
     of it.
@@ -122,7 +117,9 @@ def first_of_stopped(
     return max(votes, key=lambda first: (votes[first], first)) if votes else None
 
 
-def is_complete(path: Path, record: Record, find_record: FindRecord = records.find_record) -> bool:
+def is_complete(
+    path: Path, record: Record, find_record: FindRecord = record_reader.find_record
+) -> bool:
     """Whether the image exists and is whole; raises UserError if another one has its name."""
     if not path.exists():
         return False
@@ -154,7 +151,7 @@ class OutputFolder:
 
     def __init__(self, path: Path, clip_model: str | None = None):
         self.path, self.clip_model = path, clip_model
-        self.find_record = cache(records.find_record)
+        self.find_record = cache(record_reader.find_record)
         listed = read_images(path)
         self.images = add_unlisted(path, images_on_disk(path, listed), self.find_record)
         if not listed and not self.images and (path / "index.html").exists():
@@ -269,7 +266,7 @@ class GalleryWriter:
         if saved is None:
             return
         wanted = replace(saved, pixel_art=record.pixel_art, palette=record.palette)
-        there = records.find_record(pixel_path) if pixel_path.is_file() else None
+        there = record_reader.find_record(pixel_path) if pixel_path.is_file() else None
         if there == wanted and png.is_whole(pixel_path):
             return
         with Image.open(path, formats=["PNG"]) as image:

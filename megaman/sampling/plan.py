@@ -17,7 +17,7 @@ from megaman.errors import UserError, plural
 from megaman.files import split_strength
 from megaman.hub import DEFAULT_BASE, is_base
 from megaman.lora import peft_config
-from megaman.sampling import records
+from megaman.sampling import record_reader
 from megaman.sampling.defaults import find_defaults
 from megaman.sampling.jobs import Job, LoraVariant, make_jobs, make_variants
 from megaman.sampling.pixel_grid import PixelGrid
@@ -119,7 +119,7 @@ class GenerationPlan:
         Raises UserError if the image has no record, if its base is gone, and if --lora_path names
         another number of LoRAs.
         """
-        source = records.read_record(image)
+        source = record_reader.read_record(image)
         paths = [_locate(path, image) for path, _, _ in source.loras]
         if "lora_path" in config.explicit:
             paths = [split_strength(path)[0] for path in config.model.lora_path]

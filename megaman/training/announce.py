@@ -10,6 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from megaman.data import buckets
+from megaman.data.dataset_summary import summarize
 from megaman.data.problems import printable
 from megaman.errors import plural
 from megaman.files import write_json
@@ -79,7 +80,7 @@ def _data_lines(
     config: TrainConfig, base: Base, training_sets: Sequence[TrainingSet]
 ) -> Iterator[str]:
     first = training_sets[0]
-    yield from first.dataset.summary(first.latents.total_crops, config.data.random_flip)
+    yield from summarize(first.dataset, first.latents.total_crops, config.data.random_flip)
     made = len(first.dataset) - first.dataset.num_written_captions
     if made and not config.captions.auto_caption:
         yield f"{INDENT}{made} made from names: --auto_caption writes better ones"

@@ -17,6 +17,7 @@ import torch
 
 from megaman import schema
 from megaman.data.captions import CaptionAugmentation
+from megaman.data.dataset_summary import fingerprint, upscale_summary
 from megaman.errors import UserError
 from megaman.files import read_json, replacing_folder, write_json
 from megaman.lora import adapter as lora
@@ -219,11 +220,11 @@ def shared_settings(
     return {
         "pretrained_model_name": resolve_name(config.base.pretrained_model_name),
         "seed": seed,
-        "data": datasets.images.fingerprint(),
-        "class data": "none" if class_images is None else class_images.fingerprint(),
-        "held-out images": "none" if held_out is None else held_out.fingerprint(),
+        "data": fingerprint(datasets.images),
+        "class data": "none" if class_images is None else fingerprint(class_images),
+        "held-out images": "none" if held_out is None else fingerprint(held_out),
         **config.resume_settings(),
         # Not the flag: auto without pixel art is what earlier runs did.
-        "upscale": "; ".join(dataset.upscale_summary() for dataset in datasets.all),
+        "upscale": "; ".join(upscale_summary(dataset) for dataset in datasets.all),
         **step_images,
     }

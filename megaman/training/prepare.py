@@ -16,7 +16,7 @@ from megaman.data.vae_encoder import EncodingConfig, VaeEncoder, identify_vae
 from megaman.lora.adapter import check_targets
 from megaman.models.base import load_base
 from megaman.models.configs import alias_notice, resolve_name
-from megaman.models.text_encoding import CaptionEmbeddings, truncated_text
+from megaman.models.text_encoding import CaptionEmbeddings, RunTexts, truncated_text
 from megaman.training.held_out import ImageSet
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ def embed_captions(
 ) -> CaptionEmbeddings:
     """The prompt_embeds of all captions, which the processes share out, and of the sample images'
     prompts."""
+    texts = RunTexts(
+        datasets.captions, evaluated=datasets.evaluated_captions, prompts=samples.texts
+    )
     return CaptionEmbeddings(
         base,
-        datasets.captions,
-        fixed=[""],
-        varied=config.captions.varies_tags,
-        trained=config.lora.train_text_encoder,
-        prompts=samples.texts,
-        evaluated=datasets.evaluated_captions,
+        texts,
+        is_varied=config.captions.varies_tags,
+        is_trained=config.lora.train_text_encoder,
         processes=run.processes,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,8 +27,8 @@ from megaman.training.compute import INDENT, REQUESTS, choose_training_compute, 
 from megaman.training.memory_plan import fit_to_memory, hold_to_limit
 from megaman.training.memory_saving import reduce_memory
 from megaman.training.optimizers import require_library
-from megaman.training.output import choose_log_dir
 from megaman.training.report import TrainingReport
+from megaman.training.run_start import choose_seed, complete_captions, make_state
 from megaman.training.signals import StopSignal
 from megaman.training.step_images import plan_step_images
 from megaman.training.tensorboard import TrainingLog, open_training_log
@@ -118,13 +117,13 @@ class Run:
             notes.append(f"{INDENT}{policy.remark}")
         runtime.keep_freed_memory()
         accelerator = _start_accelerator(compute)
-        _complete_captions(config, datasets, processes)
+        complete_captions(config, datasets, processes, tqdm)
         step_images, world_size, line = plan_step_images(config, processes.count, saved)
         notes += [line] if line else []
-        seed, log_dir = processes.from_main(partial(_choose_seed, config, saved, output))
+        seed, log_dir = processes.from_main(partial(choose_seed, config, saved, output))
         shared = step_images.settings(config.buckets.enable_bucket)
         settings = checkpoints.shared_settings(config, datasets, seed, shared)
-        state = _make_state(saved, (seed, log_dir), settings, datasets, world_size)
+        state = make_state(saved, (seed, log_dir), settings, datasets, world_size)
         if different := checkpoints.differences(saved.settings, state.settings) if saved else []:
             raise UserError(
                 f"{output.checkpoint} is of another run: {'; '.join(different)}",
@@ -294,52 +293,3 @@ class Run:
 def _start_accelerator(compute: TrainingCompute) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns about old kernels
     return Accelerator(mixed_precision=compute.mixed_precision, cpu=compute.device.type == "cpu")
-
-
-def _complete_captions(config: TrainConfig, datasets: Datasets, processes: Processes) -> None:
-    """Write the missing captions in one process, read them in all, and add the affixes."""
-    if config.captions.auto_caption:
-        if processes.is_main:
-            bar = partial(tqdm, desc="captioning", unit="image")
-            datasets.write_captions(config.captions.auto_caption, bar)
-        processes.exchange(None)
-        datasets.reload()
-    datasets.add_affixes(config.captions)
-
-
-def _choose_seed(
-    config: TrainConfig, saved: TrainState | None, output: OutputFolder
-) -> tuple[int, str]:
-    """The seed and TensorBoard's folder: a resumed run keeps its seed and, if it resumes in place,
-    its folder: elsewhere that is another run's."""
-    seed = config.run.seed
-    if seed is None:
-        seed = saved.seed if saved else secrets.randbelow(2**31)
-    log_dir = choose_log_dir(
-        saved.log_dir if saved and output.resumes_in_place() else None,
-        config.output.logging_dir,
-        Path(config.output.output_dir),
-    )
-    return seed, str(log_dir)
-
-
-def _make_state(
-    saved: TrainState | None,
-    chosen: tuple[int, str],
-    settings: dict[str, Any],
-    datasets: Datasets,
-    world_size: int,
-) -> TrainState:
-    """The state at the start: a resumed run keeps its step and its time. chosen are the seed and
-    TensorBoard's folder."""
-    seed, log_dir = chosen
-    state = saved or TrainState(0, seed, log_dir, 0.0, settings)
-    held_out = None if datasets.held_out is None else datasets.held_out_names
-    return replace(
-        state,
-        seed=seed,
-        log_dir=log_dir,
-        settings=settings,
-        held_out=held_out,
-        world_size=world_size,
-    )

@@ -20,6 +20,7 @@ from megaman.config.train import parse_train_config
 from megaman.data import metadata_files
 from megaman.data.captions import caption_from_name
 from megaman.data.dataset import MegaManDataset
+from megaman.data.dataset_summary import fingerprint, summarize
 from megaman.data.folders import MAX_WARNINGS, FolderConfig
 from megaman.data.metadata_files import (
     Metadata,
@@ -198,7 +199,7 @@ def test_every_layout_gives_the_same_pairs(tmp_path, layout):
 def test_what_was_found_is_said(tmp_path):
     mixed(tmp_path)
     dataset = MegaManDataset(tmp_path, None, config=FolderConfig(repeats=2))
-    assert dataset.summary(30, False) == [
+    assert summarize(dataset, 30, False) == [
         f"images     24 in {tmp_path}, 30 crops",
         "captions   8 from metadata.jsonl, 8 from .txt files, 8 from .caption files",
         f"repeats    {tmp_path.name} x 2: 48 images an epoch",
@@ -216,7 +217,7 @@ def test_kohyas_folders_have_repeats(tmp_path):
     assert [epoch.count(index) for index in range(24)] == repeats(dataset)
     assert len(epoch) == 12 * 13
     assert (
-        dataset.summary(24, False)[2]
+        summarize(dataset, 24, False)[2]
         == "repeats    3_volto robot x 3, 10_volto x 10: 156 images an epoch"
     )
     dataset.drop({dataset.examples[0].image: "gone"})
@@ -274,7 +275,8 @@ def test_one_extension_alone(tmp_path):
     dataset = MegaManDataset(tmp_path, None, config=FolderConfig(caption_extension=".caption"))
     assert dataset.captions[0] == "the other" and dataset.num_written_captions == 1
     assert (
-        dataset.summary(24, False)[1] == "captions   23 made from file names, 1 from .caption files"
+        summarize(dataset, 24, False)[1]
+        == "captions   23 made from file names, 1 from .caption files"
     )
 
 
@@ -412,11 +414,11 @@ def test_many_warnings_are_counted(tmp_path):
 
 def test_the_digest_tells_other_repeats_and_captions_apart(tmp_path):
     flat(tmp_path)
-    first = MegaManDataset(tmp_path, None).fingerprint()
+    first = fingerprint(MegaManDataset(tmp_path, None))
     assert (
-        MegaManDataset(tmp_path, None).fingerprint()
+        fingerprint(MegaManDataset(tmp_path, None))
         == first
-        != MegaManDataset(tmp_path, None, config=FolderConfig(repeats=2)).fingerprint()
+        != fingerprint(MegaManDataset(tmp_path, None, config=FolderConfig(repeats=2)))
     )
 
 

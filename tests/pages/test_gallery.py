@@ -25,15 +25,9 @@ from PIL import Image
 
 from megaman.config.generate import parse_generate_config
 from megaman.errors import UserError
-from megaman.pages.gallery import (
-    GalleryImage,
-    command,
-    read_images,
-    thumbnail_of,
-    title_of,
-    variant_labels,
-    write_gallery,
-)
+from megaman.pages.gallery import thumbnail_of, title_of, variant_labels, write_gallery
+from megaman.pages.gallery_command import command
+from megaman.pages.gallery_images import GalleryImage, read_images
 
 PLAIN = GalleryImage(
     file="megaman_000_00.png",

@@ -13,7 +13,8 @@ from PIL import Image
 from megaman.doctor.balance_checks import KINDS, check_balance
 from megaman.doctor.findings import CheckedImage
 from megaman.doctor.page import NAMES
-from megaman.pages.gallery import GalleryImage, write_gallery
+from megaman.pages.gallery import write_gallery
+from megaman.pages.gallery_images import GalleryImage
 from megaman.pages.html import TEMPLATES
 
 MARKED = "[...document.querySelectorAll('[data-t]')].map((element) => element.textContent)"

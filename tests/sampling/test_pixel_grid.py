@@ -17,7 +17,7 @@ from megaman.config.generate import parse_generate_config
 from megaman.data.palette import colors_of, shared_palette
 from megaman.errors import UserError
 from megaman.lora.peft_config import PALETTE_KEY
-from megaman.sampling import output_folder, records
+from megaman.sampling import output_folder, record_reader, records
 from megaman.sampling.pixel_grid import PixelGrid, lora_palette, read_palette
 from megaman.sampling.plan import GenerationPlan
 from megaman.sampling.snap import snap
@@ -155,15 +155,15 @@ def test_pixel_art_lies_next_to_its_image_and_is_listed(tmp_path):
     (image,) = output_folder.add_unlisted(tmp_path, [])
     assert image.pixel_file == "megaman_000_00_pixel.png"
     assert image.settings["pixel art"] == "8 cells, 4 colors"
-    assert records.read_record(tmp_path / image.pixel_file) == record
+    assert record_reader.read_record(tmp_path / image.pixel_file) == record
     (tmp_path / image.pixel_file).unlink()
     assert output_folder.images_on_disk(tmp_path, [image])[0].pixel_file is None
 
 
 def test_earlier_records_have_no_pixel_art(tmp_path):
     records.save(tmp_path / "a.png", draw_cells(1), RECORD)
-    assert records.read_record(tmp_path / "a.png").pixel_art == 0
+    assert record_reader.read_record(tmp_path / "a.png").pixel_art == 0
     bad = replace(RECORD, palette=["../../x"])
     records.save(tmp_path / "b.png", draw_cells(1), bad)
     with pytest.raises(UserError, match="palette in its record has an impossible value"):
-        records.read_record(tmp_path / "b.png")
+        record_reader.read_record(tmp_path / "b.png")

@@ -15,7 +15,7 @@ from test_png import A1111_PAIR, read_pairs
 
 from megaman.config import samplers
 from megaman.errors import UserError
-from megaman.sampling import png, records
+from megaman.sampling import png, record_reader, records
 from megaman.sampling.jobs import Job, make_variants
 from megaman.sampling.records import KEY, Record, Recorder, RunSettings
 
@@ -38,7 +38,7 @@ RECORD = Recorder(RUN, HASHES).record(JOB, [replace(JOB, seed=42), JOB], VARIANT
 
 def test_it_is_read_back_with_the_picture(tmp_path):
     records.save(tmp_path / "a.png", Image.new("RGB", (64, 128), "red"), RECORD)
-    assert records.read_record(tmp_path / "a.png") == RECORD
+    assert record_reader.read_record(tmp_path / "a.png") == RECORD
     assert RECORD.place == 1 and [job.seed for job in RECORD.jobs()] == [42, 43]
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["parameters"] == records.parameters_text(RECORD)
@@ -109,10 +109,10 @@ def test_any_record_is_read_or_refused_in_a_line(tmp_path_factory, data):
     content[name] = data.draw(json_value)
     png.save_png(folder / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(content)})
     try:
-        record = records.read_record(folder / "a.png")
+        record = record_reader.read_record(folder / "a.png")
     except UserError as error:
         assert "a.png" in str(error) and "\n" not in str(error)
-        assert records.find_record(folder / "a.png") is None
+        assert record_reader.find_record(folder / "a.png") is None
     else:
         assert isinstance(record, Record) and getattr(record, name) == content[name]
         assert samplers.find(record.scheduler) and record.jobs()[record.place].seed is not None
@@ -150,7 +150,7 @@ def test_what_no_image_of_ours_can_say_is_refused(tmp_path, changes, named):
         {KEY: json.dumps({**asdict(RECORD), **changes})},
     )
     with pytest.raises(UserError, match=rf"a\.png: {named} in its record"):
-        records.read_record(tmp_path / "a.png")
+        record_reader.read_record(tmp_path / "a.png")
 
 
 def test_other_files_are_refused_in_a_line(tmp_path):
@@ -169,16 +169,16 @@ def test_other_files_are_refused_in_a_line(tmp_path):
     }
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=rf"{name}\.png.*{reason}"):
-            records.read_record(tmp_path / f"{name}.png")
+            record_reader.read_record(tmp_path / f"{name}.png")
 
 
 def test_an_earlier_record_tells_no_memory_format(tmp_path):
     later = ("memory_format", "threads", "vae_tile")
     earlier = {key: value for key, value in asdict(RECORD).items() if key not in later}
     png.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), "", {KEY: json.dumps(earlier)})
-    assert records.read_record(tmp_path / "a.png").memory_format == "contiguous"
-    assert records.read_record(tmp_path / "a.png").threads == 0
-    assert records.read_record(tmp_path / "a.png").vae_tile == 0
+    assert record_reader.read_record(tmp_path / "a.png").memory_format == "contiguous"
+    assert record_reader.read_record(tmp_path / "a.png").threads == 0
+    assert record_reader.read_record(tmp_path / "a.png").vae_tile == 0
 
 
 def test_the_identity_is_what_the_user_chose():

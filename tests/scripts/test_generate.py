@@ -21,8 +21,8 @@ from megaman.errors import UserError
 from megaman.lora import adapter
 from megaman.lora import files as lora_files
 from megaman.models.base import load_base
-from megaman.pages.gallery import read_images
-from megaman.sampling import denoise, records
+from megaman.pages.gallery_images import read_images
+from megaman.sampling import denoise, record_reader
 from megaman.sampling.denoise import PromptEmbeds, SamplingSettings
 from megaman.sampling.generator import ImageGenerator
 
@@ -727,8 +727,10 @@ def test_resume_generates_whatever_a_pair_lacks(generate, tmp_path, monkeypatch)
         path = folder / name
         path.write_bytes(path.read_bytes()[:-100])
     read = []
-    find_record = records.find_record
-    monkeypatch.setattr(records, "find_record", lambda path: read.append(path) or find_record(path))
+    find_record = record_reader.find_record
+    monkeypatch.setattr(
+        record_reader, "find_record", lambda path: read.append(path) or find_record(path)
+    )
     drawn = generate(*flags, "--compare", "base", "--resume")
     assert "0 of 3 are there" in generate.said
     assert len(set(read)) == len(read)

@@ -12,7 +12,7 @@ import pytest
 from conftest import save_visible_lora
 
 from megaman.errors import UserError
-from megaman.pages.gallery import read_images
+from megaman.pages.gallery_images import read_images
 from megaman.processes import one_report
 from megaman.sampling.jobs import LoraVariant, PendingBatch, make_jobs, share_out
 from megaman.sampling.limits import SamplingLimits, tightest

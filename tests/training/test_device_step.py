@@ -21,7 +21,7 @@ from megaman.data.latent_cache import LatentCache
 from megaman.data.latents import LatentSource, OnlineLatents
 from megaman.data.vae_encoder import EncodingConfig, VaeEncoder
 from megaman.models.base import Base, load_base
-from megaman.models.text_encoding import CaptionEmbeddings
+from megaman.models.text_encoding import CaptionEmbeddings, RunTexts
 from megaman.models.typed import move
 from megaman.processes import Processes
 from megaman.training.adapters import inject_lora
@@ -147,8 +147,12 @@ def test_a_step_mixes_no_devices_and_waits_for_none(flags, pinned, tmp_path):
     run = make_run(config, tmp_path)
     base = load_base(str(ROOT / "demo" / "base"), torch.float32)
     latents = make_latents(config, datasets, base)
-    varied, trained = config.captions.varies_tags, config.lora.train_text_encoder
-    captions = CaptionEmbeddings(base, datasets.captions, [""], varied, trained)
+    captions = CaptionEmbeddings(
+        base,
+        RunTexts(datasets.captions),
+        config.captions.varies_tags,
+        config.lora.train_text_encoder,
+    )
     captions._device = META
     for model in (base.unet, base.text_encoder):
         move(model, META)

@@ -15,7 +15,7 @@ import generate_megaman
 from megaman import runtime
 from megaman.config.presets import DEFAULT_PROMPT
 from megaman.lora.notes import LoraNotes, read_notes
-from megaman.pages.gallery import read_images
+from megaman.pages.gallery_images import read_images
 from megaman.training.history import HISTORY
 
 FEW_STEPS = ["--max_train_steps", 1, "--train_batch_size", 1, "--lora_rank", 2]
