@@ -199,7 +199,7 @@ def save_visible_lora(
     from diffusers import UNet2DConditionModel
 
     from megaman.lora import adapter
-    from megaman.lora.files import save_lora
+    from megaman.lora.saving import save_lora
 
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
     torch.manual_seed(0)

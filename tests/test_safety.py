@@ -24,8 +24,9 @@ from safetensors.torch import load, load_file, save, save_file
 
 from megaman import safe_loading
 from megaman.errors import UserError
-from megaman.lora import adapter, peft_config
+from megaman.lora import adapter, peft_config, saving
 from megaman.lora import files as lora_files
+from megaman.lora.formats import PEFT_PREFIX
 from megaman.models.base import load_base
 from megaman.models.weights import build
 from megaman.training import checkpoint, optimizer_state, output
@@ -209,7 +210,7 @@ def plain_lora(base_folder, tmp_path_factory):
     adapter.inject(unet, 2, 4, ["to_q", "conv_in"])
     folder = tmp_path_factory.mktemp("plain") / "lora"
     folder.mkdir()
-    lora_files.write_peft(folder, {"unet": unet}, "some/base")
+    saving.write_peft(folder, {"unet": unet}, "some/base")
     return folder
 
 
@@ -373,7 +374,7 @@ def test_ranks_and_targets_are_those_of_the_tensors(own_lora, base_folder, monke
     def loaded() -> dict[str, torch.Tensor]:
         unet = fresh(base_folder)
         lora_files.load_lora(own_lora, unet)
-        return lora_files.adapter_state(unet)
+        return saving.adapter_state(unet)
 
     before = loaded()
     set_config(own_lora, **{key: value})
@@ -495,7 +496,7 @@ def first(tensors: dict, end: str) -> str:
     return next(name for name in tensors if name.endswith(end))
 
 
-PREFIX = lora_files.PEFT_PREFIX
+PREFIX = PEFT_PREFIX
 WRONG_TENSORS = {
     "NaN": lambda t: t[first(t, "lora_A.weight")].view(-1)[:1].fill_(float("nan")),
     "infinite": lambda t: t[first(t, "lora_B.weight")].view(-1)[:1].fill_(float("inf")),

@@ -22,6 +22,7 @@ from megaman.errors import UserError
 from megaman.files import read_json, replacing_folder, write_json
 from megaman.lora import adapter as lora
 from megaman.lora import files as lora_files
+from megaman.lora import saving
 from megaman.models.configs import resolve_name
 from megaman.training import optimizer_state
 from megaman.training.history import HISTORY, RunHistory
@@ -98,10 +99,10 @@ def save(
     all."""
     with replacing_folder(folder) as aside:
         models = lora_files.models_by_part(adapters.unet, adapters.text_encoder)
-        lora_files.write_peft(aside, models, adapters.base_name, adapters.notes)
+        saving.write_peft(aside, models, adapters.base_name, adapters.notes)
         optimizer_state.save(aside, named_parameters(adapters), optimizer)
         for name, tensors in files.items():
-            lora_files.write_tensors(aside / name, _on_cpu(tensors))
+            saving.write_tensors(aside / name, _on_cpu(tensors))
         if history is not None:
             history.save(aside / HISTORY)
         write_json(aside / STATE, asdict(state))

@@ -15,6 +15,7 @@ from megaman.data import similarity
 from megaman.data.palette import shared_palette
 from megaman.errors import UserError, log_event, summarize_error
 from megaman.lora import files as lora_files
+from megaman.lora import saving
 from megaman.lora.peft_config import PALETTE_KEY
 from megaman.models.typed import scheduler_config
 from megaman.training import memorization, model_card, run_metadata
@@ -128,7 +129,7 @@ class _Export:
             training_config, images.captions, images.num_written_captions, samples
         )
         return partial(
-            lora_files.save_lora,
+            saving.save_lora,
             models=lora_files.models_by_part(adapters.unet, adapters.text_encoder),
             base_name=adapters.base_name,
             metadata=metadata,

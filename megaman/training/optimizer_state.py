@@ -16,7 +16,8 @@ import torch
 from megaman import schema
 from megaman.errors import UserError
 from megaman.files import read_json, write_json
-from megaman.lora.files import Tensors, read_tensors, write_tensors
+from megaman.lora.files import Tensors, read_tensors
+from megaman.lora.saving import write_tensors
 
 TENSORS = "optimizer.safetensors"
 NUMBERS = "optimizer.json"  # of optimizers that have any

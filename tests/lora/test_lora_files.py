@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megaman.errors import UserError
-from megaman.lora import adapter, peft_config
+from megaman.lora import adapter, peft_config, saving
 from megaman.lora import files as lora_files
 from megaman.lora import formats as lora_formats
 
@@ -74,7 +74,7 @@ def trained(base_folder, tmp_path_factory, request):
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
-    lora_files.save_lora(folder, {"unet": unet}, "some/base", {"ss_steps": "12"})
+    saving.save_lora(folder, {"unet": unet}, "some/base", {"ss_steps": "12"})
     after = output(unet)
     assert (after - before).abs().max() > 0.05, (
         "the LoRA has to matter, or the comparisons below prove nothing"
@@ -193,9 +193,9 @@ def test_the_kohya_header_says_what_a1111_needs(trained):
 
 def test_saving_again_replaces_the_folder_whole(trained, tmp_path):
     folder = tmp_path / "lora_weights"
-    lora_files.save_lora(folder, {"unet": trained[0]}, "one", {})
+    saving.save_lora(folder, {"unet": trained[0]}, "one", {})
     (folder / "stray").write_text("from before")
-    lora_files.save_lora(folder, {"unet": trained[0]}, "some/other", {})
+    saving.save_lora(folder, {"unet": trained[0]}, "some/other", {})
     assert peft_config.base_of(folder) == "some/other"
     assert not (folder / "stray").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["lora_weights"]
@@ -413,7 +413,7 @@ def test_the_short_hash_is_that_of_the_kohya_file_and_tells_every_part(base_fold
     """A1111's digits of a whole LoRA; a checkpoint's change with each of its files."""
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
     adapter.inject(unet, 2, 2, ["to_v"])
-    lora_files.save_lora(tmp_path / "lora", {"unet": unet}, "base", {})
+    saving.save_lora(tmp_path / "lora", {"unet": unet}, "base", {})
     kohya_file = tmp_path / "lora" / "megaman_lora.safetensors"
     with safe_open(kohya_file, "pt") as file:
         known = file.metadata()["sshs_model_hash"][:12]
@@ -422,5 +422,5 @@ def test_the_short_hash_is_that_of_the_kohya_file_and_tells_every_part(base_fold
     alone = lora_files.short_hash(tmp_path / "lora")
     part = tmp_path / "lora" / "text_encoder"
     part.mkdir()
-    lora_files.write_tensors(part / "adapter_model.safetensors", {"x": torch.ones(3)})
+    saving.write_tensors(part / "adapter_model.safetensors", {"x": torch.ones(3)})
     assert len({known, alone, lora_files.short_hash(tmp_path / "lora")}) == 3

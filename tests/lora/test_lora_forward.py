@@ -10,8 +10,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from torch import nn
 
-from megaman.lora import files as lora_files
 from megaman.lora import forward as lora_forward
+from megaman.lora import saving
 from megaman.lora.adapter import (
     ADAPTER,
     FusedLoras,
@@ -241,7 +241,7 @@ def test_inject_makes_fast_layers_that_are_pefts_to_everyone(base_folder):
     assert {type(layer) for layer in layers} == {lora_forward.FastLinear, lora_forward.FastConv2d}
     assert all(isinstance(layer, (Linear, Conv2d)) for layer in layers)
     assert list(parameters(unet)) == list(parameters(plain))
-    assert lora_files.config_dict(unet).keys() == lora_files.config_dict(plain).keys()
+    assert saving.config_dict(unet).keys() == saving.config_dict(plain).keys()
     for layer in layers:
         if isinstance(layer, Conv2d):
             a = cast(torch.Tensor, layer.lora_A["default"].weight)

@@ -21,7 +21,7 @@ from test_lora_files import ALPHA, RANK, TARGETS, TOLERANCE, fresh_unet, output
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from megaman.errors import UserError
-from megaman.lora import adapter
+from megaman.lora import adapter, saving
 from megaman.lora import files as lora_files
 from megaman.lora import formats as lora_formats
 
@@ -54,7 +54,7 @@ def trained(base_folder, tmp_path_factory, request):
                 if "lora_B" in name:
                     parameter.normal_(std=0.02)
     folder = tmp_path_factory.mktemp("lora") / "lora_weights"
-    lora_files.save_lora(folder, models, "some/base", {})
+    saving.save_lora(folder, models, "some/base", {})
     after = states(models["text_encoder"])
     assert (after - before).abs().max() > 0.05, (
         "the LoRA has to matter, or the comparisons below prove nothing"

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import generate_megaman
 from megaman import runtime
 from megaman.errors import UserError
-from megaman.lora import adapter
+from megaman.lora import adapter, saving
 from megaman.lora import files as lora_files
 from megaman.models.base import load_base
 from megaman.pages.gallery_images import read_images
@@ -523,7 +523,7 @@ def test_from_image_says_what_is_not_as_it_was(generate, again, lora_path, tmp_p
     capsys.readouterr()
     for name in ("adapter_model.safetensors", "megaman_lora.safetensors"):
         tensors = lora_files.read_tensors(tmp_path / "moved" / name)
-        lora_files.write_tensors(
+        saving.write_tensors(
             tmp_path / "moved" / name, {key: tensor * 2 for key, tensor in tensors.items()}
         )
     assert not equal(again(tmp_path / "out" / "megaman_000_00.png", "--lora_path", "moved"), drawn)

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megaman import files
 from megaman.errors import UserError
-from megaman.lora import adapter
+from megaman.lora import adapter, saving
 from megaman.lora import files as lora_files
 from megaman.models.base import load_base
 from megaman.training import checkpoint, output
@@ -48,7 +48,7 @@ class Disk:
             (Path, "write_text"),
         ):
             monkeypatch.setattr(module, name, self.counted(getattr(module, name)))
-        monkeypatch.setattr(lora_files, "save_file", self.counted(lora_files.save_file, half=True))
+        monkeypatch.setattr(lora_files, "save_file", self.counted(saving.save_file, half=True))
 
     def counted(self, real, half=False):
         def call(*args, **kwargs):
@@ -111,7 +111,7 @@ def test_every_call_of_a_save_fails_once(adapted, tmp_path):
         state = checkpoint.TrainState(step, 0, "logs", 1.0, {})
         checkpoint.save(folder.checkpoint_folder(step), adapters, optimizer, state)
         folder.prune_checkpoints(step)
-        lora_files.save_lora(folder.lora_weights, models, "base", {"ss_steps": str(step)})
+        saving.save_lora(folder.lora_weights, models, "base", {"ss_steps": str(step)})
 
     save(1)
     shutil.copytree(out, tmp_path / "earlier")

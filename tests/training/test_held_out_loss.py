@@ -82,15 +82,14 @@ def test_the_benchmark_on_an_untrained_lora_gains_nothing(
 ):
     from diffusers import UNet2DConditionModel
 
-    from megaman.lora import adapter
-    from megaman.lora import files as lora_files
+    from megaman.lora import adapter, saving
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import held_out
 
     unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
     adapter.inject(unet, 2, 2, ["to_q"])
-    lora_files.save_lora(tmp_path / "lora", {"unet": unet}, str(base_folder), {})
+    saving.save_lora(tmp_path / "lora", {"unet": unet}, str(base_folder), {})
     assert held_out.main(["--lora_path", str(tmp_path / "lora")]) == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["gain"] == [0, 0, 0]

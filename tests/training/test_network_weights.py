@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from megaman.config.learning_settings import LoraConfig
 from megaman.errors import UserError
-from megaman.lora import adapter, files
+from megaman.lora import adapter, saving
+from megaman.lora import files as lora_files
 from megaman.training.network_weights import FirstWeights
 
 TARGETS = ("to_q", "to_v", "conv1")
@@ -36,7 +37,7 @@ def first(base_folder, tmp_path_factory) -> Path:
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     folder = tmp_path_factory.mktemp("first") / "lora_weights"
-    files.save_lora(folder, {"unet": unet}, "base", {})
+    saving.save_lora(folder, {"unet": unet}, "base", {})
     return folder
 
 
@@ -62,7 +63,7 @@ def begun(base_folder: Path, path: Path, config: LoraConfig) -> dict[str, torch.
 @pytest.mark.parametrize(("rank", "alpha", "rslora"), [(2, 6.0, False), (4, 32.0, True)])
 def test_it_begins_with_the_loras_effect(base_folder, first, file, rank, alpha, rslora):
     unet = make_unet(base_folder)
-    files.load_lora(first, unet)
+    lora_files.load_lora(first, unet)
     expected = deltas(unet)
     config = LoraConfig(
         lora_rank=rank,
