@@ -163,7 +163,9 @@ def color_names(pixels: np.ndarray) -> np.ndarray:
     """A color name for each pixel, uint8 [N, 3], by hue, saturation and value."""
     hsv = np.array([colorsys.rgb_to_hsv(*(pixel / 255)) for pixel in pixels]).reshape(-1, 3)
     hue, saturation, value = hsv[:, 0] * 360, hsv[:, 1], hsv[:, 2]
-    edges = [18, 45, 70, 165, 195, 255, 305, 345]
+    # Teal ends and pink begins midway between the art's own hues: the backgrounds' teal 177 and the
+    # robots' blue 198, purple 301, and pink 331.
+    edges = [18, 45, 70, 165, 187, 255, 316, 345]
     wheel = np.array(["red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "red"])
     names = wheel[np.digitize(hue, edges)]
     names = np.where((names == "orange") & (value < 0.65), "brown", names)

@@ -3,6 +3,7 @@ that may stop."""
 
 from __future__ import annotations
 
+import colorsys
 import sys
 from collections import Counter
 
@@ -12,6 +13,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "demo"))
 
+import base_quality
 import make_images
 from rig import EXPRESSIONS, FRONT_POSES, POSES, SIDE_POSES
 from sprites import COLORS, draw_sprite
@@ -112,3 +114,15 @@ def test_a_resumed_training_of_the_base_takes_the_same_steps():
     second.restore(first.state())
     assert [float(second.train_step(1e-4)) for _ in range(2)] == losses[1:]
     assert all(torch.equal(a, b) for a, b in zip(second.average, through.average, strict=True))
+
+
+# Median hues in degrees of the art's robots, as RoboHash draws them, and of the teal backgrounds.
+HUES = {"teal": 177, "blue": 198, "purple": 301, "pink": 331, "green": 129}
+
+
+@pytest.mark.parametrize("color", HUES)
+@pytest.mark.parametrize("shift", [-9, 0, 9])
+def test_the_judge_names_the_arts_colors_by_their_own_hues(color, shift):
+    rgb = colorsys.hsv_to_rgb((HUES[color] + shift) / 360, 0.75, 0.7)
+    pixel = np.array([[round(255 * value) for value in rgb]])
+    assert base_quality.color_names(pixel) == [color]
