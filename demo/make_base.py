@@ -62,8 +62,9 @@ HELD_OUT = 1024  # images at the end of the list that no stage trains on
 EXTRA_WORDS = Path(__file__).with_name("words.txt")
 
 BATCH_SIZE = 16
-# Of a batch; expressions are few cells of a tenth of the art and hardly learned without it.
-PORTRAIT_SHARE = 0.5
+# Of a batch; expressions are few cells of a tenth of the art and hardly learned without it. Half
+# of a batch costs the other art its hues (docs/lab-notes.md).
+PORTRAIT_SHARE = 0.2
 UNET_RATE = 4e-4
 WARMUP_STEPS = 300
 AVERAGE_DECAY = 0.9995
