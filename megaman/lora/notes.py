@@ -3,6 +3,8 @@
     megaman.prompts               prompts made of the captions, as a JSON list
     megaman.guidance_scale        and megaman.num_inference_steps, megaman.scheduler,
                                   megaman.negative_prompt: what suits the base, as the flags take it
+    megaman_palette               the colors of the pixel art that was trained on, as rrggbb,
+                                  separated by commas
 
 Written only if it differs from the flags' defaults. Files may come from a stranger: what has an
 impossible value is ignored.
@@ -27,6 +29,7 @@ from megaman.safe_loading import read_metadata
 
 PREFIX = "megaman."
 PROMPTS = f"{PREFIX}prompts"
+PALETTE = "megaman_palette"
 # The flags that a header may note, and how their values are read.
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "guidance_scale": GUIDANCE,
@@ -54,22 +57,29 @@ class LoraNotes:
     trigger: str = ""
 
 
-def to_header(prompts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, str]:
-    """The keys of a LoRA's header for these prompts and settings, none for what is empty."""
+def to_header(
+    prompts: Sequence[str], settings: Mapping[str, Any], palette: Sequence[str] = ()
+) -> dict[str, str]:
+    """The keys of a LoRA's header for these prompts, settings and colors (rrggbb), none for what is
+    empty."""
     header = {PROMPTS: json.dumps(list(prompts), ensure_ascii=False)} if prompts else {}
+    if palette:
+        header[PALETTE] = ",".join(palette)
     return header | {f"{PREFIX}{name}": str(value) for name, value in settings.items()}
 
 
 def only_notes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Those keys of a header that `read_notes` reads in every layout."""
-    return {key: value for key, value in metadata.items() if key.startswith(PREFIX)}
+    """Those keys of a header that the files of every layout have."""
+    return {
+        key: value for key, value in metadata.items() if key.startswith(PREFIX) or key == PALETTE
+    }
 
 
 def read_notes(path: Path) -> LoraNotes:
     """What the LoRA at a path notes; nothing if its header cannot be read, which loading it reports
     better."""
     try:
-        metadata = _read_header(path)
+        metadata = read_header(path)
     except (OSError, UserError):
         return LoraNotes()
     return LoraNotes(
@@ -80,8 +90,11 @@ def read_notes(path: Path) -> LoraNotes:
     )
 
 
-def _read_header(path: Path) -> dict[str, str]:
-    """Kohya's header, which has most, or else that of the file that is there."""
+def read_header(path: Path) -> dict[str, str]:
+    """The header of kohya's file, which has most, or else of the file that is there.
+
+    Raises OSError or UserError if it cannot be read.
+    """
     found = peft_config.find(path)
     if found.is_file():
         return read_metadata(found)

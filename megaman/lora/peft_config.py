@@ -16,7 +16,6 @@ from megaman.safe_loading import conversion, refuse_pickle
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "megaman_lora.safetensors"
-PALETTE_KEY = "megaman_palette"  # in its header: rrggbb, separated by commas
 PEFT_WEIGHTS = "adapter_model.safetensors"
 # The keys that are used. Ranks and target modules are those of the tensors, so that no pattern of a
 # stranger is compiled. PEFT has other keys by which it would import and download what they name.

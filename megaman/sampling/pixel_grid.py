@@ -11,9 +11,7 @@ from pathlib import Path
 from megaman.data.images import BadImageError, open_image
 from megaman.data.palette import MAX_COLORS, colors_of
 from megaman.errors import UserError
-from megaman.lora import peft_config
-from megaman.lora.peft_config import KOHYA_WEIGHTS, PALETTE_KEY
-from megaman.safe_loading import read_header
+from megaman.lora.notes import PALETTE, read_header
 
 HEX = re.compile(r"#?([0-9a-fA-F]{6})")
 GPL_COLOR = re.compile(r"\s*(\d{1,3})\s+(\d{1,3})\s+(\d{1,3})(\s.*)?")
@@ -52,24 +50,13 @@ class PixelGrid:
 
 
 def lora_palette(loras: Iterable[Path]) -> list[str]:
-    """The palettes of LoRAs, at most MAX_COLORS; those of single files are in their header."""
+    """The palettes that the headers of LoRAs note, at most MAX_COLORS in all."""
     colors: dict[str, None] = {}
     for lora in loras:
-        found = peft_config.find(lora)
-        file = found / KOHYA_WEIGHTS if found.is_dir() else found
-        with contextlib.suppress(OSError, ValueError, UserError):
-            words = _header_of(file).get(PALETTE_KEY, "").split(",")
+        with contextlib.suppress(OSError, UserError):  # which loading it reports better
+            words = read_header(lora).get(PALETTE, "").split(",")
             colors |= dict.fromkeys(word for word in words if HEX.fullmatch(word))
     return list(colors)[:MAX_COLORS]
-
-
-def _header_of(file: Path) -> dict[str, str]:
-    """The texts in the header of a safetensors file."""
-    from safetensors import safe_open
-
-    read_header(file)
-    with safe_open(file, "numpy") as opened:
-        return opened.metadata() or {}
 
 
 def read_palette(path: Path) -> list[str]:

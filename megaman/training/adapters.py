@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +39,7 @@ class Adapters:
     text_encoder: CLIPTextModel | None = None
     text_encoder_parameters: Sequence[nn.Parameter] = field(default=())
     has_dropout: bool = False
-    notes: Mapping[str, str] = field(default_factory=dict)  # for the LoRA's files (lora.notes)
+    notes: Callable[[], Mapping[str, str]] = dict  # for the LoRA's files (lora.notes)
 
     @property
     def models(self) -> list[nn.Module]:
@@ -78,12 +78,12 @@ def inject_lora(
     config: LoraConfig,
     compute: TrainingCompute,
     seed: int,
-    notes: Mapping[str, str],
+    notes: Callable[[], Mapping[str, str]],
     is_new: bool = True,
 ) -> Adapters:
     """Inject the LoRAs, whose random halves depend on the seed alone, and have the models compute
-    as set. A new run begins from --network_weights, if they are named. notes are for the LoRAs'
-    files.
+    as set. A new run begins from --network_weights, if they are named. notes makes
+    those of the LoRAs' files.
 
     Raises UserError if --network_weights do not fit the base, the rank or the target modules.
     """

@@ -99,7 +99,7 @@ def save(
     all."""
     with replacing_folder(folder) as aside:
         models = lora_files.models_by_part(adapters.unet, adapters.text_encoder)
-        saving.write_peft(aside, models, adapters.base_name, adapters.notes)
+        saving.write_peft(aside, models, adapters.base_name, adapters.notes())
         optimizer_state.save(aside, named_parameters(adapters), optimizer)
         for name, tensors in files.items():
             saving.write_tensors(aside / name, _on_cpu(tensors))

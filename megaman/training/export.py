@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaman.data import similarity
-from megaman.data.palette import shared_palette
 from megaman.errors import UserError, log_event, summarize_error
 from megaman.lora import files as lora_files
 from megaman.lora import saving
-from megaman.lora.peft_config import PALETTE_KEY
 from megaman.models.typed import scheduler_config
 from megaman.training import memorization, model_card, run_metadata
 from megaman.training.output import save_somewhere
@@ -114,7 +112,7 @@ class _Export:
             training_config["total_steps"] = step
             training_config["epochs"] *= step / total
         images, adapters = self.datasets.images, self.evaluator.adapters
-        metadata = dict(adapters.notes) | run_metadata.training_metadata(
+        metadata = dict(adapters.notes()) | run_metadata.training_metadata(
             training_config,
             [dataset.by_folder() for dataset in self.datasets.all],
             scheduler_config(self.base.noise_scheduler).prediction_type,
@@ -122,9 +120,6 @@ class _Export:
             time.time() - self.run.elapsed,
             time.time(),
         )
-        paths = [example.image for example in images.examples]
-        if palette := shared_palette(paths, self.config.data.background):
-            metadata[PALETTE_KEY] = ",".join(palette)
         card = model_card.write_card(
             training_config, images.captions, images.num_written_captions, samples
         )

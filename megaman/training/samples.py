@@ -4,15 +4,17 @@ captions. Decided before anything is loaded; needs no torch."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaman.config.bases import suited_to
 from megaman.config.presets import DEFAULT_PROMPT
 from megaman.data.caption_prompts import make_prompts
+from megaman.data.palette import shared_palette
 from megaman.lora.notes import to_header
 from megaman.models.configs import settings_name
 from megaman.sampling.defaults import NUM_PROMPTS
@@ -20,6 +22,7 @@ from megaman.sampling.prompts import BUILT_IN, Prompt, log_syntax, read_prompts
 
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
+    from megaman.data.dataset import MegaManDataset
     from megaman.training.datasets import Datasets
 
 PROMPTS_FILE = "--validation_prompts_file"
@@ -34,13 +37,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class SamplePlan:
     """The prompts of the sample images, num_images of each; those of the model card, one image of
-    each, if they are others than the last sample images; and what the LoRA's files note on
-    generating with it (lora.notes)."""
+    each, if they are others than the last sample images; and what makes the notes of the LoRA's
+    files on generating with it (lora.notes), once and when they are needed: every image may have to
+    be decoded for its colors."""
 
     prompts: Sequence[Prompt]
     num_images: int
     card_prompts: Sequence[Prompt]
-    notes: Mapping[str, str]
+    notes: Callable[[], Mapping[str, str]]
 
     @property
     def texts(self) -> list[str]:
@@ -60,7 +64,7 @@ def plan_samples(config: TrainConfig, datasets: Datasets) -> SamplePlan:
     captions, trigger = datasets.images.captions, config.captions.trigger_word
     found = make_prompts(captions, trigger, NUM_PROMPTS)
     suited = suited_to(settings_name(config.base.pretrained_model_name))
-    notes = to_header(found, suited)
+    notes = cache(partial(_make_notes, found, suited, datasets.images, config.data.background))
     count = config.validation.num_validation_images
     if count == 0:
         return SamplePlan((), 0, (), notes)
@@ -77,6 +81,13 @@ def plan_samples(config: TrainConfig, datasets: Datasets) -> SamplePlan:
     is_typed = file is not None or "validation_prompt" in config.explicit
     card_prompts = [] if is_typed else _card_prompts(found)
     return SamplePlan(prompts, count, card_prompts, notes)
+
+
+def _make_notes(
+    prompts: Sequence[str], suited: Mapping[str, Any], images: MegaManDataset, background: str
+) -> dict[str, str]:
+    paths = [example.image for example in images.examples]
+    return to_header(prompts, suited, shared_palette(paths, background))
 
 
 def _card_prompts(found: Sequence[str]) -> list[Prompt]:

@@ -16,7 +16,7 @@ from test_records import RECORD
 from megaman.config.generate import parse_generate_config
 from megaman.data.palette import colors_of, shared_palette
 from megaman.errors import UserError
-from megaman.lora.peft_config import PALETTE_KEY
+from megaman.lora.notes import PALETTE
 from megaman.sampling import output_folder, record_reader, records
 from megaman.sampling.pixel_grid import PixelGrid, lora_palette, read_palette
 from megaman.sampling.plan import GenerationPlan
@@ -110,7 +110,7 @@ def test_bad_numbers_of_cells_are_wrong_usage(value, capsys):
 def lora(tmp_path) -> Path:
     """A LoRA in one file whose header has a palette."""
     path = tmp_path / "a.safetensors"
-    save_file({"x": np.zeros(1)}, path, metadata={PALETTE_KEY: ",".join(COLORS)})
+    save_file({"x": np.zeros(1)}, path, metadata={PALETTE: ",".join(COLORS)})
     return path
 
 
@@ -125,7 +125,7 @@ def test_the_palette_is_the_loras_or_the_files(tmp_path, lora):
     (tmp_path / "b.hex").write_text("000000\nffffff\n")
     grid = plan_of(lora, f"--pixel_art=32,{tmp_path / 'b.hex'}").pixel_grid
     assert grid == PixelGrid(32, ("000000", "ffffff"))
-    save_file({"x": np.zeros(1)}, tmp_path / "c.safetensors", metadata={PALETTE_KEY: "red,12"})
+    save_file({"x": np.zeros(1)}, tmp_path / "c.safetensors", metadata={PALETTE: "red,12"})
     assert lora_palette([tmp_path / "c.safetensors"]) == []
 
 

@@ -156,7 +156,7 @@ def test_a_step_mixes_no_devices_and_waits_for_none(flags, pinned, tmp_path):
     captions._device = META
     for model in (base.unet, base.text_encoder):
         move(model, META)
-    adapters = inject_lora(base, config.lora, run.compute, seed=0, notes={})
+    adapters = inject_lora(base, config.lora, run.compute, seed=0, notes=dict)
     training_sets = make_training_sets(config, datasets, [latents], run)
     schedule = make_schedule(training_sets[0], config.optimizer, config.explicit, run)
     training_step = TrainingStep(base, adapters, training_sets, captions, config.loss, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -16,6 +17,7 @@ from megaman import runtime
 from megaman.config.presets import DEFAULT_PROMPT
 from megaman.lora.notes import LoraNotes, read_notes
 from megaman.pages.gallery_images import read_images
+from megaman.sampling.pixel_grid import lora_palette
 from megaman.training.history import HISTORY
 
 FEW_STEPS = ["--max_train_steps", 1, "--train_batch_size", 1, "--lora_rank", 2]
@@ -68,13 +70,15 @@ def test_the_card_shows_four_different_prompts_about_it(another):
         assert f"`{entry['text']}`" in card.text and f"]({file.name})" in card.text
 
 
+def layouts(out) -> list[Path]:
+    """The finished LoRA in its three layouts, and a checkpoint."""
+    names = ("adapter_model", "pytorch_lora_weights", "megaman_lora")
+    files = [out / "lora_weights" / f"{name}.safetensors" for name in names]
+    return [*files, out / "checkpoint-1"]
+
+
 def test_all_three_layouts_and_checkpoints_note_prompts_and_what_suits_the_base(another):
-    folder = another / "lora_weights"
-    files = [
-        folder / f"{name}.safetensors"
-        for name in ("adapter_model", "pytorch_lora_weights", "megaman_lora")
-    ]
-    noted = [read_notes(path) for path in [*files, another / "checkpoint-1"]]
+    noted = [read_notes(path) for path in layouts(another)]
     assert len(noted[0].prompts) > 4
     for notes in noted:
         assert notes.prompts == noted[0].prompts
@@ -83,6 +87,11 @@ def test_all_three_layouts_and_checkpoints_note_prompts_and_what_suits_the_base(
             "num_inference_steps": 20,
             "negative_prompt": "",
         }
+
+
+def test_all_three_layouts_and_checkpoints_note_the_palette(another):
+    for path in layouts(another):
+        assert sorted(lora_palette([path])) == ["008000", "ffffff"]
 
 
 def test_the_suggested_command_generates_a_gallery_about_it(another, monkeypatch):
