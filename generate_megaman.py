@@ -88,7 +88,7 @@ def run(
             page = writer.add(saved)
             log.info("\n".join(writer.warnings()))
             if len(plan.variants) > 1:
-                log.info(f"the comparison as one picture: {writer.write_grid()}")
+                log.info(f"the comparison as one image: {writer.write_grid()}")
             show_page(page, plural(plan.count(jobs), "image"), config.output.open)
     return 0
 

@@ -75,6 +75,8 @@ def _recipe(typed: Mapping[str, Any]) -> dict[str, Any]:
         recipe["num_validation_images"] = 1  # of each prompt
     if "data_dir" in typed or typed.get("validation_split") is not None:
         recipe.pop("validation_data_dir", None)  # which is for the demo's images
+    if "data_dir" in typed:
+        recipe.pop("validation_prompt", None)  # which is about the demo's hero
     if "num_train_epochs" in typed:
         recipe.pop("max_train_steps", None)  # which win over epochs
     return recipe

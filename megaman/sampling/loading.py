@@ -41,7 +41,9 @@ def load_generator(
     runtime.keep_freed_memory()
 
     base_name = resolve_name(plan.base)
-    log.info(f"loading {base_name}{' and the LoRA in ' if plan.loras else ''}{plan.lora_source}")
+    noun = "LoRA" if len(plan.loras) == 1 else "LoRAs"
+    source = f" and the {noun} in {plan.lora_source}" if plan.loras else ""
+    log.info(f"loading {base_name}{source}")
     if notice := alias_notice(plan.base):
         log.info(f"  {notice}")
     base = load_base(base_name, compute.dtype, memory_format=compute.torch_memory_format)

@@ -262,13 +262,14 @@ def summarize(plan: GenerationPlan, config: GenerateConfig, jobs: Sequence[Job])
             f"in a batch of {len(jobs)} as before"
         )
     prompts = 1 + max(job.prompt_index for job in jobs)
+    seeds = [job.seed - job.image_index for job in jobs]
     parts = [
         f"images     {len(jobs)}: "
         f"{plural(prompts, 'prompt')} x {config.prompts.num_images_per_prompt}",
         _distinct(f"{job.width}x{job.height}" for job in jobs),
         f"{_steps(jobs)} of {plan.sampler.title}",
-        f"guidance {_distinct(f'{job.guidance_scale:g}' for job in jobs)}",
-        f"seed {jobs[0].seed}",
+        f"guidance {_range(job.guidance_scale for job in jobs)}",
+        f"seed {_distinct(seeds)}",
     ]
     if config.comparison.pairs_with_base:
         parts.append("each next to the base's")
@@ -288,10 +289,17 @@ def summarize(plan: GenerationPlan, config: GenerateConfig, jobs: Sequence[Job])
 
 def _steps(jobs: Sequence[Job]) -> str:
     steps = {job.num_inference_steps for job in jobs}
-    return plural(steps.pop(), "step") if len(steps) == 1 else f"{_distinct(steps)} steps"
+    return plural(steps.pop(), "step") if len(steps) == 1 else f"{_range(steps)} steps"
+
+
+def _range(values: Iterable[float]) -> str:
+    """The lowest and the highest value, or the only one."""
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _distinct(values: Iterable[object]) -> str:
     """The first value, and how many others there are."""
     first, *others = dict.fromkeys(map(str, values))
-    return f"{first} and {len(others)} other" if others else first
+    return f"{first} and {plural(len(others), 'other')}" if others else first

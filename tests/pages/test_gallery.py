@@ -800,6 +800,17 @@ def test_a_comparison_uses_the_window(visit, width, side):
 
 
 @needs_browser
+def test_pixel_art_in_a_comparison_has_labels_of_one_line(visit):
+    images = compared(("out/a", 0), ("out/a", 1))
+    page = visit([replace(image, pixel_file=image.file) for image in images])
+    lines = (
+        "[...document.querySelectorAll('.label')].map((label) => "
+        "Math.floor(label.clientHeight / parseFloat(getComputedStyle(label).lineHeight)))"
+    )
+    assert page.do(lines) == [1] * 4
+
+
+@needs_browser
 def test_pairs_fill_a_wide_window(visit):
     robots = [replace(ROBOTS[0], prompt=f"robot {i}", seed=i) for i in range(6)]
     page = visit(robots, 1920)

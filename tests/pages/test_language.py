@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
 
 import pytest
-from conftest import Visit, needs_browser
+from conftest import ROOT, Visit, needs_browser
 from PIL import Image
 
 from megaman.doctor.balance_checks import KINDS, check_balance
@@ -79,6 +80,17 @@ def test_every_fixed_text_is_translated(template):
     fixed = re.findall(r"<[^<>]* data-t(?: [^<>]*)?>([^<{]+)<", source)
     assert len(fixed) >= 4
     assert set(map(str.strip, fixed)) - {""} <= translations(template)
+
+
+def test_every_constant_text_of_a_finding_is_translated():
+    texts = set()
+    for module in (ROOT / "megaman" / "doctor").glob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+                title, remedy = (getattr(each, "value", None) for each in node.args[2:4])
+                texts |= {title, remedy and f"{remedy}."}
+    texts = {text for text in texts if isinstance(text, str)}
+    assert len(texts) > 15 and texts <= translations("report.html")
 
 
 def test_what_the_captions_lack_is_told_in_chinese():

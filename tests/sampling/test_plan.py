@@ -23,7 +23,7 @@ from megaman.lora.notes import to_header
 from megaman.models.configs import settings_name
 from megaman.sampling import png
 from megaman.sampling.jobs import Job, make_variants
-from megaman.sampling.plan import GenerationPlan
+from megaman.sampling.plan import GenerationPlan, summarize
 from megaman.sampling.records import KEY, Recorder, RunSettings
 
 BASE = str(DEMO / "base")
@@ -73,6 +73,18 @@ def test_the_first_lora_that_names_a_base_decides(lora):
 def test_a_missing_lora_is_reported_before_a_base_is_loaded(lora, flags):
     with pytest.raises(UserError, match=r"no LoRA at .*nothing"):
         plan_of("--lora_path", lora, lora.parent / "nothing", *flags)
+
+
+def test_prompts_with_their_own_settings_are_summed_up(lora, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog --w 96 --d 7 --l 3 --s 4\na fox --h 96 --d 8\n")
+    words = ["--lora_path", str(lora), "--prompts_file", str(prompts), "--num_images_per_prompt=2"]
+    config = parse_generate_config(words)
+    plan = GenerationPlan.from_config(config, [(lora, 1.0)])
+    assert summarize(plan, config, plan.make_jobs(64)) == (
+        "images     6: 3 prompts x 2, 64x64 and 2 others, 4 to 25 steps of DPM++ 2M, "
+        "guidance 3 to 7.5, seed 42 and 2 others"
+    )
 
 
 RUN = RunSettings("euler", 1, BASE, True, "cpu", "float32", {}, "contiguous", 1)

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageDraw
 
+from megaman.config.presets import DEFAULT_PROMPT
 from megaman.config.train import parse_train_config
 from megaman.errors import WRONG_USAGE, UserError
 from megaman.training.datasets import Datasets, find_datasets
@@ -154,7 +155,10 @@ def test_what_stops_early_holds_out_a_tenth():
     assert parse_train_config(["--max_train_steps", "auto"]).evaluation.early_stopping_patience == 3
 
 
-def test_the_demo_has_held_out_images_of_its_own():
-    demo = parse_train_config(["--demo"]).evaluation
-    assert Path(demo.validation_data_dir or "") == ROOT / "demo" / "held_out"
-    assert not parse_train_config(["--demo", "--data_dir", "mine"]).evaluation.is_on
+def test_the_demo_has_held_out_images_and_a_prompt_of_its_own():
+    demo = parse_train_config(["--demo"])
+    assert Path(demo.evaluation.validation_data_dir or "") == ROOT / "demo" / "held_out"
+    assert demo.validation.validation_prompt.startswith("volto, ")
+    others = parse_train_config(["--demo", "--data_dir", "mine"])
+    assert not others.evaluation.is_on
+    assert others.validation.validation_prompt == DEFAULT_PROMPT, "made of the captions"
