@@ -45,7 +45,7 @@ Sections of [`generate_megaman.py`](#generate_megamanpy): {generate_sections}.
 # Sentences for the page alone, by script and flag.
 DETAILS = {
     "megaman_lora.py": {
-        "base_precision": "`fp8` stores each weight in one byte (e4m3, with a scale an output "
+        "base_precision": "`fp8` stores each weight in one byte (e4m3, with one scale per output "
         "channel), computes in `--mixed_precision` as before, and takes longer for each step. The "
         "LoRA is saved as ever and loads everywhere",
         "config": "Or of an earlier run: its `training_config.json`. Typed flags win. Keys are the "
@@ -111,7 +111,7 @@ DETAILS = {
         "open": "`training_report.html` in `--output_dir`; it is written without this flag too",
         "validation_prompt": "The default is made of the captions unless these are about Mega "
         "Man. With weights and of any length, as for `generate_megaman.py`",
-        "validation_prompts_file": "With seed, size, guidance and negative prompt a line",
+        "validation_prompts_file": "With seed, size, guidance and negative prompt per line",
         "clip_model": "With its config.json and safetensors; nothing is downloaded",
         "num_validation_images": "With `--validation_prompts_file` 1 of each prompt",
         "save_precision": "`fp16` halves the files",

@@ -86,7 +86,7 @@ class ValidationConfig:
     validation_prompt: str = flag(DEFAULT_PROMPT, "what the sample images show", text, common=True)
     validation_prompts_file: str | None = flag(
         None,
-        "prompts of sample images instead, one a line as for generate_megaman.py",
+        "prompts of sample images instead, one per line as for generate_megaman.py",
         path,
         metavar="FILE",
     )
@@ -123,7 +123,7 @@ class OutputConfig:
     logging_dir: str = flag("./logs", "TensorBoard's folder", folder, metavar="FOLDER")
     log_format: str = flag(
         "text",
-        "lines of text for people, or json for programs: one object a line",
+        "lines of text for people, or json for programs: one object per line",
         choices=("text", "json"),
     )
     open: bool = flag(False, "open the page that follows the run in a browser")
