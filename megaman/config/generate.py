@@ -127,7 +127,11 @@ class PromptConfig:
         common=True,
     )
     prompts_file: str | None = flag(
-        None, "a file with one prompt per line; # begins a comment", path, metavar="FILE", common=True
+        None,
+        "a file with one prompt per line; # begins a comment",
+        path,
+        metavar="FILE",
+        common=True,
     )
     negative_prompt: str = flag(
         DEFAULT_NEGATIVE_PROMPT, "what the images should not show", text, common=True

@@ -83,7 +83,8 @@ def _data_lines(
     yield from summarize(first.dataset, first.latents.total_crops, config.data.random_flip)
     made = len(first.dataset) - first.dataset.num_written_captions
     if made and not config.captions.auto_caption:
-        yield f"{INDENT}{plural(made, 'caption')} made from names: --auto_caption writes better ones"
+        captions = plural(made, "caption")
+        yield f"{INDENT}{captions} made from names: --auto_caption writes better ones"
     yield from first.latents.summary()
     yield from _pixel_art_line(training_sets)
     for other in training_sets[1:]:
