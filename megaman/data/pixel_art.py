@@ -31,10 +31,10 @@ def is_pixel_art(image: Image.Image) -> bool:
     colorful and has few blends.
     """
     pixels = _pixels(image)
-    if not _changes(pixels).size and not _changes(pixels.swapaxes(0, 1)).size:
+    side = _cell_side(pixels)
+    if not side:
         return False
     if _count_colors(pixels) <= FEW_COLORS:
-        side = cell_side(image)
         return _score(pixels[::side, ::side], FEW_WEIGHTS) > 0
     return _grid_ratio(_luma(pixels)) < MAX_GRID_RATIO or _score(pixels, MANY_WEIGHTS) > 0
 
@@ -42,11 +42,13 @@ def is_pixel_art(image: Image.Image) -> bool:
 def cell_side(image: Image.Image) -> int:
     """The side in pixels of the largest cells, each of one color, that an image in RGB or RGBA is
     made of: 3 if it was enlarged three times with nearest neighbor, 1 if it was not."""
-    pixels = _pixels(image)
+    return _cell_side(_pixels(image)) or 1
+
+
+def _cell_side(pixels: np.ndarray) -> int:
+    """The side in pixels of the largest cells, 0 if all pixels are alike."""
     changes = np.concatenate([_changes(pixels), _changes(pixels.swapaxes(0, 1))])
-    if not changes.size:
-        return 1
-    return math.gcd(image.width, image.height, *changes.tolist())
+    return math.gcd(*pixels.shape[:2], *changes.tolist()) if changes.size else 0
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

@@ -6,7 +6,9 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 from urllib.parse import quote
 
@@ -21,17 +23,34 @@ LOADS_SCRIPTS = "/* loads scripts */"  # a comment in a template's script
 
 def render(template: str, filters: dict[str, Callable[..., Any]], **content: Any) -> str:
     """Fill in a template of this package; content is escaped, and policy is added for the head."""
+    environment = _environment(filters)
+    code, policy = _compile(template, tuple(filters))
+    compiled = environment.template_class.from_code(environment, code, environment.make_globals({}))
+    return compiled.render(policy=policy, **content)
+
+
+def _environment(filters: dict[str, Callable[..., Any]]) -> Environment:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,  # no filter is called when a template is compiled
+    )
+    environment.filters |= filters
+    return environment
+
+
+@cache  # a gallery is written again after every batch
+def _compile(template: str, filters: tuple[str, ...]) -> tuple[CodeType, str]:
+    """The code of a template that uses filters of these names, and its policy."""
     source = (TEMPLATES / template).read_text(encoding="utf-8")
     shared = (TEMPLATES / SHARED_STYLE).read_text(encoding="utf-8")
     source = source.replace(f"/* {SHARED_STYLE} */\n", shared)
     language = (TEMPLATES / LANGUAGE).read_text(encoding="utf-8")
     source = source.replace(f"/* {LANGUAGE} */\n", language)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= filters
-    policy = content_security_policy(source)
-    return environment.from_string(source).render(policy=policy, **content)
+    environment = _environment(dict.fromkeys(filters, str))
+    return environment.compile(source), content_security_policy(source)
 
 
 def href(file: str) -> str:

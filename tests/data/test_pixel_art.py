@@ -82,7 +82,7 @@ def to_image(pixel_values: torch.Tensor) -> Image.Image:
 
 
 def colors_of(image: Image.Image) -> set:
-    return {color for _, color in image.getcolors(2**24) or []}
+    return {color for _, color in image.getcolors(image.width * image.height) or []}
 
 
 @pytest.fixture(scope="module")
