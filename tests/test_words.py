@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -32,32 +32,29 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 names = {path: path.relative_to(ROOT).as_posix() for path in FILES}
 
 
-def tokens(path: Path) -> Iterator[tokenize.TokenInfo]:
+@cache  # for both tests: reading a source as tokens takes most of their time
+def findings(path: Path) -> tuple[set[str], set[str]]:
+    """The old names in a source, and the phrases in its strings and comments."""
     source = io.StringIO(path.read_text(encoding="utf-8"))
-    return tokenize.generate_tokens(source.readline)
-
-
-def is_text(token: tokenize.TokenInfo) -> bool:
-    return token.type in (tokenize.STRING, tokenize.COMMENT)
+    old_names: set[str] = set()
+    phrases: set[str] = set()
+    for token in tokenize.generate_tokens(source.readline):
+        if token.type == tokenize.NAME and NAMES.fullmatch(token.string):
+            old_names.add(f"{token.string} in line {token.start[0]}")
+        elif token.type in (tokenize.STRING, tokenize.COMMENT):
+            matches = PHRASE.findall(COLUMN.sub("", token.string))
+            phrases |= {f"{phrase!r} in line {token.start[0]}" for phrase in matches}
+    return old_names, phrases
 
 
 @pytest.mark.parametrize("path", FILES, ids=names.get)
 def test_no_name_of_the_old_dialect(path):
-    found = {
-        f"{token.string} in line {token.start[0]}"
-        for token in tokens(path)
-        if token.type == tokenize.NAME and NAMES.fullmatch(token.string)
-    }
-    assert not found
+    assert not findings(path)[0]
 
 
 @pytest.mark.parametrize("path", FILES, ids=names.get)
 def test_docstrings_comments_and_printed_lines_are_plain_english(path):
-    found = set()
-    for token in filter(is_text, tokens(path)):
-        matches = PHRASE.findall(COLUMN.sub("", token.string))
-        found |= {f"{phrase!r} in line {token.start[0]}" for phrase in matches}
-    assert not found
+    assert not findings(path)[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +18,7 @@ MODULES = sorted(
 )
 
 
+@cache  # a dozen tests look at each module, some of them by way of all that import it
 def tree(name: str) -> ast.Module:
     path = (
         ROOT / f"{name}.py"
@@ -25,9 +28,14 @@ def tree(name: str) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def imports(node: ast.AST, types_too: bool = True) -> list[str]:
+@cache
+def imports(node: ast.AST, types_too: bool = True) -> tuple[str, ...]:
     """The dotted names that are imported anywhere below the node: megaman.files, torch,
     torch.nn."""
+    return tuple(_imports(node, types_too))
+
+
+def _imports(node: ast.AST, types_too: bool) -> list[str]:
     found = []
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
@@ -36,7 +44,7 @@ def imports(node: ast.AST, types_too: bool = True) -> list[str]:
             assert child.level == 0, "imports are written in full"
             found += [child.module] + [f"{child.module}.{alias.name}" for alias in child.names]
         elif not (_is_type_checking(child) and not types_too):
-            found += imports(child, types_too)
+            found += _imports(child, types_too)
     return found
 
 
@@ -48,14 +56,15 @@ def _is_type_checking(node: ast.AST) -> bool:
     )
 
 
-def at_import(name: str) -> list[str]:
+@cache
+def at_import(name: str) -> tuple[str, ...]:
     """What is imported as soon as the module is: not in its functions, not for type checkers
     alone."""
     body = [node for node in tree(name).body if not isinstance(node, ast.FunctionDef)]
     return imports(ast.Module(body=body, type_ignores=[]), types_too=False)
 
 
-def ours(names: list[str]) -> set[str]:
+def ours(names: Iterable[str]) -> set[str]:
     """The modules of megaman among imported names: data.images, whether it or something in it was
     imported."""
     parts = [name.split(".")[1:] for name in names if name.startswith("megaman.")]
