@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from forking import Forks
 from hypothesis import settings
+from narrow_base import EMBEDDED, make_narrow_base
 from PIL import Image, ImageDraw
 
 if TYPE_CHECKING or os.name == "posix":
@@ -70,12 +71,20 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def base_folder() -> Path:
-    """A Stable Diffusion base in diffusers' layout: the embedded one, or the folder in
-    MEGAMAN_TEST_BASE."""
-    folder = Path(os.environ.get("MEGAMAN_TEST_BASE", ROOT / "demo" / "base")).resolve()
-    assert (folder / "model_index.json").is_file(), f"no base in {folder}"
-    return folder
+def embedded_base() -> Path:
+    """The embedded base."""
+    return EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory) -> Path:
+    """A Stable Diffusion base in diffusers' layout: the embedded one with a narrow UNet, or the
+    folder in MEGAMAN_TEST_BASE, such as demo/base."""
+    if name := os.environ.get("MEGAMAN_TEST_BASE"):
+        folder = Path(name).resolve()
+        assert (folder / "model_index.json").is_file(), f"no base in {folder}"
+        return folder
+    return make_narrow_base(tmp_path_factory.mktemp("narrow") / "base")
 
 
 @pytest.fixture(scope="session")

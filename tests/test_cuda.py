@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import fake_cuda
 import pytest
 import torch
-from conftest import FEW_TARGETS, ROOT
+from conftest import FEW_TARGETS
 from fake_cuda import GB, FakeGpu
 
 import megaman_lora
@@ -75,10 +75,17 @@ def test_generation_does_not_spill_either(gpu, windows, base_folder):
 
 
 @pytest.mark.slow
-def test_plan_on_a_gpu_with_a_limit(gpu, capsys):
+def test_plan_on_a_gpu_with_a_limit(gpu, base_folder, capsys):
     """The README's line, which once ended in a traceback."""
-    base = str(ROOT / "demo" / "base")
-    flags = ["--plan", "--pretrained_model_name", base, "--resolution", "64", "--vram_limit", "2"]
+    flags = [
+        "--plan",
+        "--pretrained_model_name",
+        str(base_folder),
+        "--resolution",
+        "64",
+        "--vram_limit",
+        "2",
+    ]
     assert megaman_lora.main([*flags, "--num_validation_images", "0", *FEW_TARGETS]) == 0
     printed = capsys.readouterr().out
     assert "limit      2.0 GB" in printed and "For an NVIDIA GPU" not in printed

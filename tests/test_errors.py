@@ -286,10 +286,11 @@ def test_a_log_on_a_full_disk_is_reported_at_the_end(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pipe with a name")
-def test_both_scripts_in_front_of_head(forked, tmp_path):
+def test_both_scripts_in_front_of_head(forked, base_folder, tmp_path):
     flags = "--num_validation_images 0 --max_train_steps 2 --target_modules to_q --output_dir out"
-    train = f"megaman_lora.py --demo --train_batch_size 1 {flags}"
-    generate = "generate_megaman.py --demo --lora_path out/lora_weights"
+    data = f"--data_dir {ROOT / 'demo' / 'held_out'} --resolution 64"
+    train = f"megaman_lora.py --pretrained_model_name {base_folder} {data} {flags}"
+    generate = "generate_megaman.py --lora_path out/lora_weights"
     few = "--prompts robot --num_inference_steps 2 --output_dir images"
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

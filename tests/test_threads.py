@@ -8,7 +8,7 @@ import os
 import sys
 
 import pytest
-from conftest import FEW_TARGETS
+from conftest import FEW_TARGETS, ROOT
 from safetensors.torch import load_file
 
 from megaman import threads
@@ -160,7 +160,10 @@ print(json.dumps({**Watch.seen, "threads": torch.get_num_threads()}))
 sys.exit(code)
 """
 FLAGS = [
-    "--demo",
+    "--data_dir",
+    str(ROOT / "demo" / "held_out"),
+    "--resolution",
+    "64",
     "--num_validation_images",
     "0",
     "--seed",
@@ -177,13 +180,14 @@ GENERATE = "import sys; sys.exit(generate_megaman.main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
-def watched(run_script, tmp_path_factory):
+def watched(run_script, base_folder, tmp_path_factory):
     """Three runs as a user starts them: whole, stopped half way by its steps, and resumed."""
     folder = tmp_path_factory.mktemp("watched")
+    base = ["--pretrained_model_name", base_folder]
 
     def run(output_dir: str, *more: str, **environment: str):
         done = run_script(
-            ["-c", WATCH, *FLAGS, "--output_dir", output_dir, *more],
+            ["-c", WATCH, *FLAGS, *base, "--output_dir", output_dir, *more],
             folder,
             NO_SETTING | environment,
         )

@@ -58,10 +58,10 @@ def test_any_text_is_a_sampler_or_none(text):
 
 
 @pytest.fixture(scope="module")
-def side_by_side(base_folder):
-    pipe = StableDiffusionPipeline.from_pretrained(base_folder, dtype=torch.float32)
+def side_by_side(embedded_base):
+    pipe = StableDiffusionPipeline.from_pretrained(embedded_base, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    return load_base(str(base_folder), torch.float32), pipe
+    return load_base(str(embedded_base), torch.float32), pipe
 
 
 @pytest.mark.slow

@@ -48,8 +48,11 @@ for library in LIBRARIES:  # here, once; with no work done yet that a fork could
 STATE, SHOWN = "training_state.json", "training_report/"
 
 
+SOURCE = ["--demo"]  # what to train on
+
+
 def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
-    flags = f"""--demo --max_train_steps {steps} --save_steps {save_steps}
+    flags = f"""--max_train_steps {steps} --save_steps {save_steps}
         --validation_steps {3 * save_steps} --num_validation_images 1 --train_batch_size 1
         --lora_rank 2 --lora_dropout 0.1 --target_modules to_q to_v --checkpoints_total_limit 3
         --resume_from_checkpoint latest"""
@@ -59,7 +62,7 @@ def arguments(output: Path, steps: int, save_steps: int) -> list[str]:
         "--logging_dir",
         str(output.with_name(f"{output.name}-logs")),
     ]
-    return [*flags.split(), *folders]
+    return [*SOURCE, *flags.split(), *folders]
 
 
 class Run:
@@ -234,7 +237,9 @@ def main() -> None:
     parser.add_argument("--save_steps", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampling_steps", type=int, default=25, help="of each sample image")
+    parser.add_argument("--source", nargs=argparse.REMAINDER, help="flags in place of --demo")
     options = parser.parse_args()
+    SOURCE[:] = options.source or SOURCE
     validation.NUM_INFERENCE_STEPS = options.sampling_steps
     with tempfile.TemporaryDirectory() as folder:
         print(soak(Path(folder), options.kills, options.steps, options.save_steps, options.seed))

@@ -28,8 +28,8 @@ OLD_NAME, NEW_NAME = "runwayml/stable-diffusion-v1-5", "stable-diffusion-v1-5/st
 
 
 @pytest.fixture(scope="module")
-def base(base_folder) -> Base:
-    return load_base(str(base_folder), torch.float32)
+def base(embedded_base) -> Base:
+    return load_base(str(embedded_base), torch.float32)
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def refusal(name: str | Path) -> str:
     return line
 
 
-def test_the_parts_of_the_demo_base(base, base_folder):
-    assert base.name == str(base_folder)
+def test_the_parts_of_the_demo_base(base, embedded_base):
+    assert base.name == str(embedded_base)
     for part in (base.unet, base.vae, base.text_encoder):
         assert part.dtype == torch.float32 and not part.training
         assert not any(parameter.requires_grad for parameter in part.parameters())
@@ -87,11 +87,11 @@ def test_half_precision_spares_the_vae(base_folder):
     )
 
 
-def test_the_weights_are_the_files(base, base_folder):
+def test_the_weights_are_the_files(base, embedded_base):
     from safetensors.torch import load_file
 
     for part, file in ((base.unet, UNET), (base.vae, VAE)):
-        wanted = load_file(base_folder / file)
+        wanted = load_file(embedded_base / file)
         found = part.state_dict()
         assert wanted.keys() == found.keys()
         assert all(torch.equal(found[key], wanted[key].float()) for key in wanted)

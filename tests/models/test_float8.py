@@ -83,7 +83,9 @@ def test_each_layer_but_the_first_and_the_last_is_one_byte_a_weight(base_folder)
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
 
 
-def test_a_run_saves_resumes_and_is_loaded_on_the_plain_base(train_here, tmp_path, capsys):
+def test_a_run_saves_resumes_and_is_loaded_on_the_plain_base(
+    train_here, base_folder, tmp_path, capsys
+):
     flags = ["--data_dir", ROOT / "demo" / "held_out", "--resolution", 32, *FEW_TARGETS]
     flags += ["--max_train_steps", 2, "--save_steps", 1, "--learning_rate", 1e-3]
     whole = train_here(tmp_path, "out", *flags, "--base_precision", "fp8")
@@ -95,7 +97,7 @@ def test_a_run_saves_resumes_and_is_loaded_on_the_plain_base(train_here, tmp_pat
     resumed = train_here(tmp_path, "out", *again, "--base_precision", "fp8")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert any(tensor.any() for key, tensor in whole.items() if "lora_B" in key)
-    base = load_base(str(ROOT / "demo" / "base"), torch.float32)
+    base = load_base(str(base_folder), torch.float32)
     LoraStack(base, [(tmp_path / "out" / "lora_weights", 1.0)], fuse=True, rescale=False)
 
 

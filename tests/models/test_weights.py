@@ -311,8 +311,8 @@ print(peak() - before, 2 * base.unet.num_parameters())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_load_takes_the_model_and_a_portion(own_copy, run_script):
-    config = json.loads((own_copy / "unet" / "config.json").read_text())
+def test_a_load_takes_the_model_and_a_portion(own_copy, embedded_base, run_script):
+    config = json.loads((embedded_base / "unet" / "config.json").read_text())
     config["block_out_channels"] = [96, 192, 384, 384]
     unet = weights.build(UNet2DConditionModel, config)
     zeros = {name: torch.zeros(tensor.shape) for name, tensor in unet.state_dict().items()}

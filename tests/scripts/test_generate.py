@@ -549,9 +549,9 @@ def test_from_image_and_resume_from_another_folder(
     assert image.loras == [(tmp_path / "mine").as_posix()]
 
 
-def test_from_image_when_the_base_moved(generate, again, tmp_path):
+def test_from_image_when_the_base_moved(generate, again, base_folder, tmp_path):
     """The record still says which base it was; the flag says where it lies now."""
-    shutil.copytree(ROOT / "demo" / "base", tmp_path / "mine")
+    shutil.copytree(base_folder, tmp_path / "mine")
     drawn = generate("--base_model", "mine")["megaman_000_00.png"]
     (tmp_path / "mine").rename(tmp_path / "moved")
     with pytest.raises(

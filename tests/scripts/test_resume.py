@@ -98,10 +98,9 @@ def test_convolutions_resume_bit_exactly_too(train, tmp_path):
     """Their LoRA has other strides in memory than in the files, and AdamW goes through its moments
     by address."""
     flags = ["--max_train_steps", 5, "--target_modules", "to_q", "conv1", "conv_in"]
-    undisturbed = train("whole", *flags)
-    train("halves", *flags)
-    stop_at(tmp_path / "halves", 3)
-    resumed = train("halves", *flags, "--resume_from_checkpoint", "latest")
+    undisturbed = train("run", *flags)
+    stop_at(tmp_path / "run", 3)
+    resumed = train("run", *flags, "--resume_from_checkpoint", "latest")
     assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
 
 
@@ -116,15 +115,14 @@ def test_dropout_resumes_bit_for_bit_too(train, tmp_path):
         "--gradient_accumulation_steps",
         2,
     ]
-    undisturbed = train("whole", *dropping)
-    train("halves", *dropping)
-    stop_at(tmp_path / "halves", 3)
-    resumed = train("halves", *dropping, "--resume_from_checkpoint", "latest")
+    undisturbed = train("run", *dropping)
+    stop_at(tmp_path / "run", 3)
+    resumed = train("run", *dropping, "--resume_from_checkpoint", "latest")
     assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
-    stop_at(tmp_path / "halves", 3)
+    stop_at(tmp_path / "run", 3)
     with pytest.raises(UserError, match="use_rslora was True and is now False"):
         train(
-            "halves",
+            "run",
             "--max_train_steps",
             5,
             "--gradient_accumulation_steps",

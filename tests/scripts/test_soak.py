@@ -12,7 +12,7 @@ from conftest import ROOT
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_killed_and_resumed_ends_bit_for_bit_alike(tmp_path):
+def test_killed_and_resumed_ends_bit_for_bit_alike(base_folder, tmp_path):
     flags = [
         "--kills",
         "3",
@@ -25,6 +25,8 @@ def test_killed_and_resumed_ends_bit_for_bit_alike(tmp_path):
         "--sampling_steps",
         "3",
     ]
+    data = ["--data_dir", ROOT / "demo" / "held_out", "--resolution", "64", "--seed", "0"]
+    flags += ["--source", "--pretrained_model_name", base_folder, *data]
     words = [sys.executable, ROOT / "tests" / "helpers" / "soak.py", *flags]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -50,12 +50,12 @@ sys.exit(run_script(megaman_lora.main, sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def finished(data, base_folder, run_script, tmp_path_factory):
+def finished(data, embedded_base, run_script, tmp_path_factory):
     """One whole run as a process, with validation images in SAMPLING_STEPS."""
     cwd = tmp_path_factory.mktemp("run")
     folders = [
         "--pretrained_model_name",
-        base_folder,
+        embedded_base,
         "--data_dir",
         data,
         "--output_dir",
@@ -141,10 +141,10 @@ def test_tensorboard_shows_the_run(finished):
     assert '"lora_alpha": 16' in text
 
 
-def test_step_0_is_the_base_itself(finished, base_folder):
+def test_step_0_is_the_base_itself(finished, embedded_base):
     """samples-0 shows what the plain base generates for the prompt and the seeds; training changes
     it."""
-    base = load_base(str(base_folder), torch.float32)
+    base = load_base(str(embedded_base), torch.float32)
     states = encode_captions(base.text_encoder, base.tokenizer, ["robot", ""])
     text, empty = (states[prompt].expand(2, -1, -1) for prompt in ("robot", ""))
     settings = denoise.SamplingSettings(64, 64, SAMPLING_STEPS, guidance_scale=7.5)
@@ -158,17 +158,17 @@ def test_step_0_is_the_base_itself(finished, base_folder):
         assert ImageChops.difference(first, last).getbbox() is not None
 
 
-def test_the_checkpoint_is_a_lora_folder(finished, base_folder):
+def test_the_checkpoint_is_a_lora_folder(finished, embedded_base):
     from diffusers import UNet2DConditionModel
 
     from megaman.lora import files as lora_files
 
-    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet", dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(embedded_base / "unet", dtype=torch.float32)
     config = lora_files.load_lora(finished[1] / "out" / "checkpoint-6", unet)
     assert (config.r, config.lora_alpha) == (4, 16)
 
 
-def test_an_earlier_run_is_not_overwritten(finished, data, base_folder, run_script):
+def test_an_earlier_run_is_not_overwritten(finished, data, run_script):
     cwd = finished[1]
     before = {path: path.stat().st_mtime_ns for path in (cwd / "out").rglob("*")}
     done = run_script(["megaman_lora.py", "--data_dir", data, "--output_dir", "out"], cwd)

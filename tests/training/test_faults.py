@@ -216,18 +216,21 @@ def attempt(train_here, cwd, flags) -> str:
     sys.platform != "linux" or not hasattr(os, "geteuid") or os.geteuid() != 0,
     reason="mounts a tmpfs",
 )
-def test_a_full_file_system_loses_nothing(forked, tmp_path):
-    """20 MB, filled by the run itself: a line for each failed save, and the LoRA in another place
+def test_a_full_file_system_loses_nothing(forked, base_folder, tmp_path):
+    """6 MB, filled by the run itself: a line for each failed save, and the LoRA in another place
     at the end."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.system(f"mount -t tmpfs -o size=20m tmpfs '{disk}' 2>/dev/null"):
+    if os.system(f"mount -t tmpfs -o size=6m tmpfs '{disk}' 2>/dev/null"):
         pytest.skip("a tmpfs cannot be mounted here")
     try:
         flags = """--max_train_steps 12 --save_steps 2 --num_validation_images 1
-            --validation_steps 4 --lora_rank 4"""
+            --validation_steps 4 --lora_rank 64 --resolution 64"""
         words = [
-            "--demo",
+            "--pretrained_model_name",
+            base_folder,
+            "--data_dir",
+            ROOT / "demo" / "held_out",
             "--output_dir",
             disk / "out",
             "--logging_dir",

@@ -42,15 +42,14 @@ def sd15() -> MemoryEstimate:
 
 
 @pytest.fixture(scope="module")
-def small() -> MemoryEstimate:
-    """The demo's base in float32 at 128 px on a GPU: large enough that activations outweigh the
-    rest."""
-    return estimate(DEMO_BASE, 128, num_validation_images=1)
+def small(base_folder) -> MemoryEstimate:
+    """A small base in float32 at 128 px on a GPU: large enough that activations outweigh others."""
+    return estimate(str(base_folder), 128, num_validation_images=1)
 
 
 @pytest.fixture(scope="module")
-def larger() -> MemoryEstimate:
-    return estimate(DEMO_BASE, 192)
+def larger(base_folder) -> MemoryEstimate:
+    return estimate(str(base_folder), 192)
 
 
 @pytest.mark.slow
@@ -77,17 +76,17 @@ def test_proportion_is_what_a_trace_gives(small, larger, checkpointing):
 
 
 @pytest.mark.parametrize(("on_gpu", "copies"), [(True, 1), (False, 2)])
-def test_the_average_and_the_best_lora_count(monkeypatch, on_gpu, copies):
+def test_the_average_and_the_best_lora_count(monkeypatch, base_folder, on_gpu, copies):
     """The best is kept on the CPU."""
     monkeypatch.setattr(MemoryEstimate, "activations", lambda *_: 0)
     none = {"num_validation_images": 0, "on_gpu": on_gpu}
-    without = estimate(DEMO_BASE, 64, **none)
-    both = estimate(DEMO_BASE, 64, **none, keeps_best=True, keeps_average=True)
+    without = estimate(str(base_folder), 64, **none)
+    both = estimate(str(base_folder), 64, **none, keeps_best=True, keeps_average=True)
     assert both.training_peak(1, False) - without.training_peak(1, False) == copies * both.gradients
 
 
-def test_on_a_cpu_activations_take_more_and_nothing_else_does(small):
-    cpu = estimate(DEMO_BASE, 128, on_gpu=False, num_validation_images=1)
+def test_on_a_cpu_activations_take_more_and_nothing_else_does(small, base_folder):
+    cpu = estimate(str(base_folder), 128, on_gpu=False, num_validation_images=1)
     assert cpu.activations(2, False) == pytest.approx(
         RESIDENT * small.activations(2, False), rel=1e-6
     )
@@ -99,17 +98,17 @@ def test_on_a_cpu_activations_take_more_and_nothing_else_does(small):
 
 
 @pytest.mark.slow
-def test_a_vae_that_encodes_at_every_step_stays(small):
-    fresh = estimate(DEMO_BASE, 128, num_validation_images=1, encodes_images=True)
+def test_a_vae_that_encodes_at_every_step_stays(small, base_folder):
+    fresh = estimate(str(base_folder), 128, num_validation_images=1, encodes_images=True)
     assert fresh.weights - small.weights == tensor_bytes(small.vae) == small.reloaded_vae
     assert fresh.reloaded_vae == 0 and fresh.validation_peak(False) == small.validation_peak(False)
     assert fresh.training_peak(1, True) >= small.training_peak(1, True) + tensor_bytes(small.vae)
 
 
 @pytest.mark.slow
-def test_a_text_encoder_in_training_and_wider_targets_cost_more(small):
-    both = estimate(DEMO_BASE, 128, trains_text_encoder=True)
-    wide = estimate(DEMO_BASE, 128, target_modules=tuple(DEMO_TRAINING["target_modules"]))
+def test_a_text_encoder_in_training_and_wider_targets_cost_more(small, base_folder):
+    both = estimate(str(base_folder), 128, trains_text_encoder=True)
+    wide = estimate(str(base_folder), 128, target_modules=tuple(DEMO_TRAINING["target_modules"]))
     for more in (both, wide):
         assert more.gradients > small.gradients
         assert more.training_peak(1, False) > small.training_peak(1, False)
@@ -193,9 +192,9 @@ def test_nothing_is_computed():
     )
 
 
-def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(forked, tmp_path):
-    for config in (ROOT / "demo" / "base").rglob("*.json"):
-        target = tmp_path / "base" / config.relative_to(ROOT / "demo" / "base")
+def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(forked, base_folder, tmp_path):
+    for config in base_folder.rglob("*.json"):
+        target = tmp_path / "base" / config.relative_to(base_folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(config, target)
     flags = [
@@ -248,8 +247,12 @@ def test_a_folder_without_configurations_ends_in_a_line(tmp_path):
         read_configs(str(tmp_path))
 
 
-def test_a_run_with_a_limit_says_what_it_needs_and_learns_the_same(train_here, tmp_path, capsys):
+def test_a_run_with_a_limit_says_what_it_needs_and_learns_the_same(
+    train_here, embedded_base, tmp_path, capsys
+):
     flags = [
+        "--pretrained_model_name",
+        embedded_base,
         "--data_dir",
         ROOT / "demo" / "held_out",
         "--learning_rate",

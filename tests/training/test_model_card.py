@@ -34,12 +34,15 @@ def card_of(samples, captions=CAPTIONS, found=2, **changes) -> ModelCard:
     return ModelCard(files["README.md"].decode())
 
 
-def test_a_run_leaves_its_card(train_here, tmp_path):
+def test_a_run_leaves_its_card(train_here, embedded_base, tmp_path):
+    """On the embedded base, whose license it names."""
     data = ["--data_dir", ROOT / "demo" / "held_out", "--validation_prompt", "volto | `x`, robot"]
     train_here(
         tmp_path,
         "out",
         *data,
+        "--pretrained_model_name",
+        embedded_base,
         "--max_train_steps",
         1,
         "--num_validation_images",

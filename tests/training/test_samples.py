@@ -25,8 +25,9 @@ POSES = ["sitting, hat", "sitting, tree", "running, hat", "running, tree", "slee
 
 
 @pytest.fixture(scope="module")
-def another(train_here, tmp_path_factory):
-    """The output of a run on another character, whose captions name it; two sample images."""
+def another(train_here, embedded_base, tmp_path_factory):
+    """The output of a run on another character, whose captions name it, on the embedded base, of
+    which it is known what suits it; two sample images."""
     cwd = tmp_path_factory.mktemp("another")
     (cwd / "data").mkdir()
     for number, pose in enumerate([*POSES, "sleeping, tree"]):
@@ -35,7 +36,7 @@ def another(train_here, tmp_path_factory):
         image.save(cwd / "data" / f"{number}.png")
         (cwd / "data" / f"{number}.txt").write_text(f"pix, green cat, {pose}", encoding="utf-8")
     flags = ["--data_dir", "data", *FEW_STEPS, "--num_validation_images", 2]
-    train_here(cwd, "out", *flags)
+    train_here(cwd, "out", *flags, "--pretrained_model_name", embedded_base)
     return cwd / "out"
 
 
@@ -144,8 +145,9 @@ def test_a_file_of_prompts_is_read_as_for_generation(train_here, tmp_path, monke
     assert recorded[0]["negative_prompt"] == "blue" and recorded[0]["settings"]["guidance"] == 3
 
 
-def test_mega_man_keeps_the_contracts_prompt(train_here, pictures, tmp_path):
+def test_mega_man_keeps_the_contracts_prompt(train_here, embedded_base, pictures, tmp_path):
     flags = ["--data_dir", pictures, *FEW_STEPS, "--num_validation_images", 1]
+    flags += ["--pretrained_model_name", embedded_base]
     train_here(tmp_path, "out", *flags)
     assert parameters_of(tmp_path / "out" / "samples-1" / "00.png").startswith(DEFAULT_PROMPT)
     notes = read_notes(tmp_path / "out" / "lora_weights")
@@ -185,7 +187,9 @@ def test_the_gallery_shows_the_nearest_training_image(another, monkeypatch):
     assert image.nearest is not None and image.nearest.preview is None
 
 
-def test_four_images_trained_for_far_too_long_are_memorized(train_here, tmp_path, caplog):
+def test_four_images_trained_for_far_too_long_are_memorized(
+    train_here, embedded_base, tmp_path, caplog
+):
     """Flat images, so that few steps suffice; the warning comes once, and is in the history."""
     caplog.set_level("INFO")
     (tmp_path / "data").mkdir()
@@ -197,6 +201,7 @@ def test_four_images_trained_for_far_too_long_are_memorized(train_here, tmp_path
         (tmp_path / "data" / f"{color}.txt").write_text(caption, encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("a red robot --s 8 --l 2\n", encoding="utf-8")
     flags = [
+        *("--pretrained_model_name", embedded_base),
         *("--data_dir", "data", "--resolution", 32, "--train_batch_size", 4),
         *("--max_train_steps", 24, "--validation_steps", 12, "--learning_rate", 5e-3),
         *("--lora_rank", 32, "--lora_alpha", 32),

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
 from megaman.training.output import find_all, step_of
@@ -20,8 +21,15 @@ from megaman.training.signals import StoppedError, StopSignal
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="signals are sent in another way there"
 )
-FLAGS = """--demo --output_dir out --logging_dir logs --max_train_steps 400
+FLAGS = """--output_dir out --logging_dir logs --max_train_steps 400 --resolution 64
     --num_validation_images 0 --lora_rank 2"""
+
+
+@pytest.fixture(scope="module")
+def words(base_folder) -> list:
+    """A run that takes longer than a test waits for a signal's effect."""
+    data = ["--pretrained_model_name", base_folder, "--data_dir", ROOT / "demo" / "held_out"]
+    return ["megaman_lora.py", *data, *FLAGS.split()]
 
 
 def wait_for(condition, process, seconds=300):
@@ -35,8 +43,8 @@ def wait_for(condition, process, seconds=300):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
 )
-def test_the_first_signal_saves_and_says_how_to_resume(forked, tmp_path, number, code):
-    process = forked.start(["megaman_lora.py", *FLAGS.split(), "--save_steps", "3"], tmp_path)
+def test_the_first_signal_saves_and_says_how_to_resume(forked, words, tmp_path, number, code):
+    process = forked.start([*words, "--save_steps", "3"], tmp_path)
     wait_for(lambda: find_all(tmp_path / "out"), process)
     process.send_signal(number)
     said, errors = process.communicate(timeout=300)
@@ -53,24 +61,17 @@ def test_the_first_signal_saves_and_says_how_to_resume(forked, tmp_path, number,
     assert not (tmp_path / "out" / "lora_weights").exists()
 
     (command,) = re.findall(r"to resume: python megaman_lora.py (.+)", said)
-    words = ["megaman_lora.py", *shlex.split(command), "--max_train_steps", str(step + 1)]
-    done = forked.run(words, tmp_path)
+    again = ["megaman_lora.py", *shlex.split(command), "--max_train_steps", str(step + 1)]
+    done = forked.run(again, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"checkpoint-{step}, step {step}" in done.stdout
 
 
-def test_a_second_signal_leaves_at_once_without_half_a_file(forked, tmp_path):
+def test_a_second_signal_leaves_at_once_without_half_a_file(forked, words, tmp_path):
     """The first comes while the images of the start are generated, so the second finds the run
     still busy."""
-    words = [
-        "megaman_lora.py",
-        *FLAGS.split(),
-        "--num_validation_images",
-        "40",
-        "--save_steps",
-        "1000",
-    ]
-    process = forked.start(words, tmp_path)
+    more = ["--num_validation_images", "40", "--save_steps", "1000"]
+    process = forked.start([*words, *more], tmp_path)
     wait_for(lambda: (tmp_path / "out" / "training_config.json").exists(), process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
