@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from megaman.config.current_folder import leave_deleted_folder
 from megaman.config.generate import GenerateConfig, parse_generate_config
 from megaman.errors import INTERRUPTED, UserError, install_logging, plural, run_script
 from megaman.files import split_strength
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
     install_logging()
     with one_report():
         config = parse_generate_config(argv)
+        leave_deleted_folder()
         plan = make_plan(config)
         rule = partial(threads_for_generation, unet_width(plan.base))
     policy = configure_threads(rule, plan.threads)

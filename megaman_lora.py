@@ -14,14 +14,15 @@ if sys.version_info < (3, 11):
     )
 
 import gc
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from megaman import threads
+from megaman.config.current_folder import leave_deleted_folder
 from megaman.config.train import TrainConfig, parse_train_config
 from megaman.errors import install_logging, run_script
 from megaman.models.configs import unet_width
-from megaman.processes import Processes, join_processes
+from megaman.processes import Processes, join_processes, one_report
 from megaman.training.held_out_split import hold_out_images
 from megaman.training.output import OutputFolder, saved_threads
 
@@ -33,7 +34,9 @@ with suppress(Exception):  # main reports a Pillow that is missing or broken
 def main(argv: list[str]) -> int:
     """Run the command line and return the exit code."""
     install_logging()
-    config = parse_train_config(argv)
+    with one_report():
+        config = parse_train_config(argv)
+    leave_deleted_folder()
     install_logging(log_format=config.output.log_format)
     if config.run.system_info or config.run.plan:
         from megaman.training.questions import answer
@@ -45,13 +48,17 @@ def main(argv: list[str]) -> int:
         return print_data_report(config)
     from megaman.training.datasets import find_datasets
 
-    with OutputFolder.open(config.output) as output:  # no other run may use it until the end
-        datasets = find_datasets(config)
-        if datasets is None:
-            return 0
-        datasets.check(output.path, config.data.skip_bad_images)
-        hold_out_images(config, datasets, output.checkpoint)
-        rule = partial(threads.threads_for_training, unet_width(config.base.pretrained_model_name))
+    with ExitStack() as stack:
+        with one_report():
+            # No other run may use it until the end.
+            output = stack.enter_context(OutputFolder.open(config.output))
+            datasets = find_datasets(config)
+            if datasets is None:
+                return 0
+            datasets.check(output.path, config.data.skip_bad_images)
+            hold_out_images(config, datasets, output.checkpoint)
+            width = unet_width(config.base.pretrained_model_name)
+        rule = partial(threads.threads_for_training, width)
         policy = threads.configure_threads(rule, saved_threads(output.checkpoint))
         with join_processes("Resume with --resume_from_checkpoint latest") as processes:
             return train(config, datasets, output, policy, processes)

@@ -17,7 +17,26 @@ from typing import Any, TextIO, cast
 RUN_FAILED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+FREE_SPACE = "Free some space"
+ANOTHER_NAME = "Choose another name, or move away what is in its place"
+OWN_FOLDER = "Choose another folder, or change its permissions"
+MORE_FILES = "Raise the limit of open files (ulimit -n)"
+# What helps against an error of the system; for others it depends on the file.
+SYSTEM_REMEDIES = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EACCES: OWN_FOLDER,
+    errno.EPERM: OWN_FOLDER,
+    errno.EROFS: OWN_FOLDER,
+    errno.EEXIST: ANOTHER_NAME,
+    errno.ENOTDIR: ANOTHER_NAME,
+    errno.EISDIR: ANOTHER_NAME,
+    errno.ELOOP: ANOTHER_NAME,
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ENOENT: "Choose a file or folder that exists",
+    errno.EMFILE: MORE_FILES,
+    errno.ENFILE: MORE_FILES,
+}
 # What writing to a closed pipe, a closed terminal, a closed descriptor or a closed socket answers;
 # Windows says EINVAL for the first.
 NO_READER = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESHUTDOWN}
@@ -107,8 +126,15 @@ def _memory_reason(error: Exception) -> str:
 def _system_reason(error: OSError) -> str:
     reason = error.strerror or str(error)
     if error.filename:
-        return f"{reason} ({error.filename}). Free some space or choose a writable folder"
-    return f"{reason}. Free some space" if error.errno in DISK_FULL else reason
+        reason = f"{reason} ({error.filename})"
+    elif system_remedy(error) != FREE_SPACE:
+        return reason  # of no file: the others would name none
+    return f"{reason}. {system_remedy(error)}".removesuffix(". ")
+
+
+def system_remedy(error: OSError) -> str:
+    """What helps against an error of the system, "" if that is not known."""
+    return SYSTEM_REMEDIES.get(error.errno or 0, "")
 
 
 _lost_output: list[OSError] = []  # why lines are missing that somebody will look for
@@ -285,6 +311,6 @@ def out_of_memory(error: Exception) -> bool:
     return is_memory_error or any(words in text for words in OUT_OF_MEMORY)
 
 
-def plural(count: int, noun: str) -> str:
-    """The count and the noun, in the plural unless the count is 1."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def plural(count: int, noun: str, ending: str = "s") -> str:
+    """The count and the noun, with the ending of the plural unless the count is 1."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{ending}"

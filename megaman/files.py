@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
-from megaman.errors import UserError
+from megaman.errors import UserError, summarize_error, system_remedy
 
 ASIDE = ".aside"  # the suffix of files and folders that are still being written
 
@@ -71,6 +71,24 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         restore_former(former)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder, and those that it is in, if it is missing.
+
+    Raises UserError, which names the flag and what is in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        places = [path for path in (folder, *folder.parents) if os.path.lexists(path)]
+        if not places or places[0].is_dir():
+            message = f"{flag} {folder} cannot be made ({summarize_error(error)})"
+            raise UserError(message, system_remedy(error)) from None
+        is_lost = places[0].is_symlink() and not places[0].exists()
+        kind = "a link to nothing" if is_lost else "no folder"
+        message = f"{flag} {folder} cannot be made: {places[0]} is {kind}"
+        raise UserError(message, "Choose another folder") from None
 
 
 def restore_former(former: Path) -> None:

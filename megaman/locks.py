@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megaman.errors import UserError
+from megaman.files import make_folder
 
 if sys.platform == "win32":
     import msvcrt
@@ -55,10 +56,11 @@ def claim(folder: Path, flag: str) -> Iterator[None]:
     A folder in which nothing can be written or locked, such as one on some network drives, is not
     claimed. Folders that are made here and stay empty are deleted at the end.
 
-    Raises UserError, which names the flag, if another run has claimed the folder.
+    Raises UserError, which names the flag, if the folder cannot be made or another run has claimed
+    it.
     """
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, flag)
     if not is_first_process():
         yield
         return

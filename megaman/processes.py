@@ -44,10 +44,15 @@ def count_processes(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("WORLD_SIZE", "1"))
 
 
-def launcher() -> list[str]:
-    """The words before the script's name in a command that starts this run."""
-    count = count_processes()
-    return ["python"] if count == 1 else ["accelerate", "launch", "--num_processes", str(count)]
+def launcher(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The words before the script's name in a command that starts this run on this machine."""
+    count = count_processes(environment)
+    if count == 1:
+        return ["python"]
+    # accelerate launch does the same on GPUs, but starts a single process on a CPU.
+    local_count = int(environment.get("LOCAL_WORLD_SIZE", str(count)))
+    machines = [] if local_count == count else ["--nnodes", str(count // local_count)]
+    return ["torchrun", *machines, "--nproc_per_node", str(local_count)]
 
 
 def _torch() -> Any:

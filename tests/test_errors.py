@@ -40,7 +40,12 @@ def failing(error: BaseException):
             1,
             "No space left on device (out/x). Free some space",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "Permission denied (out)"),
+        (OSError(errno.ENAMETOOLONG, "Too long", "x"), 1, "Too long (x). Choose a shorter name\n"),
+        (FileExistsError(errno.EEXIST, "There", "x"), 1, "There (x). Choose another name, or move"),
+        (OSError(errno.EROFS, "Read-only", "x"), 1, "Read-only (x). Choose another folder, or"),
+        (OSError(errno.EMFILE, "Too many", "x"), 1, "(x). Raise the limit of open files"),
+        (OSError(errno.EIO, "Input/output error", "x"), 1, "Input/output error (x)\n"),
+        (PermissionError(errno.EACCES, "Denied", "x"), 1, "Denied (x). Choose another folder, or"),
         (MemoryError(), 1, "out of memory (MemoryError). Try a smaller image"),
         (
             RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),

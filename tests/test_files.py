@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megaman.errors import UserError
-from megaman.files import ASIDE, read_json, replacing, replacing_folder, write_json, write_text
+from megaman.files import (
+    ASIDE,
+    make_folder,
+    read_json,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_text,
+)
 
 
 class Broken(Exception):
@@ -39,6 +48,31 @@ def test_nobody_sees_a_file_before_it_is_whole(tmp_path):
         assert aside.name.endswith(ASIDE)
         aside.write_text("whole")
     assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir"])
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    os.symlink("nowhere/here", "lost")
+    os.symlink("loop", "loop")
+    os.symlink("file", "linked")
+    for folder, said in {
+        "file": "file is no folder. Choose another folder",
+        "linked": "linked is no folder. Choose another folder",
+        "file/a/b": "file is no folder. Choose another folder",
+        "lost": "lost is a link to nothing. Choose another folder",
+        "lost/a": "lost is a link to nothing. Choose another folder",
+        "loop": "loop is a link to nothing. Choose another folder",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            make_folder(Path(folder), flag)
+        assert str(refused.value) == f"{flag} {folder} cannot be made: {said}"
+    with pytest.raises(UserError, match=r"\(File name too long\). Choose a shorter name"):
+        make_folder(Path("a" * 300), flag)
+    make_folder(Path("new/folder"), flag)
+    make_folder(Path("new/folder"), flag)
+    assert sorted(os.listdir()) == ["file", "linked", "loop", "lost", "new"]
 
 
 def test_a_failure_half_way_leaves_the_old_file(tmp_path):

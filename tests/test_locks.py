@@ -215,3 +215,10 @@ def test_two_runs_at_once_and_what_needs_no_claim(forked, pictures, base_folder,
     assert trained.wait() == 0
     assert (tmp_path / "out" / "lora_weights").is_dir()
     assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_what_cannot_be_a_folder_is_named_with_its_flag(tmp_path):
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    said = r"^--output_dir .*lost is a link to nothing"
+    with pytest.raises(UserError, match=said), claim(tmp_path / "lost", "--output_dir"):
+        pass

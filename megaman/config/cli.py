@@ -192,8 +192,10 @@ class Parser(argparse.ArgumentParser):
         self, action: argparse.Action, words: list[str], values: dict[str, Any]
     ) -> list[str]:
         """Put the value of one flag into values, and return what is wrong with it."""
+        # Else argparse would parse the defaults of all other flags as well.
+        others = argparse.Namespace(**dict.fromkeys(flags_of(self._config_type)))
         try:
-            parsed, stray = self.parse_known_args(words)
+            parsed, stray = self.parse_known_args(words, others)
         except argparse.ArgumentError as error:
             return [f"{error.argument_name}: {error.message}"]
         values[action.dest] = getattr(parsed, action.dest)

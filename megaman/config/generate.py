@@ -15,6 +15,7 @@ from megaman.config import samplers
 from megaman.config.bases import SUITED
 from megaman.config.cli import Parser, fill, flag, settings_of
 from megaman.config.config_file import merge, read_config_file
+from megaman.config.current_folder import relative_defaults
 from megaman.config.presets import DEMO
 from megaman.config.settings import TrainConfig
 from megaman.config.values import (
@@ -26,6 +27,7 @@ from megaman.config.values import (
     model_folder,
     number,
     path,
+    path_or_name,
     pixel_art,
     sampler,
     side,
@@ -79,7 +81,7 @@ class ModelConfig:
     base_model: str | None = flag(
         None,
         "the base: a name on the hub, a local folder or a .safetensors file (default: the LoRA's)",
-        path,
+        path_or_name,
         metavar="NAME",
         common=True,
     )
@@ -292,9 +294,17 @@ def parse_generate_config(argv: Sequence[str]) -> GenerateConfig:
     if {"lora_scales", "checkpoints"} & set(typed):
         demo = {**demo, "compare": None}
     config = fill(GenerateConfig, {**parser.defaults(), **demo, **typed}, explicit=typed)
-    if errors := [*errors, *contradictions(config)]:
+    if errors := [*errors, *contradictions(config)] or [*relative_defaults(_places(config))]:
         parser.refuse(errors)
     return config
+
+
+def _places(config: GenerateConfig) -> dict[str, str]:
+    """The folders that the generation needs and that have defaults, by flag."""
+    places = {"output_dir": config.output.output_dir}
+    if not (config.comparison.loras or config.comparison.checkpoints or config.again.from_image):
+        places["lora_path"] = config.model.lora_path[0]
+    return places
 
 
 def contradictions(config: GenerateConfig) -> Iterator[str]:

@@ -16,6 +16,7 @@ from megaman.config.values import (
     folder,
     number,
     path,
+    path_or_name,
     side,
     text,
 )
@@ -92,7 +93,7 @@ class CaptionConfig:
     auto_caption: str | None = flag(
         None,
         "BLIP or Florence-2 (hub name or folder) writes missing captions",
-        path,
+        path_or_name,
         metavar="MODEL",
         common=True,
     )

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from megaman.config.cli import flag
 from megaman.config.presets import DEFAULT_PROMPT, PRESETS
-from megaman.config.values import COUNT, GUIDANCE, SEED, folder, model_folder, number, path, text
+from megaman.config.values import (
+    COUNT,
+    GUIDANCE,
+    SEED,
+    folder,
+    model_folder,
+    number,
+    path,
+    path_or_name,
+    text,
+)
 from megaman.hub import DEFAULT_BASE
 
 
@@ -43,7 +53,7 @@ class BaseConfig:
     pretrained_model_name: str = flag(
         DEFAULT_BASE,
         "a name on the hub, a local folder or a .safetensors file",
-        path,
+        path_or_name,
         metavar="NAME",
         common=True,
     )
@@ -135,7 +145,7 @@ class OutputConfig:
         None, "checkpoints kept; older ones are deleted", COUNT
     )
     resume_from_checkpoint: str | None = flag(
-        None, "resume from a checkpoint", path, metavar="latest|FOLDER", common=True
+        None, "resume from a checkpoint", path_or_name, metavar="latest|FOLDER", common=True
     )
     save_precision: str = flag(
         "float", "precision of lora_weights/", choices=("float", "fp16", "bf16")

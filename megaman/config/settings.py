@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from megaman.config.run_settings import (
     RunConfig,
     ValidationConfig,
 )
+from megaman.processes import launcher
 
 # The order of the settings in training_config.json.
 ORDER = (
@@ -92,9 +92,7 @@ class TrainConfig:
 
     def resume_command(self) -> str:
         """The command line that resumes a run of this config, in as many processes."""
-        count = os.environ.get("WORLD_SIZE", "1")
-        launcher = "python" if count == "1" else f"torchrun --nproc_per_node {count}"
-        return f"{launcher} megaman_lora.py {shlex.join(resume_command(list(self.argv)))}"
+        return shlex.join([*launcher(), "megaman_lora.py", *resume_command(list(self.argv))])
 
     def settings(self) -> dict[str, Any]:
         """The value of every flag, as training_config.json holds it."""

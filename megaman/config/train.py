@@ -10,6 +10,7 @@ from typing import Any
 from megaman.config.cli import Parser, fill, frozen
 from megaman.config.config_file import FileFlags, merge, read_config_file
 from megaman.config.contradictions import INTERVALS, contradictions
+from megaman.config.current_folder import relative_defaults
 from megaman.config.generate import GenerateConfig
 from megaman.config.presets import AUTO_PATIENCE, DEFAULT_SPLIT, DEMO_TRAINING, PRESETS
 from megaman.config.settings import ORDER, TrainConfig
@@ -56,10 +57,21 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
         explicit |= frozenset(file.explicit or ()) & typed.keys()
     values = {**parser.defaults(), **_recipe(typed), **typed}
     config = fill(TrainConfig, {**values, **derived(values)}, explicit)
-    errors += contradictions(config)
-    if errors:
+    if errors := [*errors, *contradictions(config)] or [*relative_defaults(_places(config))]:
         parser.refuse(errors)
     return replace(config, argv=tuple(argv))
+
+
+def _places(config: TrainConfig) -> dict[str, str]:
+    """The folders that the run needs and that have defaults, by flag."""
+    places = {}
+    if not (config.run.plan or config.run.system_info):
+        places["data_dir"] = config.data.data_dir
+    if not config.run.plan:
+        places["output_dir"] = config.output.output_dir
+    if not (config.run.plan or config.run.check_data):
+        places["logging_dir"] = config.output.logging_dir
+    return places
 
 
 def _recipe(typed: Mapping[str, Any]) -> dict[str, Any]:

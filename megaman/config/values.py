@@ -14,6 +14,7 @@ from typing import Any
 
 from megaman.config import samplers
 from megaman.config.colors import COLORS
+from megaman.config.current_folder import RELATIVE, REMEDY, is_deleted
 from megaman.files import refused_by_windows, split_strength
 
 WINDOWS = os.name == "nt"
@@ -99,8 +100,19 @@ def name(value: str) -> str:
 
 
 def path(value: str) -> str:
-    """A path, or a name on the hub. ~ and ~user are home folders, which shells do not replace in
-    --flag=~/folder; no folder called ~ is ever made."""
+    """A path, see `path_or_name`; a whole one if the current folder has been deleted."""
+    place = path_or_name(value)
+    if not os.path.isabs(place) and is_deleted():
+        raise InvalidValueError(f"{quote(value)} {RELATIVE}: {REMEDY}")
+    return place
+
+
+def path_or_name(value: str) -> str:
+    """A path, or the name of a model on the hub or of a checkpoint.
+
+    ~ and ~user are home folders, which shells do not replace in --flag=~/folder; no folder called ~
+    is ever made.
+    """
     expanded = os.path.expanduser(name(value))
     is_there = os.path.lexists(expanded)
     if not is_there and (_is_blank(value[0]) or _is_blank(value[-1])):

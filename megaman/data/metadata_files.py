@@ -21,8 +21,10 @@ from megaman.data.csv_table import read_table
 from megaman.data.image_files import SUFFIXES
 
 NAMES = ("metadata.jsonl", "metadata.csv")  # if both name an image, the first counts
-# Reported, so that nobody expects them to be read.
-OTHER_NAMES = re.compile(r"metadata\.(csv|jsonl|json|tsv|xlsx?|ods|parquet)", re.IGNORECASE)
+# Reported, so that nobody expects them to be read; the last are those of kohya's scripts.
+OTHER_NAMES = re.compile(
+    r"metadata\.(csv|jsonl|json|tsv|xlsx?|ods|parquet)|meta_\w+\.json", re.IGNORECASE
+)
 # Names of keys and columns without spaces, hyphens and underscores; the first that is there counts.
 FILE_KEYS = (
     "filename",

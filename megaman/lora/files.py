@@ -112,8 +112,8 @@ def read_lora(path: Path, models: Mapping[str, nn.Module]) -> tuple[dict[str, Lo
         tensors, metadata = _read_checked(path, found)
         tensors, others = lora_formats.for_parts(path, tensors, models)
         return _adapters(path, found, tensors, metadata, models), bool(others)
-    has_other = TEXT_ENCODER not in models and (found / TEXT_ENCODER).is_dir()
-    return _read_folder(found, models), has_other
+    adapters, others = _read_folder(found, models)
+    return adapters, bool(others)
 
 
 def load_lora(
@@ -130,7 +130,8 @@ def load_lora(
     """
     models = models_by_part(unet, text_encoder)
     found = peft_config.find(path)
-    adapters = _read_file(path, found, models) if found.is_file() else _read_folder(found, models)
+    is_file = found.is_file()
+    adapters = _read_file(path, found, models) if is_file else _read_folder(found, models)[0]
     configs = []
     for part, (arguments, state) in adapters.items():
         config = LoraConfig(**arguments)
@@ -174,21 +175,41 @@ def _adapters(
     return adapters
 
 
-def _read_folder(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, LoraTensors]:
-    """The adapters in a PEFT folder, by model; checked against it."""
-    adapters = {"unet": _read_peft(folder, models["unet"])}
-    if TEXT_ENCODER in models and (folder / TEXT_ENCODER).is_dir():
-        adapters[TEXT_ENCODER] = _read_peft(folder / TEXT_ENCODER, models[TEXT_ENCODER])
-    return adapters
+def _read_folder(
+    folder: Path, models: Mapping[str, nn.Module]
+) -> tuple[dict[str, LoraTensors], set[str]]:
+    """The adapters in a PEFT folder, by model and checked against it, and the parts of those for
+    other models."""
+    tensors = _read_peft(folder, "unet")
+    places = dict.fromkeys(tensors, folder)
+    if (folder / TEXT_ENCODER).is_dir():
+        places[TEXT_ENCODER] = folder / TEXT_ENCODER
+        if TEXT_ENCODER in models:
+            tensors |= _read_peft(folder / TEXT_ENCODER, TEXT_ENCODER)
+    adapters = {
+        part: _peft_adapter(places[part], part, tensors[part], model)
+        for part, model in models.items()
+        if part in tensors
+    }
+    if not adapters:
+        raise UserError(
+            f"{folder / PEFT_WEIGHTS} holds no tensor", "Name another LoRA folder in --lora_path"
+        )
+    return adapters, places.keys() - models.keys()
 
 
-def _read_peft(folder: Path, model: nn.Module) -> LoraTensors:
-    config = peft_config.read(folder)
-    peft_config.require_lora_type(folder, config)
+def _read_peft(folder: Path, part: str) -> dict[str, Tensors]:
+    """The tensors of a PEFT folder by part; those whose names do not say theirs are of this one."""
+    peft_config.require_lora_type(folder, peft_config.read(folder))
     tensors = read_tensors(folder / PEFT_WEIGHTS)
     lora_formats.refuse_foreign(folder, {}, tensors)
-    state = lora_formats.from_peft(folder, lora_formats.without_extras(folder, tensors), model)
+    return lora_formats.split_peft(lora_formats.without_extras(folder, tensors), part)
+
+
+def _peft_adapter(folder: Path, part: str, tensors: Tensors, model: nn.Module) -> LoraTensors:
+    state = lora_formats.from_peft(folder, tensors, model)
     ranks = _check_shapes(folder, state, model)
+    config = peft_config.for_part(peft_config.read(folder), part)
     return LoraTensors(peft_config.validate(folder, config, ranks), state)
 
 

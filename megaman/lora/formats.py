@@ -32,7 +32,7 @@ from torch import nn
 from megaman.errors import UserError
 from megaman.lora.adapter import ADAPTER, get_lora_config
 from megaman.lora.authors_names import authors_names
-from megaman.lora.peft_config import KOHYA_WEIGHTS, MAX_ALPHA, exact_pattern
+from megaman.lora.peft_config import KOHYA_WEIGHTS, MAX_ALPHA, PEFT_PARTS, exact_pattern
 from megaman.models.identify import DOWN, KEY, foreign_base, other_adapter
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,23 @@ def without_extras(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str,
     if ignored:
         log.info(f"{path}: {' and '.join(ignored)} are ignored; its LoRA is used")
     return plain
+
+
+def split_peft(
+    tensors: Mapping[str, torch.Tensor], part: str
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of PEFT's file by part: those of the folder's own part, and those of others.
+
+    PEFT around a module that holds the models, such as a training script's, puts unet. or
+    text_encoder. in front of the names of their layers. So does who renames diffusers' file.
+    """
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        holder = next((other for other in PEFT_PARTS if name.startswith(f"{other}.")), None)
+        bare = name.removeprefix(f"{holder}.")
+        parts.setdefault(holder or part, {})[bare] = tensor
+    return parts
 
 
 def from_peft(

@@ -24,6 +24,8 @@ MAX_RANK, MAX_ALPHA = 4096, 65536
 MAX_NAMES = 2000  # Stable Diffusion has about 300 layers that can have a LoRA
 # PEFT reads these as regular expressions; only module names are allowed, which match fast.
 MODULE_NAME = re.compile(r"\^?[\w.\\]{1,200}\$?", flags=re.ASCII)
+PEFT_PARTS = ("unet", "text_encoder")  # which PEFT's names begin with if it was around both
+PART_OF_KEY = re.compile(rf"\^?(?P<part>{'|'.join(PEFT_PARTS)})\\?\.")  # in alpha_pattern
 REMEDY = "Name another LoRA folder in --lora_path"
 
 
@@ -115,6 +117,22 @@ def require_lora_type(folder: Path, content: dict[str, Any]) -> None:
             f"{folder / PEFT_CONFIG}: peft_type is not LORA but {kind[:30]!r}: it is no plain LoRA",
             REMEDY,
         )
+
+
+def for_part(content: dict[str, Any], part: str) -> dict[str, Any]:
+    """A configuration with the alphas of a part, unet or text_encoder, by its own layers' names:
+    where PEFT was around several models, theirs begin with the part (see formats.split_peft)."""
+    pattern = content.get("alpha_pattern")
+    if not isinstance(pattern, dict):
+        return content
+    alphas = {}
+    for key, alpha in pattern.items():
+        named = PART_OF_KEY.match(key) if isinstance(key, str) else None
+        if named is None:
+            alphas[key] = alpha
+        elif named["part"] == part:
+            alphas[key[named.end() :]] = alpha
+    return {**content, "alpha_pattern": alphas}
 
 
 def validate(folder: Path, content: dict[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:

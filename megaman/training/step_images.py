@@ -37,7 +37,7 @@ class StepImages(NamedTuple):
         """How the images come about: 4 x 2 accumulated x 2 processes."""
         at_once = min(self.at_once, max(1, self.batch_size // world_size))
         accumulated, rest = divmod(self.count, at_once * world_size)
-        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        processes = plural(world_size, "process", "es")
         if rest:
             return f"at most {at_once} at once in {processes}"
         return f"{at_once} x {accumulated} accumulated x {processes}"
@@ -71,7 +71,7 @@ def plan_step_images(
     accumulated, rest = divmod(kept.count, kept.at_once * world_size)
     if not has_buckets and not rest:  # as a new run with so many processes
         kept = StepImages(kept.at_once * world_size, accumulated, kept.at_once)
-    began = "1 process" if saved.world_size == 1 else f"{saved.world_size} processes"
+    began = plural(saved.world_size, "process", "es")
     line = (
         f"resumed    {plural(kept.count, 'image')} a step as with {began}: "
         f"{kept.summary(world_size)}"

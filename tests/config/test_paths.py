@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megaman.config import values
+from megaman.config import current_folder, values
 from megaman.config.cli import flags_of
 from megaman.config.generate import GenerateConfig, parse_generate_config
 from megaman.config.image_settings import CacheConfig
@@ -38,6 +38,7 @@ PATHS = {
         "from_image",
     ],
 }
+CONFIGS = {parse_train_config: TrainConfig, parse_generate_config: GenerateConfig}
 FLAGS = [(parse, flag) for parse, flags in PATHS.items() for flag in flags]
 every_flag = pytest.mark.parametrize(
     ("parse", "flag"), FLAGS, ids=[f"{parse.__name__}-{flag}" for parse, flag in FLAGS]
@@ -69,11 +70,8 @@ def refusal(parse, flag: str, value: str, capsys) -> str:
 
 
 def test_no_flag_with_a_path_is_forgotten():
-    for parse, config in (
-        (parse_train_config, TrainConfig),
-        (parse_generate_config, GenerateConfig),
-    ):
-        parsers = (values.path, values.folder, values.lora)
+    for parse, config in CONFIGS.items():
+        parsers = (values.path, values.path_or_name, values.folder, values.lora)
         flags = flags_of(config)
         found = [name for name in flags if flags[name].metadata["flag"].type in parsers]
         found.remove("config")  # which is opened at once
@@ -130,6 +128,59 @@ def test_a_file_with_such_a_name_is_meant(parse, flag):
     for name in ("x ", " y", "a b"):
         Path(name).touch()
         assert read(parse, flag, name) == name
+
+
+@pytest.fixture
+def deleted(tmp_path) -> None:
+    """The current folder has been deleted."""
+    folder = tmp_path / "deleted"
+    folder.mkdir()
+    os.chdir(folder)
+    folder.rmdir()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not delete a current folder")
+@every_flag
+def test_in_a_deleted_folder_only_whole_paths_lead_somewhere(
+    parse, flag, tmp_path, deleted, capsys
+):
+    is_name = flags_of(CONFIGS[parse])[flag].metadata["flag"].type is values.path_or_name
+    for value in ("x", "./x", "../x"):
+        if not is_name:
+            assert "current folder, which has been deleted" in refusal(parse, flag, value, capsys)
+    places = {"data_dir": tmp_path / "in", "output_dir": tmp_path, "logging_dir": tmp_path}
+    places |= {"lora_path": tmp_path, flag: f"{tmp_path}/x"}
+    known = flags_of(CONFIGS[parse])
+    words = [f"--{name}={place}" for name, place in places.items() if name in known]
+    excluded = "lora_path" if flag in ("from_image", "compare", "checkpoints") else "no flag"
+    parse([word for word in words if excluded not in word])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not delete a current folder")
+def test_a_default_in_a_deleted_folder_is_refused_if_it_is_needed(deleted, capsys):
+    def refused(parse, *words: str) -> list[str]:
+        try:
+            parse(words)
+        except SystemExit as ended:
+            assert ended.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert all("the default, is relative to the current folder" in line for line in lines)
+        return [line.split()[1] for line in lines]
+
+    train, generate = parse_train_config, parse_generate_config
+    assert refused(train) == ["--data_dir", "--output_dir", "--logging_dir"]
+    assert refused(train, "--demo", "--output_dir=/x") == ["--logging_dir"]
+    assert refused(train, "--demo", "--output_dir=/x", "--logging_dir=/x") == []
+    assert refused(train, "--plan") == []
+    assert refused(train, "--system_info", "--output_dir=/x") == ["--logging_dir"]
+    assert refused(train, "--check_data", "--data_dir=/x") == ["--output_dir"]
+    assert refused(generate) == ["--output_dir", "--lora_path"]
+    assert refused(generate, "--compare=/x", "--output_dir=/x") == []
+    assert refused(generate, "--checkpoints=/x", "--output_dir=/x") == []
+    assert refused(generate, "--from_image=/x") == ["--output_dir"]
+    current_folder.leave_deleted_folder()
+    assert os.getcwd() == os.sep
+    assert refused(train) == []
 
 
 def test_a_loras_strength_stays_behind_its_path(home, capsys):

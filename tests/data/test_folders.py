@@ -332,7 +332,9 @@ def test_what_a_metadata_file_names_wrongly_is_reported_by_line(tmp_path):
     assert len(others) == 20 and len(dataset.skipped) == 22
 
 
-@pytest.mark.parametrize("name", ["metadata.tsv", "METADATA.xlsx", "Metadata.csv", "metadata.json"])
+@pytest.mark.parametrize(
+    "name", ["metadata.tsv", "METADATA.xlsx", "Metadata.csv", "metadata.json", "meta_cap.json"]
+)
 def test_a_metadata_file_that_is_not_read_is_named(pictures, name):
     (pictures / name).write_text("file_name\ttext\nmegaman_01.png\tvolto", encoding="utf-8")
     if name == "Metadata.csv" and (pictures / "metadata.csv").exists():

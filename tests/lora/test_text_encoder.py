@@ -15,7 +15,7 @@ from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lora_files import ALPHA, RANK, TARGETS, TOLERANCE, fresh_unet, output
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -105,6 +105,26 @@ def test_we_read_folder_and_files(trained, base_folder, name):
     assert_same(trained, unet, text_encoder)
     with adapter.lora_disabled(text_encoder):
         assert torch.equal(states(text_encoder), states(fresh_text_encoder(base_folder)))
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_a_peft_folder_around_both_models(trained, base_folder, tmp_path, prefix):
+    """PEFT puts unet. and text_encoder. in front if its module holds both models."""
+    folder, tensors = tmp_path / "lora", {}
+    for part, place in (("unet", trained[3]), ("text_encoder", trained[3] / "text_encoder")):
+        for key, tensor in load_file(place / "adapter_model.safetensors").items():
+            tensors[f"{prefix}{part}.{key.removeprefix('base_model.model.')}"] = tensor
+    config = json.loads((trained[3] / "adapter_config.json").read_text())
+    config["alpha_pattern"] = {"unet.conv_in": 2 * ALPHA}
+    tensors[f"{prefix}unet.conv_in.lora_B.weight"] /= 2
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    unet, text_encoder = fresh_unet(base_folder), fresh_text_encoder(base_folder)
+    lora_files.load_lora(folder, unet, text_encoder)
+    assert_same(trained, unet, text_encoder)
+    _, has_other = lora_files.read_lora(folder, {"unet": fresh_unet(base_folder)})
+    assert has_other, "the text encoder's, which would be dropped"
 
 
 def test_an_independent_merge_of_the_kohya_file_gives_the_trained_models(trained, base_folder):

@@ -11,9 +11,10 @@ from itertools import chain
 import pytest
 from conftest import save_visible_lora
 
+import megaman_lora
 from megaman.errors import UserError
 from megaman.pages.gallery_images import read_images
-from megaman.processes import one_report
+from megaman.processes import launcher, one_report
 from megaman.sampling.jobs import LoraVariant, PendingBatch, make_jobs, share_out
 from megaman.sampling.limits import SamplingLimits, tightest
 from megaman.sampling.prompts import Prompt, PromptSettings
@@ -104,7 +105,7 @@ def test_ctrl_c_ends_all_with_one_line(lora_path, ranks, tmp_path):
         run.send_signal(signal.SIGINT)
     (said, _), (quiet, quiet_errors) = [run.communicate(timeout=60) for run in runs]
     assert [run.returncode for run in runs] == [130, 130]
-    assert "accelerate launch --num_processes 2 generate_megaman.py" in said
+    assert "torchrun --nproc_per_node 2 generate_megaman.py" in said
     assert said.rstrip().endswith("--resume")
     assert (quiet, quiet_errors) == ("", "")
 
@@ -126,6 +127,25 @@ def test_a_mistake_is_reported_once(monkeypatch):
     with pytest.raises(SystemExit) as raised, one_report():
         raise UserError("--height is odd", exit_code=2)
     assert raised.value.code == 2
+
+
+def test_of_a_mistake_in_training_one_process_reports(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("megaman.processes.SAYING", 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    (tmp_path / "lora_weights").mkdir()
+    for words, code in ((["--lora_rank", "0"], 2), (["--output_dir", str(tmp_path)], 1)):
+        with pytest.raises(SystemExit) as raised:
+            megaman_lora.main(words)
+        assert raised.value.code == code
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_words_before_a_script_that_is_resumed():
+    assert launcher({}) == ["python"]
+    assert launcher({"WORLD_SIZE": "2"}) == ["torchrun", "--nproc_per_node", "2"]
+    two_machines = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    assert launcher(two_machines) == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4"]
 
 
 def test_batches_are_shared_out_by_their_work():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import FEW_TARGETS, ROOT
 
+import megaman_lora
 from megaman.errors import UserError
 from megaman.training.output import choose_log_dir, save_somewhere
 from megaman.training.tensorboard import TrainingLog
@@ -125,3 +129,38 @@ def test_a_run_without_any_home_saves_its_lora(train_here, tmp_path, monkeypatch
     data = ROOT / "demo" / "held_out"
     train_here(tmp_path, "out", "--data_dir", data, *FEW_TARGETS, "--max_train_steps", 1)
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not delete a current folder")
+def test_training_leaves_a_deleted_folder_before_it_loads_torch(tmp_path, monkeypatch, capsys):
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    monkeypatch.setattr("megaman.training.questions.answer", lambda config: [os.getcwd()])
+    assert megaman_lora.main(["--plan"]) == 0
+    assert capsys.readouterr().out == f"{os.sep}\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not delete a current folder")
+def test_generation_leaves_a_deleted_folder_before_it_loads_torch(tmp_path):
+    """MKL would end the process there, with exit code 2."""
+    (tmp_path / "deleted").mkdir()
+    words = [
+        sys.executable,
+        ROOT / "generate_megaman.py",
+        "--demo",
+        "--device",
+        "mps",
+        "--output_dir",
+    ]
+    words += [tmp_path / "out", "--lora_path", ROOT / "tests" / "scripts" / "checkpoint-2"]
+    command = f"cd deleted && rmdir ../deleted && exec {shlex.join(map(str, words))}"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stderr.startswith("error: --device mps: this torch sees no such device")
+    assert done.returncode == 1
