@@ -26,6 +26,7 @@ SEEDS = (0, 1, 2)
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lora_path", type=Path, nargs="+", default=[])
+    parser.add_argument("--base_model", metavar="FOLDER", help="of LoRAs that do not name theirs")
     parser.add_argument("--held_out", type=Path, default=paths.ROOT / "demo" / "held_out")
     parser.add_argument(
         "--make_shuffled", type=Path, metavar="FOLDER", help="write the control's images here"
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.make_shuffled:
         shuffle_captions(paths.ROOT / "demo" / "images", options.make_shuffled)
-    rows = [measure(path, options.held_out) for path in options.lora_path]
+    rows = [measure(path, options.held_out, options.base_model) for path in options.lora_path]
     for row in rows:
         print(f"{row['lora']}")
         for seed, before, after, share in zip(
@@ -60,7 +61,7 @@ def shuffle_captions(source: Path, target: Path) -> None:
         shutil.copy(other.with_suffix(".txt"), target / f"{pictures[index].stem}.txt")
 
 
-def measure(lora_path: Path, held_out: Path) -> dict:
+def measure(lora_path: Path, held_out: Path, base_name: str | None = None) -> dict:
     import torch
 
     from megaman.data.dataset import MegaManDataset
@@ -74,9 +75,9 @@ def measure(lora_path: Path, held_out: Path) -> dict:
     from megaman.models.base import load_base
     from megaman.training.held_out import gain, held_out_loss
 
-    base_name = peft_config.base_of(lora_path)
+    base_name = base_name or peft_config.base_of(lora_path)
     if base_name is None:
-        raise UserError(f"--lora_path {lora_path} names no base", "Name a lora_weights folder")
+        raise UserError(f"--lora_path {lora_path} names no base", "Name it with --base_model")
     base = load_base(base_name, torch.float32)
     dataset = MegaManDataset(held_out, None, base.native_size)
     moments = encode_dataset(

@@ -42,8 +42,8 @@ def run(
     """Run a command offline and return its last JSON line with "seconds" and "began".
 
     began is the start by time.perf_counter, whose clock is shared by all processes. cpu is a key of
-    LESSER; environment has more variables. stderr goes to cwd/log.txt. If the command fails, the
-    end of it is shown and this program exits.
+    LESSER; environment has more variables. stdout goes to cwd/output.txt, stderr to cwd/log.txt. If
+    the command fails, the end of them is shown and this program exits.
     """
     env = {
         **os.environ,
@@ -60,6 +60,7 @@ def run(
         done = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=messages)
         seconds = time.perf_counter() - began
     output = done.stdout.decode("utf-8", "replace")
+    (cwd / "output.txt").write_text(output, encoding="utf-8")
     if done.returncode:
         words = log.read_text(encoding="utf-8", errors="replace")
         sys.exit(f"{output}{words[-3000:]}\nfailed with {done.returncode}: {' '.join(command)}")

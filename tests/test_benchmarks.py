@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 
+import learning
 import numpy as np
 import processes
 import pytest
@@ -300,3 +301,9 @@ def test_the_probe_stamps_steps_and_reports_what_is_raised(tmp_path):
     figures = processes.last_json(done.stdout)
     assert figures is not None and figures["error"] == "ValueError: at the end"
     assert figures["code"] == 1 and figures["step_ms"] >= 0
+
+
+def test_the_first_step_at_the_peers_loss_is_found():
+    curve = [(10, 0.07), (20, 0.05), (30, 0.06)]
+    assert learning.first_at(0.05, curve) == 20
+    assert learning.first_at(0.04, curve) is None
