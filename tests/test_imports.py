@@ -22,6 +22,7 @@ STANDARD_ONLY = [
     "config.samplers",
     "config.bases",
     "config.colors",
+    "config.current_folder",
     "config.values",
     "config.cli",
     "config.foreign_flags",

@@ -172,7 +172,7 @@ def test_strengths(generate, tmp_path):
         "a blue robot <lora:megaman_lora:1>",
     ]
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert re.findall(r'<th scope="col">(.*?)</th>', page) == [
+    assert re.findall(r'<th scope="col" data-t>(.*?)</th>', page) == [
         "strength 0",
         "strength 0.5",
         "strength 1",
@@ -216,7 +216,7 @@ def test_every_checkpoint_at_one_seed(generate, lora_path, base_folder, tmp_path
         alone = generate("--lora_path", training / name, output=name)
         assert equal(drawn[f"megaman_000_00_{name}.png"], alone["megaman_000_00.png"])
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert re.findall(r'<th scope="col">(.*?)</th>', page) == [
+    assert re.findall(r'<th scope="col" data-t>(.*?)</th>', page) == [
         "checkpoint-5",
         "checkpoint-40",
         "lora_weights",

@@ -112,7 +112,7 @@ def test_the_output_is_ours_alone(finished):
         assert re.match(
             r"(loading|skipped|images|captions|encoded|steps|LoRA|device|disk|page|step \d+"
             r"|speed|samples|curves|done|next| +on the disk already"
-            r"| +there is an NVIDIA GPU| +1 of 6| +not mirrored| +2 made from names)\b",
+            r"| +there is an NVIDIA GPU| +1 of 6| +not mirrored| +2 captions made from names)\b",
             line,
         ), line
 

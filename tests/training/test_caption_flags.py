@@ -149,9 +149,9 @@ def test_the_trigger_words_are_kept_unless_said_otherwise(flags, kept):
 
 
 @pytest.fixture(scope="module")
-def encoded(base_folder):
-    """The base, the dataset and its latents as the script has them."""
-    base = load_base(str(base_folder), torch.float32)
+def encoded(embedded_base):
+    """The embedded base, to whose loss captions matter, the dataset and its latents."""
+    base = load_base(str(embedded_base), torch.float32)
     dataset = MegaManDataset(HELD_OUT, None, 64, center_crop=True)
     moments = encode_dataset(
         lambda: base.vae, dataset, EncodingConfig(), FileIndex(None), LatentCache(None)
@@ -222,8 +222,11 @@ VARIED = {
 
 
 @pytest.mark.parametrize("flags", VARIED.values(), ids=VARIED.keys())
-def test_the_loss_of_a_step_is_that_of_its_captions(train_here, encoded, tmp_path, flags):
-    train_here(tmp_path, "out", *DATA, "--max_train_steps", 1, *flags)
+def test_the_loss_of_a_step_is_that_of_its_captions(
+    train_here, embedded_base, encoded, tmp_path, flags
+):
+    base = ["--pretrained_model_name", embedded_base]
+    train_here(tmp_path, "out", *DATA, *base, "--max_train_steps", 1, *flags)
     options = parse_train_config([str(flag) for flag in flags]).captions
     augmentation = CaptionAugmentation(
         **{flag: getattr(options, flag) for flag in CaptionAugmentation._fields}
@@ -247,10 +250,11 @@ def test_the_loss_of_a_step_is_that_of_its_captions(train_here, encoded, tmp_pat
 
 
 def test_with_every_caption_dropped_the_loss_is_that_of_the_empty_caption(
-    train_here, encoded, tmp_path
+    train_here, embedded_base, encoded, tmp_path
 ):
-    train_here(tmp_path, "dropped", *DATA, "--max_train_steps", 1, "--caption_dropout_rate", 1)
-    train_here(tmp_path, "tagless", *DATA, "--max_train_steps", 1, "--caption_tag_dropout_rate", 1)
+    words = [*DATA, "--pretrained_model_name", embedded_base, "--max_train_steps", 1]
+    train_here(tmp_path, "dropped", *words, "--caption_dropout_rate", 1)
+    train_here(tmp_path, "tagless", *words, "--caption_tag_dropout_rate", 1)
     empty = loss_by_hand(encoded, lambda caption, row: "")
     assert (
         losses(tmp_path, "dropped")

@@ -22,7 +22,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megaman import files
 from megaman.errors import UserError
 from megaman.lora import adapter, saving
-from megaman.lora import files as lora_files
 from megaman.models.base import load_base
 from megaman.training import checkpoint, output
 from megaman.training.adapters import Adapters
@@ -48,7 +47,7 @@ class Disk:
             (Path, "write_text"),
         ):
             monkeypatch.setattr(module, name, self.counted(getattr(module, name)))
-        monkeypatch.setattr(lora_files, "save_file", self.counted(saving.save_file, half=True))
+        monkeypatch.setattr(saving, "save_file", self.counted(saving.save_file, half=True))
 
     def counted(self, real, half=False):
         def call(*args, **kwargs):
