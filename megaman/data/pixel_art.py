@@ -1,7 +1,6 @@
 """Is an image pixel art? And how large are its cells, if it was enlarged already?
 
-The rule is measured by benchmarks/pixel_art.py on photographs, drawings and sprites, which also
-fits its weights.
+The rule is measured by benchmarks/pixel_art.py on photographs, drawings and sprites.
 """
 
 from __future__ import annotations
@@ -13,13 +12,20 @@ from PIL import Image
 
 FEW_COLORS = 64  # no photograph and hardly a smooth drawing has so few
 MAX_LOSSY_CELL = 4  # pixels; JPEG's own blocks look like larger cells
-MAX_GRID_RATIO = 0.55
+MAX_GRID_RATIO = 0.5
 FLAT, EDGE = 4, 40  # differences of neighbors, of 255 levels
 MIN_PART = 0.2  # of an edge's height on each side of a blend
 SMALL = 64 * 64  # pixels
 # Logistic regressions on the features of `measure`.
-FEW_WEIGHTS = {"bias": 33.4, "flat": -17.9, "blends": -21.8, "colors": -2.8, "size": -1.0}
-MANY_WEIGHTS = {"bias": -4.1, "blends": -18.3, "hues": 1.9, "small": 3.1, "size": -0.84}
+FEW_WEIGHTS = {"bias": 51.1, "flat": -25.9, "blends": -17.7, "colors": -1.87, "size": -2.13}
+MANY_WEIGHTS = {
+    "bias": 16.6,
+    "blends": -27.8,
+    "colors": -1.24,
+    "hues": 2.13,
+    "small": 4.58,
+    "size": -1.76,
+}
 
 
 def is_pixel_art(image: Image.Image) -> bool:
@@ -55,7 +61,8 @@ def _pixels(image: Image.Image) -> np.ndarray:
     """Colors times opacity, and opacity: int16 [H, W, 4]."""
     values = np.asarray(image.convert("RGBA")).astype(np.int16)
     opacity = values[..., 3:]
-    return np.concatenate([values[..., :3] * opacity // 255, opacity], axis=-1)
+    colors = values[..., :3].astype(np.int32) * opacity // 255  # products overflow int16
+    return np.concatenate([colors.astype(np.int16), opacity], axis=-1)
 
 
 def _luma(pixels: np.ndarray) -> np.ndarray:

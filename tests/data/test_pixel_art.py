@@ -21,7 +21,7 @@ from megaman.data.dataset import MegaManDataset
 from megaman.data.encoding import _key
 from megaman.data.file_index import FileIndex
 from megaman.data.images import flatten
-from megaman.data.pixel_art import cell_side, is_pixel_art
+from megaman.data.pixel_art import _pixels, cell_side, is_pixel_art
 from megaman.doctor.checks import examine
 
 PALETTE = [(40, 60, 160), (230, 190, 150), (20, 20, 30), (200, 40, 40), (250, 240, 120)]
@@ -102,6 +102,15 @@ def test_pixel_art_is_told_from_drawings_and_photographs():
         assert is_pixel_art(sprite) and is_pixel_art(enlarge(sprite, 2 + seed % 3))
         assert is_pixel_art(as_jpeg(enlarge(sprite, 3)))
         assert not is_pixel_art(draw_smooth(seed)) and not is_pixel_art(draw_photo(seed))
+
+
+def test_opaque_colors_keep_their_differences():
+    """Colors times opacity exceed 16 bits, which once made white -2, next to black's 0."""
+    image = Image.new("RGBA", (3, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (255, 129, 128, 255))
+    image.putpixel((2, 0), (255, 129, 128, 128))
+    seen = _pixels(image)[0].tolist()
+    assert seen == [[0, 0, 0, 255], [255, 129, 128, 255], [128, 64, 64, 128]]
 
 
 def test_an_image_of_one_color_is_no_pixel_art():
