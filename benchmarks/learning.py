@@ -7,8 +7,8 @@ On the demo's base and images, for each seed, by turns:
 
 - `peer`: train_text_to_image_lora.py, unchanged. The held-out loss of its LoRA is the target.
 - `same`: megaman_lora.py with the peer's settings: in how many steps is it at the target?
-- `demo`: megaman_lora.py --demo as users run it, evaluation and checkpoints included: in which
-  share of the peer's time is it there? Seconds count from the end of the first step.
+- `demo`: megaman_lora.py --demo with its samples and checkpoints, evaluated every 30 steps: in
+  which share of the peer's time is it there? Seconds count from the end of the first step.
 
 The losses of `demo`'s checkpoints are computed again by held_out.py, which has to agree with the
 curve of the run. docs/performance.md says how to set up the peer. The last line is JSON.
@@ -28,7 +28,7 @@ from step_time import PEER_BAR, PEER_PROGRAMS, base_of, pictures_of
 
 BATCH_SIZE, RANK, LEARNING_RATE = 4, 16, 2e-3
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # those of the peer
-EVAL_STEPS = 10
+EVAL_STEPS = {"same": 10, "demo": 30}
 
 
 def main(argv: list[str]) -> int:
@@ -106,7 +106,6 @@ class Runs:
             "--lora_alpha": RANK,
             "--save_steps": 10**8,
             "--num_validation_images": 0,
-            "--eval_steps": EVAL_STEPS,
             "--mixed_precision": "no",
         }
         command = [*flat(words), "--center_crop", "--target_modules", *TARGETS]
@@ -119,12 +118,13 @@ class Runs:
     def ours(self, name: str, words: list[str]) -> tuple[list[tuple[int, float]], list[float]]:
         folder = self.work_dir / name
         more = ["--seed", self.seed, "--output_dir", "out", "--logging_dir", "logs"]
-        log = ["--log_format", "json"]
-        result = run(stamped(TRAINING_BAR, TRAIN, *words, *more, *log), folder)
+        more += ["--eval_steps", EVAL_STEPS[name], "--log_format", "json"]
+        result = run(stamped(TRAINING_BAR, TRAIN, *words, *more), folder)
         curve = []
         for line in (folder / "output.txt").read_text(encoding="utf-8").splitlines():
             event = json.loads(line) if line.startswith("{") else {}
-            if event.get("event") == "step" and event.get("held_out_loss") is not None:
+            # An event has the latest evaluation, which may be an earlier step's.
+            if event.get("event") == "step" and event["step"] % EVAL_STEPS[name] == 0:
                 curve.append((event["step"], event["held_out_loss"]))
         elapsed = [0.0]
         for seconds in result["step_s"]:
