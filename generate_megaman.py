@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from megaman.config.current_folder import leave_deleted_folder
 from megaman.config.generate import GenerateConfig, parse_generate_config
-from megaman.errors import INTERRUPTED, UserError, install_logging, plural, run_script
+from megaman.errors import INTERRUPTED, install_logging, plural, run_script
 from megaman.files import split_strength
 from megaman.locks import claim
 from megaman.models.configs import unet_width
@@ -27,7 +27,7 @@ from megaman.sampling.jobs import PendingBatch, count_images, share_out
 from megaman.sampling.output_folder import GalleryWriter, OutputFolder
 from megaman.sampling.plan import GenerationPlan, summarize
 from megaman.threads import ThreadPolicy, configure_threads, threads_for_generation
-from megaman.training.output import different_loras, find_all
+from megaman.training.saved_loras import saved_loras
 
 if TYPE_CHECKING:
     from megaman.pages.gallery_images import GalleryImage
@@ -107,12 +107,7 @@ def requested_loras(config: GenerateConfig) -> list[tuple[Path, float]]:
     if config.comparison.checkpoints is None:
         named = map(split_strength, config.comparison.loras or config.model.lora_path)
         return [(Path(path), strength) for path, strength in named]
-    folder = Path(config.comparison.checkpoints)
-    loras = different_loras(find_all(folder), folder / "lora_weights")
-    if not loras:
-        remedy = "Name the --output_dir of a training run"
-        raise UserError(f"--checkpoints {folder} has no checkpoint", remedy)
-    return [(path, 1.0) for path in loras]
+    return [(path, 1.0) for path in saved_loras(Path(config.comparison.checkpoints))]
 
 
 def generate(

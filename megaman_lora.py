@@ -17,13 +17,13 @@ import gc
 from contextlib import ExitStack, suppress
 from functools import partial
 
-from megaman import threads
 from megaman.config.current_folder import leave_deleted_folder
 from megaman.config.train import TrainConfig, parse_train_config
 from megaman.errors import install_logging, run_script
 from megaman.models.configs import unet_width
 from megaman.processes import Processes, join_processes, one_report
-from megaman.training.held_out_split import hold_out_images
+from megaman.threads import ThreadPolicy, configure_threads, threads_for_training
+from megaman.training.held_out_split import prepare_datasets
 from megaman.training.output import OutputFolder, saved_threads
 
 with suppress(Exception):  # main reports a Pillow that is missing or broken
@@ -46,20 +46,13 @@ def main(argv: list[str]) -> int:
     gc.set_threshold(50_000, 10, 10)  # or 100,000 images are looked through again and again
     if config.run.check_data:
         return print_data_report(config)
-    from megaman.training.datasets import find_datasets
-
     with ExitStack() as stack:
         with one_report():
-            # No other run may use it until the end.
-            output = stack.enter_context(OutputFolder.open(config.output))
-            datasets = find_datasets(config)
-            if datasets is None:
+            output = stack.enter_context(OutputFolder.open(config.output))  # ours alone
+            if (datasets := prepare_datasets(config, output)) is None:
                 return 0
-            datasets.check(output.path, config.data.skip_bad_images)
-            hold_out_images(config, datasets, output.checkpoint)
-            width = unet_width(config.base.pretrained_model_name)
-        rule = partial(threads.threads_for_training, width)
-        policy = threads.configure_threads(rule, saved_threads(output.checkpoint))
+            rule = partial(threads_for_training, unet_width(config.base.pretrained_model_name))
+        policy = configure_threads(rule, saved_threads(output.checkpoint))
         with join_processes("Resume with --resume_from_checkpoint latest") as processes:
             return train(config, datasets, output, policy, processes)
 
@@ -68,7 +61,7 @@ def train(
     config: TrainConfig,
     datasets: "Datasets",
     output: OutputFolder,
-    policy: threads.ThreadPolicy,
+    policy: ThreadPolicy,
     processes: Processes,
 ) -> int:
     """Train a LoRA and save it in lora_weights/; returns the exit code."""

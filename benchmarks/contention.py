@@ -26,12 +26,11 @@ from pathlib import Path
 from statistics import fmean, median
 
 from processes import DRAW, TRAIN, TRAINING_BAR, machine, run, significant, stamped
-from step_time import base_of, pictures_of
+from step_time import TARGETS, base_of, pictures_of
 
 BUSY = "while True: pass"
 GENERATING_BAR = "generating"  # the description of generate_megaman.py's bar
 SPIN_COUNT = 300_000  # libgomp's own
-SD15_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 STEPS = {"demo": 30, "sd15": 6}  # of a run; the first one is not counted
 FEW_STEPS = {"demo": 6, "sd15": 4}  # without the policy next to busy processes
 
@@ -86,7 +85,7 @@ def train_words(case: str, steps: int, work_dir: Path) -> list[object]:
         "--lora_rank",
         8,
         "--target_modules",
-        *SD15_TARGETS,
+        *TARGETS,
         *shared,
     ]
 

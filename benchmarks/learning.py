@@ -20,14 +20,14 @@ import argparse
 import json
 import shutil
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from processes import BENCHMARKS, ROOT, TRAIN, TRAINING_BAR, machine, run, significant, stamped
-from step_time import PEER_BAR, PEER_PROGRAMS, base_of, pictures_of
+from step_time import TARGETS, base_of, peer_command, pictures_of
 
 BATCH_SIZE, RANK, LEARNING_RATE = 4, 16, 2e-3
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # those of the peer
 EVAL_STEPS = {"same": 10, "demo": 30}
 
 
@@ -56,37 +56,34 @@ class Runs:
         self.base = base_of("demo", options.work_dir)
         self.pictures = pictures_of("demo", options.work_dir)
 
-    def peer(self) -> tuple[float, float]:
-        """Held-out loss at its end and seconds from the end of its first step."""
-        folder = self.work_dir / "peer"
-        program = next(
-            path for name in PEER_PROGRAMS if (path := self.options.peer.resolve() / name).is_file()
-        )
+    @property
+    def shared(self) -> list[str]:
+        """The settings that peer and same have under the same names."""
         words = {
-            "--pretrained_model_name_or_path": self.base,
-            "--train_data_dir": self.pictures,
-            "--caption_column": "text",
-            "--cache_dir": folder / "datasets",
-            "--output_dir": "out",
             "--resolution": 64,
             "--train_batch_size": BATCH_SIZE,
             "--max_train_steps": self.options.steps,
             "--learning_rate": LEARNING_RATE,
             "--lr_scheduler": "constant",
             "--lr_warmup_steps": 0,
+            "--mixed_precision": "no",
+        }
+        return ["--center_crop", *flat(words)]
+
+    def peer(self) -> tuple[float, float]:
+        """Held-out loss at its end and seconds from the end of its first step."""
+        folder = self.work_dir / "peer"
+        words = {
+            "--pretrained_model_name_or_path": self.base,
+            "--train_data_dir": self.pictures,
+            "--caption_column": "text",
+            "--cache_dir": folder / "datasets",
+            "--output_dir": "out",
             "--rank": RANK,
             "--seed": self.seed,
-            "--mixed_precision": "no",
             "--checkpointing_steps": 10**8,
         }
-        command = stamped(
-            PEER_BAR,
-            program,
-            *(["--"] if program.name == "run.py" else []),
-            "--center_crop",
-            *flat(words),
-            python=self.options.peer_python,
-        )
+        command = peer_command(self.options, [*self.shared, *flat(words)])
         seconds = sum(run(command, folder)["step_s"])
         return self.held_out_losses([folder / "out"])[0], seconds
 
@@ -96,19 +93,12 @@ class Runs:
             "--pretrained_model_name": self.base,
             "--data_dir": self.pictures,
             "--validation_data_dir": ROOT / "demo" / "held_out",
-            "--resolution": 64,
-            "--train_batch_size": BATCH_SIZE,
-            "--max_train_steps": self.options.steps,
-            "--learning_rate": LEARNING_RATE,
-            "--lr_scheduler": "constant",
-            "--lr_warmup_steps": 0,
             "--lora_rank": RANK,
             "--lora_alpha": RANK,
             "--save_steps": 10**8,
             "--num_validation_images": 0,
-            "--mixed_precision": "no",
         }
-        command = [*flat(words), "--center_crop", "--target_modules", *TARGETS]
+        command = [*self.shared, *flat(words), "--target_modules", *TARGETS]
         return self.ours("same", command)[0]
 
     def demo(self) -> tuple[list[tuple[int, float]], list[float]]:
@@ -126,10 +116,7 @@ class Runs:
             # An event has the latest evaluation, which may be an earlier step's.
             if event.get("event") == "step" and event["step"] % EVAL_STEPS[name] == 0:
                 curve.append((event["step"], event["held_out_loss"]))
-        elapsed = [0.0]
-        for seconds in result["step_s"]:
-            elapsed.append(elapsed[-1] + seconds)
-        return curve, elapsed
+        return curve, list(accumulate(result["step_s"], initial=0.0))
 
     def held_out_losses(self, loras: list[Path]) -> list[float]:
         """By held_out.py, with the noise of seed 0, which a run's own evaluation has too."""

@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import fmean
@@ -89,6 +90,15 @@ def pictures_of(case: str, work_dir: Path) -> Path:
         captions[path.name] = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
     write_metadata(folder, captions)
     return folder
+
+
+def peer_command(options: argparse.Namespace, words: Sequence[object]) -> list[str]:
+    """The command that runs the peer in --peer, under stamped.py, with its own words."""
+    program = next(
+        path for name in PEER_PROGRAMS if (path := options.peer.resolve() / name).is_file()
+    )
+    separator = ["--"] if program.name == "run.py" else []
+    return stamped(PEER_BAR, program, *separator, *words, python=options.peer_python)
 
 
 class Runs:
@@ -212,11 +222,7 @@ class Runs:
 
     def peer(self, precision: str) -> dict[str, Any]:
         folder = self.work_dir / f"peer-{precision}"
-        program = next(
-            path for name in PEER_PROGRAMS if (path := self.options.peer.resolve() / name).is_file()
-        )
         words = [
-            *(["--"] if program.name == "run.py" else []),
             "--pretrained_model_name_or_path",
             self.base,
             "--train_data_dir",
@@ -246,7 +252,7 @@ class Runs:
             10**8,
         ]
         return run(
-            stamped(PEER_BAR, program, *words, python=self.options.peer_python),
+            peer_command(self.options, words),
             folder,
             self.options.cpu,
         )

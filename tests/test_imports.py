@@ -44,6 +44,7 @@ STANDARD_ONLY = [
     "sampling.prompts",
     "sampling.jobs",
     "training.output",
+    "training.saved_loras",
     "training.series",
     "training.history",
     "training.pace",

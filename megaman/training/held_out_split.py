@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
     from megaman.data.dataset import MegaManDataset
     from megaman.training.datasets import Datasets
+    from megaman.training.output import OutputFolder
 
 MIN_IMAGES = 8  # to split: with fewer, every one is needed
 MIN_HELD_OUT = 2
@@ -25,6 +26,17 @@ FEW_IMAGES = 500  # are decoded before another process would pay
 MAX_SHOWN = 3  # names in a line
 
 log = logging.getLogger(__name__)
+
+
+def prepare_datasets(config: TrainConfig, output: OutputFolder) -> Datasets | None:
+    """The datasets of a run, checked, without what is held out; None if there are no images."""
+    from megaman.training.datasets import find_datasets  # main reports a missing Pillow
+
+    datasets = find_datasets(config)
+    if datasets is not None:
+        datasets.check(output.path, config.data.skip_bad_images)
+        hold_out_images(config, datasets, output.checkpoint)
+    return datasets
 
 
 def hold_out_images(config: TrainConfig, datasets: Datasets, checkpoint: Path | None) -> None:

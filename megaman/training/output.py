@@ -10,16 +10,15 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megaman.errors import UserError, summarize_error
 from megaman.files import (
     ASIDE,
-    digest_of,
     is_inside,
     read_json,
     remove_folder,
@@ -27,7 +26,6 @@ from megaman.files import (
     safe_name,
 )
 from megaman.locks import claim, is_first_process
-from megaman.safe_loading import read_header
 from megaman.threads import MAX_THREADS
 
 if TYPE_CHECKING:
@@ -172,36 +170,6 @@ def find_all(output_dir: Path) -> list[Path]:
     paths = output_dir.glob("checkpoint-*")
     named = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted([path for path in named if (path / STATE).is_file()], key=step_of)
-
-
-def different_loras(checkpoints: Sequence[Path], finished: Path) -> list[Path]:
-    """The checkpoints and the finished LoRA, which is skipped if it is missing or equals one."""
-    if not finished.is_dir():
-        return list(checkpoints)
-    content = _peft_content(finished)
-    equal = [path for path in checkpoints if content and _peft_content(path) == content]
-    if equal:
-        log.info(f"{finished} equals {equal[-1].name}, which stands for it")
-        return list(checkpoints)
-    return [*checkpoints, finished]
-
-
-def _peft_content(folder: Path) -> dict[str, Any]:
-    """What a LoRA's images depend on, by file: tables and hashes of the tensors, and the
-    configurations.
-
-    A header's texts are not compared; safetensors writes them in another order each time.
-    """
-    content: dict[str, Any] = {}
-    for path in sorted(folder.glob("**/adapter_model.safetensors")):
-        tensors, data_start = read_header(path)
-        content[path.relative_to(folder).as_posix()] = tensors, digest_of(path, data_start)
-    for path in sorted(folder.glob("**/adapter_config.json")):
-        config = read_json(path)
-        if isinstance(config, dict):
-            config = {**config, "base_model_name_or_path": None}
-        content[path.relative_to(folder).as_posix()] = config
-    return content
 
 
 def step_of(checkpoint: Path) -> int:

@@ -39,14 +39,14 @@ class SampleImages:
 
     def __init__(
         self,
-        validation: Validation,
+        generator: Validation,
         plan: SamplePlan,
         defaults: PromptSettings,
         memorization: MemorizationCheck | None,
         drift: Drift | None,
         run: Run,
     ):
-        self._validation, self._run = validation, run
+        self._generator, self._run = generator, run
         self._memorization = memorization
         self._jobs = make_jobs(plan.prompts, defaults, plan.num_images)
         self._card_jobs = make_jobs(plan.card_prompts, defaults, 1)
@@ -58,8 +58,8 @@ class SampleImages:
         if not run.is_main_process:
             return
         folder = run.output.samples_folder(step)
-        with self._validation.session():
-            images = self._validation.generate(step, folder, self._jobs)
+        with self._generator.session():
+            images = self._generator.generate(step, folder, self._jobs)
             if images and self._drift is not None:
                 self._measure_drift(step, self._drift)
         prompts = [self._jobs[number].prompt for number in images]
@@ -89,7 +89,7 @@ class SampleImages:
         """Generate those of the model card after the last step, unless they are there."""
         folder = self._run.output.samples_folder(step) / CARD
         if self._run.is_main_process and not folder.exists():
-            self._validation.generate(step, folder, self._card_jobs)
+            self._generator.generate(step, folder, self._card_jobs)
 
     def _records(self, folder: Path) -> list[Sample]:
         """The sample images that are in a step's folder."""

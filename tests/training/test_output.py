@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from megaman.training.output import different_loras
+from megaman.training.saved_loras import different_loras
 
 
 @pytest.mark.parametrize(("weight", "equal"), [(1.0, True), (2.0, False)])
