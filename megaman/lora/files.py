@@ -20,7 +20,7 @@ from megaman.lora import formats as lora_formats
 from megaman.lora import peft_config
 from megaman.lora.adapter import ADAPTER, adapter_name, set_scales
 from megaman.lora.formats import PEFT_PREFIX
-from megaman.lora.peft_config import PEFT_WEIGHTS
+from megaman.lora.peft_config import KOHYA_WEIGHTS, PEFT_WEIGHTS
 from megaman.safe_loading import check_safetensors
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def short_hash(path: Path) -> str:
     files.
     """
     found = peft_config.find(path)
-    files = [found / lora_formats.WEIGHTS] if found.is_dir() else [found]
+    files = [found / KOHYA_WEIGHTS] if found.is_dir() else [found]
     if not files[0].is_file():
         weights = (found / PEFT_WEIGHTS, found / TEXT_ENCODER / PEFT_WEIGHTS)
         files = [file for file in weights if file.is_file()]

@@ -9,13 +9,10 @@ diffusers 0.2x   unet.M.lora.down.weight
 diffusers 0.1x   unet.….attn1.processor.to_q_lora.down.weight
 ComfyUI          diffusion_model.AUTHORS_M.lora_up.weight, .alpha (see authors_names)
                  text_encoders.clip_l.transformer.text_model.M.lora_up.weight
-
-And the reverse: PEFT's tensors to kohya's layout, which A1111 and ComfyUI read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -25,14 +22,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import save
 from torch import nn
 
 from megaman.errors import UserError
-from megaman.lora.adapter import ADAPTER, get_lora_config
 from megaman.lora.authors_names import authors_names
-from megaman.lora.peft_config import KOHYA_WEIGHTS, MAX_ALPHA, PEFT_PARTS, exact_pattern
+from megaman.lora.peft_config import MAX_ALPHA, PEFT_PARTS, exact_pattern
 from megaman.models.identify import DOWN, KEY, foreign_base, other_adapter
 
 log = logging.getLogger(__name__)
@@ -55,11 +49,6 @@ PREFIXES = {
 EMBEDDINGS = "bundle_emb."
 BIASES_AND_NORMS = (".diff", ".diff_b", ".w_norm", ".b_norm", ".bias")
 UNUSED_LAYERS = ("text_projection", "logit_scale")  # Stable Diffusion 1.x does without them
-
-WEIGHTS = KOHYA_WEIGHTS
-# A1111 and ComfyUI need text_model in the names of the text encoder's layers, which transformers 5
-# dropped.
-KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 
 
 def refuse_foreign(
@@ -282,59 +271,3 @@ def config_from_tensors(
 
 def _most_common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
-
-
-def to_kohya(
-    states: Mapping[str, Mapping[str, torch.Tensor]], models: Mapping[str, nn.Module]
-) -> dict[str, torch.Tensor]:
-    """PEFT's tensors under kohya's keys, each module with the .alpha that gives its trained scale.
-
-    states and models are by part: unet, text_encoder. Alpha is float32 whatever the dtype of the
-    rest: with rsLoRA it is no round number.
-    """
-    tensors = {}
-    for part, state in states.items():
-        for name, tensor in state.items():
-            module, side = name.removesuffix(".weight").rsplit(".lora_", maxsplit=1)
-            stem = KOHYA_PREFIXES[part] + module.removeprefix("text_model.").replace(".", "_")
-            direction = "down" if side == "A" else "up"
-            tensors[f"{stem}.lora_{direction}.weight"] = tensor
-            if side == "A":
-                layer = cast(LoraLayer, models[part].get_submodule(module))
-                alpha = layer.scaling[ADAPTER] * len(tensor)
-                tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
-    return tensors
-
-
-def header(model: nn.Module, tensors: Mapping[str, torch.Tensor], base_name: str) -> dict[str, str]:
-    """The metadata that A1111 needs to list the file as a LoRA for Stable Diffusion 1.x.
-
-    model is any that has the LoRA.
-    """
-    config = get_lora_config(model)
-    # kohya divides by the rank, not by its root.
-    alpha = config.lora_alpha * config.r**0.5 if config.use_rslora else config.lora_alpha
-    convolutions = any(tensor.ndim == 4 for tensor in tensors.values())
-    arguments = {"conv_dim": str(config.r), "conv_alpha": f"{alpha:g}"} if convolutions else {}
-    return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.r),
-        "ss_network_alpha": f"{alpha:g}",
-        "ss_network_args": json.dumps(arguments),
-        "ss_network_dropout": str(config.lora_dropout or None),
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": "False",
-        "ss_sd_model_name": Path(base_name).name,
-        "ss_output_name": Path(WEIGHTS).stem,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": Path(WEIGHTS).stem,
-    }
-
-
-def hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """The SHA-256 of all that follows the file's header, by which A1111 recognizes a LoRA."""
-    content = save(tensors)
-    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
-    return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}

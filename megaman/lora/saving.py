@@ -13,29 +13,32 @@ a subfolder text_encoder/.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from megaman.errors import UserError
 from megaman.files import replacing_folder, write_json
-from megaman.lora import formats as lora_formats
 from megaman.lora.adapter import ADAPTER, get_lora_config
 from megaman.lora.files import TEXT_ENCODER, Tensors
 from megaman.lora.formats import PEFT_PREFIX
 from megaman.lora.notes import only_notes
-from megaman.lora.peft_config import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from megaman.lora.peft_config import DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 
 # diffusers before 0.42 needs the text_model. that transformers 5 dropped; newer ones accept both.
 DIFFUSERS_PREFIXES = {"unet": "unet.", TEXT_ENCODER: "text_encoder.text_model."}
+# A1111 and ComfyUI need it too.
+KOHYA_PREFIXES = {"unet": "lora_unet_", TEXT_ENCODER: "lora_te_text_model_"}
 NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -106,7 +109,7 @@ def save_lora(
         notes = only_notes(metadata)
         write_peft(aside, models, base_name, notes, precision)
         _write_diffusers(aside / DIFFUSERS_WEIGHTS, models, states, notes)
-        _write_kohya(aside / lora_formats.WEIGHTS, models, states, base_name, metadata)
+        _write_kohya(aside / KOHYA_WEIGHTS, models, states, base_name, metadata)
         for name, content in extra_files.items():
             (aside / name).write_bytes(content)
 
@@ -136,10 +139,68 @@ def _write_kohya(
     base_name: str,
     metadata: Mapping[str, str],
 ) -> None:
-    tensors = lora_formats.to_kohya(states, models)
-    header = lora_formats.header(models["unet"], tensors, base_name)
-    hashes = lora_formats.hashes(tensors)
+    tensors = to_kohya(states, models)
+    header = _kohya_header(models["unet"], tensors, base_name)
+    hashes = _hashes(tensors)
     write_tensors(path, tensors, {**header, **metadata, **hashes})
+
+
+def to_kohya(
+    states: Mapping[str, Mapping[str, torch.Tensor]], models: Mapping[str, nn.Module]
+) -> dict[str, torch.Tensor]:
+    """PEFT's tensors under kohya's keys, each module with the .alpha that gives its trained scale.
+
+    states and models are by part: unet, text_encoder. Alpha is float32 whatever the dtype of the
+    rest: with rsLoRA it is no round number.
+    """
+    tensors = {}
+    for part, state in states.items():
+        for name, tensor in state.items():
+            module, side = name.removesuffix(".weight").rsplit(".lora_", maxsplit=1)
+            stem = KOHYA_PREFIXES[part] + module.removeprefix("text_model.").replace(".", "_")
+            direction = "down" if side == "A" else "up"
+            tensors[f"{stem}.lora_{direction}.weight"] = tensor
+            if side == "A":
+                layer = cast(LoraLayer, models[part].get_submodule(module))
+                alpha = layer.scaling[ADAPTER] * len(tensor)
+                tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+def _kohya_header(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], base_name: str
+) -> dict[str, str]:
+    """The metadata that A1111 needs to list the file as a LoRA for Stable Diffusion 1.x.
+
+    model is any that has the LoRA.
+    """
+    config = get_lora_config(model)
+    # kohya divides by the rank, not by its root.
+    alpha = config.lora_alpha * config.r**0.5 if config.use_rslora else config.lora_alpha
+    convolutions = any(tensor.ndim == 4 for tensor in tensors.values())
+    arguments = {"conv_dim": str(config.r), "conv_alpha": f"{alpha:g}"} if convolutions else {}
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.r),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_network_args": json.dumps(arguments),
+        "ss_network_dropout": str(config.lora_dropout or None),
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+        "ss_sd_model_name": Path(base_name).name,
+        "ss_output_name": Path(KOHYA_WEIGHTS).stem,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": Path(KOHYA_WEIGHTS).stem,
+    }
+
+
+def _hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """The SHA-256 of all that follows the file's header, by which A1111 recognizes a LoRA."""
+    content = save(tensors)
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
 
 
 def config_dict(model: nn.Module) -> dict[str, Any]:

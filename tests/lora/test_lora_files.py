@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from megaman.errors import UserError
 from megaman.lora import adapter, peft_config, saving
 from megaman.lora import files as lora_files
-from megaman.lora import formats as lora_formats
 
 CONVOLUTIONS = [
     "conv1",
@@ -382,7 +381,7 @@ def test_comfyui_knows_every_name_of_a_stable_diffusion_15_lora():
         unet = UNet2DConditionModel(**SD_15)
         everything = [*TARGETS, "linear_1", "linear_2"]
         adapter.inject(unet, RANK, ALPHA, everything)
-        tensors = lora_formats.to_kohya(
+        tensors = saving.to_kohya(
             {
                 "unet": {
                     name: torch.empty_like(tensor)

@@ -23,7 +23,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from megaman.errors import UserError
 from megaman.lora import adapter, saving
 from megaman.lora import files as lora_files
-from megaman.lora import formats as lora_formats
 
 
 def fresh_text_encoder(base_folder) -> CLIPTextModel:
@@ -211,7 +210,7 @@ def test_comfyui_knows_every_name_of_a_text_encoder_lora():
         )
         adapter.inject(text_encoder, RANK, ALPHA, adapter.TEXT_ENCODER_TARGETS)
         state = get_peft_model_state_dict(text_encoder, save_embedding_layers=False)
-        tensors = lora_formats.to_kohya(
+        tensors = saving.to_kohya(
             {"text_encoder": {name: torch.empty_like(tensor) for name, tensor in state.items()}},
             {"text_encoder": text_encoder},
         )
