@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from megaman.config.current_folder import leave_deleted_folder
 from megaman.config.generate import GenerateConfig, parse_generate_config
-from megaman.errors import INTERRUPTED, install_logging, plural, run_script
+from megaman.console import install_logging
+from megaman.errors import INTERRUPTED, plural, run_script
 from megaman.files import split_strength
 from megaman.locks import claim
 from megaman.models.configs import unet_width

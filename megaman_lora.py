@@ -19,7 +19,8 @@ from functools import partial
 
 from megaman.config.current_folder import leave_deleted_folder
 from megaman.config.train import TrainConfig, parse_train_config
-from megaman.errors import install_logging, run_script
+from megaman.console import install_logging
+from megaman.errors import run_script
 from megaman.models.configs import unet_width
 from megaman.processes import Processes, join_processes, one_report
 from megaman.threads import ThreadPolicy, configure_threads, threads_for_training

@@ -19,6 +19,7 @@ LEVELS = {
 }
 LEAVES = [
     "version",
+    "console",
     "errors",
     "schema",
     "sequences",

@@ -17,7 +17,8 @@ from diffusers import DDPMScheduler
 from tqdm import tqdm
 
 from megaman.config import samplers
-from megaman.errors import UserError, install_logging, run_script
+from megaman.console import install_logging
+from megaman.errors import UserError, run_script
 from megaman.sampling import denoise
 
 
@@ -234,7 +235,8 @@ def test_the_streams_come_back():
 SCRIPT = """
 import contextlib, os, sys
 from tqdm import tqdm
-from megaman.errors import install_logging, run_script
+from megaman.console import install_logging
+from megaman.errors import run_script
 import logging
 def main(argv):
     install_logging(tqdm.write)

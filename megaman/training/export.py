@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaman.console import log_event
 from megaman.data import similarity
-from megaman.errors import UserError, log_event, summarize_error
+from megaman.errors import UserError, summarize_error
 from megaman.lora import files as lora_files
 from megaman.lora import saving
 from megaman.models.typed import scheduler_config

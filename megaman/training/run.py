@@ -18,7 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from megaman import runtime
-from megaman.errors import UserError, log_event, summarize_error
+from megaman.console import log_event
+from megaman.errors import UserError, summarize_error
 from megaman.models.configs import unet_width
 from megaman.training import checkpoint as checkpoints
 from megaman.training import history as histories

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megaman import runtime
-from megaman.errors import log_event, summarize_error
+from megaman.console import log_event
+from megaman.errors import summarize_error
 from megaman.lora.adapter import lora_disabled
 from megaman.sampling.jobs import make_jobs
 from megaman.sampling.prompts import PromptSettings

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
-from megaman.errors import log_event
+from megaman.console import log_event
 
 if TYPE_CHECKING:
     from megaman.training.history import RunHistory

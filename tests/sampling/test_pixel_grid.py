@@ -17,7 +17,7 @@ from megaman.config.generate import parse_generate_config
 from megaman.data.palette import colors_of, shared_palette
 from megaman.errors import UserError
 from megaman.lora.notes import PALETTE
-from megaman.sampling import output_folder, record_reader, records
+from megaman.sampling import folder_images, record_reader, records
 from megaman.sampling.pixel_grid import PixelGrid, lora_palette, read_palette
 from megaman.sampling.plan import GenerationPlan
 from megaman.sampling.snap import snap
@@ -152,12 +152,12 @@ def test_pixel_art_lies_next_to_its_image_and_is_listed(tmp_path):
     record = replace(RECORD, pixel_art=8, palette=COLORS)
     records.save(tmp_path / "megaman_000_00.png", draw_cells(8), record)
     records.save(tmp_path / "megaman_000_00_pixel.png", draw_cells(8), record)
-    (image,) = output_folder.add_unlisted(tmp_path, [])
+    (image,) = folder_images.add_unlisted(tmp_path, [])
     assert image.pixel_file == "megaman_000_00_pixel.png"
     assert image.settings["pixel art"] == "8 cells, 4 colors"
     assert record_reader.read_record(tmp_path / image.pixel_file) == record
     (tmp_path / image.pixel_file).unlink()
-    assert output_folder.images_on_disk(tmp_path, [image])[0].pixel_file is None
+    assert folder_images.images_on_disk(tmp_path, [image])[0].pixel_file is None
 
 
 def test_earlier_records_have_no_pixel_art(tmp_path):

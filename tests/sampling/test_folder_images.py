@@ -10,7 +10,7 @@ from PIL import Image
 from test_records import JOB, RECORD
 
 from megaman.errors import UserError
-from megaman.sampling import output_folder, png, records
+from megaman.sampling import folder_images, png, records
 
 
 @pytest.fixture
@@ -24,11 +24,11 @@ def put(tmp_path):
 
 
 def test_numbers_go_on_after_the_highest(tmp_path, put):
-    assert output_folder.first_free(tmp_path) == 0
+    assert folder_images.first_free(tmp_path) == 0
     put("megaman_004_00.png")
     put("megaman_1207_01_base.png")
     (tmp_path / "megaman_9999.png").write_bytes(b"")
-    assert output_folder.first_free(tmp_path) == 1208
+    assert folder_images.first_free(tmp_path) == 1208
 
 
 def test_images_that_no_page_names_come_onto_it(tmp_path, put):
@@ -38,7 +38,7 @@ def test_images_that_no_page_names_come_onto_it(tmp_path, put):
     put("megaman_001_00_base.png", replace(RECORD, loras=[]))  # its image was not drawn yet
     Image.new("RGB", (8, 8)).save(tmp_path / "megaman_007_00.png")  # somebody else's
     named = records.gallery_image("megaman_000_00.png", RECORD)
-    images = output_folder.add_unlisted(tmp_path, [named])
+    images = folder_images.add_unlisted(tmp_path, [named])
     assert images[0] is named
     assert [(image.file, image.base_file) for image in images[1:]] == [
         ("megaman_000_01.png", "megaman_000_01_base.png")
@@ -48,32 +48,32 @@ def test_images_that_no_page_names_come_onto_it(tmp_path, put):
 def test_the_stopped_run_is_found_by_its_images(tmp_path, put):
     """By most of them, and the later of two equal runs; another run's images say nothing."""
     wanted = [(i, replace(RECORD, prompt=str(i))) for i in range(5)]
-    assert output_folder.first_of_stopped(tmp_path, wanted) is None
+    assert folder_images.first_of_stopped(tmp_path, wanted) is None
     put("megaman_000_00.png", replace(RECORD, prompt="something else"))
-    assert output_folder.first_of_stopped(tmp_path, wanted) is None
+    assert folder_images.first_of_stopped(tmp_path, wanted) is None
     for first, count in ((10, 3), (20, 3), (30, 1)):
         for i in range(count):
             put(
                 f"megaman_{first + i:03d}_00.png",
                 replace(RECORD, prompt=str(i), device="elsewhere"),
             )
-    assert output_folder.first_of_stopped(tmp_path, wanted) == 20
+    assert folder_images.first_of_stopped(tmp_path, wanted) == 20
 
 
 def test_an_image_is_there_or_another_has_its_name(tmp_path, put):
     path = tmp_path / "megaman_000_00.png"
-    assert not output_folder.is_complete(path, RECORD)
+    assert not folder_images.is_complete(path, RECORD)
     put(path.name)
-    assert output_folder.is_complete(path, RECORD)
+    assert folder_images.is_complete(path, RECORD)
     with pytest.raises(UserError, match=r"--resume.*megaman_000_00"):
-        output_folder.is_complete(path, replace(RECORD, seed=JOB.seed + 1))
+        folder_images.is_complete(path, replace(RECORD, seed=JOB.seed + 1))
     Image.new("RGB", (8, 8)).save(path)
     with pytest.raises(UserError, match="not an image that this command generates"):
-        output_folder.is_complete(path, RECORD)
+        folder_images.is_complete(path, RECORD)
     path.unlink()
     path.mkdir()
     with pytest.raises(UserError, match="not an image that this command generates"):
-        output_folder.is_complete(path, RECORD)
+        folder_images.is_complete(path, RECORD)
 
 
 DAMAGE = {
@@ -96,18 +96,18 @@ def test_a_damaged_image_is_not_complete(tmp_path, put, damage):
     assert png.is_whole(path)
     path.write_bytes(damage(path.read_bytes()))
     assert not png.is_whole(path)
-    assert not output_folder.is_complete(path, RECORD)
-    assert output_folder.add_unlisted(tmp_path, []) == []
+    assert not folder_images.is_complete(path, RECORD)
+    assert folder_images.add_unlisted(tmp_path, []) == []
 
 
 def test_a_damaged_image_is_kept_under_a_free_name(tmp_path):
     for content in (b"first", b"second", b"third"):
         path = tmp_path / "megaman_000_00.png"
         path.write_bytes(content)
-        kept = output_folder.keep_damaged(path)
+        kept = folder_images.keep_damaged(path)
         assert not path.exists() and kept.read_bytes() == content
     assert len(list(tmp_path.iterdir())) == 3
-    assert output_folder.first_free(tmp_path) == 0
+    assert folder_images.first_free(tmp_path) == 0
 
 
 def test_the_page_lists_what_is_there(tmp_path, put):
@@ -125,7 +125,7 @@ def test_the_page_lists_what_is_there(tmp_path, put):
     images.append(replace(images[0], file=f"/{tmp_path}/megaman_000_00.png"))
     images.append(replace(images[0], file="a" * 9999))
     images.append(replace(images[0], file="\0"))
-    present = output_folder.images_on_disk(tmp_path, images)
+    present = folder_images.images_on_disk(tmp_path, images)
     assert [(image.file, image.base_file) for image in present] == [
         ("megaman_000_00.png", "megaman_000_00_base.png"),
         ("megaman_002_00.png", None),
