@@ -133,7 +133,7 @@ def examine(
         *check_captions(images, inspection.warnings, folder, may_share=is_class),
         *check_metadata(dataset.metadata_warnings, folder),
         *about_trigger,
-        *check_terms(images, term, terms, words),
+        *check_terms(images, term, terms, None if is_class else words),
         *([] if is_class else check_balance(images, words)),
     ]
     findings.sort(key=lambda finding: not finding.is_wrong)

@@ -23,11 +23,13 @@ MIN_CAPTIONS = 3  # for checks of what is in every caption or in one only
 
 
 def check_terms(
-    images: Sequence[CheckedImage], term: str, terms: Sequence[Sequence[str]], trigger: str
+    images: Sequence[CheckedImage], term: str, terms: Sequence[Sequence[str]], trigger: str | None
 ) -> Iterator[Finding]:
     """Terms that occur twice in a caption, in one caption only, or in all of them; likely typos.
 
-    term and terms are those of `split_terms`, for the images with a written caption.
+    term and terms are those of `split_terms`, for the images with a written caption. trigger is
+    None for class images, whose captions have no trigger words and ought to have the class in
+    common.
     """
     written = [image for image in images if image.caption_from_file]
     terms_of = {image.path: words for image, words in zip(written, terms, strict=True)}
@@ -36,7 +38,8 @@ def check_terms(
     yield from _typos(written)
     if len(written) >= MIN_CAPTIONS:
         counts = count_terms(terms)
-        yield from _in_every_caption(counts, len(written), term, trigger)
+        if trigger is not None:
+            yield from _in_every_caption(counts, len(written), term, trigger)
         yield from _in_one_caption(counts, terms_of, term)
 
 

@@ -20,6 +20,7 @@ from megaman.models.typed import scheduler_config
 from megaman.training import memorization, model_card, run_metadata
 from megaman.training.output import save_somewhere
 from megaman.training.summary import add_result, closing_lines
+from megaman.training.tensorboard import tensorboard_command
 
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
@@ -72,7 +73,8 @@ def export_lora(
             log.info(line)
         command = next_command(config, run, folder)
         log.info("next: %s", command)
-        run.report.end("finished", lora=folder.as_posix(), generate=command)
+        curves = tensorboard_command(config.output.logging_dir) if run.log.is_written else ""
+        run.report.end("finished", lora=folder.as_posix(), generate=command, tensorboard=curves)
     return 0 if is_in_place else 1
 
 

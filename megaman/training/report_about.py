@@ -12,6 +12,7 @@ from megaman.config.train import TrainConfig
 from megaman.runtime import package_versions
 from megaman.sequences import spread
 from megaman.training.export import next_command
+from megaman.training.tensorboard import tensorboard_command
 
 if TYPE_CHECKING:
     from megaman.data.dataset import MegaManDataset
@@ -45,7 +46,7 @@ def make_about(
             "resume": config.resume_command(),
             "generate": next_command(config, run, run.output.lora_weights),
             "checkpoint": next_command(config, run, run.output.checkpoint_folder(0)),
-            "tensorboard": f"tensorboard --logdir {config.output.logging_dir}",
+            "tensorboard": tensorboard_command(config.output.logging_dir),
         },
     }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from megaman.training.tensorboard import tensorboard_command
+
 if TYPE_CHECKING:
     from megaman.config.train import TrainConfig
     from megaman.training.history import RunHistory
@@ -21,13 +23,16 @@ COMPARED = (
 
 
 def closing_lines(config: TrainConfig, run: Run) -> Iterator[str]:
-    """What was gained, and where page, samples and TensorBoard are."""
+    """What was gained, and where page, samples and TensorBoard are; what could not be written is
+    not named."""
     yield from gain_lines(run.history)
-    yield f"page       {run.report.page.resolve().as_uri()}"
+    if run.report.page.is_file():
+        yield f"page       {run.report.page.resolve().as_uri()}"
     steps = [step for step, samples in run.history.samples.items() if samples]
     if steps:
         yield f"samples    {run.output.samples_folder(max(steps))}"
-    yield f"curves     tensorboard --logdir {config.output.logging_dir}"
+    if run.log.is_written:
+        yield f"curves     {tensorboard_command(config.output.logging_dir)}"
 
 
 def add_result(

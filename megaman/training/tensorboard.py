@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ class TrainingLog:
         self._evaluated: set[tuple[int, str]] = set()
         self._writer = None
         self._is_failing = False
+        self.is_written = False  # whether anything has reached the folder
         _silence_writer_threads()
 
     def add(self, kind: str, tag: str, value: Any, step: int, **options: Any) -> None:
@@ -120,7 +122,7 @@ class TrainingLog:
             return
         if self._is_failing:
             log.info("TensorBoard's curves are written again")
-        self._is_failing, self._pending = False, []
+        self._is_failing, self._pending, self.is_written = False, [], True
 
     def _fail(self, error: Exception) -> None:
         if not self._is_failing:
@@ -145,6 +147,11 @@ def open_training_log(folder: Path, purge_step: int | None) -> TrainingLog:
     from torch.utils.tensorboard import SummaryWriter
 
     return TrainingLog(lambda step: SummaryWriter(str(folder), "", step), purge_step)
+
+
+def tensorboard_command(logging_dir: str) -> str:
+    """The command that shows the curves of all runs that log here."""
+    return shlex.join(["tensorboard", "--logdir", logging_dir])
 
 
 def _write(writer: Any, event: Event) -> None:

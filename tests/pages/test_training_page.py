@@ -126,9 +126,12 @@ def test_the_page_follows_the_run_and_keeps_what_the_visitor_chose(the_browser, 
     page.click(".strip button:nth-child(1)")
     assert text(page, ".slide output") == "Step 0 · before training"
     run.train(TOTAL)
-    run.report.end("finished", lora="x", generate="python generate_megaman.py --lora_path x")
+    assert "tensorboard --logdir" in text(page, ".commands")
+    command = "python generate_megaman.py --lora_path x"
+    run.report.end("finished", lora="x", generate=command, tensorboard="")
     wait_for_text(page, ".state", "Finished")
     assert "--lora_path x" in text(page, ".commands")
+    assert "tensorboard" not in text(page, ".commands"), "no curve could be written"
     assert "Overfitting" in text(page, ".verdict")
     assert "1 of the newest samples is suspiciously close" in text(page, ".verdict")
     assert page.requests() == {"file"}

@@ -23,6 +23,7 @@ from megaman import files
 from megaman.errors import UserError
 from megaman.lora import adapter, saving
 from megaman.models.base import load_base
+from megaman.pages.training_page import LIVE, read_data
 from megaman.training import checkpoint, output
 from megaman.training.adapters import Adapters
 from megaman.training.checkpoint import read_train_state
@@ -361,6 +362,9 @@ def test_a_logging_dir_that_cannot_be_made_is_named_and_training_continues(
     train_here(tmp_path, "out", *FIXED, "--max_train_steps", 2)
     said = capsys.readouterr().out
     assert said.count("TensorBoard's curves cannot be written") == 1
+    assert "done in" in said and "tensorboard --logdir" not in said, "where there are no curves"
+    page = read_data(tmp_path / "out", LIVE)
+    assert page is not None and page["tensorboard"] == ""
 
 
 # Numbers that go wrong
