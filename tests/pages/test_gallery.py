@@ -811,14 +811,24 @@ def test_pixel_art_in_a_comparison_has_labels_of_one_line(visit):
 
 
 @needs_browser
-def test_pairs_fill_a_wide_window(visit):
-    robots = [replace(ROBOTS[0], prompt=f"robot {i}", seed=i) for i in range(6)]
+@pytest.mark.parametrize(
+    "robots",
+    [
+        [replace(ROBOTS[0], prompt=f"robot {i}", seed=i) for i in range(6)],
+        [replace(ROBOTS[0], seed=i) for i in range(2)],
+        [replace(ROBOTS[0], base_file=None, seed=i) for i in range(4)],
+    ],
+    ids=["pairs of several prompts", "pairs of one prompt", "images of one prompt"],
+)
+def test_the_images_fill_a_wide_window(visit, robots):
     page = visit(robots, 1920)
     right = page.do(
         "Math.max(...[...document.querySelectorAll('.card')].map((c) => "
         "c.getBoundingClientRect().right))"
     )
-    assert right >= 0.85 * 1920
+    assert 0.85 * 1920 <= right <= 1920
+    sides = page.do("[...document.images].map((image) => image.clientWidth % 128)")
+    assert not any(sides), "pixels of equal size"
 
 
 @needs_browser
