@@ -8,13 +8,13 @@ if sys.version_info < (3, 11):
     )
 
 import logging
-import shlex
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from megaman import shell
 from megaman.config.current_folder import leave_deleted_folder
 from megaman.config.generate import GenerateConfig, parse_generate_config
 from megaman.console import install_logging
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
             return run(config, plan, policy, processes)
     except KeyboardInterrupt:
         words = [*launcher(), "generate_megaman.py", *filter("--resume".__ne__, argv), "--resume"]
-        log.info(f"stopped; finished images are kept. To resume: {shlex.join(words)}")
+        log.info(f"stopped; finished images are kept. To resume: {shell.join(words)}")
         return INTERRUPTED
 
 

@@ -16,7 +16,6 @@ import io
 import json
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -281,6 +280,8 @@ def run_doctor(folder: Path, out: Path) -> dict[str, Any]:
         peak = max(peak, memory_of_all(process.pid))
         time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - start
+    import resource  # Unix
+
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "seconds": round(seconds, 1),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 
@@ -71,6 +70,8 @@ def measure(size: int, mixed_precision: str, checkpointing: bool) -> dict[str, f
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated(device)
     else:
+        import resource  # Unix
+
         measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     return {
         "planned_gb": planned / 2**30,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import textwrap
 import warnings
@@ -17,6 +18,9 @@ FREE_SPACE = "Free some space"
 ANOTHER_NAME = "Choose another name, or move away what is in its place"
 OWN_FOLDER = "Choose another folder, or change its permissions"
 MORE_FILES = "Raise the limit of open files (ulimit -n)"
+SHORTER_PATH = "Choose a folder with a shorter path, or turn on long paths in Windows"
+PATH_LIMIT = 248  # characters of a folder's whole path; a file's may have 260
+PATH_TOO_LONG = 206  # an error of Windows, whose errno is ENOENT as well
 # What helps against an error of the system; for others it depends on the file.
 SYSTEM_REMEDIES = {
     errno.ENOSPC: FREE_SPACE,
@@ -123,7 +127,19 @@ def _system_reason(error: OSError) -> str:
 
 def system_remedy(error: OSError) -> str:
     """What helps against an error of the system, "" if that is not known."""
+    if _is_path_too_long(error):
+        return SHORTER_PATH
     return SYSTEM_REMEDIES.get(error.errno or 0, "")
+
+
+def _is_path_too_long(error: OSError) -> bool:
+    """Whether Windows refused a path for its length, of which it mostly says "not found"."""
+    number = getattr(error, "winerror", None)  # None elsewhere
+    if number is None or error.errno != errno.ENOENT:
+        return False
+    return number == PATH_TOO_LONG or (
+        bool(error.filename) and len(os.path.abspath(error.filename)) >= PATH_LIMIT
+    )
 
 
 def summarize_error(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple
 from megaman.errors import UserError, summarize_error, system_remedy
 
 ASIDE = ".aside"  # the suffix of files and folders that are still being written
+# Seconds between tries to rename on Windows, which refuses it while another program has the file
+# or one in the folder open: a virus scanner or the search index looks into what was just written.
+PAUSES = (0.01, 0.04, 0.1, 0.2, 0.4, 0.8)
 
 PORTS = "123456789¹²³"  # Windows accepts superscript digits as port numbers, too
 DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"}
@@ -42,7 +46,7 @@ def replacing(path: Path, lasting: bool = True) -> Iterator[Path]:
         share(temporary)
         if lasting:
             _flush(temporary)
-        os.replace(temporary, path)
+        _rename(temporary, path)
         if lasting:
             _flush_names(path.parent)
     finally:
@@ -64,13 +68,25 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         _flush_tree(temporary)
         if folder.exists():  # a folder cannot be renamed onto one that is not empty
-            os.replace(folder, former)
-        os.replace(temporary, folder)
+            _rename(folder, former)
+        _rename(temporary, folder)
         _flush_names(folder.parent)
     finally:
         restore_former(former)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename a file or folder, in place of one that is there; on Windows try it for a while."""
+    for pause in PAUSES if os.name == "nt" else ():
+        try:
+            os.replace(source, target)
+        except PermissionError:
+            time.sleep(pause)
+        else:
+            return
+    os.replace(source, target)
 
 
 def make_folder(folder: Path, flag: str) -> None:
@@ -97,13 +113,13 @@ def restore_former(former: Path) -> None:
     if marker and former.is_dir():
         folder = former.with_name(name.rpartition(".")[0])
         if not folder.exists():
-            os.replace(former, folder)
+            _rename(former, folder)
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder; if that is interrupted, no partial folder remains under its name."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}{ASIDE}")
-    os.replace(folder, temporary)
+    _rename(folder, temporary)
     shutil.rmtree(temporary, ignore_errors=True)
 
 

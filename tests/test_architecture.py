@@ -23,6 +23,7 @@ LEAVES = [
     "errors",
     "schema",
     "sequences",
+    "shell",
     "files",
     "locks",
     "threads",

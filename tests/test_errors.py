@@ -70,6 +70,19 @@ def test_one_line_and_a_code(capsys, error, code, words):
 
 
 @pytest.mark.parametrize(
+    ("number", "name", "says"),
+    [(206, "x", True), (3, "a" * 300, True), (2, "x", False), (None, "a" * 300, False)],
+)
+def test_windows_says_not_found_of_a_path_that_is_too_long(capsys, number, name, says):
+    error = FileNotFoundError(errno.ENOENT, "Not found", name)
+    error.winerror = number  # type: ignore[attr-defined]
+    run_script(failing(error), [])
+    said = capsys.readouterr().err
+    assert said.endswith("a shorter path, or turn on long paths in Windows\n") == says
+    assert ("that exists" in said) != says
+
+
+@pytest.mark.parametrize(
     "error", [RuntimeError("shapes differ"), KeyError("x"), OSError("no number, no file")]
 )
 def test_our_own_mistakes_are_not_hidden(error):

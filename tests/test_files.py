@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megaman import files
 from megaman.errors import UserError
 from megaman.files import (
     ASIDE,
@@ -50,6 +52,7 @@ def test_nobody_sees_a_file_before_it_is_whole(tmp_path):
     assert path.read_text() == "whole"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows wants a right for links")
 @pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir"])
 def test_what_is_in_the_way_of_a_folder_is_named(tmp_path, monkeypatch, flag):
     monkeypatch.chdir(tmp_path)
@@ -152,6 +155,35 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monke
         filled(folder, "new")
     assert names(folder) == ["a.txt", "old.txt"]
     assert names(tmp_path) == ["lora_weights"]
+
+
+@pytest.mark.parametrize("tries", [2, 99])
+def test_windows_is_asked_again_while_a_virus_scanner_looks_into_the_file(
+    tmp_path, monkeypatch, tries
+):
+    rename, refused = os.replace, []
+
+    def refuse(source, target):
+        refused.append(source)
+        if len(refused) <= tries:
+            raise PermissionError(13, "in use", str(target))
+        rename(source, target)
+
+    (tmp_path / "a.txt").write_text("old")
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        write_text(tmp_path / "a.txt", "not elsewhere")
+    assert len(refused) == 1
+    refused.clear()
+    monkeypatch.setattr(files.os, "name", "nt")
+    wait = pytest.raises(PermissionError) if tries > 2 else contextlib.nullcontext()
+    with wait:
+        write_text(tmp_path / "a.txt", "new")
+    monkeypatch.undo()
+    assert len(refused) == 3
+    assert (tmp_path / "a.txt").read_text() == ("old" if tries > 2 else "new")
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_what_a_killed_run_left_aside_is_in_nobodys_way(tmp_path):

@@ -18,6 +18,7 @@ STANDARD_ONLY = [
     "locks",
     "schema",
     "sequences",
+    "shell",
     "threads",
     "safe_loading",
     "config.samplers",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -28,6 +29,18 @@ with claim(Path(sys.argv[1]), "--output_dir"):
     print("claimed", flush=True)
     time.sleep(60)
 """
+
+
+class Msvcrt:
+    """The module of this name, as far as locks.py uses it; the lock is of the whole file."""
+
+    LK_NBLCK = 2
+
+    @staticmethod
+    def locking(file: int, mode: int, count: int) -> None:
+        assert (mode, count) == (Msvcrt.LK_NBLCK, 1)
+        assert os.lseek(file, 0, os.SEEK_CUR) == locks.LOCKED_BYTE
+        locks.fcntl.flock(file, locks.fcntl.LOCK_EX | locks.fcntl.LOCK_NB)
 
 
 @pytest.fixture
@@ -217,6 +230,21 @@ def test_two_runs_at_once_and_what_needs_no_claim(forked, pictures, base_folder,
     assert not (tmp_path / "out" / LOCK).exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has the real one")
+def test_on_windows_the_open_file_cannot_have_been_deleted(tmp_path, monkeypatch):
+    """What os.stat and os.fstat say of one file there differs between versions of Python."""
+    monkeypatch.setattr(locks, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(locks, "msvcrt", Msvcrt, raising=False)
+    answers = iter([False, False])
+    monkeypatch.setattr(os.path, "samestat", lambda *_: next(answers))
+    with claim(tmp_path, "--output_dir"):
+        with pytest.raises(UserError), claim(tmp_path, "--output_dir"):
+            pass
+        assert os.listdir(tmp_path) == [LOCK]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows wants a right for links")
 def test_what_cannot_be_a_folder_is_named_with_its_flag(tmp_path):
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
     said = r"^--output_dir .*lost is a link to nothing"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
+from megaman import shell
 from megaman.config.cli import flags_of, resume_command, settings_of
 from megaman.config.evaluation_settings import EvaluationConfig
 from megaman.config.image_settings import BucketConfig, CacheConfig, CaptionConfig, DataConfig
@@ -92,7 +92,7 @@ class TrainConfig:
 
     def resume_command(self) -> str:
         """The command line that resumes a run of this config, in as many processes."""
-        return shlex.join([*launcher(), "megaman_lora.py", *resume_command(list(self.argv))])
+        return shell.join([*launcher(), "megaman_lora.py", *resume_command(list(self.argv))])
 
     def settings(self) -> dict[str, Any]:
         """The value of every flag, as training_config.json holds it."""

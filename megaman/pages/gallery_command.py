@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
 import unicodedata
 from typing import Any
 
+from megaman import shell
 from megaman.pages.gallery_images import GalleryImage
 
 FLAGS = {
@@ -40,20 +38,13 @@ def command(image: GalleryImage) -> str | None:
         loras = [image.settings["LoRA"]]
     if any(_has_control_character(str(text)) for text in (*values.values(), *loras)):
         return None
-    words = [f"{flag}={_quoted(str(value))}" for flag, value in values.items()]
+    words = [f"{flag}={shell.quote(str(value))}" for flag, value in values.items()]
     if len(loras) == 1:
-        words.append(f"--lora_path={_quoted(str(loras[0]))}")
+        words.append(f"--lora_path={shell.quote(str(loras[0]))}")
     elif loras:
-        words = ["--lora_path", *(_quoted(str(lora)) for lora in loras), *words]
+        words = ["--lora_path", *(shell.quote(str(lora)) for lora in loras), *words]
     return " ".join(["python generate_megaman.py", *words])
 
 
 def _has_control_character(text: str) -> bool:
     return any(unicodedata.category(character) in CONTROL_CHARACTERS for character in text)
-
-
-def _quoted(text: str) -> str:
-    """A word for sh, or for PowerShell, which takes curly quotation marks for straight ones."""
-    if os.name == "nt":
-        return "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'"
-    return shlex.quote(text)

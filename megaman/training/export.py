@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaman import shell
 from megaman.console import log_event
 from megaman.data import similarity
 from megaman.errors import UserError, summarize_error
@@ -157,4 +157,4 @@ def next_command(config: TrainConfig, run: Run, folder: Path) -> str:
     has_other_folder = "output_dir" in config.explicit or folder != run.output.lora_weights
     if not config.run.demo or has_other_folder:
         flags += ["--lora_path", folder.as_posix()]
-    return shlex.join(["python", "generate_megaman.py", *flags])
+    return shell.join(["python", "generate_megaman.py", *flags])

@@ -76,6 +76,62 @@ def test_the_test_above_sees_what_it_is_for():
     assert [opens_text(call) for call in calls] == [True] * 6 + [False] * 5
 
 
+UNIX_MODULES = {"fcntl", "grp", "pty", "pwd", "readline", "resource", "termios", "tty"}
+# What os and signal have on Unix alone, as far as it is of use here.
+UNIX_NAMES = {"fork", "geteuid", "getuid", "killpg", "mkfifo", "register_at_fork", "seteuid"}
+UNIX_NAMES |= {"SIGCONT", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGSTOP", "SIGUSR1", "pthread_kill"}
+# conftest.py imports browser.py on Unix alone.
+TESTS = sorted({*(ROOT / "tests").rglob("*.py")} - {ROOT / "tests" / "helpers" / "browser.py"})
+
+
+def unix_only(source: str) -> list[str]:
+    """What a module asks of Unix as it is imported, outside functions and conditions."""
+    found: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            for decorator in getattr(node, "decorator_list", ()):
+                visit(decorator)
+            return
+        if isinstance(node, (ast.If, ast.IfExp)):
+            return
+        if isinstance(node, ast.Import):
+            found.extend(alias.name for alias in node.names if alias.name in UNIX_MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module in UNIX_MODULES:
+            found.append(node.module)
+        elif isinstance(node, ast.Attribute) and node.attr in UNIX_NAMES:
+            if ast.unparse(node.value) in ("os", "signal"):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.BoolOp):  # hasattr(os, "geteuid") and os.geteuid() == 0
+            visit(node.values[0])
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda path: path.name)
+def test_nothing_of_unix_is_needed_to_import_a_module(path):
+    """Else Windows collects no test at all."""
+    assert unix_only(path.read_text(encoding="utf-8")) == []
+
+
+def test_what_only_unix_has_is_seen():
+    wrong = {
+        "import os, resource": ["resource"],
+        "from fcntl import flock": ["fcntl"],
+        "@pytest.mark.parametrize('number', [signal.SIGHUP])\ndef test(number): ...": [
+            "signal.SIGHUP"
+        ],
+    }
+    assert {source: unix_only(source) for source in wrong} == wrong
+    right = ["def end():\n    os.killpg(1, signal.SIGKILL)", "if posix:\n    import fcntl"]
+    right.append("CAN = hasattr(os, 'geteuid') and os.geteuid() == 0")
+    assert not any(map(unix_only, right))
+
+
 NAME = "Größe 洛克 🤖"
 PROMPT = "ein blauer Röboter, 洛克人 🤖"
 FORCE_SPAWN = """

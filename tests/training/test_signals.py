@@ -40,13 +40,11 @@ def wait_for(condition, process, seconds=300):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
-)
-def test_the_first_signal_saves_and_says_how_to_resume(forked, words, tmp_path, number, code):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)])
+def test_the_first_signal_saves_and_says_how_to_resume(forked, words, tmp_path, name, code):
     process = forked.start([*words, "--save_steps", "3"], tmp_path)
     wait_for(lambda: find_all(tmp_path / "out"), process)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     said, errors = process.communicate(timeout=300)
     assert process.returncode == code
     assert "Traceback" not in errors
