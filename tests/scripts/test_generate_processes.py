@@ -7,11 +7,14 @@ import signal
 import socket
 import time
 from itertools import chain
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from conftest import save_visible_lora
 
 import megaman_lora
+from megaman import processes
 from megaman.errors import UserError
 from megaman.pages.gallery_images import read_images
 from megaman.processes import launcher, one_report
@@ -117,6 +120,36 @@ def test_one_image_for_three_processes(lora_path, ranks, tmp_path):
     assert [image.file for image in read_images(tmp_path / "out")] == ["megaman_000_00.png"]
 
 
+@pytest.mark.parametrize(
+    ("error", "is_lost", "rank", "first", "expected"),
+    [
+        (KeyboardInterrupt(), False, 0, "stopped 1", KeyboardInterrupt()),
+        (KeyboardInterrupt(), False, 1, "stopped 1", SystemExit(130)),
+        (KeyboardInterrupt(), False, 1, "failed 0", SystemExit(1)),
+        (ValueError("mine"), False, 1, "failed 1", ValueError("mine")),
+        (RuntimeError("reset"), True, 1, "lost 1", UserError("Process 0 has died", "Resume")),
+        (RuntimeError("reset"), True, 1, "lost 2", SystemExit(1)),
+        (RuntimeError("reset"), True, 1, None, UserError("Process 0 has died", "Resume")),
+    ],
+)
+def test_the_first_process_that_ends_says_why(error, is_lost, rank, first, expected):
+    """first is what the store has, None if the process with the store is gone."""
+
+    def compare_set(key: str, expected_value: str, value: str) -> bytes:
+        if first is None:
+            raise RuntimeError("Broken pipe")
+        return first.encode()
+
+    group = SimpleNamespace(
+        rank=rank, is_main=rank == 0, store=SimpleNamespace(compare_set=compare_set)
+    )
+    neighbor = SimpleNamespace(
+        is_lost=is_lost, obituary="Process 0 has died", join=lambda seconds: None
+    )
+    reason = processes._reason(error, cast(Any, group), cast(Any, neighbor), "Resume")
+    assert (type(reason), str(reason)) == (type(expected), str(expected))
+
+
 def test_a_mistake_is_reported_once(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("megaman.processes.SAYING", 0)
@@ -159,7 +192,7 @@ def test_batches_are_shared_out_by_their_work():
         shares = share_out(small, count)
         assert len(shares) == count and list(chain(*shares)) == small
         sizes = [len(share) for share in shares]
-        assert max(sizes) - min(sizes) <= 1 and sizes[0] > 0
+        assert max(sizes) - min(sizes) <= 1 and all(sizes[:9]), "the last ones are empty"
     large = PendingBatch(variant, jobs, jobs)
     assert share_out([large, *small], 2) == [[large], small]
     assert share_out([], 2) == [[], []]

@@ -110,22 +110,27 @@ def test_two_processes_train_what_one_does(whole, flags, start_two, train_here, 
 
 
 def test_when_a_process_dies_the_other_ends_and_two_resume(whole, flags, start_two, tmp_path):
-    """What one process has begun, two resume; one of them is killed, and two end the run."""
+    """What one process has begun, two resume; one of them is killed, the first as well, with which
+    all are connected, and two end the run."""
     shutil.copytree(whole / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
     flags = [*flags, "--train_batch_size", 4, "--resume_from_checkpoint", "latest"]
-    runs = start_two(tmp_path, "out", *flags, "--max_train_steps", 1000)
-    while not (tmp_path / "out" / "checkpoint-4").exists() and runs[0].poll() is None:
-        time.sleep(0.1)
-    runs[1].kill()
-    said, errors = runs[0].communicate(60)
-    assert runs[0].returncode == 1, said + errors
-    assert errors.count("error:") == 1 and "Process 1 has died" in errors
-    assert "--resume_from_checkpoint latest" in errors
-    assert "4 images a step as with 1 process: 2 x 1 accumulated x 2 processes" in said
+    for victim in (1, 0):
+        runs = start_two(tmp_path, "out", *flags, "--max_train_steps", 1000)
+        while not (tmp_path / "out" / "checkpoint-4").exists() and runs[0].poll() is None:
+            time.sleep(0.1)
+        runs[victim].kill()
+        said, errors = runs[1 - victim].communicate(60)
+        assert runs[1 - victim].returncode == 1, said + errors
+        assert errors == (
+            f"error: Process {victim} has died, so the others end. "
+            "Resume with --resume_from_checkpoint latest\n"
+        )
+        resumed = "4 images a step as with 1 process: 2 x 1 accumulated x 2 processes"
+        assert (resumed in said) == (victim == 1), "the first process reports"
+        for later in (tmp_path / "out").glob("checkpoint-*"):
+            if later.name != "checkpoint-2":
+                shutil.rmtree(later)
 
-    for later in (tmp_path / "out").glob("checkpoint-*"):
-        if later.name != "checkpoint-2":
-            shutil.rmtree(later)
     runs = start_two(tmp_path, "out", *flags)
     outputs = [run.communicate() for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
