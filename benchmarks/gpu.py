@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 
 import gpu_runs
@@ -52,9 +53,9 @@ def steps(bench: Bench, *cases: str) -> Iterator[Row]:
         yield {"case": "bare steps", "error": messages.strip()[-200:]}
 
 
-def questions(bench: Bench, peer: Path | None, python: str) -> dict[str, Question]:
+def questions(cpu: bool, peer: Path | None, python: str) -> dict[str, Question]:
     """All of them by name, the most important first."""
-    if bench.cpu:
+    if cpu:
         return {
             "steps": steps,
             "training": gpu_runs.training,
@@ -142,14 +143,48 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="QUESTION")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--output", type=Path, help="the page; default: in benchmarks/results/")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if mistake := find_mistake(options):
+        parser.error(mistake)
+    return options
+
+
+def find_mistake(options: argparse.Namespace) -> str | None:
+    """What is wrong with the options, before minutes are spent on them; None if nothing is."""
+    if options.base and not Path(options.base).exists():
+        return f"--base {options.base}: there is no such folder or file"
+    if options.resolution is not None and (options.resolution < 8 or options.resolution % 8):
+        return f"--resolution {options.resolution} is not a multiple of 8"
+    if options.peer and not (options.peer / "run.py").is_file():
+        return f"--peer {options.peer}: there is no run.py in it"
+    if not options.minutes > 0:
+        return f"--minutes {options.minutes:g} must be above 0"
+    asked = questions(options.cpu, options.peer, options.peer_python)
+    if unknown := [name for name in options.only or () if name not in asked]:
+        return f"--only {unknown[0]!r} is none of {', '.join(map(repr, asked))}"
+    if options.output and options.output.exists():
+        return f"--output {options.output} exists already"
+    if options.output and not options.output.parent.is_dir():
+        return f"--output {options.output}: its folder does not exist"
+    return None
+
+
+def page_for(name: str) -> Path:
+    """A page of today's that does not exist yet, for the device of this name."""
+    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
+    stem = "-".join([str(date.today()), *words])
+    page = BENCHMARKS / "results" / f"{stem}.md"
+    for number in count(2):
+        if not page.exists():
+            break
+        page = page.with_name(f"{stem}-{number}.md")
+    return page
 
 
 def main() -> int:
     options = parse_options()
     name = device_name(options.cpu)
-    slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-    page = options.output or BENCHMARKS / "results" / f"{date.today()}-{slug}.md"
+    page = options.output or page_for(name)
     lines = [f"# {name}, {date.today()}", "", ", ".join(map(installed, PACKAGES)), ""]
     print("\n".join(lines), flush=True)
 
@@ -161,7 +196,7 @@ def main() -> int:
         resolution = options.resolution or (64 if options.cpu else 512)
         base = find_base(options.base, options.cpu, Path(folder))
         bench = Bench(base, Path(folder), resolution, options.cpu)
-        asked = questions(bench, options.peer, options.peer_python)
+        asked = questions(options.cpu, options.peer, options.peer_python)
         if options.only:
             asked = {question: asked[question] for question in options.only}
         try:

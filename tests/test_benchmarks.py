@@ -272,6 +272,41 @@ def test_the_gpu_page_answers_on_a_cpu_and_survives_what_fails(tmp_path, monkeyp
     assert "- generating: failed (RuntimeError: on purpose)" in text
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--only", "steps", "compiled"], "--only 'compiled' is none of 'steps', 'training', "),
+        (["--base", "missing"], "--base missing: there is no such folder or file"),
+        (["--resolution", "100"], "--resolution 100 is not a multiple of 8"),
+        (["--minutes", "0"], "--minutes 0 must be above 0"),
+        (["--peer", "."], "--peer .: there is no run.py in it"),
+        (["--output", "missing/page.md"], "--output missing/page.md: its folder does not exist"),
+        (["--output", "page.md"], "--output page.md exists already"),
+    ],
+)
+def test_the_gpu_page_refuses_a_mistake_at_once(flags, said, tmp_path, monkeypatch, capsys):
+    import gpu
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.md").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--cpu", *flags])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2 and f"error: {said}" in capsys.readouterr().err
+
+
+def test_the_gpu_page_of_the_same_day_stays(tmp_path, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
+    (tmp_path / "results").mkdir()
+    pages = []
+    for _ in range(3):
+        pages.append(gpu.page_for("NVIDIA H200"))
+        pages[-1].touch()
+    assert len(set(pages)) == 3 and pages[2].name.endswith("-nvidia-h200-3.md")
+
+
 def test_a_cached_crop_takes_its_numbers_and_little_more():
     import scaling
 

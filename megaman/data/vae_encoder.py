@@ -86,7 +86,7 @@ class VaeEncoder:
         if pixel_values.shape[1] == 3:
             return latents
         opacity = functional.interpolate(pixel_values[:, 3:], latents.shape[2:], mode="area")
-        return torch.cat([latents, opacity.to(latents.device)], dim=1)
+        return torch.cat([latents, cuda.upload(opacity, latents.device)], dim=1)
 
     def _reduce_memory(self) -> None:
         if self._max_pixels > 1:

@@ -202,7 +202,8 @@ def memory_table(
         plain = _cell(estimate.validation_peak(False), limit)
         tiled = _cell(estimate.validation_peak(True), limit)
         lines += ["", f"sample images  {plain}, with VAE tiling {tiled}"]
-    lines += ["", "A GB is 2**30 bytes. Tensors are counted; CUDA needs a few hundred MB on top."]
+    lines += ["", "Calculated, not measured. A GB is 2**30 bytes."]
+    lines.append("Tensors are counted; CUDA needs a few hundred MB on top.")
     if device.type != "cuda":
         reason = choose_compute(precision, device, estimate.width).dtype_reason
         lines.append(f"For an NVIDIA GPU. On this machine: {reason}.")

@@ -133,7 +133,7 @@ def pinned(monkeypatch) -> list[torch.Tensor]:
     "flags",
     [
         ["--shuffle_caption", "--gradient_checkpointing"],
-        ["--no_cache", "--snr_gamma", "5", "--noise_offset", "0.1"],
+        ["--no_cache", "--alpha_mask", "--snr_gamma", "5", "--noise_offset", "0.1"],
         ["--train_text_encoder", "--lora_dropout", "0.1", "--train_batch_size", "2"],
     ],
     ids=["captions", "no cache", "text encoder"],

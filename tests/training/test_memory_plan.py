@@ -216,7 +216,7 @@ def test_plan_is_a_process_that_reads_no_weights_and_asks_no_hub(forked, base_fo
         "4",
     ]
     assert "fits" in done.stdout
-    assert "VAE decoding" in done.stdout
+    assert "VAE decoding" in done.stdout and "Calculated, not measured" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} <= {"base", "empty"}, (
         "no folder for images or results"
     )
