@@ -52,6 +52,7 @@ STANDARD_ONLY = [
     "training.pace",
     "training.disk_space",
     "training.summary",
+    "training.tensorboard",
     "training.signals",
     "training.datasets",
 ]

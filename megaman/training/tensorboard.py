@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megaman import shell
 from megaman.errors import summarize_error
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def open_training_log(folder: Path, purge_step: int | None) -> TrainingLog:
 
 def tensorboard_command(logging_dir: str) -> str:
     """The command that shows the curves of all runs that log here."""
-    return shlex.join(["tensorboard", "--logdir", logging_dir])
+    return shell.join(["tensorboard", "--logdir", logging_dir])
 
 
 def _write(writer: Any, event: Event) -> None:
