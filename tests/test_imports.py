@@ -52,7 +52,6 @@ STANDARD_ONLY = [
     "training.pace",
     "training.disk_space",
     "training.summary",
-    "training.tensorboard",
     "training.signals",
     "training.datasets",
 ]

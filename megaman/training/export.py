@@ -18,9 +18,8 @@ from megaman.lora import files as lora_files
 from megaman.lora import saving
 from megaman.models.typed import scheduler_config
 from megaman.training import memorization, model_card, run_metadata
-from megaman.training.output import save_somewhere
+from megaman.training.output import save_somewhere, tensorboard_command
 from megaman.training.summary import add_result, closing_lines
-from megaman.training.tensorboard import tensorboard_command
 
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaman import shell
 from megaman.errors import UserError, summarize_error
 from megaman.files import (
     ASIDE,
@@ -227,6 +228,11 @@ def choose_log_dir(saved: str | None, logging_dir: str, output_dir: Path) -> Pat
             return folder
         else:
             return folder
+
+
+def tensorboard_command(logging_dir: str) -> str:
+    """The command that shows the curves of all runs that log here."""
+    return shell.join(["tensorboard", "--logdir", logging_dir])
 
 
 def save_somewhere(preferred: Path, save: Callable[[Path], object]) -> tuple[Path, str]:

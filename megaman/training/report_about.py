@@ -12,7 +12,7 @@ from megaman.config.train import TrainConfig
 from megaman.runtime import package_versions
 from megaman.sequences import spread
 from megaman.training.export import next_command
-from megaman.training.tensorboard import tensorboard_command
+from megaman.training.output import tensorboard_command
 
 if TYPE_CHECKING:
     from megaman.data.dataset import MegaManDataset

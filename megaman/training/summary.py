@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from megaman.training.tensorboard import tensorboard_command
+from megaman.training.output import tensorboard_command
 
 if TYPE_CHECKING:
     from megaman.config.train import TrainConfig

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megaman import shell
 from megaman.errors import summarize_error
 
 if TYPE_CHECKING:
@@ -147,11 +146,6 @@ def open_training_log(folder: Path, purge_step: int | None) -> TrainingLog:
     from torch.utils.tensorboard import SummaryWriter
 
     return TrainingLog(lambda step: SummaryWriter(str(folder), "", step), purge_step)
-
-
-def tensorboard_command(logging_dir: str) -> str:
-    """The command that shows the curves of all runs that log here."""
-    return shell.join(["tensorboard", "--logdir", logging_dir])
 
 
 def _write(writer: Any, event: Event) -> None:
