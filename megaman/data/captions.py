@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megaman.data.legacy_encodings import guess
+from megaman.data.legacy_encodings import encoding_warning, guess
 
 COMMON_ENDING = "video game character, high quality"
 # File names run words together that captions keep apart.
@@ -105,11 +105,6 @@ def caption_for(image: Path, extension: str | None = None) -> Caption:
     text = sys.intern(text)  # images that share a caption share the string
     warning = (path, encoding_warning(guessed_encoding)) if guessed_encoding else None
     return Caption(text, True, warning, path.suffix.lower())
-
-
-def encoding_warning(encoding: str) -> str:
-    """What to say about a file whose encoding had to be guessed."""
-    return f"is not UTF-8 and was read as {encoding}: save it as UTF-8 if that is wrong"
 
 
 def names_a_side(caption: str) -> bool:

@@ -116,9 +116,9 @@ def _row(number: int, values: list[str] | None, line: str | None, table: _Table)
         name = _unquote(shown[0]) if shown and len(table.columns) > 1 else ""
         is_known = table.name == 0 and values is not None and _is_image_name(name)
         return TableRow(number, name if is_known else "", "", problem)
-    captions = [fitted[i].strip() for i in table.captions if i < len(fitted)]
-    name = fitted[table.name] if table.name < len(fitted) else ""
-    return TableRow(number, name.strip(), next(filter(None, captions), ""))
+    captions = [_unquote(fitted[i]) for i in table.captions if i < len(fitted)]
+    name = _unquote(fitted[table.name]) if table.name < len(fitted) else ""
+    return TableRow(number, name, next(filter(None, captions), ""))
 
 
 def _fit(values: list[str] | None, line: str | None, table: _Table) -> tuple[list[str] | None, str]:

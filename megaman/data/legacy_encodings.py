@@ -32,6 +32,7 @@ ENCODINGS = {
     "euc_jp": "EUC-JP",
     "cp1251": "Windows-1251",
 }
+READ_AS = "is not UTF-8 and was read as"
 MAX_SAMPLE = 20_000  # characters that are looked at
 MIN_SCORE = 0.2  # below it a caption is not used
 COMMON, LESS_COMMON, EVERYDAY, ODD = 1.0, 0.6, 0.35, -1.0  # of a character
@@ -111,6 +112,16 @@ def guess(content: bytes) -> tuple[str, str] | None:
     return ranked[0], names[ranked[0]]
 
 
+def encoding_warning(encoding: str) -> str:
+    """What to say about a file whose encoding had to be guessed."""
+    return f"{READ_AS} {encoding}: save it as UTF-8 if that is wrong"
+
+
+def is_encoding_warning(text: str) -> bool:
+    """Whether a warning is about a guessed encoding, so that the text is used."""
+    return text.startswith(READ_AS)
+
+
 def plausibility(text: str, encoding: str) -> float:
     """From -1 to 1: the mean of how well each character beyond ASCII suits this encoding's
     language."""
@@ -130,6 +141,7 @@ def _score_run(run: str, in_word: bool, encoding: str) -> float:
         letters = re.sub(f"[{QUOTES}{SIGNS}]", "", run)
         is_crowded = len(letters) > 2 or (len(letters) == 2 and not in_word)
         is_plain = len(letters) < 5 and set(letters) <= accented
+        is_plain = is_plain and (in_word or _is_word(letters, encoding))
         crowded = EVERYDAY if is_plain else ODD
         worth = crowded if is_crowded else COMMON
         return sum(_score_western(mark, worth, accented) for mark in run)
@@ -148,6 +160,18 @@ def _score_western(mark: str, letter: float, accented: frozenset[str]) -> float:
     return letter if mark in accented else ODD
 
 
+def _is_word(letters: str, encoding: str) -> bool:
+    """Whether letters beyond ASCII alone could be a word of one of the encoding's languages, which
+    Arabic, Greek or Hebrew read as Western is not."""
+    return _has_case_of_word(letters) and any(
+        set(letters.lower()) <= set(alphabet) for alphabet in ALPHABETS[encoding]
+    )
+
+
+def _has_case_of_word(word: str) -> bool:
+    return word.islower() or word.isupper() or word.istitle()
+
+
 @cache
 def _accented_letters(encoding: str) -> frozenset[str]:
     """The accented letters of the languages that are written in an encoding."""
@@ -162,8 +186,7 @@ def _score_cyrillic(run: str, in_word: bool, encoding: str) -> float:
     none ends in a hard one."""
     total = sum(_score_western(mark, ODD, frozenset()) for mark in CYRILLIC.sub("", run))
     for word in CYRILLIC.findall(run):
-        has_case = word.islower() or word.isupper() or word.istitle()
-        is_word = has_case and not in_word and word[0].lower() not in "ъьый"
+        is_word = _has_case_of_word(word) and not in_word and word[0].lower() not in "ъьый"
         is_word = is_word and word[-1].lower() != "ъ" and not set(word[1:]) & set("ҐЇЄ")
         if len(word) > 2:
             is_word = is_word and VOWELS.search(word) is not None

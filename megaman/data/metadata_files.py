@@ -10,15 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from megaman.data.captions import (
-    UnknownEncodingError,
-    decode,
-    encoding_warning,
-    read_small_file,
-    tidy,
-)
+from megaman.data.captions import UnknownEncodingError, decode, read_small_file, tidy
 from megaman.data.csv_table import read_table
 from megaman.data.image_files import SUFFIXES
+from megaman.data.legacy_encodings import encoding_warning
 
 NAMES = ("metadata.jsonl", "metadata.csv")  # if both name an image, the first counts
 # Reported, so that nobody expects them to be read; the last are those of kohya's scripts.

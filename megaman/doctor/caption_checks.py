@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megaman.data.captions import MAX_TOKENS, contains
+from megaman.data.legacy_encodings import is_encoding_warning
 from megaman.doctor.findings import CheckedImage, Finding, relative_name, shorten
 from megaman.errors import plural
 
@@ -121,11 +122,17 @@ def _too_long(images: Sequence[CheckedImage]) -> Iterator[Finding]:
 
 
 def check_metadata(warnings: Sequence[tuple[Path, str]], folder: Path) -> Iterator[Finding]:
-    """Lines of metadata files that could not be used."""
-    if warnings:
-        texts = [f"{relative_name(file, folder)} {text}" for file, text in warnings]
-        title = f"{plural(len(warnings), 'warning')} about metadata files: {shorten(texts, 3)}"
+    """Lines of metadata files that could not be used, and files that are not in UTF-8."""
+    unused, guessed = [], []
+    for file, text in warnings:
+        kind = guessed if is_encoding_warning(text) else unused
+        kind.append(f"{relative_name(file, folder)} {text}")
+    if unused:
+        title = f"{plural(len(unused), 'warning')} about metadata files: {shorten(unused, 3)}"
         yield Finding("metadata", True, title, "Fix these lines: they are not used", [])
+    if guessed:
+        title = f"the encoding of metadata files was guessed: {shorten(guessed, 3)}"
+        yield Finding("metadata_encoding", False, title, "Check the text, and save it as UTF-8", [])
 
 
 def check_trigger(

@@ -33,6 +33,7 @@ NAMES = {
     "empty_caption": "empty caption",
     "encoding": "caption's encoding",
     "metadata": "metadata lines",
+    "metadata_encoding": "metadata's encoding",
     "doubled_caption": "same caption",
     "long_caption": "long caption",
     "no_trigger": "no trigger word",

@@ -412,7 +412,16 @@ def test_east_asian_commas_separate_tags():
 
 @pytest.mark.parametrize(
     "content",
-    ["赤".encode("euc_jp"), b"\x81\x8d\xff", bytes(range(128, 160)), "αγόρι".encode("cp1253")],
+    [
+        "赤".encode("euc_jp"),
+        b"\x81\x8d\xff",
+        bytes(range(128, 160)),
+        "αγόρι".encode("cp1253"),
+        "γάτα".encode("cp1253"),
+        *(text.encode("cp1256") for text in ("عدو أحمر", "يركض", "رجل", "كلب")),
+        "כלב גדול".encode("cp1255"),
+        *(text.encode("iso8859_5") for text in ("кот", "шлем")),
+    ],
 )
 def test_a_caption_in_an_encoding_that_is_unknown_is_not_used(tmp_path, content):
     (tmp_path / "robot.txt").write_bytes(content)

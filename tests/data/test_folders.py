@@ -622,6 +622,8 @@ def test_what_is_sorted_out_on_purpose_is_no_bad_file(tmp_path, layout):
         (["file_name, text", 'a.png, "volto, blue robot"'], "volto, blue robot"),
         (["file_name,text", "a.png,“volto, blue robot”"], "volto, blue robot"),
         (["file_name,text", "a.png,'volto, blue robot'"], "volto, blue robot"),
+        (["file_name;text", "a.png;‘volto, blue robot’"], "volto, blue robot"),
+        (["file_name\ttext", "“a.png”\t“volto”"], "volto"),
         (["file_name,text", r'a.png,"volto, \"blue\" robot"'], 'volto, "blue" robot'),
         (["file_name,text", 'a.png,volto,"blue" robot'], 'volto,"blue" robot'),
         (["file_name,text,width", "a.png,volto, blue robot,64"], "volto, blue robot"),
@@ -666,6 +668,17 @@ def test_a_row_that_is_not_certain_is_reported_and_not_used(tmp_path, lines):
     assert findings["metadata"] and findings["unreadable"]
     (tmp_path / "a.txt").write_text("its own", encoding="utf-8")
     assert MegaManDataset(tmp_path, None).captions == ["its own", "good"]
+
+
+def test_rows_in_a_guessed_encoding_are_used_and_remarked_on(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    table = "file_name,text\na.png,蓝色机器人, 站立\n"
+    (tmp_path / "metadata.csv").write_bytes(table.encode("gbk"))
+    dataset = MegaManDataset(tmp_path, None)
+    assert dataset.captions == ["蓝色机器人, 站立"]
+    findings = {finding.kind: finding for finding in examine(dataset, 64).findings}
+    assert "metadata" not in findings and not findings["metadata_encoding"].is_wrong
+    assert "read as GBK" in findings["metadata_encoding"].title
 
 
 OBJECTS = [{"filename": "a.png", "text": "one"}, {"filename": "b.png", "text": "two"}]
