@@ -17,6 +17,7 @@ import torch
 
 from megaman import schema
 from megaman.data.captions import CaptionAugmentation
+from megaman.data.crops import LANCZOS
 from megaman.data.dataset_summary import fingerprint, upscale_summary
 from megaman.errors import UserError
 from megaman.files import read_json, replacing_folder, write_json
@@ -40,7 +41,7 @@ EARLIER_SETTINGS: dict[str, Any] = {
     "no_cache": False,
     "class data": "none",
     "optimizer": "adamw",
-    "upscale": "lanczos",
+    "upscale": LANCZOS,
     "background": "#ffffff",
     "alpha_mask": False,
     "base_precision": "same",
@@ -200,6 +201,27 @@ def read_adapter(path: Path, parameters: Mapping[str, torch.nn.Parameter]) -> lo
         raise UserError(f"{path} does not fit its adapter", "Resume from an earlier checkpoint")
     # What is read stays mapped to a file that may be deleted.
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def require_same_settings(
+    checkpoint: str, saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> None:
+    """Raise UserError if a run cannot resume from this checkpoint, since settings differ."""
+    if different := differences(saved, current):
+        remedy = "Give the same settings to resume"
+        if len(different) == 1 and different[0].startswith("upscale "):
+            remedy = _upscale_remedy({**EARLIER_SETTINGS, **saved}["upscale"])
+        raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", remedy)
+
+
+def _upscale_remedy(saved: str) -> str:
+    """What to do if images are enlarged in another way, perhaps since auto's rule has changed."""
+    if set(saved.split("; ")) == {LANCZOS}:
+        return "Add --upscale lanczos to resume"
+    return (
+        "Give the same --upscale to resume. If it is the same, an earlier version recognized other "
+        "images as pixel art: begin a new run"
+    )
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

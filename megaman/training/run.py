@@ -125,11 +125,9 @@ class Run:
         shared = step_images.settings(config.buckets.enable_bucket)
         settings = checkpoints.shared_settings(config, datasets, seed, shared)
         state = make_state(saved, (seed, log_dir), settings, datasets, world_size)
-        if different := checkpoints.differences(saved.settings, state.settings) if saved else []:
-            raise UserError(
-                f"{output.checkpoint} is of another run: {'; '.join(different)}",
-                "Give the same settings to resume",
-            )
+        if saved:
+            name = str(output.checkpoint)
+            checkpoints.require_same_settings(name, saved.settings, state.settings)
         training_log = open_training_log(
             Path(str(state.log_dir)), state.step + 1 if saved else None
         )

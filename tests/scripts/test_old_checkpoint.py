@@ -6,7 +6,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
+
+from megaman.errors import UserError
+from megaman.training.checkpoint import require_same_settings
 
 HERE = Path(__file__).parent
 FLAGS = """--pretrained_model_name demo/base --max_train_steps 4 --save_steps 2 --learning_rate 1e-3
@@ -29,3 +33,18 @@ def test_a_checkpoint_of_an_early_version_resumes(train_here, tmp_path, capsys):
         assert (tensor - before[key]).abs().max() > 1e-4, "there is something to compare"
         # Another processor may round differently, and AdamW makes whole steps of it.
         assert (resumed[key] - tensor).abs().mean() < 0.1 * (tensor - before[key]).abs().mean()
+
+
+def test_images_that_an_early_version_enlarged_in_another_way_have_a_remedy():
+    """The rule by which --upscale auto recognizes pixel art has changed, too."""
+    nearest, other = "nearest for 2 (755b7808), else lanczos", "nearest for 3 (43049e5f)"
+    same = {"upscale": "lanczos; lanczos"}
+    require_same_settings("checkpoint-1", same, same)
+    with pytest.raises(UserError, match=r"Add --upscale lanczos"):
+        require_same_settings("checkpoint-1", {}, {"upscale": nearest})
+    with pytest.raises(UserError, match=r"Add --upscale lanczos"):
+        require_same_settings("checkpoint-1", same, {"upscale": nearest})
+    with pytest.raises(UserError, match=r"earlier version .*begin a new run"):
+        require_same_settings("checkpoint-1", {"upscale": nearest}, {"upscale": other})
+    with pytest.raises(UserError, match=r"Give the same settings"):
+        require_same_settings("checkpoint-1", {"seed": 1}, {"seed": 2, "upscale": nearest})
