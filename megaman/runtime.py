@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -242,6 +243,7 @@ def _heap(maps: str) -> list[tuple[int, int]]:
     return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
+@cache
 def package_versions() -> dict[str, str]:
     """The installed version of each of PACKAGES."""
     return {package: importlib.metadata.version(package) for package in PACKAGES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -52,11 +53,21 @@ SLOW_FIXTURES = {
     "forked",
     "generate",
     "lora_path",
+    "sd15",
     "small",
     "trained",
     "planted",
     "axe",
 }
+
+
+def pytest_sessionstart():
+    gc.disable()  # nothing is freed while the libraries are loaded
+
+
+def pytest_collection_finish():
+    gc.freeze()  # they stay to the end: no collection needs to look at them
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -120,9 +120,16 @@ def test_a_program_is_stamped_at_every_step_of_its_bar(tmp_path):
 
 
 @pytest.mark.slow
-def test_bare_steps_stand_between_the_loops_own_and_the_loop_goes_on_to_its_end(tmp_path):
+def test_bare_steps_stand_between_the_loops_own_and_the_loop_goes_on_to_its_end(
+    base_folder, tmp_path
+):
     words = [
-        "--demo",
+        "--pretrained_model_name",
+        base_folder,
+        "--data_dir",
+        ROOT / "demo" / "held_out",
+        "--resolution",
+        64,
         "--output_dir",
         "out",
         "--max_train_steps",

@@ -271,6 +271,7 @@ SHELL_ENDINGS = ["| head -1", "2>&1 | head -1", "2>&1 >/dev/null | head -c 9", "
 SHELL_ENDINGS += [">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", "| true", "2>&1 | true"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a shell and /dev/full")
 @pytest.mark.parametrize("words", ["", "--help"])
 @pytest.mark.parametrize("ending", SHELL_ENDINGS)

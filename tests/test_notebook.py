@@ -24,7 +24,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", ()):
-            cell.source += "\nSTEPS = 20"
+            cell.source += "\nSTEPS = 1"
         if cell.id == "folder":  # the kernel works in an empty folder
             cell.source = cell.source.replace("(here, ", f"(Path({str(ROOT)!r}), here, ")
     # Kernels that the user has installed elsewhere do not count.

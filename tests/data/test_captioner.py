@@ -369,7 +369,7 @@ def test_the_vocabulary_alone_is_enough(own_blip, bare):
     ]
 
 
-def test_the_script_captions_before_it_trains(blip, bare, base_folder, run_script, tmp_path):
+def test_the_script_captions_before_it_trains(blip, bare, base_folder, forked, tmp_path):
     (bare / "0.txt").write_text("a person wrote this", encoding="utf-8")
     flags = "--resolution 64 --max_train_steps 1 --num_validation_images 0 --seed 0"
     words = [
@@ -381,7 +381,7 @@ def test_the_script_captions_before_it_trains(blip, bare, base_folder, run_scrip
         blip,
         *flags.split(),
     ]
-    done = run_script(["megaman_lora.py", *words], tmp_path)
+    done = forked.run(["megaman_lora.py", *words], tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
         "captions   4 are missing" in done.stdout and "captions   5 from .txt files" in done.stdout

@@ -7,15 +7,13 @@ import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import rotten
 import torch
-from conftest import FEW_TARGETS, ROOT
+from conftest import FEW_TARGETS
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -36,11 +34,10 @@ from megaman.models.base import load_base
 # As on Windows and macOS: workers start anew, and what is printed goes into an old code page.
 SPAWNING = """
 import multiprocessing, sys
-if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
-    import megaman_lora
-    from megaman.errors import run_script
-    sys.exit(run_script(megaman_lora.main, sys.argv[1:]))
+import megaman_lora
+from megaman.errors import run_script
+multiprocessing.set_start_method("spawn", force=True)
+sys.exit(run_script(megaman_lora.main, sys.argv[1:]))
 """
 
 
@@ -78,11 +75,11 @@ def assert_reports(reported: dict[str, str], wanted: dict[Path, str]) -> None:
         assert re.search(pattern, reported[plain(path)]), path
 
 
-def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, train_here, tmp_path):
+def test_the_whole_corpus_trains_and_names_what_is_bad(
+    corpus, base_folder, forked, train_here, tmp_path
+):
     """As a process whose workers are spawned and whose console is Windows' old one."""
     assert len(corpus.bad) <= len(corpus.good)
-    script = tmp_path / "spawning.py"
-    script.write_text(SPAWNING, encoding="utf-8")
     words = [
         "--pretrained_model_name",
         base_folder,
@@ -95,14 +92,8 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(corpus, base_folder, trai
         "--resolution 64 --num_validation_images 0 --seed 0 --max_train_steps 2 "
         "--dataloader_num_workers 2 --target_modules to_q to_v"
     )
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, words), *flags.split()],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"},
-        capture_output=True,
-        encoding="cp1252",
-        timeout=600,
-    )
+    console = {"PYTHONIOENCODING": "cp1252"}
+    done = forked.run(["-c", SPAWNING, *words, *flags.split()], tmp_path, env=console)
     assert done.returncode == 0, done.stderr
     problems = listed(tmp_path / "out")
     assert_reports(problems["left_out"], corpus.bad)

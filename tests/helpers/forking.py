@@ -8,6 +8,7 @@ starts Python itself.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -17,8 +18,9 @@ import sys
 import tempfile
 import time
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LIBRARIES = [
@@ -77,10 +79,12 @@ class Forks:
         In the fork alone patches are set, as in
         {"megaman.training.validation.NUM_INFERENCE_STEPS": 3}, and hub holds environment variables
         with which huggingface_hub is loaded again; None removes one. env holds variables that are
-        read when the script runs, and pipe, a FIFO, takes both outputs.
+        read when the script runs, PYTHONIOENCODING among them, and pipe, a FIFO, takes both
+        outputs.
         """
         script, *words = map(str, args)
-        outputs = [_text_file(), _text_file()]
+        encoding = (env or {}).get("PYTHONIOENCODING", "utf-8")
+        outputs = [_text_file(encoding), _text_file(encoding)]
         names = [str(pipe or file.name) for file in outputs]
         order = {
             "script": script.removesuffix(".py"),
@@ -149,8 +153,8 @@ class Fork:
         return texts[0], texts[1]
 
 
-def _text_file():
-    return tempfile.NamedTemporaryFile("w+", encoding="utf-8", errors="replace")
+def _text_file(encoding: str):
+    return tempfile.NamedTemporaryFile("w+", encoding=encoding, errors="replace")
 
 
 def obey(order: dict) -> int:
@@ -165,6 +169,9 @@ def obey(order: dict) -> int:
         assert hasattr(sys.modules[module], attribute), name
         setattr(sys.modules[module], attribute, value)
     os.environ.update(order["env"])
+    if encoding := order["env"].get("PYTHONIOENCODING"):  # which Python reads as it starts
+        cast(TextIOWrapper, sys.stdout).reconfigure(encoding=encoding, errors="strict")
+        cast(TextIOWrapper, sys.stderr).reconfigure(encoding=encoding, errors="backslashreplace")
     for name, value in order["hub"].items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     for name in [*sys.modules] if order["hub"] else []:
@@ -191,8 +198,11 @@ def serve() -> None:
     os.set_inheritable(answers, False)
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
+    gc.disable()  # nothing is freed while modules are loaded
     for library in [*LIBRARIES, *OURS]:  # with no work done yet that a fork could not take along
         importlib.import_module(library)
+    gc.freeze()  # a collection in a fork would look at them all, and so copy their memory
+    gc.enable()
     for line in sys.stdin:
         order = json.loads(line)
         if "poll" in order:

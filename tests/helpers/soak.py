@@ -11,6 +11,7 @@ as an unfinished folder shows.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import random
@@ -42,6 +43,7 @@ from megaman.training.run_metadata import TIMES
 
 for library in LIBRARIES:  # here, once; with no work done yet that a fork could not take along
     importlib.import_module(library)
+gc.freeze()
 
 # What differs by the time of a run: a checkpoint's state has the elapsed time and the curve's
 # folder, and the page that shows the run names its thumbnails by time.

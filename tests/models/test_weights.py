@@ -95,6 +95,7 @@ def with_more_than_is_needed(folder: Path, part: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", KINDS)
 @pytest.mark.parametrize(

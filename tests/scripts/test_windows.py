@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SAMPLING_STEPS
 
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *(ROOT / "megaman").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
@@ -150,10 +150,17 @@ code = run_script(generate_megaman.main, sys.argv[1:])
 sys.stdout.flush()
 sys.exit(code)
 """
+SPAWNING = """
+import multiprocessing, sys
+import megaman_lora
+from megaman.errors import run_script
+multiprocessing.set_start_method("spawn", force=True)
+sys.exit(run_script(megaman_lora.main, sys.argv[1:]))
+"""
 CP1252 = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
 
 
-def test_both_scripts_on_a_console_of_windows(run_script, forked, base_folder, pictures, tmp_path):
+def test_both_scripts_on_a_console_of_windows(forked, base_folder, pictures, tmp_path):
     """Paths and prompts that cp1252 cannot show; and the worker that decodes images is spawned, as
     on Windows."""
     (tmp_path / "forced").mkdir()
@@ -182,7 +189,9 @@ def test_both_scripts_on_a_console_of_windows(run_script, forked, base_folder, p
         "--target_modules",
         "to_q",
     ]
-    done = run_script(["megaman_lora.py", *flags, "--validation_prompt", PROMPT], tmp_path, env)
+    words = ["-c", SPAWNING, *flags, "--validation_prompt", PROMPT]
+    patches = {"megaman.training.validation.NUM_INFERENCE_STEPS": SAMPLING_STEPS}
+    done = forked.run(words, tmp_path, patches, env=env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "forced" / "spawned").exists(), "the worker began as Windows begins it"
     assert "\\u6d1b" in done.stdout, "shown as far as cp1252 goes"

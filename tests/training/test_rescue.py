@@ -141,6 +141,7 @@ def test_training_leaves_a_deleted_folder_before_it_loads_torch(tmp_path, monkey
     assert capsys.readouterr().out == f"{os.sep}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Windows does not delete a current folder")
 def test_generation_leaves_a_deleted_folder_before_it_loads_torch(tmp_path):
     """MKL would end the process there, with exit code 2."""

@@ -63,6 +63,7 @@ def test_the_file_stays_small(tmp_path):
     assert figure(tmp_path, 0, traced=100) == 100 and figure(tmp_path, 30, traced=100) == 30
 
 
+@pytest.mark.slow
 def test_the_second_plan_of_a_run_traces_nothing(tmp_path, monkeypatch):
     """That of the run itself and that of --plan; which figures are asked for is their own."""
     traced: list[object] = []
