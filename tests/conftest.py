@@ -61,13 +61,16 @@ SLOW_FIXTURES = {
 }
 
 
-def pytest_sessionstart():
-    gc.disable()  # nothing is freed while the libraries are loaded
-
-
-def pytest_collection_finish():
-    gc.freeze()  # they stay to the end: no collection needs to look at them
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Load the libraries and the tests without garbage collection, of which no later one needs to
+    look at them: they stay to the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -198,6 +198,7 @@ def serve() -> None:
     os.set_inheritable(answers, False)
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
+    os.fsync = lambda fd: None  # as in conftest.py: nothing here outlasts a power cut
     gc.disable()  # nothing is freed while modules are loaded
     for library in [*LIBRARIES, *OURS]:  # with no work done yet that a fork could not take along
         importlib.import_module(library)
