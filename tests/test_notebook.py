@@ -30,7 +30,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     # Kernels that the user has installed elsewhere do not count.
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
     assert (tmp_path / "megaman_output" / "lora_weights" / "megaman_lora.safetensors").is_file()
     shown = [
         output
