@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from megaman.errors import UserError, summarize_error, system_remedy
 
+WINDOWS = os.name == "nt"
 ASIDE = ".aside"  # the suffix of files and folders that are still being written
 # Seconds between tries to rename on Windows, which refuses it while another program has the file
 # or one in the folder open: a virus scanner or the search index looks into what was just written.
@@ -79,7 +80,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 def _rename(source: Path, target: Path) -> None:
     """Rename a file or folder, in place of one that is there; on Windows try it for a while."""
-    for pause in PAUSES if os.name == "nt" else ():
+    for pause in PAUSES if WINDOWS else ():
         try:
             os.replace(source, target)
         except PermissionError:

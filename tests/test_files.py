@@ -176,7 +176,7 @@ def test_windows_is_asked_again_while_a_virus_scanner_looks_into_the_file(
         write_text(tmp_path / "a.txt", "not elsewhere")
     assert len(refused) == 1
     refused.clear()
-    monkeypatch.setattr(files.os, "name", "nt")
+    monkeypatch.setattr(files, "WINDOWS", True)
     wait = pytest.raises(PermissionError) if tries > 2 else contextlib.nullcontext()
     with wait:
         write_text(tmp_path / "a.txt", "new")

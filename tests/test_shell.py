@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -36,11 +37,11 @@ def test_sh_reads_the_words_back(words):
     ],
 )
 def test_powershell_takes_a_word_as_it_is(monkeypatch, word, quoted):
-    monkeypatch.setattr(os, "name", "nt")
+    monkeypatch.setattr(shell, "os", SimpleNamespace(name="nt"))
     assert shell.quote(word) == quoted
 
 
 def test_the_gallery_has_the_command_for_this_system(monkeypatch):
     image = GalleryImage("a.png", "it's a robot", "", seed=1, width=64, height=64, settings={})
-    monkeypatch.setattr(os, "name", "nt")
+    monkeypatch.setattr(shell, "os", SimpleNamespace(name="nt"))
     assert str(command(image)).startswith("python generate_megaman.py --prompts='it''s a robot' ")

@@ -3,6 +3,7 @@ with."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from megaman.files import safe_name
 from megaman.sampling.prompts import Prompt, PromptSettings
+
+MAX_STEM = 40  # characters of a name to which a number is added: safe_name cuts the end off
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,14 @@ def make_variants(
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """The paths' names, with as many of their folders as distinguish them; with a number if nothing
-    does."""
+    does. Files of these names are distinct on every system: some take a and A for the same."""
     plain = [path.with_suffix("") if path.suffix == ".safetensors" else path for path in paths]
     for depth in range(1, 1 + max((len(path.parts) for path in plain), default=0)):
         names = ["_".join(path.parts[-depth:]) for path in plain]
-        if len(set(names)) == len(names):
+        files = {unicodedata.normalize("NFC", safe_name(name)).casefold() for name in names}
+        if len(files) == len(names):
             return names
-    return [f"{path.name}_{number}" for number, path in enumerate(plain, start=1)]
+    return [f"{path.name[:MAX_STEM]}_{number}" for number, path in enumerate(plain, start=1)]
 
 
 def make_batches(

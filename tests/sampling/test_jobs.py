@@ -9,6 +9,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megaman.files import safe_name
 from megaman.sampling.jobs import (
     Job,
     base_image_file,
@@ -91,3 +92,8 @@ def test_names_of_compared_loras_are_distinct():
     assert distinct_names(paths) == ["a_lora_weights", "b_lora_weights", "c_mine"]
     assert distinct_names([Path("x/a.safetensors"), Path("x/b.safetensors")]) == ["a", "b"]
     assert distinct_names([Path("a"), Path("a")]) == ["a_1", "a_2"]
+    long = f"{'a' * 60}/lora_weights"
+    alike = [["a/Volto", "b/volto"], ["a?", "a*"], [f"1/{long}", f"2/{long}"], ["é", "e\u0301"]]
+    for names in alike:
+        found = [safe_name(name).casefold() for name in distinct_names([*map(Path, names)])]
+        assert len(set(found)) == 2, "on Windows and macOS too, and where names are cut"
