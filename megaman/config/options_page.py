@@ -46,8 +46,9 @@ Sections of [`generate_megaman.py`](#generate_megamanpy): {generate_sections}.
 DETAILS = {
     "megaman_lora.py": {
         "base_precision": "`fp8` stores each weight in one byte (e4m3, with one scale per output "
-        "channel), computes in `--mixed_precision` as before, and takes longer for each step. The "
-        "LoRA is saved as ever and loads everywhere",
+        "channel), computes in `--mixed_precision` as before, and takes longer for each step. Not "
+        "on Apple's GPUs, for which PyTorch has no float8. The LoRA is saved as ever and loads "
+        "everywhere",
         "config": "Or of an earlier run: its `training_config.json`. Typed flags win. Keys are the "
         "flags' names without dashes, lists where a flag takes several words, `true` and `false` "
         "for switches; relative paths are relative to the working directory. From a "

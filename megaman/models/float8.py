@@ -17,11 +17,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
+from megaman.errors import WRONG_USAGE, UserError
+
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
 STORED, SCALE = "float8_weight", "float8_scale"  # buffers of a layer
 # The first and the last layer see latents, and cost nothing.
 KEPT = ("conv_in", "conv_out")
+
+
+def require_float8(device: torch.device) -> None:
+    """Raise UserError if torch has no float8 on the device."""
+    if device.type == "mps":
+        raise UserError(
+            "--base_precision fp8: PyTorch has no float8 on Apple's GPUs", "Omit it", WRONG_USAGE
+        )
 
 
 def encode(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from megaman import runtime
 from megaman.console import log_event
 from megaman.errors import UserError, summarize_error
 from megaman.models.configs import unet_width
+from megaman.models.float8 import require_float8
 from megaman.training import checkpoint as checkpoints
 from megaman.training import history as histories
 from megaman.training.checkpoint import CheckpointSource, TrainState
@@ -100,8 +101,8 @@ class Run:
     ) -> Run:
         """Complete the captions, and take over what a checkpoint stores.
 
-        Raises UserError if the checkpoint belongs to a run with other settings, or if the library
-        of the optimizer is missing.
+        Raises UserError if the checkpoint belongs to a run with other settings, if the library of
+        the optimizer is missing, or if the device has no float8 for the base.
         """
         require_library(config.optimizer.optimizer)
         saved = checkpoints.read_train_state(output.checkpoint) if output.checkpoint else None
@@ -114,6 +115,8 @@ class Run:
             unet_width(config.base.pretrained_model_name),
             saved.choices if saved else None,
         )
+        if config.compute.base_precision == "fp8":
+            require_float8(compute.device)
         if policy.remark:
             notes.append(f"{INDENT}{policy.remark}")
         runtime.keep_freed_memory()

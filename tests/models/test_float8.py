@@ -9,6 +9,7 @@ import torch
 from conftest import FEW_TARGETS, ROOT
 from diffusers import UNet2DConditionModel
 
+from megaman import runtime
 from megaman.errors import UserError
 from megaman.lora import adapter
 from megaman.lora.stack import LoraStack
@@ -99,6 +100,13 @@ def test_a_run_saves_resumes_and_is_loaded_on_the_plain_base(
     assert any(tensor.any() for key, tensor in whole.items() if "lora_B" in key)
     base = load_base(str(base_folder), torch.float32)
     LoraStack(base, [(tmp_path / "out" / "lora_weights", 1.0)], fuse=True, rescale=False)
+
+
+def test_a_mac_refuses_it_in_a_line(train_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "choose_device", lambda: torch.device("mps"))
+    flags = ["--data_dir", ROOT / "demo" / "held_out", "--max_train_steps", 1]
+    with pytest.raises(UserError, match="no float8 on Apple's GPUs"):
+        train_here(tmp_path, "out", *flags, "--base_precision", "fp8")
 
 
 def test_a_layer_follows_autocast_and_its_input():
