@@ -8,6 +8,8 @@ encoder -> export.
     python demo/make_base.py                                            # from nothing
     python demo/make_base.py --continue_from demo/base --vae_steps 0    # from the committed base
     python demo/make_base.py --export                                   # write the trained base
+    python demo/make_base.py --continue_from demo/base --vae_steps 0 --export --decay_steps 0
+                                      # settle the words that no caption has, without training
 
 The first two stop after --unet_steps, and at any time with Ctrl+C or SIGTERM: then they save and
 end. Run again with the same --work_dir, they resume, whatever they started from. UNet and text
@@ -69,6 +71,7 @@ UNET_RATE = 4e-4
 WARMUP_STEPS = 300
 AVERAGE_DECAY = 0.9995
 MIN_SNR_STEPS = 4000  # of a run from nothing
+UNKNOWN_WORD_SPREAD = 0.02  # that of transformers' new embeddings
 SAVE_STEPS = 250
 SHEET_STEPS = 2000
 
@@ -696,10 +699,32 @@ def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     os.replace(aside, folder)
 
 
-def export(run: DenoiserRun, folder: Path, decay_steps: int) -> None:
+@torch.no_grad()
+def settle_unknown_words(
+    text_encoder: CLIPTextModel, input_ids: torch.Tensor, comma: int, seed: int
+) -> None:
+    """Give each token that no caption has the embedding of a comma, with a little noise of its own.
+
+    No training has touched these tokens, of which trigger words are made. As they begin, they
+    change what the words behind them mean; captions are full of commas, which change nothing
+    (docs/lab-notes.md).
+    """
+    embeddings = text_encoder.get_input_embeddings().weight
+    unknown = torch.ones(len(embeddings), dtype=torch.bool)
+    unknown[input_ids.unique().cpu()] = False
+    noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(seed))
+    settled = embeddings[comma] + UNKNOWN_WORD_SPREAD * noise.to(embeddings.device)
+    embeddings[unknown] = settled[unknown]
+
+
+def export(run: DenoiserRun, folder: Path, decay_steps: int, seed: int) -> None:
     """Decay, then replace the weights in `folder`, with the sample sheet and the curves of its
-    card."""
-    run.decay(decay_steps)
+    card, if this run has any."""
+    if decay_steps:
+        run.decay(decay_steps)
+    pipeline, trained_ids = run.pipeline, run.trainer.data.input_ids[:-HELD_OUT]
+    comma = pipeline.tokenizer.convert_tokens_to_ids(",</w>")
+    settle_unknown_words(pipeline.text_encoder, trained_ids, comma, seed)
     written = run.work / "export"
     save_half(run.pipeline, written)
     shutil.copytree(written, folder, dirs_exist_ok=True)
@@ -708,7 +733,8 @@ def export(run: DenoiserRun, folder: Path, decay_steps: int) -> None:
         path = run.work / f"{name}.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         curves[name] = [json.loads(line) for line in lines]
-    (folder / "training_curve.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
+    if any(curves.values()):
+        (folder / "training_curve.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
     draw_sheet(run.pipeline, folder / "samples.png", across=6)
     print(
         f"The base is in {folder}: "
@@ -817,7 +843,7 @@ def main() -> None:
         return
     run = prepare_run(args, vae, images, captions)
     if args.export:
-        export(run, args.output_dir, args.decay_steps)
+        export(run, args.output_dir, args.decay_steps, args.seed)
         return
     run.train(args.unet_steps, stop)
     print(

@@ -117,6 +117,37 @@ def test_a_resumed_training_of_the_base_takes_the_same_steps():
     assert all(torch.equal(a, b) for a, b in zip(second.average, through.average, strict=True))
 
 
+def test_words_that_no_caption_has_are_read_like_commas():
+    import make_base
+    import torch
+
+    text_encoder = make_base.new_text_encoder(100)
+    embeddings = text_encoder.get_input_embeddings().weight
+    first = embeddings.detach().clone()
+    ids, comma, unknown = torch.tensor([[97, 5, 7, 98]]), 5, 40
+    make_base.settle_unknown_words(text_encoder, ids, comma, seed=0)
+    assert torch.equal(embeddings[ids], first[ids])
+    distance = (embeddings - embeddings[comma]).norm(dim=1)
+    assert 0.1 < distance[unknown] < 0.4, "near the comma, but not the same"
+    settled = embeddings.detach().clone()
+    make_base.settle_unknown_words(text_encoder, ids, comma, seed=0)
+    assert torch.equal(embeddings, settled)
+
+
+def test_the_embedded_base_reads_the_demos_trigger_word_like_a_comma():
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/base/tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(ROOT / "demo/base/text_encoder")
+    embeddings = text_encoder.get_input_embeddings().weight.detach().float()
+    comma, volto, hero, robot = embeddings[tokenizer(", volto hero robot").input_ids[1:5]]
+
+    def likeness(word):
+        return float(word @ comma / word.norm() / comma.norm())
+
+    assert min(likeness(volto), likeness(hero)) > 0.8 > likeness(robot)
+
+
 # Median hues in degrees of the art's robots, as RoboHash draws them, and of the teal backgrounds.
 HUES = {"teal": 177, "blue": 198, "purple": 301, "pink": 331, "green": 129}
 
