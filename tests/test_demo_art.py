@@ -92,10 +92,12 @@ def test_a_share_of_a_batch_are_portraits():
     assert max(rows) < 1000, "nothing that is held out"
 
 
-def test_a_resumed_training_of_the_base_takes_the_same_steps():
+@pytest.mark.slow
+def test_a_resumed_training_of_the_base_takes_the_same_steps(monkeypatch):
     import make_base
     import torch
 
+    monkeypatch.setattr(make_base, "BATCH_SIZE", 4)
     rng = np.random.default_rng(0)
     count = make_base.HELD_OUT + 32
     latents = torch.from_numpy(rng.normal(size=(count, 8, 16, 16)).astype(np.float16))

@@ -26,7 +26,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     project.symlink_to(ROOT)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", ()):
-            cell.source += "\nSTEPS = 1"
+            cell.source += "\nSTEPS = 20"
         if cell.id == "folder":  # the kernel works in an empty folder
             cell.source = cell.source.replace("(here, ", f"(Path({str(project)!r}), here, ")
     # Kernels that the user has installed elsewhere do not count.
