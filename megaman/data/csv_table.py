@@ -18,7 +18,9 @@ NOT_CSV = "not CSV, such as a quotation mark too many or too few"
 TOO_MANY = "more values than columns: put quotation marks around the caption"
 TOO_FEW = "fewer values than columns, and no caption"
 SPLIT = "a space behind a comma: put quotation marks around the caption"
-QUOTES = ('""', "“”", "„“", "””", "''", "‘’", "«»", "「」")
+# Word processors turn straight quotation marks into these, which CSV does not know.
+CURLY_QUOTES = ("“”", "„“", "””", "‘’", "«»", "「」")
+QUOTES = ('""', "''", *CURLY_QUOTES)
 NUMBER = re.compile(r"\s*[-+]?[\d.]*\s*")
 
 
@@ -116,8 +118,8 @@ def _row(number: int, values: list[str] | None, line: str | None, table: _Table)
         name = _unquote(shown[0]) if shown and len(table.columns) > 1 else ""
         is_known = table.name == 0 and values is not None and _is_image_name(name)
         return TableRow(number, name if is_known else "", "", problem)
-    captions = [_unquote(fitted[i]) for i in table.captions if i < len(fitted)]
-    name = _unquote(fitted[table.name]) if table.name < len(fitted) else ""
+    captions = [_unquote(fitted[i], CURLY_QUOTES) for i in table.captions if i < len(fitted)]
+    name = _unquote(fitted[table.name], CURLY_QUOTES) if table.name < len(fitted) else ""
     return TableRow(number, name, next(filter(None, captions), ""))
 
 
@@ -213,10 +215,10 @@ def _is_image_name(name: str) -> bool:
     return name.lower().endswith(tuple(SUFFIXES))
 
 
-def _unquote(value: str) -> str:
+def _unquote(value: str, quotes: Sequence[str] = QUOTES) -> str:
     """A value without spaces and quotation marks around it."""
     value = value.strip()
-    for opening, closing in QUOTES:
+    for opening, closing in quotes:
         inner = value[1:-1]
         is_quoted = len(value) > 1 and value[0] == opening and value[-1] == closing
         if is_quoted and not {opening, closing} & set(inner.replace('""', "")):

@@ -532,7 +532,7 @@ def test_a_browser_shows_every_image(visit, width):
 @needs_browser
 def test_tiny_images_are_drawn_large_and_large_ones_fit(visit):
     drawn = "[...document.images].map((image) => image.getBoundingClientRect().width)"
-    assert visit([PLAIN, replace(PLAIN, file="b.png", seed=43)]).do(drawn) == [256, 256]
+    assert visit([PLAIN, replace(PLAIN, file="b.png", seed=43)]).do(drawn) == [512, 512]
     page = visit([replace(PLAIN, width=1024, height=768)])
     assert 220 <= page.do(drawn)[0] <= 1024
     assert page.do("document.documentElement.scrollWidth") <= 1280
