@@ -1,4 +1,4 @@
-"""A checkpoint that an early version wrote (17da076, on the fifth base) resumes, and ends as
+"""A checkpoint that an early version wrote (17da076, on the base of today) resumes, and ends as
 it did then."""
 
 from __future__ import annotations
