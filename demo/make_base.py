@@ -35,6 +35,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -709,7 +710,7 @@ def settle_unknown_words(
     change what the words behind them mean; captions are full of commas, which change nothing
     (docs/lab-notes.md).
     """
-    embeddings = text_encoder.get_input_embeddings().weight
+    embeddings = cast(torch.nn.Embedding, text_encoder.get_input_embeddings()).weight
     unknown = torch.ones(len(embeddings), dtype=torch.bool)
     unknown[input_ids.unique().cpu()] = False
     noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(seed))

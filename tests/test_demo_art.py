@@ -6,6 +6,7 @@ from __future__ import annotations
 import colorsys
 import sys
 from collections import Counter
+from typing import cast
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_words_that_no_caption_has_are_read_like_commas():
     import torch
 
     text_encoder = make_base.new_text_encoder(100)
-    embeddings = text_encoder.get_input_embeddings().weight
+    embeddings = cast(torch.nn.Embedding, text_encoder.get_input_embeddings()).weight
     first = embeddings.detach().clone()
     ids, comma, unknown = torch.tensor([[97, 5, 7, 98]]), 5, 40
     make_base.settle_unknown_words(text_encoder, ids, comma, seed=0)
@@ -137,11 +138,13 @@ def test_words_that_no_caption_has_are_read_like_commas():
 
 
 def test_the_embedded_base_reads_the_demos_trigger_word_like_a_comma():
+    import torch
     from transformers import AutoTokenizer, CLIPTextModel
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/base/tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(ROOT / "demo/base/text_encoder")
-    embeddings = text_encoder.get_input_embeddings().weight.detach().float()
+    layer = cast(torch.nn.Embedding, text_encoder.get_input_embeddings())
+    embeddings = layer.weight.detach().float()
     comma, volto, hero, robot = embeddings[tokenizer(", volto hero robot").input_ids[1:5]]
 
     def likeness(word):

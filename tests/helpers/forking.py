@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from io import TextIOWrapper
+from multiprocessing import util
 from pathlib import Path
 from typing import IO, cast
 
@@ -193,6 +194,11 @@ def obey(order: dict) -> int:
         return 1
 
 
+def end_multiprocessing() -> None:
+    """What Python does at the end of a process: workers' semaphores are released."""
+    getattr(util, "_exit_function")()  # noqa: B009 (it has no public name)
+
+
 def serve() -> None:
     answers = os.dup(1)
     os.set_inheritable(answers, False)
@@ -219,6 +225,7 @@ def serve() -> None:
                 except BaseException:
                     traceback.print_exc()
                 finally:
+                    end_multiprocessing()
                     sys.stdout.flush()
                     sys.stderr.flush()
                     os._exit(code)
