@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import gpu_runs
@@ -173,12 +173,9 @@ def page_for(name: str) -> Path:
     """A page of today's that does not exist yet, for the device of this name."""
     words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
     stem = "-".join([str(date.today()), *words])
-    page = BENCHMARKS / "results" / f"{stem}.md"
-    for number in count(2):
-        if not page.exists():
-            break
-        page = page.with_name(f"{stem}-{number}.md")
-    return page
+    stems = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    pages = (BENCHMARKS / "results" / f"{unique}.md" for unique in stems)
+    return next(page for page in pages if not page.exists())
 
 
 def main() -> int:

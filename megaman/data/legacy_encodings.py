@@ -140,8 +140,8 @@ def _score_run(run: str, in_word: bool, encoding: str) -> float:
         accented = _accented_letters(encoding)
         letters = re.sub(f"[{QUOTES}{SIGNS}]", "", run)
         is_crowded = len(letters) > 2 or (len(letters) == 2 and not in_word)
-        is_plain = len(letters) < 5 and set(letters) <= accented
-        is_plain = is_plain and (in_word or _is_word(letters, encoding))
+        is_short = len(letters) < 5 and set(letters) <= accented
+        is_plain = is_short and (in_word or _is_word(letters, encoding))
         crowded = EVERYDAY if is_plain else ODD
         worth = crowded if is_crowded else COMMON
         return sum(_score_western(mark, worth, accented) for mark in run)

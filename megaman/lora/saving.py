@@ -37,7 +37,7 @@ from megaman.lora.peft_config import DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS, PEFT_CONF
 
 # diffusers before 0.42 needs the text_model. that transformers 5 dropped; newer ones accept both.
 DIFFUSERS_PREFIXES = {"unet": "unet.", TEXT_ENCODER: "text_encoder.text_model."}
-# A1111 and ComfyUI need it too.
+# A1111 and ComfyUI need that text_model too.
 KOHYA_PREFIXES = {"unet": "lora_unet_", TEXT_ENCODER: "lora_te_text_model_"}
 NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})

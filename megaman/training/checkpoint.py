@@ -207,11 +207,15 @@ def require_same_settings(
     checkpoint: str, saved: Mapping[str, Any], current: Mapping[str, Any]
 ) -> None:
     """Raise UserError if a run cannot resume from this checkpoint, since settings differ."""
-    if different := differences(saved, current):
-        remedy = "Give the same settings to resume"
-        if len(different) == 1 and different[0].startswith("upscale "):
-            remedy = _upscale_remedy({**EARLIER_SETTINGS, **saved}["upscale"])
-        raise UserError(f"{checkpoint} is of another run: {'; '.join(different)}", remedy)
+    saved = {**EARLIER_SETTINGS, **saved}
+    changed = _changed(saved, current)
+    if not changed:
+        return
+    remedy = "Give the same settings to resume"
+    if changed == ["upscale"]:
+        remedy = _upscale_remedy(saved["upscale"])
+    different = "; ".join(differences(saved, current))
+    raise UserError(f"{checkpoint} is of another run: {different}", remedy)
 
 
 def _upscale_remedy(saved: str) -> str:
@@ -227,11 +231,12 @@ def _upscale_remedy(saved: str) -> str:
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """The settings in which a checkpoint and this run differ, in words."""
     saved = {**EARLIER_SETTINGS, **saved}
-    return [
-        f"{key} was {saved[key]} and is now {current[key]}"
-        for key in current
-        if key in saved and saved[key] != current[key]
-    ]
+    return [f"{key} was {saved[key]} and is now {current[key]}" for key in _changed(saved, current)]
+
+
+def _changed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The settings that both have, with other values."""
+    return [key for key in current if key in saved and saved[key] != current[key]]
 
 
 def shared_settings(

@@ -18,8 +18,8 @@ from megaman.lora import files as lora_files
 from megaman.lora import saving
 from megaman.models.typed import scheduler_config
 from megaman.training import memorization, model_card, run_metadata
-from megaman.training.output import save_somewhere, tensorboard_command
-from megaman.training.summary import add_result, closing_lines
+from megaman.training.output import save_somewhere
+from megaman.training.summary import add_result, closing_lines, curves_command
 
 if TYPE_CHECKING:
     from megaman.config.settings import TrainConfig
@@ -72,7 +72,7 @@ def export_lora(
             log.info(line)
         command = next_command(config, run, folder)
         log.info("next: %s", command)
-        curves = tensorboard_command(config.output.logging_dir) if run.log.is_written else ""
+        curves = curves_command(config, run)
         run.report.end("finished", lora=folder.as_posix(), generate=command, tensorboard=curves)
     return 0 if is_in_place else 1
 

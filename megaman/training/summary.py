@@ -31,8 +31,13 @@ def closing_lines(config: TrainConfig, run: Run) -> Iterator[str]:
     steps = [step for step, samples in run.history.samples.items() if samples]
     if steps:
         yield f"samples    {run.output.samples_folder(max(steps))}"
-    if run.log.is_written:
-        yield f"curves     {tensorboard_command(config.output.logging_dir)}"
+    if curves := curves_command(config, run):
+        yield f"curves     {curves}"
+
+
+def curves_command(config: TrainConfig, run: Run) -> str:
+    """The command that shows the run's curves, "" if none could be written."""
+    return tensorboard_command(config.output.logging_dir) if run.log.is_written else ""
 
 
 def add_result(
