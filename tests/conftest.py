@@ -79,9 +79,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if "the_browser" in item.fixturenames:
             item.add_marker(pytest.mark.browser)
-    # The files with the most slow tests first: what a worker begins last should be short.
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    # The files that take longest first: what a worker begins last should be short. A test with a
+    # weight takes about as long as so many other slow ones.
+    weights: Counter[Path] = Counter()
+    for item in items:
+        if slow := item.get_closest_marker("slow"):
+            weights[item.path] += slow.kwargs.get("weight", 1)
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -19,16 +19,18 @@ def test_the_notebook_is_stored_without_outputs():
     assert codes and all(not cell.outputs and cell.execution_count is None for cell in codes)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(weight=20)
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     project = tmp_path / "a rented disk"
     project.symlink_to(ROOT)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", ()):
-            cell.source += "\nSTEPS = 20"
+            cell.source += "\nSTEPS = 2"
         if cell.id == "folder":  # the kernel works in an empty folder
             cell.source = cell.source.replace("(here, ", f"(Path({str(project)!r}), here, ")
+        if cell.id == "train":  # sample images take most of a short run, and others test them
+            cell.source = cell.source.replace('images", 1]', 'images", 0]')
     # Kernels that the user has installed elsewhere do not count.
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     resources = {"metadata": {"path": str(tmp_path)}}

@@ -191,7 +191,7 @@ def watched(run_script, base_folder, tmp_path_factory):
             folder,
             NO_SETTING | environment,
         )
-        assert done.returncode == 0, done.stderr
+        assert (done.returncode, done.stderr) == (0, ""), "no library's warnings either"
         return json.loads(done.stdout.splitlines()[-1]), done.stdout
 
     return folder, run
@@ -225,6 +225,7 @@ def own(watched):
     )
 
 
+@pytest.mark.slow(weight=5)
 def test_the_policy_is_in_force_before_torch_is_loaded(watched):
     folder, run = watched
     seen, said = run("whole", "--max_train_steps", "2", "--save_steps", "1")
@@ -238,6 +239,7 @@ def test_the_policy_is_in_force_before_torch_is_loaded(watched):
     assert state["choices"]["threads"] == 1
 
 
+@pytest.mark.slow(weight=5)
 def test_a_run_and_its_resumption_have_equal_bits(watched, own):
     """The checkpoint's count is kept, also where the rule would choose another."""
     folder, run = watched
@@ -265,6 +267,7 @@ def test_the_users_own_count_wins(own):
     assert "; 2 CPU threads\n" in said
 
 
+@pytest.mark.slow(weight=5)
 def test_an_image_is_generated_again_with_as_many_threads(watched, own, forked, run_script):
     """The record in the image says how many; torch's own count may be another here."""
     folder, _ = watched

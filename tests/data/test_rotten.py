@@ -75,6 +75,7 @@ def assert_reports(reported: dict[str, str], wanted: dict[Path, str]) -> None:
         assert re.search(pattern, reported[plain(path)]), path
 
 
+@pytest.mark.slow(weight=12)
 def test_the_whole_corpus_trains_and_names_what_is_bad(
     corpus, base_folder, forked, train_here, tmp_path
 ):

@@ -313,7 +313,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
             file.write(tensor.contiguous().numpy().data)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(weight=10)
 def test_a_whole_checkpoint_loads_as_its_folder_does(tmp_path):
     """In its full size, fp16: every tensor, and the configurations. What the models make of them is
     compared below, on smaller ones."""

@@ -112,6 +112,7 @@ def test_the_script_draws_the_committed_images(run_script, tmp_path):
             )
 
 
+@pytest.mark.slow(weight=12)
 def test_the_demo_runs_as_the_readme_says(forked, tmp_path):
     """The README's two commands, shortened; each script finds the other's files without a flag."""
     words = ["megaman_lora.py", "--demo", "--max_train_steps", 2, "--num_validation_images", 1]

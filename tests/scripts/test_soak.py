@@ -3,16 +3,15 @@ one."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.slow(weight=6)
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_killed_and_resumed_ends_bit_for_bit_alike(base_folder, tmp_path):
+def test_killed_and_resumed_ends_bit_for_bit_alike(base_folder, forked, tmp_path):
     flags = [
         "--kills",
         "3",
@@ -27,8 +26,7 @@ def test_killed_and_resumed_ends_bit_for_bit_alike(base_folder, tmp_path):
     ]
     data = ["--data_dir", ROOT / "demo" / "held_out", "--resolution", "64", "--seed", "0"]
     flags += ["--source", "--pretrained_model_name", base_folder, *data]
-    words = [sys.executable, ROOT / "tests" / "helpers" / "soak.py", *flags]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = forked.run(["-c", "import soak; soak.main()", *flags], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("kill ") == 3
     assert "ended as the undisturbed one" in done.stdout

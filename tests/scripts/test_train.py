@@ -39,19 +39,9 @@ def data(tmp_path_factory):
     return folder
 
 
-FEW_STEPS = f"""
-import sys
-from megaman.training import validation
-validation.NUM_INFERENCE_STEPS = {SAMPLING_STEPS}
-import megaman_lora
-from megaman.errors import run_script
-sys.exit(run_script(megaman_lora.main, sys.argv[1:]))
-"""
-
-
 @pytest.fixture(scope="module")
-def finished(data, embedded_base, run_script, tmp_path_factory):
-    """One whole run as a process, with validation images in SAMPLING_STEPS."""
+def finished(data, embedded_base, forked, tmp_path_factory):
+    """One whole run as a process of its own, with validation images in SAMPLING_STEPS."""
     cwd = tmp_path_factory.mktemp("run")
     folders = [
         "--pretrained_model_name",
@@ -68,7 +58,8 @@ def finished(data, embedded_base, run_script, tmp_path_factory):
         --num_validation_images 2 --validation_prompt robot --lora_rank 4 --lora_alpha 16
         --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --seed 0
         --mixed_precision fp16 --random_flip --snr_gamma 5 --noise_offset 0.05"""
-    done = run_script(["-c", FEW_STEPS, *folders, *flags.split()], cwd)
+    patches = {"megaman.training.validation.NUM_INFERENCE_STEPS": SAMPLING_STEPS}
+    done = forked.run(["megaman_lora.py", *folders, *flags.split()], cwd, patches)
     assert done.returncode == 0, done.stderr
     return done, cwd
 
