@@ -210,8 +210,10 @@ def serve() -> None:
         importlib.import_module(library)
     gc.freeze()  # a collection in a fork would look at them all, and so copy their memory
     gc.enable()
+    from megaman import runtime
+
     # In a fork this would copy the whole heap, for a run of a few steps.
-    sys.modules["megaman.runtime"].use_huge_pages = lambda: None
+    runtime.use_huge_pages = lambda: None
     for line in sys.stdin:
         order = json.loads(line)
         if "poll" in order:
