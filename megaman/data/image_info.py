@@ -17,7 +17,7 @@ from megaman.data.images import (
 )
 from megaman.files import Stamp, stamp_of
 
-CELL = "pixel art 2"  # the topic of cells in the file index; the number is the rule's version
+CELL = "pixel art 3"  # the topic of cells in the file index; the number is the rule's version
 
 
 def read_info(

@@ -11,6 +11,7 @@ from PIL import Image
 from megaman.data.images import BadImageError, flatten, image_size, open_transparent
 
 MAX_COLORS = 256
+FEW_COLORS = 64  # of one image; no photograph and hardly a smooth drawing has so few
 MAX_IMAGES = 200  # looked at, spread over the training set
 MAX_SIDE = 2048  # pixels: larger images are hardly pixel art, and slow to decode
 
@@ -49,7 +50,7 @@ def shared_palette(images: Sequence[Path], background: str) -> list[str]:
 
 def _few_colors(path: Path, background: str) -> list[str]:
     """The colors of an image if it is pixel art of few colors."""
-    from megaman.data.pixel_art import FEW_COLORS, is_pixel_art  # loads numpy
+    from megaman.data.pixel_art import is_pixel_art  # loads numpy
 
     if max(image_size(path, min_side=1)) > MAX_SIDE:
         return []

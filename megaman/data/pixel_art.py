@@ -10,21 +10,21 @@ import math
 import numpy as np
 from PIL import Image
 
-FEW_COLORS = 64  # no photograph and hardly a smooth drawing has so few
-MAX_LOSSY_CELL = 4  # pixels; JPEG's own blocks look like larger cells
-MAX_GRID_RATIO = 0.5
+MAX_GRID_CELL = 4  # pixels; JPEG's own blocks look like larger cells
 FLAT, EDGE = 4, 40  # differences of neighbors, of 255 levels
 MIN_PART = 0.2  # of an edge's height on each side of a blend
-SMALL = 64 * 64  # pixels
-# Logistic regressions on the features of `measure`.
-FEW_WEIGHTS = {"bias": 51.1, "flat": -25.9, "blends": -17.7, "colors": -1.87, "size": -2.13}
-MANY_WEIGHTS = {
-    "bias": 16.6,
-    "blends": -27.8,
-    "colors": -1.24,
-    "hues": 2.13,
-    "small": 4.58,
-    "size": -1.76,
+MIN_PIXELS = 3  # JPEG's noise makes rarer hues
+TINY = 32 * 32  # pixels
+# A logistic regression on the features of `measure`.
+WEIGHTS = {
+    "bias": -7.44,
+    "colors": -1.04,
+    "hues": 1.6,
+    "changes": 2.29,
+    "blends": -2.24,
+    "ramps": -2.55,
+    "grid": -3.83,
+    "tiny": 13.8,
 }
 
 
@@ -32,17 +32,16 @@ def is_pixel_art(image: Image.Image) -> bool:
     """Whether an image in RGB or RGBA is pixel art: at its own size, enlarged with nearest
     neighbor, or saved as JPEG.
 
-    With few colors, pixel art differs from smooth drawings in that its edges have no blends of the
-    colors on both sides. With many, as JPEG leaves them, it shows a grid of cells, or it is small,
-    colorful and has few blends.
+    What tells it from photographs and smooth drawings, even as JPEG: if brightness rises between
+    two pixels, it hardly ever rises to the next as well, as it does where edges are blends.
+    Besides, pixel art has few colors, but many hues for that, and small flat areas, or it shows a
+    grid of cells, or it is tiny.
     """
     pixels = _pixels(image)
-    side = _cell_side(pixels)
-    if not side:
+    if (pixels == pixels[0, 0]).all():
         return False
-    if _count_colors(pixels) <= FEW_COLORS:
-        return _score(pixels[::side, ::side], FEW_WEIGHTS) > 0
-    return _grid_ratio(_luma(pixels)) < MAX_GRID_RATIO or _score(pixels, MANY_WEIGHTS) > 0
+    features = measure(pixels)
+    return sum(weight * features[name] for name, weight in WEIGHTS.items()) > 0
 
 
 def cell_side(image: Image.Image) -> int:
@@ -81,51 +80,54 @@ def _differences(pixels: np.ndarray) -> np.ndarray:
     return np.abs(np.diff(pixels, axis=0)).max(axis=-1)
 
 
-def _grid_ratio(luma: np.ndarray) -> float:
+def measure(pixels: np.ndarray) -> dict[str, float]:
+    """What the rule looks at, of pixels [H, W, 4], as logarithms: how many colors there are, also
+    at 16 levels a channel (hues); the shares of neighbors that differ, of edges with a pixel
+    between both colors, and of ramps; the ratio of the best grid; and how many times fewer pixels
+    there are than TINY.
+    """
+    luma = _luma(pixels)
+    both = (luma, luma.swapaxes(0, 1))
+    steps = [_differences(each) for each in both]
+    edges, blends = np.sum([_count_blends(each) for each in both], axis=0)
+    ramps, total = np.sum([_sum_ramps(each) for each in both], axis=0)
+    differing = np.concatenate([each.ravel() for each in steps]) > FLAT
+    return {
+        "bias": 1.0,
+        "colors": math.log(_count_colors(pixels)),
+        "hues": math.log(1 + _count_colors((pixels + 8) // 16, MIN_PIXELS)),
+        "changes": math.log(0.02 + float(differing.mean())),
+        "blends": math.log(0.01 + float((blends + 1) / (edges + 10))),  # few edges say little
+        "ramps": math.log(0.01 + float(ramps / max(1, total))),
+        "grid": math.log(max(0.02, _grid_ratio(steps))),
+        "tiny": max(0.0, math.log(TINY / (luma.shape[0] * luma.shape[1]))),
+    }
+
+
+def _grid_ratio(steps: list[np.ndarray]) -> float:
     """The mean difference of neighbors within cells, divided by that across the cells' borders, of
     the cells that fit best; 1 without a grid."""
-    profiles = [_differences(each).mean(axis=1) for each in (luma, luma.swapaxes(0, 1))]
+    profiles = [each.mean(axis=1) for each in steps]
     everything = np.concatenate(profiles)
     ratios = [1.0]
-    for side in range(2, min(MAX_LOSSY_CELL, min(luma.shape[:2]) // 8) + 1):
+    for side in range(2, min(MAX_GRID_CELL, (min(map(len, profiles)) + 1) // 8) + 1):
         borders = np.concatenate([profile[side - 1 :: side] for profile in profiles])
         within = (everything.sum() - borders.sum()) / (len(everything) - len(borders))
         ratios.append(float(within / (borders.mean() + 1e-6)))
     return min(ratios)
 
 
-def _score(pixels: np.ndarray, weights: dict[str, float]) -> float:
-    """A logistic regression's log odds that an image is pixel art."""
-    features = measure(pixels)
-    return sum(weight * features[name] for name, weight in weights.items())
+def _count_colors(pixels: np.ndarray, least: int = 1) -> int:
+    """How many colors, opacity included, at least so many pixels have."""
+    packed = pixels.astype(np.int64) @ (1 << np.array([24, 16, 8, 0]))
+    return int((np.unique(packed, return_counts=True)[1] >= least).sum())
 
 
-def measure(pixels: np.ndarray) -> dict[str, float]:
-    """What the rule looks at, of pixels [H, W, 4] at one pixel a cell.
-
-    flat is the share of neighbors that are alike, blends that of edges with a pixel between both
-    colors. Logarithms are how many colors there are, also at 16 levels a channel (hues), how many
-    pixels (size), and how many times fewer than SMALL (small).
-    """
-    luma = _luma(pixels)
-    both = (luma, luma.swapaxes(0, 1))
-    count = pixels.shape[0] * pixels.shape[1]
-    steps = np.concatenate([_differences(each).ravel() for each in both])
-    edges, blends = np.sum([_count_blends(each) for each in both], axis=0)
-    return {
-        "bias": 1.0,
-        "flat": float((steps <= FLAT).mean()),
-        "blends": float((blends + 1) / (edges + 10)),  # few edges say little
-        "colors": math.log(_count_colors(pixels)),
-        "hues": math.log(_count_colors((pixels + 8) // 16)),
-        "size": math.log(count),
-        "small": max(0.0, math.log(SMALL / count)),
-    }
-
-
-def _count_colors(pixels: np.ndarray) -> int:
-    """How many distinct colors there are, opacity included."""
-    return len(np.unique(pixels.astype(np.int64) @ (1 << np.array([24, 16, 8, 0]))))
+def _sum_ramps(luma: np.ndarray) -> tuple[float, float]:
+    """The products of neighboring steps in the same direction along the first axis, summed, and the
+    squares of all steps."""
+    steps = np.diff(luma.astype(np.float32), axis=0)
+    return float(np.maximum(steps[1:] * steps[:-1], 0).sum()), float(np.square(steps).sum())
 
 
 def _count_blends(luma: np.ndarray) -> tuple[int, int]:

@@ -42,6 +42,27 @@ def draw_sprite(seed: int, width: int, height: int) -> Image.Image:
     return image
 
 
+def draw_tiles(seed: int) -> Image.Image:
+    """A scene of a few textured tiles of 16 pixels, some with a sprite on them."""
+    rng = random.Random(seed)
+    tiles = []
+    for color in rng.sample(PALETTE, 3):
+        tile = Image.new("RGB", (16, 16), color)
+        for _ in range(40):
+            shade = rng.choice((0.6, 0.8, 1.2))
+            place = rng.randrange(16), rng.randrange(16)
+            tile.putpixel(place, tuple(min(255, round(shade * value)) for value in color))
+        tiles.append(tile)
+    scene = Image.new("RGB", (16 * rng.randint(5, 9), 16 * rng.randint(5, 9)))
+    for left in range(0, scene.width, 16):
+        for top in range(0, scene.height, 16):
+            scene.paste(rng.choice(tiles), (left, top))
+            if rng.random() < 0.2:
+                sprite = draw_sprite(rng.randrange(99), 14, 14)
+                scene.paste(sprite, (left, top), sprite)
+    return scene
+
+
 def draw_smooth(seed: int) -> Image.Image:
     """Anti-aliased shapes, as drawings are."""
     rng = random.Random(seed)
@@ -102,6 +123,23 @@ def test_pixel_art_is_told_from_drawings_and_photographs():
         assert is_pixel_art(sprite) and is_pixel_art(enlarge(sprite, 2 + seed % 3))
         assert is_pixel_art(as_jpeg(enlarge(sprite, 3)))
         assert not is_pixel_art(draw_smooth(seed)) and not is_pixel_art(draw_photo(seed))
+
+
+@pytest.mark.parametrize("quality", [75, 85, 95])
+def test_scenes_of_tiles_are_pixel_art_as_jpeg(quality):
+    for seed in range(8):
+        scene = as_jpeg(draw_tiles(seed), quality)
+        assert is_pixel_art(scene) and is_pixel_art(as_jpeg(enlarge(scene, 2), quality))
+
+
+@pytest.mark.parametrize("side", [32, 48, 64])
+def test_photographs_in_few_colors_and_small_drawings_are_no_pixel_art(side):
+    for seed in range(8):
+        photo = draw_photo(seed)
+        dim = photo.convert("L").point([80 + value // 5 for value in range(256)])
+        assert not is_pixel_art(photo.quantize(48).convert("RGB"))
+        assert not is_pixel_art(dim.resize((side, side), Image.Resampling.BOX).convert("RGB"))
+        assert not is_pixel_art(draw_smooth(seed).resize((side, side), Image.Resampling.BOX))
 
 
 def test_opaque_colors_keep_their_differences():
