@@ -30,6 +30,9 @@ def lora_path(base_folder, tmp_path_factory):
     return save_visible_lora(folder, base_folder, 2, 8, ["to_v"])
 
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # in each process, as torchrun sets it
+
+
 @pytest.fixture
 def ranks(forked, tmp_path):
     """ranks(count, *flags): so many processes of one run, as torchrun starts them."""
@@ -41,7 +44,7 @@ def ranks(forked, tmp_path):
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         runs = []
         for rank in map(str, range(count)):
-            env = shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+            env = shared | ONE_THREAD | {"RANK": rank, "LOCAL_RANK": rank}
             runs.append(forked.start(["generate_megaman.py", *flags], tmp_path, env=env))
         return runs
 
@@ -60,7 +63,8 @@ def contents(folder):
 def test_two_processes_make_the_images_and_the_gallery_of_one(lora_path, forked, ranks, tmp_path):
     """Also when two resume what one began; the second is quiet, and nothing is left over."""
     more = ["--num_images_per_prompt", 2, "--lora_scales", "0,1"]
-    one = forked.run(["generate_megaman.py", *flags(lora_path, "one", *more)], tmp_path)
+    words = ["generate_megaman.py", *flags(lora_path, "one", *more)]
+    one = forked.run(words, tmp_path, env=ONE_THREAD)
     assert one.returncode == 0, one.stderr
     runs = ranks(2, *flags(lora_path, "two", *more))
     outputs = [run.communicate() for run in runs]
