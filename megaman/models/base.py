@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import diffusers
 import torch
-import transformers
+import transformers.utils.logging
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError

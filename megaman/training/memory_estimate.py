@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -125,9 +125,13 @@ class MemoryEstimate:
         self.reloaded_vae = 0 if request.encodes_images else tensor_bytes(self.vae)
         if on_gpu and dtype != torch.float32:
             norms_in_float32(self.unet, self.text_encoder)
-        self._fake_models = FakeModels(self.unet, self.text_encoder, self.vae)
         settings = [configs, asdict(request), dtype, on_gpu]
         self._traces = TraceCache(cache_dir, settings)
+
+    @cached_property
+    def _fake_models(self) -> FakeModels:
+        """Made for the first trace: where all figures are stored, it is not needed."""
+        return FakeModels(self.unet, self.text_encoder, self.vae)
 
     def _step_of_one_image(self, checkpointing: bool) -> int:
         name = f"step, checkpointing {checkpointing}"

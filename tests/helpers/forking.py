@@ -34,6 +34,7 @@ LIBRARIES = [
 ]
 # Modules that load what the scripts import in functions, and the scripts.
 OURS = [
+    "megaman.training.judge",
     "megaman.training.validation",
     "megaman.sampling.loading",
     "generate_megaman",
