@@ -53,6 +53,7 @@ def made(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_a_random_base_and_drawn_pictures_are_what_the_product_reads(made):
     import torch
 

@@ -168,6 +168,7 @@ CONTENTS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config_type", PARSERS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("suffix", [".toml", ".json"])
 @given(content=CONTENTS)

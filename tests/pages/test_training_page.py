@@ -101,6 +101,7 @@ def wait_for_text(page: Visit, selector: str, wanted: str) -> None:
     )
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_follows_the_run_and_keeps_what_the_visitor_chose(the_browser, run):
     run.train(900)
