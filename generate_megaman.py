@@ -7,7 +7,6 @@ if sys.version_info < (3, 11):
         "error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2]
     )
 
-import gc
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -43,7 +42,6 @@ BAR: dict[str, Any] = {"unit": "image", "bar_format": FORMAT}
 
 def main(argv: list[str]) -> int:
     install_logging()
-    gc.set_threshold(50_000, 10, 10)  # or every library that is loaded is looked through again
     with one_report():
         config = parse_generate_config(argv)
         leave_deleted_folder()

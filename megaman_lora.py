@@ -13,7 +13,6 @@ if sys.version_info < (3, 11):
         "error: Mega Man LoRA needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2]
     )
 
-import gc
 from contextlib import ExitStack, suppress
 from functools import partial
 
@@ -44,7 +43,6 @@ def main(argv: list[str]) -> int:
 
         print(*answer(config), sep="\n")
         return 0
-    gc.set_threshold(50_000, 10, 10)  # or 100,000 images are looked through again and again
     if config.run.check_data:
         return print_data_report(config)
     with ExitStack() as stack:

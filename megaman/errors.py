@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import textwrap
@@ -14,6 +15,8 @@ from megaman.console import flush_output, forgiving_output
 RUN_FAILED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+# Or every library that is loaded, and 100,000 images, are looked through again and again.
+GC_THRESHOLDS = 50_000, 10, 10
 FREE_SPACE = "Free some space"
 ANOTHER_NAME = "Choose another name, or move away what is in its place"
 OWN_FOLDER = "Choose another folder, or change its permissions"
@@ -75,6 +78,7 @@ def run_script(
     What a user can cause becomes one line on stderr; saves_memory is the remedy when memory runs
     out. Any other exception passes through.
     """
+    gc.set_threshold(*GC_THRESHOLDS)
     # numpy warns thousands of times of how diffusers' samplers hand tensors to it.
     warnings.filterwarnings("ignore", "__array", DeprecationWarning)
     with forgiving_output() as lost:

@@ -19,6 +19,8 @@ from hypothesis import settings
 from narrow_base import EMBEDDED, make_narrow_base
 from PIL import Image, ImageDraw
 
+from megaman.errors import GC_THRESHOLDS
+
 if TYPE_CHECKING or os.name == "posix":
     from browser import CHROMIUM, Visit, chromium
 else:
@@ -71,6 +73,7 @@ def pytest_collection():
     finally:
         gc.freeze()
         gc.enable()
+        gc.set_threshold(*GC_THRESHOLDS)  # as in run_script
 
 
 def pytest_collection_modifyitems(items):
@@ -174,6 +177,7 @@ def pictures(tmp_path) -> Path:
 
 
 SAMPLING_STEPS = 3  # of validation images, instead of 25
+FEW_SAMPLING_STEPS = {"megaman.training.validation.NUM_INFERENCE_STEPS": SAMPLING_STEPS}  # forked
 FEW_TARGETS = [
     "--target_modules",
     "to_q",

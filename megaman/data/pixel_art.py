@@ -46,14 +46,11 @@ def is_pixel_art(image: Image.Image) -> bool:
 
 def cell_side(image: Image.Image) -> int:
     """The side in pixels of the largest cells, each of one color, that an image in RGB or RGBA is
-    made of: 3 if it was enlarged three times with nearest neighbor, 1 if it was not."""
-    return _cell_side(_pixels(image)) or 1
-
-
-def _cell_side(pixels: np.ndarray) -> int:
-    """The side in pixels of the largest cells, 0 if all pixels are alike."""
+    made of: 3 if it was enlarged three times with nearest neighbor, 1 if it was not or if all
+    pixels are alike."""
+    pixels = _pixels(image)
     changes = np.concatenate([_changes(pixels), _changes(pixels.swapaxes(0, 1))])
-    return math.gcd(*pixels.shape[:2], *changes.tolist()) if changes.size else 0
+    return math.gcd(*pixels.shape[:2], *changes.tolist()) if changes.size else 1
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

@@ -79,7 +79,7 @@ def assert_reports(reported: dict[str, str], wanted: dict[Path, str]) -> None:
 def test_the_whole_corpus_trains_and_names_what_is_bad(
     corpus, base_folder, forked, train_here, tmp_path
 ):
-    """As a process whose worker is spawned and whose console is Windows' old one."""
+    """As a process whose workers are spawned and whose console is Windows' old one."""
     assert len(corpus.bad) <= len(corpus.good)
     words = [
         "--pretrained_model_name",
@@ -91,7 +91,7 @@ def test_the_whole_corpus_trains_and_names_what_is_bad(
     ]
     flags = (
         "--resolution 64 --num_validation_images 0 --seed 0 --max_train_steps 2 "
-        "--dataloader_num_workers 1 --target_modules to_q to_v"
+        "--dataloader_num_workers 2 --target_modules to_q to_v"
     )
     console = {"PYTHONIOENCODING": "cp1252"}
     done = forked.run(["-c", SPAWNING, *words, *flags.split()], tmp_path, env=console)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, SAMPLING_STEPS
+from conftest import FEW_SAMPLING_STEPS, ROOT
 from PIL import Image
 from safetensors import safe_open
 
@@ -116,9 +116,8 @@ def test_the_script_draws_the_committed_images(run_script, tmp_path):
 def test_the_demo_runs_as_the_readme_says(forked, tmp_path):
     """The README's two commands, shortened; each script finds the other's files without a flag."""
     words = ["megaman_lora.py", "--demo", "--max_train_steps", 2, "--num_validation_images", 1]
-    patches = {"megaman.training.validation.NUM_INFERENCE_STEPS": SAMPLING_STEPS}
-    patches |= {f"megaman.training.{name}.NUM_TIMESTEPS": 2 for name in ("held_out", "judge")}
-    done = forked.run(words, tmp_path, patches)
+    few = {f"megaman.training.{name}.NUM_TIMESTEPS": 2 for name in ("held_out", "judge")}
+    done = forked.run(words, tmp_path, FEW_SAMPLING_STEPS | few)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("next: python generate_megaman.py --demo")
     done = forked.run(["generate_megaman.py", "--demo", "--num_inference_steps", 2], tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS, learned_alike
+from conftest import FEW_SAMPLING_STEPS, FEW_TARGETS, ROOT, SAMPLING_STEPS, learned_alike
 from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -58,8 +58,7 @@ def finished(data, embedded_base, forked, tmp_path_factory):
         --num_validation_images 2 --validation_prompt robot --lora_rank 4 --lora_alpha 16
         --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --seed 0
         --mixed_precision fp16 --random_flip --snr_gamma 5 --noise_offset 0.05"""
-    patches = {"megaman.training.validation.NUM_INFERENCE_STEPS": SAMPLING_STEPS}
-    done = forked.run(["megaman_lora.py", *folders, *flags.split()], cwd, patches)
+    done = forked.run(["megaman_lora.py", *folders, *flags.split()], cwd, FEW_SAMPLING_STEPS)
     assert done.returncode == 0, done.stderr
     return done, cwd
 

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 import pytest
-from conftest import ROOT, SAMPLING_STEPS
+from conftest import FEW_SAMPLING_STEPS, ROOT
 
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *(ROOT / "megaman").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
@@ -190,8 +190,7 @@ def test_both_scripts_on_a_console_of_windows(forked, base_folder, pictures, tmp
         "to_q",
     ]
     words = ["-c", SPAWNING, *flags, "--validation_prompt", PROMPT]
-    patches = {"megaman.training.validation.NUM_INFERENCE_STEPS": SAMPLING_STEPS}
-    done = forked.run(words, tmp_path, patches, env=env)
+    done = forked.run(words, tmp_path, FEW_SAMPLING_STEPS, env=env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "forced" / "spawned").exists(), "the worker began as Windows begins it"
     assert "\\u6d1b" in done.stdout, "shown as far as cp1252 goes"

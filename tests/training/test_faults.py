@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FEW_TARGETS, ROOT, SAMPLING_STEPS
+from conftest import FEW_SAMPLING_STEPS, FEW_TARGETS, ROOT
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -240,7 +240,7 @@ def test_a_full_file_system_loses_nothing(forked, base_folder, tmp_path):
         done = forked.run(
             ["megaman_lora.py", *words],
             tmp_path,
-            {"megaman.training.validation.NUM_INFERENCE_STEPS": SAMPLING_STEPS},
+            FEW_SAMPLING_STEPS,
         )
         assert "Traceback" not in done.stderr
         assert "no checkpoint (" in done.stdout and "training continues" in done.stdout
