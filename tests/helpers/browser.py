@@ -178,11 +178,22 @@ class Visit:
 
     def click(self, selector: str, across: float = 0.5) -> None:
         """Press and release the mouse on an element, at this share of its width."""
-        x, y = self.do(f"""(() => {{
+        self.send("Page.bringToFront")  # a tab behind another has no animation frames
+        # What content-visibility skips gets its height once it is in sight, which moves the element.
+        x, y = self.do(f"""(async () => {{
             const element = document.querySelector({json.dumps(selector)});
-            element.scrollIntoView({{block: "center", behavior: "instant"}});
-            const box = element.getBoundingClientRect();
-            return [box.left + box.width * {across}, box.top + box.height / 2];
+            const point = () => {{
+                element.scrollIntoView({{block: "center", behavior: "instant"}});
+                const box = element.getBoundingClientRect();
+                return [box.left + box.width * {across}, box.top + box.height / 2];
+            }};
+            let before, now = point();
+            do {{
+                before = now;
+                await new Promise(requestAnimationFrame);
+                now = point();
+            }} while (String(now) !== String(before));
+            return now;
         }})()""")
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)

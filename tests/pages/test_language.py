@@ -48,12 +48,13 @@ def test_the_gallery_switches_to_chinese_and_back(the_browser, gallery):
     english = page.do(MARKED)
     page.click("[lang='zh-TW']")
     assert page.do("document.documentElement.lang") == "zh-TW"
-    assert page.do("document.querySelector('h1').innerText") == "robots 的圖片"
-    assert page.do("document.querySelector('h2').innerText") == "prompt", "prompts stay"
+    # textContent, as innerText is empty until the browser has drawn what content-visibility skips
+    assert page.do("document.querySelector('h1').textContent") == "robots 的圖片"
+    assert page.do("document.querySelector('h2').textContent") == "prompt", "prompts stay"
     left = [text for text in page.do(MARKED) if text in english]
     assert not left
     page.click("[data-number='0'] .with-lora img")
-    assert page.do("document.querySelector('.place').innerText") == "第 1 張，共 3 張，種子 0"
+    assert page.do("document.querySelector('.place').textContent") == "第 1 張，共 3 張，種子 0"
     page.key("Escape")
     page.click("[lang='en']")
     assert page.do(MARKED) == english
