@@ -178,9 +178,10 @@ class Visit:
 
     def click(self, selector: str, across: float = 0.5) -> None:
         """Press and release the mouse on an element, at this share of its width."""
-        self.send("Page.bringToFront")  # a tab behind another has no animation frames
-        # What content-visibility skips gets its height once it is in sight, which moves the element.
-        x, y = self.do(f"""(async () => {{
+        if self.do("document.hidden"):
+            self.send("Page.bringToFront")  # only the tab in front has animation frames
+        # What content-visibility skips gets its height once it is in sight, and moves the element.
+        standing = f"""(async () => {{
             const element = document.querySelector({json.dumps(selector)});
             const point = () => {{
                 element.scrollIntoView({{block: "center", behavior: "instant"}});
@@ -193,10 +194,21 @@ class Visit:
                 await new Promise(requestAnimationFrame);
                 now = point();
             }} while (String(now) !== String(before));
+            window.unpressed = true;
+            const options = {{capture: true, once: true}};
+            addEventListener("pointerdown", () => {{ window.unpressed = false; }}, options);
             return now;
-        }})()""")
-        for kind in ("mousePressed", "mouseReleased"):
-            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        }})()"""
+        end = time.monotonic() + PATIENCE
+        pressed = False
+        while not pressed:  # a browser drops what comes before it has painted the page
+            assert time.monotonic() < end, f"no press arrives at {selector}"
+            x, y = self.do(standing)
+            for kind in ("mousePressed", "mouseReleased"):
+                self.send(
+                    "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
+                )
+            pressed = not self.do("window.unpressed")
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(
