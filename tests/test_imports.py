@@ -160,6 +160,16 @@ def test_torch_waits_in_truth_too(run_script, tmp_path):
     assert not {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy"} & set(loaded)
 
 
+def test_a_worker_that_decodes_images_waits_for_nothing_else():
+    """Where workers are spawned each imports it."""
+    imported = at_import("data.crop_reader")
+    assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {
+        "torch",
+        "megaman",
+    }
+    assert ours(imported) <= set(NO_TORCH)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_only_the_scripts_print(name):
     calls = [node for node in ast.walk(tree(name)) if isinstance(node, ast.Call)]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from megaman.data.crop_reader import CropReader
 from megaman.data.file_index import FileIndex
 from megaman.data.images import BadImageError
 from megaman.data.latent_cache import LatentCache
@@ -134,7 +135,8 @@ def _encode_missing(
     decoded, by index."""
     encoder = VaeEncoder(load_vae())
     num_workers = min(config.num_workers, _usable_cores())
-    loader = DataLoader(_CropReader(dataset, missing), batch_size=None, num_workers=num_workers)
+    reader = CropReader(dataset, [(one.index, list(one.crops.values())) for one in missing])
+    loader = DataLoader(reader, batch_size=None, num_workers=num_workers)
     # A run makes at most MAX_SHARDS shards.
     min_batch = -(-sum(len(one.crops) for one in missing) // MAX_SHARDS)
     reasons: dict[int, str] = {}
@@ -157,24 +159,6 @@ def _store(encoder: VaeEncoder, batch: dict[str, torch.Tensor], cache: LatentCac
     """Encode crops of one size into the cache as one shard."""
     latents = encoder.encode(torch.stack(list(batch.values()))).cpu()
     cache.add(dict(zip(batch, latents, strict=True)))
-
-
-class _CropReader(Dataset):
-    """Loads the missing crops of each image; for a damaged image, the reason in place of an
-    exception."""
-
-    def __init__(self, dataset: MegaManDataset, missing: Sequence[_MissingCrops]):
-        self._dataset = dataset
-        self._requests = [(one.index, list(one.crops.values())) for one in missing]
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __getitem__(self, i: int) -> list[torch.Tensor] | str:
-        try:
-            return self._dataset.load_crops(*self._requests[i])
-        except BadImageError as error:
-            return str(error)
 
 
 def _from_workers(loader: DataLoader) -> Iterator[list[torch.Tensor] | str]:

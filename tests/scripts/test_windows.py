@@ -135,10 +135,11 @@ def test_what_only_unix_has_is_seen():
 NAME = "Größe 洛克 🤖"
 PROMPT = "ein blauer Röboter, 洛克人 🤖"
 FORCE_SPAWN = """
-import multiprocessing, pathlib, sys
+import atexit, multiprocessing, pathlib, sys
 multiprocessing.set_start_method("spawn")
 if any("spawn_main" in word for word in sys.orig_argv):
-    pathlib.Path(__file__).with_name("spawned").touch()
+    file = pathlib.Path(__file__).with_name("spawned")
+    atexit.register(lambda: file.write_text(" ".join(sys.modules)))
 """
 ON_CP1252 = """
 import io, os, sys
@@ -192,7 +193,8 @@ def test_both_scripts_on_a_console_of_windows(forked, base_folder, pictures, tmp
     words = ["-c", SPAWNING, *flags, "--validation_prompt", PROMPT]
     done = forked.run(words, tmp_path, FEW_SAMPLING_STEPS, env=env)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "forced" / "spawned").exists(), "the worker began as Windows begins it"
+    loaded = (tmp_path / "forced" / "spawned").read_text().split()  # as Windows begins a worker
+    assert "torch.utils.data" in loaded and not {"diffusers", "peft"} & {*loaded}
     assert "\\u6d1b" in done.stdout, "shown as far as cp1252 goes"
     (log_dir,) = (tmp_path / "logs").iterdir()
     assert log_dir.name.startswith(f"{NAME}-")
