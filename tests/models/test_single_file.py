@@ -313,6 +313,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
             file.write(tensor.contiguous().numpy().data)
 
 
+def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """In a third of the time that 10^9 comparisons of halves take."""
+    return one.dtype == other.dtype and torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
 @pytest.mark.slow(weight=10)
 def test_a_whole_checkpoint_loads_as_its_folder_does(tmp_path):
     """In its full size, fp16: every tensor, and the configurations. What the models make of them is
@@ -331,7 +336,7 @@ def test_a_whole_checkpoint_loads_as_its_folder_does(tmp_path):
             found = getattr(base, part).state_dict()
             assert found.keys() == wanted.keys()
             assert all(
-                torch.equal(found[name], wanted[name].to(found[name].dtype)) for name in wanted
+                equal_bits(found[name], wanted[name].to(found[name].dtype)) for name in wanted
             )
         schedule = DDPMScheduler.from_config(PUBLISHED_SCHEDULE)
         published = SimpleNamespace(**parts, noise_scheduler=schedule)
