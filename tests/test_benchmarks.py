@@ -41,6 +41,14 @@ print("{not JSON", sys.argv[1:])
 sys.exit(int(sys.argv[1]))
 """
 
+PAIRED_BY_TWOS = f"""
+import sys
+sys.path.insert(0, {str(processes.BENCHMARKS)!r})
+import paired
+paired.LOGS_EVERY = 2
+paired.main()
+"""
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -122,7 +130,7 @@ def test_a_program_is_stamped_at_every_step_of_its_bar(tmp_path):
 
 @pytest.mark.slow
 def test_bare_steps_stand_between_the_loops_own_and_the_loop_goes_on_to_its_end(
-    base_folder, tmp_path
+    base_folder, tmp_path, forked
 ):
     words = [
         "--pretrained_model_name",
@@ -134,24 +142,18 @@ def test_bare_steps_stand_between_the_loops_own_and_the_loop_goes_on_to_its_end(
         "--output_dir",
         "out",
         "--max_train_steps",
-        24,
+        8,
         "--num_validation_images",
         0,
         "--seed",
         0,
     ]
     words += ["--train_batch_size", 1, "--lora_rank", 2, *FEW_TARGETS]
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "paired.py"),
-        "3",
-        str(processes.TRAIN),
-        *map(str, words),
-    ]
-    result = processes.run(command, tmp_path)
-    assert (
-        len(result["ours_s"]) == 2 and len(result["bare_s"]) == 3
-    )  # around steps 4 to 13 and 14 to 23
+    done = forked.run(["-c", PAIRED_BY_TWOS, 3, processes.TRAIN, *words], tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = processes.last_json(done.stdout)
+    assert result is not None
+    assert len(result["ours_s"]) == 2 and len(result["bare_s"]) == 3  # around steps 4, 5 and 6, 7
     assert all(value > 0 for value in result["ours_s"] + result["bare_s"])
     assert (tmp_path / "out" / "lora_weights" / "adapter_model.safetensors").is_file()
 

@@ -246,9 +246,7 @@ def test_a_pickle_under_another_name_is_refused(own_lora, unet_shape, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".pth", ".pkl"])
-def test_a_folder_with_a_pickle_says_how_to_convert(
-    own_lora, unet_shape, tmp_path, suffix, run_script
-):
+def test_a_folder_with_a_pickle_says_how_to_convert(own_lora, unet_shape, monkeypatch, suffix):
     weights = own_lora / lora_files.PEFT_WEIGHTS
     pickled = weights.with_suffix(suffix)
     torch.save(load_file(weights), pickled)
@@ -257,8 +255,8 @@ def test_a_folder_with_a_pickle_says_how_to_convert(
     assert f"{pickled} is a pickle, which can run code" in line
     code = line.split('python -c "')[1].split('"')[0]
     if suffix == ".bin":  # what the line says is what one has to do
-        done = run_script(["-c", code], own_lora)
-        assert done.returncode == 0, done.stderr
+        monkeypatch.chdir(own_lora)
+        exec(code, {})
         assert weights.is_file()
 
 

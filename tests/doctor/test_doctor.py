@@ -295,7 +295,9 @@ def test_shapes_are_the_usual_ratios(size, name):
     assert nearest_shape(*size) == name
 
 
-def test_buckets_are_counted_and_far_from_square_is_then_no_matter(run_script, folder, tmp_path):
+def test_buckets_are_counted_and_far_from_square_is_then_no_matter(
+    folder, tmp_path, monkeypatch, capsys
+):
     """As training would put them; without them, pictures far from square are named."""
     for number in (1, 2, 3):
         scene(number, 128).crop((32, 0, 96, 128)).save(folder / f"tall_{number}.png")
@@ -303,21 +305,19 @@ def test_buckets_are_counted_and_far_from_square_is_then_no_matter(run_script, f
             f"volto, tall, number {number}", encoding="utf-8"
         )
     words = [
-        "megaman_lora.py",
         "--check_data",
         "--data_dir",
-        folder,
+        str(folder),
         "--resolution",
-        64,
+        "64",
         "--output_dir",
         "out",
     ]
+    monkeypatch.chdir(tmp_path)
     for flags, sizes in (([], {}), (["--enable_bucket"], {"40x88": 3, "64x64": 6})):
-        done = run_script([*words, *flags], tmp_path)
-        assert ("far from square" in done.stdout, "buckets " in done.stdout) == (
-            not flags,
-            bool(flags),
-        )
+        megaman_lora.main([*words, *flags])
+        said = capsys.readouterr().out
+        assert ("far from square" in said, "buckets " in said) == (not flags, bool(flags))
         data = json.loads((tmp_path / "out" / DATA).read_text(encoding="utf-8"))
         assert sum(data["buckets"].values()) == sum(sizes.values()) and len(data["buckets"]) == len(
             sizes

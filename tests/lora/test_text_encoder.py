@@ -414,14 +414,14 @@ def test_resumed_equals_undisturbed(train_here, tmp_path):
         "--lr_warmup_steps",
         1,
         "--max_train_steps",
-        4,
+        3,
     ]
     train_here(tmp_path, "whole", *flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     shutil.rmtree(tmp_path / "halves" / "lora_weights")
-    shutil.rmtree(tmp_path / "halves" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "halves" / "checkpoint-3")
     train_here(tmp_path, "halves", *flags, "--resume_from_checkpoint", "latest")
-    whole, halves = (tmp_path / name / "checkpoint-4" for name in ("whole", "halves"))
+    whole, halves = (tmp_path / name / "checkpoint-3" for name in ("whole", "halves"))
     assert_close(text_state(whole), text_state(halves))
     for file in ("adapter_model.safetensors", "optimizer.safetensors"):
         assert_close(load_file(whole / file), load_file(halves / file))
@@ -453,7 +453,7 @@ def test_a_resume_with_or_without_it_is_refused_by_name(train_here, tmp_path, be
 
 
 def test_too_little_memory_keeps_the_effective_batch(train_here, tmp_path, monkeypatch, capsys):
-    flags = [*DATA, *TEXT, "--max_train_steps", 3, "--train_batch_size", 4]
+    flags = [*DATA, *TEXT, "--max_train_steps", 2, "--train_batch_size", 4]
     train_here(tmp_path, "whole", *flags)
     real, calls = CLIPTextModel.forward, []
 

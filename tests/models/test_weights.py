@@ -312,19 +312,14 @@ print(peak() - before, 2 * base.unet.num_parameters())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_load_takes_the_model_and_a_portion(own_copy, embedded_base, run_script):
+def test_a_load_takes_the_model_and_a_portion(own_copy, embedded_base, forked):
     config = json.loads((embedded_base / "unet" / "config.json").read_text())
     config["block_out_channels"] = [96, 192, 384, 384]
     unet = weights.build(UNet2DConditionModel, config)
     zeros = {name: torch.zeros(tensor.shape) for name, tensor in unet.state_dict().items()}
     save_file(zeros, weights_of(own_copy, "unet"))
     unet.save_config(own_copy / "unet")
-    script = PEAK.replace(
-        "import torch\n",
-        "import torch\nfrom megaman.models import weights\nweights.PORTION = 2**23\n",
-        1,
-    )
-    done = run_script(["-c", script, own_copy], own_copy)
+    done = forked.run(["-c", PEAK, own_copy], own_copy, {"megaman.models.weights.PORTION": 2**23})
     assert done.returncode == 0, done.stderr
     rise, size = map(int, done.stdout.split())
     assert size > 50e6
