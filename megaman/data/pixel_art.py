@@ -57,14 +57,17 @@ def _pixels(image: Image.Image) -> np.ndarray:
     """Colors times opacity, and opacity: int16 [H, W, 4]."""
     values = np.asarray(image.convert("RGBA")).astype(np.int16)
     opacity = values[..., 3:]
+    if (opacity == 255).all():
+        return values
     colors = values[..., :3].astype(np.int32) * opacity // 255  # products overflow int16
     return np.concatenate([colors.astype(np.int16), opacity], axis=-1)
 
 
 def _luma(pixels: np.ndarray) -> np.ndarray:
     """Brightness and opacity, int16 [H, W, 2]: what JPEG keeps at full resolution."""
-    brightness = pixels[..., :3].astype(np.int32) @ np.array([299, 587, 114]) // 1000
-    return np.stack([brightness.astype(np.int16), pixels[..., 3]], axis=-1)
+    red, green, blue, opacity = np.moveaxis(pixels.astype(np.int32), -1, 0)
+    brightness = (299 * red + 587 * green + 114 * blue) // 1000
+    return np.stack([brightness, opacity], axis=-1).astype(np.int16)
 
 
 def _changes(pixels: np.ndarray) -> np.ndarray:
@@ -73,8 +76,13 @@ def _changes(pixels: np.ndarray) -> np.ndarray:
 
 
 def _differences(pixels: np.ndarray) -> np.ndarray:
-    """The largest difference of any channel between neighbors along the first axis."""
-    return np.abs(np.diff(pixels, axis=0)).max(axis=-1)
+    """The larger difference of the two channels between neighbors along the first axis."""
+    return _larger(np.abs(np.diff(pixels, axis=0)))
+
+
+def _larger(values: np.ndarray) -> np.ndarray:
+    """The maximum over a last axis of two, ten times as fast as NumPy's own over so few."""
+    return np.maximum(values[..., 0], values[..., 1])
 
 
 def measure(pixels: np.ndarray) -> dict[str, float]:
@@ -89,10 +97,11 @@ def measure(pixels: np.ndarray) -> dict[str, float]:
     edges, blends = np.sum([_count_blends(each) for each in both], axis=0)
     ramps, total = np.sum([_sum_ramps(each) for each in both], axis=0)
     differing = np.concatenate([each.ravel() for each in steps]) > FLAT
+    num_colors, num_hues = _count_colors(pixels)
     return {
         "bias": 1.0,
-        "colors": math.log(_count_colors(pixels)),
-        "hues": math.log(1 + _count_colors((pixels + 8) // 16, MIN_PIXELS)),
+        "colors": math.log(num_colors),
+        "hues": math.log(1 + num_hues),
         "changes": math.log(0.02 + float(differing.mean())),
         "blends": math.log(0.01 + float((blends + 1) / (edges + 10))),  # few edges say little
         "ramps": math.log(0.01 + float(ramps / max(1, total))),
@@ -114,10 +123,13 @@ def _grid_ratio(steps: list[np.ndarray]) -> float:
     return min(ratios)
 
 
-def _count_colors(pixels: np.ndarray, least: int = 1) -> int:
-    """How many colors, opacity included, at least so many pixels have."""
-    packed = pixels.astype(np.int64) @ (1 << np.array([24, 16, 8, 0]))
-    return int((np.unique(packed, return_counts=True)[1] >= least).sum())
+def _count_colors(pixels: np.ndarray) -> tuple[int, int]:
+    """How many colors there are, opacity included, and how many hues have at least MIN_PIXELS."""
+    packed = pixels.astype(np.uint8).view(np.uint32)  # sorted in a fraction of the time of rows
+    colors, counts = np.unique(packed, return_counts=True)
+    levels = (colors[:, None].view(np.uint8).astype(np.int64) + 8) // 16  # 0 to 16
+    hues = levels @ np.array([17**3, 17**2, 17, 1])
+    return len(colors), int((np.bincount(hues, weights=counts) >= MIN_PIXELS).sum())
 
 
 def _sum_ramps(luma: np.ndarray) -> tuple[float, float]:
@@ -131,14 +143,13 @@ def _count_blends(luma: np.ndarray) -> tuple[int, int]:
     """Of three pixels along the first axis, how often the outer ones differ much, and how often the
     one in the middle is between them then."""
     before, middle, after = luma[:-2], luma[1:-1], luma[2:]
-    change = after - before
-    channel = np.abs(change).argmax(axis=-1)[..., None]
-
-    def pick(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, channel, axis=-1)[..., 0]
-
-    change, sign = np.abs(pick(change)), np.sign(pick(change))
-    is_edge = change >= EDGE
-    rises = pick(middle - before) * sign >= MIN_PART * change
-    rises &= pick(after - middle) * sign >= MIN_PART * change
-    return int(is_edge.sum()), int((is_edge & rises).sum())
+    is_edge = _larger(np.abs(after - before)) >= EDGE
+    first, second = (middle - before)[is_edge], (after - middle)[is_edge]
+    change = first + second
+    channel = np.abs(change).argmax(axis=-1)[:, None]
+    first, second, change = (
+        np.take_along_axis(values, channel, axis=-1) for values in (first, second, change)
+    )
+    sign, least = np.sign(change), MIN_PART * np.abs(change)
+    rises = (first * sign >= least) & (second * sign >= least)
+    return int(is_edge.sum()), int(rises.sum())
