@@ -197,6 +197,7 @@ def train_here(base_folder) -> Callable:
     from safetensors.torch import load_file
 
     import megaman_lora
+    from megaman import runtime
     from megaman.training import validation
 
     def run(cwd: Path, output_dir: str, *flags) -> dict:
@@ -216,6 +217,8 @@ def train_here(base_folder) -> Callable:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(cwd)
             patch.setattr(validation, "NUM_INFERENCE_STEPS", SAMPLING_STEPS)
+            # The heap of all tests so far would be copied, for a run of a few steps.
+            patch.setattr(runtime, "use_huge_pages", lambda: None)
             assert megaman_lora.main([str(word) for word in words]) == 0
             return load_file(Path(output_dir) / "lora_weights" / "adapter_model.safetensors")
 

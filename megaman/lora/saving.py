@@ -21,7 +21,6 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import save, save_file
@@ -49,11 +48,12 @@ def adapter_state(model: nn.Module, precision: str = "float") -> Tensors:
 
     precision is a key of PRECISIONS.
     """
-    # With save_embedding_layers PEFT would look for the text encoder's configuration, on the hub if
-    # need be, to see whether the vocabulary has grown.
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    dtype = PRECISIONS[precision]
-    return {name: tensor.detach().cpu().contiguous().to(dtype) for name, tensor in state.items()}
+    dtype, suffix = PRECISIONS[precision], f".{ADAPTER}.weight"
+    return {
+        name.removesuffix(suffix) + ".weight": tensor.detach().cpu().contiguous().to(dtype)
+        for name, tensor in model.named_parameters()
+        if ".lora_" in name and name.endswith(suffix)
+    }
 
 
 def write_tensors(path: Path, tensors: Tensors, header: dict[str, str] | None = None) -> None:
@@ -71,16 +71,17 @@ def write_peft(
     models: Mapping[str, nn.Module],
     base_name: str,
     notes: Mapping[str, str] = NO_TEXTS,
-    precision: str = "float",
+    states: Mapping[str, Tensors] | None = None,
 ) -> None:
     """Write PEFT's two files into an existing folder, those of a text encoder into text_encoder/.
 
-    models are those with a LoRA, by part; notes are for the header (lora.notes).
+    models are those with a LoRA, by part; notes are for the header (lora.notes); states are the
+    tensors as `adapter_state` gives them, if they are known.
     """
     for part, model in models.items():
         subfolder = folder if part == "unet" else folder / part
         subfolder.mkdir(exist_ok=True)
-        state = adapter_state(model, precision)
+        state = adapter_state(model) if states is None else states[part]
         tensors = {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
         write_tensors(subfolder / PEFT_WEIGHTS, tensors, {"format": "pt", **notes})
         config = {**config_dict(model), "base_model_name_or_path": base_name}
@@ -107,7 +108,7 @@ def save_lora(
     states = {part: adapter_state(model, precision) for part, model in models.items()}
     with replacing_folder(folder) as aside:
         notes = only_notes(metadata)
-        write_peft(aside, models, base_name, notes, precision)
+        write_peft(aside, models, base_name, notes, states)
         _write_diffusers(aside / DIFFUSERS_WEIGHTS, models, states, notes)
         _write_kohya(aside / KOHYA_WEIGHTS, models, states, base_name, metadata)
         for name, content in extra_files.items():

@@ -73,8 +73,9 @@ def scheduler_config(scheduler: DDPMScheduler | SamplingScheduler) -> SchedulerC
 
 
 def move(model: Model, *args: Any, **kwargs: Any) -> Model:
-    """model.to(*args, **kwargs)."""
-    cast(nn.Module, model).to(*args, **kwargs)
+    """model.to(*args, **kwargs), without the libraries' own, which look for quantization and
+    offloading in every layer first."""
+    nn.Module.to(cast(nn.Module, model), *args, **kwargs)
     return model
 
 

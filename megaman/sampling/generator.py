@@ -268,6 +268,8 @@ class ImageGenerator:
 
     def _move_to_device(self, model: torch.nn.Module) -> None:
         """Move a model to the device; with offload the others leave it."""
+        if self.compute.device.type == "cpu":
+            return  # where they were loaded
         if self.limits.offload:
             for other in (self.base.unet, self.base.vae, self.base.text_encoder):
                 if other is not model:

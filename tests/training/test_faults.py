@@ -225,7 +225,7 @@ def test_a_full_file_system_loses_nothing(forked, base_folder, tmp_path):
         pytest.skip("a tmpfs cannot be mounted here")
     try:
         flags = """--max_train_steps 12 --save_steps 2 --num_validation_images 1
-            --validation_steps 4 --lora_rank 64 --resolution 64"""
+            --validation_steps 4 --lora_rank 64 --resolution 32"""
         words = [
             "--pretrained_model_name",
             base_folder,

@@ -260,10 +260,10 @@ def test_a_run_with_a_limit_says_what_it_needs_and_learns_the_same(
         "--max_train_steps",
         2,
     ]
-    flags += ["--train_batch_size", 4, "--adam_epsilon", 1e-2, *FEW_TARGETS]
+    flags += ["--train_batch_size", 4, "--adam_epsilon", 1e-2, "--resolution", 32, *FEW_TARGETS]
     whole = train_here(tmp_path, "whole", *flags)
     assert "memory " not in capsys.readouterr().out
-    short = train_here(tmp_path, "short", *flags, "--vram_limit", 0.1)
+    short = train_here(tmp_path, "short", *flags, "--vram_limit", 0.06)
     said = [
         line
         for line in capsys.readouterr().out.splitlines()

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import FEW_TARGETS, ROOT
 from huggingface_hub import ModelCard
 from PIL import Image, ImageDraw
 
@@ -20,7 +20,7 @@ from megaman.pages.gallery_images import read_images
 from megaman.sampling.pixel_grid import lora_palette
 from megaman.training.history import HISTORY
 
-FEW_STEPS = ["--max_train_steps", 1, "--train_batch_size", 1, "--lora_rank", 2]
+FEW_STEPS = ["--max_train_steps", 1, "--train_batch_size", 1, "--lora_rank", 2, *FEW_TARGETS]
 POSES = ["sitting, hat", "sitting, tree", "running, hat", "running, tree", "sleeping, hat"]
 
 
@@ -147,7 +147,7 @@ def test_a_file_of_prompts_is_read_as_for_generation(train_here, tmp_path, monke
 
 def test_mega_man_keeps_the_contracts_prompt(train_here, embedded_base, pictures, tmp_path):
     flags = ["--data_dir", pictures, *FEW_STEPS, "--num_validation_images", 1]
-    flags += ["--pretrained_model_name", embedded_base]
+    flags += ["--pretrained_model_name", embedded_base, "--resolution", 32]
     train_here(tmp_path, "out", *flags)
     assert parameters_of(tmp_path / "out" / "samples-1" / "00.png").startswith(DEFAULT_PROMPT)
     notes = read_notes(tmp_path / "out" / "lora_weights")
