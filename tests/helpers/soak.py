@@ -148,10 +148,9 @@ def check_checkpoints(output: Path) -> int:
     return len(found)
 
 
-def curves(output: Path) -> dict[str, Any]:
-    (folder,) = [
-        path for path in output.with_name(f"{output.name}-logs").iterdir() if has_steps(path)
-    ]
+def curves(output: Path, steps: int) -> dict[str, Any]:
+    logs = output.with_name(f"{output.name}-logs")
+    (folder,) = [path for path in logs.iterdir() if ends_at(path, steps)]
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
     scalars = {
         tag: [(event.step, event.value) for event in log.Scalars(tag)]
@@ -164,12 +163,12 @@ def curves(output: Path) -> dict[str, Any]:
     return {**scalars, **images}
 
 
-def has_steps(folder: Path) -> bool:
-    """Whether a folder of logs has steps; a run that is killed before its first checkpoint starts
-    again with another folder."""
+def ends_at(folder: Path, step: int) -> bool:
+    """Whether a folder's curves end at this step; a run that is killed before its first checkpoint
+    starts again with another folder."""
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = log.Tags()["scalars"]
-    return bool(tags) and log.Scalars(tags[0])[-1].step == has_steps.last
+    return bool(tags) and log.Scalars(tags[0])[-1].step == step
 
 
 def content(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
@@ -188,7 +187,6 @@ def files_in(folder: Path) -> set[str]:
 
 
 def compare(whole: Path, killed: Path, steps: int) -> None:
-    has_steps.last = steps
     names, others = files_in(whole), files_in(killed)
     assert names == others, f"only one of the two runs left {sorted(names ^ others)}"
     for name in sorted(names - {"training_config.json"}):
@@ -196,7 +194,7 @@ def compare(whole: Path, killed: Path, steps: int) -> None:
             assert content(whole / name) == content(killed / name), f"{name} differs"
         elif not name.endswith(STATE):
             assert (whole / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs"
-    first, second = curves(whole), curves(killed)
+    first, second = curves(whole, steps), curves(killed, steps)
     assert first.keys() == second.keys()
     for tag in first:
         assert first[tag] == second[tag], f"TensorBoard's {tag} differs"
