@@ -20,6 +20,7 @@ from narrow_base import EMBEDDED, make_narrow_base
 from PIL import Image, ImageDraw
 
 from megaman.errors import GC_THRESHOLDS
+from megaman.threads import usable_cpus
 
 if TYPE_CHECKING or os.name == "posix":
     from browser import CHROMIUM, Visit, chromium
@@ -61,6 +62,15 @@ SLOW_FIXTURES = {
     "planted",
     "axe",
 }
+
+
+def pytest_xdist_auto_num_workers() -> int | None:
+    """A worker per core; fewer where OMP_NUM_THREADS asks for several threads, as workers that
+    share cores would spin at each other's barriers."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal() and int(threads) > 1:
+        return max(1, usable_cpus() // int(threads))
+    return None  # xdist's own count
 
 
 @pytest.hookimpl(wrapper=True)

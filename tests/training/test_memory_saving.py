@@ -145,7 +145,7 @@ def test_validation_generates_one_by_one_and_is_then_skipped(
     train_here, tmp_path, monkeypatch, capsys
 ):
     flags = [*FIXED, "--num_validation_images", 3, "--validation_steps", 2]
-    flags += ["--validation_prompt", "a robot", "--resolution", 32]  # and none for the model card
+    flags += ["--validation_prompt", "a robot", "--resolution", 32]  # a prompt: no card images
     fail_on(
         monkeypatch, AutoencoderKL, "decode", {1}
     )  # the first try at step 0: the images fit one by one
