@@ -118,7 +118,8 @@ class Visit:
         # Only what is asked for, not what came: else the renderer keeps up to 200 MB of files for
         # whoever may ask.
         self.send("Network.enable", maxTotalBufferSize=0, maxResourceBufferSize=0)
-        # In front and in focus, whichever tab the browser has there: else it refuses the clipboard.
+        # In front and in focus, whichever tab the browser has there: else it refuses the clipboard
+        # and draws no frames.
         self.send("Emulation.setFocusEmulationEnabled", enabled=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
@@ -180,8 +181,6 @@ class Visit:
 
     def click(self, selector: str, across: float = 0.5) -> None:
         """Press and release the mouse on an element, at this share of its width."""
-        if self.do("document.hidden"):
-            self.send("Page.bringToFront")  # only the tab in front has animation frames
         # What content-visibility skips gets its height once it is in sight, and moves the element:
         # in a frame, after that frame's callbacks.
         standing = f"""(async () => {{
